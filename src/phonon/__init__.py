@@ -1,0 +1,24 @@
+"""Distributed references, locks and session-aggregated updates over Redis or Valkey."""
+
+from phonon.cache import LruCache
+from phonon.errors import PhononError
+from phonon.lock import Lock
+from phonon.process import Process
+from phonon.protocol.updates import RetryPolicy
+from phonon.reference import Reference
+from phonon.serializers import ExactSerializer, Serializer, SignedPickleSerializer
+from phonon.update import ConflictFreeUpdate, Update
+
+__all__ = [
+    "ConflictFreeUpdate",
+    "ExactSerializer",
+    "Lock",
+    "LruCache",
+    "PhononError",
+    "Process",
+    "Reference",
+    "RetryPolicy",
+    "Serializer",
+    "SignedPickleSerializer",
+    "Update",
+]

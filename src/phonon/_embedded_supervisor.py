@@ -1,0 +1,250 @@
+"""The process between an embedded server and its users: it stops the server when all have left.
+
+``phonon.embedded`` runs this file as a script, detached from the program that asked for the server,
+so it outlives that program and no Ctrl-C reaches it. It imports the standard library only, and not
+all of that, because each user who starts a server waits for it.
+
+Every question of who lives is answered by a ``flock``, which the kernel drops however its holder
+ends; no process id is ever read from a file. In the folder ``phonon-server`` of a server:
+
+==============  =================================================================================
+``users.lock``  shared, by every user for as long as it uses the server. The supervisor waits for
+                it exclusively, without polling: it gets it when the last user has left or died.
+``start.lock``  exclusively, by a user while it joins or starts, by the supervisor while it stops
+                the server: nobody joins a server that has been told to go.
+the folder      exclusively, by the supervisor until it ends, after its server. (A lock on the
+                folder itself also keeps systemd-tmpfiles from clearing it out of ``/tmp``.)
+``server.lock``  exclusively, by the server, which inherits it: where a supervisor was killed, the
+                next one waits for it, so that two servers never write one append-only file.
+==============  =================================================================================
+
+Should the supervisor be killed, the kernel stops the server (``PR_SET_PDEATHSIG``). macOS has no
+such thing: there the server stays until the next start in the same folder, which stops it first.
+
+All paths are relative to the folder, so they stay right if it is moved, and a folder that was
+deleted and made again is not taken for the old one.
+"""
+
+# Importing pathlib would take a quarter of the time that this file needs to start.
+# ruff: noqa: PTH105, PTH108, PTH118, PTH123
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import NoReturn
+
+USERS = "users.lock"
+START = "start.lock"
+SERVER = "server.lock"
+ADDRESS = "socket-path"
+"""Holds the path of the server's socket, absolute or relative to the folder."""
+
+STARTED = b"started\n"
+BUSY = b"busy\n"
+"""Another supervisor has the folder."""
+
+SHUTDOWN = b"SHUTDOWN NOSAVE"
+"""No snapshot, that is; the append-only file is written in any case."""
+
+STOP_TIMEOUT = 5.0
+"""Seconds that a server has to write its data and exit before it is killed."""
+
+PROBE_TIMEOUT = 0.5
+POLL_INTERVAL = 0.001
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def try_lock(descriptor: int, kind: int, timeout: float = 0) -> bool:
+    """Take a ``flock``, giving up after a while.
+
+    Args:
+        descriptor: an open file.
+        kind: ``fcntl.LOCK_SH`` or ``fcntl.LOCK_EX``.
+        timeout: seconds to try; zero for one attempt.
+
+    Returns:
+        Whether the lock was obtained.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL_INTERVAL)
+        else:
+            return True
+
+
+def ask(path: str, command: bytes, timeout: float) -> bytes:
+    """Send one inline command to the server at a unix socket.
+
+    Args:
+        path: of the socket.
+        command: one line, ``PING`` say.
+        timeout: seconds to wait for the connection and for the answer, each.
+
+    Returns:
+        The beginning of the answer; nothing if there is no server, or none that answers.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect(path)
+            connection.sendall(command + b"\r\n")
+            return connection.recv(256)
+    except OSError:
+        return b""
+
+
+def read_address(folder: str) -> str:
+    """Return what ``ADDRESS`` in a folder holds; nothing if it is not there."""
+    try:
+        with open(os.path.join(folder, ADDRESS), "rb") as file:
+            return os.fsdecode(file.read())
+    except FileNotFoundError:
+        return ""
+
+
+def _write_address(address: str) -> None:
+    with open(ADDRESS + ".new", "wb") as file:
+        file.write(os.fsencode(address))
+    os.replace(ADDRESS + ".new", ADDRESS)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _open(name: str) -> int:
+    return os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
+
+
+def _report(message: bytes) -> None:
+    # The one who asked may be dead by now, and its pipe with it.
+    with contextlib.suppress(OSError):
+        os.write(1, message)
+    # Keeping the pipe would keep its reader waiting for us; what the server prints is for the log.
+    os.dup2(2, 1)
+
+
+def _spawn(command: list[str], server_lock: int) -> int:
+    # Loaded before the fork: the child does as little as can be.
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    # Valkey does not start with a locale that is not installed, as LANG in containers often is.
+    environment = {**os.environ, "LC_ALL": "C"}
+    supervisor = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.set_inheritable(server_lock, True)  # noqa: FBT003 - the function takes it by position only
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != supervisor:  # it died before the call above
+                os._exit(1)
+        os.chdir("..")
+        os.execve(command[0], command, environment)  # noqa: S606 - no shell is wanted
+    except BaseException as error:  # noqa: BLE001 - a child that returned would be a second supervisor
+        os.write(2, f"{command[0]!r}: {error}\n".encode(errors="backslashreplace"))
+    os._exit(127)
+
+
+def _wait_for_last_user(users: int, start: int) -> None:
+    while True:
+        fcntl.flock(users, fcntl.LOCK_EX)
+        # Given back before `start` is taken: whoever joins takes them in the other order.
+        fcntl.flock(users, fcntl.LOCK_UN)
+        fcntl.flock(start, fcntl.LOCK_EX)
+        if try_lock(users, fcntl.LOCK_EX):
+            return
+        fcntl.flock(start, fcntl.LOCK_UN)  # somebody joined in between
+
+
+def _stop_after_last_user(
+    server: int, gone: threading.Event, address: str, users: int, start: int
+) -> None:
+    try:
+        _wait_for_last_user(users, start)
+    finally:  # a lock that fails must not leave a server that nobody would ever stop
+        # It writes its data and goes at once; for a signal it would look every 100 ms only.
+        ask(address, SHUTDOWN, PROBE_TIMEOUT)
+        if not gone.wait(PROBE_TIMEOUT):  # a user has set a password, say
+            os.kill(server, signal.SIGTERM)
+        # An endless script keeps it from looking. What it has acknowledged is in the file.
+        if not gone.wait(STOP_TIMEOUT):
+            os.kill(server, signal.SIGKILL)
+
+
+def _supervise(address: str, command: list[str]) -> None:
+    folder = os.open(".", os.O_RDONLY)
+    users, start, server_lock = _open(USERS), _open(START), _open(SERVER)
+    # Longer than the instant for which a user who only looks whether we live may have it.
+    if not try_lock(folder, fcntl.LOCK_EX, PROBE_TIMEOUT):
+        _report(BUSY)
+        return
+    previous = read_address(".")
+    if not try_lock(server_lock, fcntl.LOCK_EX):
+        # Its supervisor was killed. It is about to go, but on macOS it has not been told yet.
+        ask(previous, SHUTDOWN, PROBE_TIMEOUT)
+        if not try_lock(server_lock, fcntl.LOCK_EX, STOP_TIMEOUT):
+            _report(b"a server whose supervisor was killed is still running there\n")
+            return
+    if previous:
+        _remove(previous)
+    _write_address(address)
+    server = _spawn(command, server_lock)
+    os.close(server_lock)  # from here on it tells of the server alone
+    # The machine shuts down, say: the server writes its data and goes, and so do we.
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGTERM))
+    _report(STARTED)
+    gone = threading.Event()
+    threading.Thread(
+        target=_stop_after_last_user, args=(server, gone, address, users, start), daemon=True
+    ).start()
+    os.waitpid(server, 0)
+    gone.set()
+    # We still have the folder's lock, so these are no successor's.
+    _remove(address)
+    _remove(ADDRESS)
+
+
+def main(folder: str, address: str, *command: str) -> NoReturn:
+    """Run a server until its last user has left.
+
+    Args:
+        folder: the server's ``phonon-server``.
+        address: of the server's socket, absolute or relative to ``folder``.
+        command: the program and its arguments; it is started in the parent of ``folder``.
+    """
+    # The user's process waits for its child, which is the one that ends here, and will not find
+    # a child it does not know of in its `os.wait()`.
+    if os.fork():
+        os._exit(0)
+    try:
+        # Both are inherited, through exec too: a blocked SIGTERM would make the server immortal.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.umask(0o077)
+        os.chdir(folder)
+        _supervise(address, list(command))
+    except BaseException:  # noqa: BLE001 - whatever it was, it belongs into the server's log
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)  # not `exit`, which would wait for files and threads
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

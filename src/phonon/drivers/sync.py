@@ -1,0 +1,258 @@
+"""The driver for threads: runs flows over redis-py connections, many in lock step."""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, Generic
+
+from phonon.drivers.server import Server
+from phonon.errors import ConnectionLostError, PhononError
+from phonon.protocol.effects import Call, Effect, Execute, Flow, Outcome, T
+
+log = logging.getLogger("phonon")
+
+#: Flows advanced together. Their calls travel in one pipeline, so this bounds the exchange and
+#: the batches held in memory.
+LOCK_STEP = 1000
+#: Seconds of user code after which finished batches are completed before more are executed, so
+#: that a crash repeats little.
+EXECUTE_SLICE = 0.5
+
+
+class Task(Generic[T]):
+    """A flow under way.
+
+    Args:
+        base: The resource that the flow is about.
+        flow: The flow.
+        done: Told the result, also if the flow got there only after its caller had given up.
+
+    Attributes:
+        result: What the flow returned.
+        error: What it raised instead.
+    """
+
+    __slots__ = ("base", "done", "effect", "error", "flow", "result")
+
+    result: T
+
+    def __init__(
+        self, base: bytes, flow: Flow[T], done: Callable[[T], None] | None = None
+    ) -> None:
+        self.base = base
+        self.flow = flow
+        self.done = done
+        self.effect: Effect | None = None
+        self.error: BaseException | None = None
+
+    def advance(self, reply: Any = None) -> None:
+        """Hand the flow the result of its last effect, and take its next one."""
+        try:
+            if isinstance(reply, BaseException):
+                self.effect = self.flow.throw(reply)
+            else:
+                self.effect = self.flow.send(reply)
+        except StopIteration as stop:
+            self.effect = None
+            self.result = stop.value
+            if self.done is not None:
+                self.done(stop.value)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever wants the outcome
+            self.effect = None
+            self.error = error
+
+    def suspend(self, error: BaseException) -> "Task[T]":
+        """Raise the error to whoever waits; the flow goes on in the task returned."""
+        rest = Task(self.base, self.flow, self.done)
+        rest.effect = self.effect
+        self.effect, self.error = None, error
+        return rest
+
+    def outcome(self) -> T:
+        """The result; raises the error."""
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class Guard:
+    """Lets one flow at a time talk about a resource.
+
+    A process's operations on one resource are numbered and must reach the server in that order;
+    two under way at once, over two connections, could overtake each other, and the server would
+    take the later-arriving one for a repeat.
+    """
+
+    __slots__ = ("_busy", "_freed")
+
+    def __init__(self) -> None:
+        self._busy: set[bytes] = set()
+        self._freed = threading.Condition(threading.Lock())
+
+    def acquire(self, bases: Collection[bytes]) -> None:
+        """Wait until all of these are free, and take them at once: nobody holds some and waits."""
+        with self._freed:
+            while not self._busy.isdisjoint(bases):
+                self._freed.wait()
+            self._busy.update(bases)
+
+    def release(self, bases: Iterable[bytes]) -> None:
+        """Let others go on."""
+        with self._freed:
+            self._busy.difference_update(bases)
+            self._freed.notify_all()
+
+
+class SyncDriver:
+    """Runs the flows of one process.
+
+    Args:
+        server: Where calls go.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._guard = Guard()
+        self._numbers = itertools.count(1)
+        self._suspended: dict[bytes, Task[Any]] = {}
+
+    def run(self, base: bytes, flow: Flow[T], done: Callable[[T], None] | None = None) -> T:
+        """Run one flow to its end. For ``done`` see `Task`.
+
+        Raises:
+            ConnectionLostError: The server did not answer. A call that is kept stays with the
+                process, which repeats it before it does anything else with the resource.
+            PhononError: The server answered with an error.
+        """
+        task = Task(base, flow, done)
+        self._run([task])
+        return task.outcome()
+
+    def run_all(self, tasks: Sequence[Task[T]]) -> None:
+        """Run many flows, advancing them together; their outcomes are in the tasks."""
+        waiting = list(tasks)
+        while waiting:
+            # One flow per resource at a time: the second one starts when the first has ended.
+            together: dict[bytes, Task[T]] = {}
+            later: list[Task[T]] = []
+            for task in waiting:
+                if len(together) < LOCK_STEP and task.base not in together:
+                    together[task.base] = task
+                else:
+                    later.append(task)
+            self._run(list(together.values()))
+            lost = [t.error for t in together.values() if isinstance(t.error, ConnectionLostError)]
+            if lost:
+                for task in later:
+                    task.error = lost[0]  # not begun: to wait for the server once is enough
+                return
+            waiting = later
+
+    def resume(self) -> None:
+        """Go on with the calls that were kept when the server did not answer."""
+        if self._suspended:
+            self._run((), kept=list(self._suspended))
+
+    @property
+    def suspended(self) -> int:
+        """How many calls wait for the server to come back."""
+        return len(self._suspended)
+
+    def _run(self, tasks: Sequence[Task[Any]], *, kept: Iterable[bytes] = ()) -> None:
+        """Run tasks about different resources, after what was kept for these and ``kept``."""
+        owned = {task.base for task in tasks}.union(kept)
+        self._guard.acquire(owned)
+        try:
+            if self._suspended:
+                tasks = self._run_kept(tasks, owned)
+            for task in tasks:
+                task.advance()
+            self._drive(tasks, owned)
+        finally:
+            self._guard.release(owned)
+
+    def _run_kept(self, tasks: Sequence[Task[Any]], owned: set[bytes]) -> Sequence[Task[Any]]:
+        """Repeat the calls that got no answer, before the next operations: those only count in
+        order. Returns the tasks that may go on."""
+        kept = [self._suspended.pop(base) for base in owned & self._suspended.keys()]
+        self._drive(kept, owned)
+        lost = {task.base: task.error for task in kept if task.base in self._suspended}
+        for task in kept:
+            if task.error is not None and task.base not in lost:
+                log.error("a call that had been kept has failed: %s", task.error)
+        for task in tasks:
+            task.error = lost.get(task.base)
+        return [task for task in tasks if task.error is None]
+
+    def _drive(self, tasks: Sequence[Task[Any]], owned: set[bytes]) -> None:
+        """Advance tasks that have begun until all have ended. Their resources are ``owned``."""
+        active = [task for task in tasks if task.effect is not None]
+        while active:
+            calling = [task for task in active if isinstance(task.effect, Call)]
+            if calling:
+                self._exchange(calling)
+            else:
+                # Nobody waits for a resource while holding another one: all are let go here, and
+                # taken again together.
+                again = set(owned)
+                self._guard.release(again)
+                owned.clear()
+                ready = self._act(active)
+                self._guard.acquire(again)
+                owned.update(again)
+                for task, reply in ready:
+                    task.advance(reply)
+            active = [task for task in active if task.effect is not None]
+
+    def _act(self, tasks: Sequence[Task[Any]]) -> list[tuple[Task[Any], Any]]:
+        """Do what the flows want besides calls, until it has taken a while."""
+        enough = time.monotonic() + EXECUTE_SLICE
+        ready: list[tuple[Task[Any], Any]] = []
+        for task in tasks:
+            effect = task.effect
+            if isinstance(effect, Execute):
+                ready.append((task, self._execute(effect)))
+            elif not isinstance(effect, Call) and effect is not None:
+                try:
+                    ready.append((task, self.server.wait(effect.key, effect.timeout)))
+                except PhononError as error:
+                    ready.append((task, error))
+            if time.monotonic() > enough:
+                break
+        return ready
+
+    @staticmethod
+    def _execute(effect: Execute) -> Outcome:
+        try:
+            return Outcome(value=effect.function())
+        except BaseException as error:  # noqa: BLE001 - the flow keeps the batch, then it is raised
+            return Outcome(error=error)
+
+    def _exchange(self, tasks: Sequence[Task[Any]]) -> None:
+        calls: list[Call] = []
+        for task in tasks:
+            call = task.effect
+            assert isinstance(call, Call)  # noqa: S101 - for the type checker; _run has sorted them
+            if call.numbered and not call.number:
+                call.number = next(self._numbers)
+            calls.append(call)
+        try:
+            replies = self.server.exchange(calls)
+        except BaseException as error:
+            # Interrupted (Ctrl-C) in mid-exchange: as unknown as a lost answer.
+            for task, call in zip(tasks, calls, strict=True):
+                self._unanswered(task, call, error)
+            raise
+        for task, call, reply in zip(tasks, calls, replies, strict=True):
+            if isinstance(reply, ConnectionLostError):
+                self._unanswered(task, call, reply)
+            else:
+                task.advance(reply)
+
+    def _unanswered(self, task: Task[Any], call: Call, error: BaseException) -> None:
+        if call.keep:
+            self._suspended[task.base] = task.suspend(error)
+        else:
+            task.advance(error)

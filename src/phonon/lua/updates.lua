@@ -1,0 +1,80 @@
+-- Partials and batches: append, complete, fail, resume, fetch.
+
+-- append(pid, op, lease_ms, partial): store a partial. The process joins in the same step, so
+-- that stored data always has a member who answers for it.
+-- answers {'stored', 0}
+step('append', function(r, args)
+  enter(r, args[3])
+  call('RPUSH', r.partials, args[4])
+  call('HINCRBY', r.ledger, 'm' .. r.pid, 1)
+  return { 'stored', 0 }
+end)
+
+local function owns(r, token)
+  local running = call('HMGET', r.running, 'owner', 'token')
+  return running[1] == r.pid and running[2] == token
+end
+
+-- The running batch is out of the way. If a session ended meanwhile, its batch is this owner's.
+-- due is what the running batch was told; partials behind it belong to the session after.
+local function next_batch(r, due, otherwise)
+  if due and tonumber(due) > 0 then
+    return { 'again', 0, start(r, tonumber(due), call('LLEN', r.partials)) }
+  end
+  return { otherwise, let_go(r) }
+end
+
+-- complete(pid, op, token): the batch is executed; drop it if it is still the caller's.
+-- answers {'done', clear} | {'lost', clear} | {'again', 0, token, attempt, count, partials}
+step('complete', function(r, args)
+  if not owns(r, args[3]) then
+    return { 'lost', let_go(r) }
+  end
+  local due = call('HGET', r.running, 'due')
+  call('LLEN', r.partials)
+  call('DEL', r.running, r.batch)
+  return next_batch(r, due, 'done')
+end, true)
+
+-- fail(pid, op, token, error, delay_ms, most attempts): execute raised. Keep the batch for a
+-- retry, or park it so that it does not hold up what came after.
+-- answers {'retry', 0, token, attempts so far} | {'parked', clear} | {'lost', clear}
+--         {'again', 0, token, attempt, count, partials}     parked, and the next session's batch
+step('fail', function(r, args)
+  local token = args[3]
+  if not owns(r, token) then
+    return { 'lost', let_go(r) }
+  end
+  call('HLEN', r.parked)
+  call('LLEN', r.partials)
+  local attempts = call('HINCRBY', r.running, 'attempt', 1)
+  if attempts < tonumber(args[6]) then
+    call('HSET', r.running, 'error', args[4], 'retry_at', string.format('%.0f', r.now + tonumber(args[5])))
+    return { 'retry', 0, tonumber(token), attempts }
+  end
+  local running = call('HMGET', r.running, 'due', 'since')
+  call('RENAME', r.batch, r.parked .. ':' .. token)
+  call('HSET', r.parked, token, cmsgpack.pack({
+    error = args[4], attempts = attempts, owner = r.pid, since = tonumber(running[2]), at = r.now,
+  }))
+  call('DEL', r.running)
+  return next_batch(r, running[1], 'parked')
+end, true)
+
+-- resume(pid, op, token): the owner takes its batch up again, to retry it.
+-- answers {'run', 0, token, attempt, count, partials} | {'lost', clear}
+step('resume', function(r, args)
+  if not owns(r, args[3]) then
+    return { 'lost', let_go(r) }
+  end
+  return { 'run', 0, tonumber(args[3]) }
+end, true)
+
+-- fetch(pid, token, first, last): a piece of the running batch
+-- answers the partials, or {} when the batch is no longer the caller's
+plain('fetch', function(r, args)
+  if not owns(r, args[2]) then
+    return {}
+  end
+  return call('LRANGE', r.batch, args[3], args[4])
+end, { 'no-writes' })

@@ -1,0 +1,326 @@
+"""A process: an identity, a heartbeat, and what it holds."""
+
+import atexit
+import os
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from phonon.batch import Batch, raise_together
+from phonon.drivers import connect
+from phonon.engine import Engine, log
+from phonon.errors import AlreadyLockedError, ConfigurationError
+from phonon.lock import Lock
+from phonon.protocol import library, processes
+from phonon.protocol.effects import Call
+from phonon.protocol.keys import Keys
+from phonon.protocol.updates import RetryPolicy
+from phonon.reference import Reference
+from phonon.serializers import ExactSerializer, Serializer
+
+#: Read where no address is given.
+URL_VARIABLE = "PHONON_URL"
+
+_alive: "weakref.WeakSet[Process]" = weakref.WeakSet()
+
+
+class Process:
+    """One participant: everything is created through it.
+
+    Several may live in one interpreter; each counts for itself. It connects when it is made, and
+    beats from then on in a daemon thread. Use it in a ``with`` block, or call `stop`: both end the
+    sessions it still holds. A process that ends without (``kill -9``) is declared dead after five
+    heartbeat intervals.
+
+    After ``os.fork`` the child's copy becomes a process of its own, with a new id, that holds
+    nothing; what the parent had made stays the parent's.
+
+    Args:
+        session_length: How long a membership lasts without a sign of life from its process,
+            seconds. The heartbeat renews it.
+        host: The server's host.
+        port: The server's port.
+        db: The server's database.
+        heartbeat_interval: Seconds between two heartbeats.
+        recover_failed_processes: Whether this process takes over what dead ones have left.
+        hosts: Nodes of a cluster, ``"host:port"`` each, instead of ``host`` and ``port``.
+        url: Where the server is, instead of those: ``redis://``, ``rediss://``, ``unix://``,
+            ``redis+cluster://``, ``redis+sentinel://`` or ``embedded://``.
+        client: A ``redis.Redis`` or ``redis.RedisCluster`` to use, instead of those.
+        namespace: Processes of different namespaces do not see each other. Any text.
+        serializer: How partials are encoded; the same in all processes.
+        retry: What happens to a batch whose ``execute`` fails.
+        retry_timeout: Seconds to go on repeating a call that is not answered, 30 at the most.
+
+    If nothing says where the server is, the environment variable ``PHONON_URL`` does, or it is
+    ``redis://localhost:6379/1``.
+
+    Raises:
+        ConfigurationError: An argument cannot be meant.
+        ServerUnreachableError: There is no server. Phonon never looks for another one.
+        ServerError: The server cannot be used: too old, wrong password.
+    """
+
+    AlreadyLocked: ClassVar = AlreadyLockedError
+    Lock: ClassVar = Lock
+    #: How long a lock lasts unless renewed, seconds. The heartbeat renews it.
+    TTL: ClassVar[float] = 60.0
+    #: Seconds between two attempts to reach a server that does not answer, at the most.
+    RETRY_SLEEP: ClassVar[float] = 0.5
+    #: Seconds to wait for a lock at the most.
+    BLOCKING_TIMEOUT: ClassVar[float] = 500.0
+
+    def __init__(
+        self,
+        session_length: float = 900,
+        host: str = "localhost",
+        port: int = 6379,
+        db: int = 1,
+        heartbeat_interval: float = 10,
+        recover_failed_processes: bool = True,
+        *,
+        hosts: Sequence[str] | None = None,
+        url: str | None = None,
+        client: Any = None,
+        namespace: str = "phonon",
+        serializer: Serializer | None = None,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - immutable
+        retry_timeout: float = 15.0,
+    ) -> None:
+        for name, value in (
+            ("session_length", session_length),
+            ("heartbeat_interval", heartbeat_interval),
+            ("retry_timeout", retry_timeout),
+        ):
+            if not value > 0:
+                raise ConfigurationError(f"{name} is a number of seconds above 0, not {value!r}")
+        if retry_timeout > MOST_RETRY_TIMEOUT:
+            raise ConfigurationError(
+                f"retry_timeout is {MOST_RETRY_TIMEOUT:g} s at the most, not {retry_timeout!r}: the "
+                "server does not remember operations for much longer"
+            )
+        if self.TTL <= heartbeat_interval:
+            raise ConfigurationError(
+                f"locks last {self.TTL:g} s and are renewed every {heartbeat_interval:g} s: make "
+                "heartbeat_interval shorter, or subclass Process with a longer TTL"
+            )
+        address = (host, port, db)
+        settings = {"retry_timeout": retry_timeout, "longest_pause": self.RETRY_SLEEP}
+        if client is not None:
+            if url or hosts:
+                raise ConfigurationError("give one of client=, url= and hosts=")
+            lease = connect.connect_client(client, library.default(), **settings)
+        else:
+            found = _url(url, hosts, address)
+            lease = connect.connect_url(found, library.default(), **settings)
+        self.session_length = session_length
+        self.heartbeat_interval = heartbeat_interval
+        self.recover_failed_processes = recover_failed_processes
+        self.engine = Engine(
+            self,
+            lease,
+            Keys(namespace),
+            serializer or ExactSerializer(),
+            retry,
+            session_length=session_length,
+            heartbeat_interval=heartbeat_interval,
+        )
+        try:
+            self.engine.start()
+        except BaseException:
+            lease.close()
+            raise
+        _alive.add(self)
+
+    @classmethod
+    def from_url(cls, url: str, **options: Any) -> Self:
+        """A process that uses the server of a URL.
+
+        Args:
+            url: See the constructor.
+            options: The constructor's other arguments.
+        """
+        return cls(url=url, **options)
+
+    def __repr__(self) -> str:
+        return f"<phonon.Process {self.id} at {self.engine.lease.server.address}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.stop()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"phonon: and stopping the process failed: {failure}")
+
+    @property
+    def id(self) -> str:
+        """The process's identity, unique for ever."""
+        return self.engine.name
+
+    @property
+    def client(self) -> Any:
+        """The redis-py client whose connections are used."""
+        return self.engine.lease.client
+
+    @property
+    def namespace(self) -> str:
+        """The namespace."""
+        return self.engine.keys.namespace
+
+    @property
+    def registry_key(self) -> str:
+        """The key of the set of resources that this process may be responsible for."""
+        return self.engine.me.registry.decode("utf-8", "surrogatepass")
+
+    @property
+    def heartbeat_hash_name(self) -> str:
+        """The key of the sorted set of all processes, by the time until which they count as alive."""
+        return self.engine.keys.processes.decode("utf-8", "surrogatepass")
+
+    def create_reference(self, resource: str, block: bool = True) -> Reference:
+        """Become a member of a resource.
+
+        Inside `batch` the membership begins when the block ends.
+
+        Args:
+            resource: The resource's name, any text.
+            block: Whether the reference's locks wait by default.
+
+        Raises:
+            ConnectionLostError: The server does not answer.
+        """
+        reference = Reference(self, resource, block)
+        batch = self.engine.batch
+        if batch is not None:
+            batch.join(resource)
+        else:
+            self.engine.join(resource)
+        return reference
+
+    def lock(self, lock_key: str, block: bool = True) -> Lock:
+        """A lock on a resource, for a ``with`` block.
+
+        Args:
+            lock_key: The resource's name, any text.
+            block: Whether to wait if it is taken.
+        """
+        return Lock(self, lock_key, block)
+
+    def batch(self) -> Batch:
+        """Collect what this thread does, and send it together when the ``with`` block ends.
+
+        References created, updates made and sessions ended inside the block are merged per key
+        and travel in one exchange, so that a batch of messages costs hardly more than one. After
+        the block everything set inside it is on the server, and the messages can be acknowledged.
+
+        If leaving the block raises, what could not be stored is kept and goes with the next batch
+        or with `flush`: acknowledge the messages when that has returned. Do not hand them back to
+        the broker as well, or they count twice.
+        """
+        return self.engine.batch or Batch(self.engine)
+
+    def flush(self) -> None:
+        """Store what a batch could not store because the server was gone.
+
+        Raises:
+            ConnectionLostError: It still is.
+        """
+        with Batch(self.engine):
+            pass
+
+    def add_to_registry(self, resource: str, registry_key: str | None = None) -> int:
+        """Enter a resource into a registry. Phonon keeps this process's by itself.
+
+        Returns:
+            1 if it was not there yet.
+        """
+        return int(self._on_registry(b"SADD", resource, registry_key))
+
+    def remove_from_registry(self, resource: str, registry_key: str | None = None) -> int:
+        """Remove a resource from a registry. Phonon keeps this process's by itself.
+
+        Returns:
+            1 if it was there.
+        """
+        return int(self._on_registry(b"SREM", resource, registry_key))
+
+    def get_registry(self, registry_key: str | None = None) -> list[str]:
+        """The resources that a process may be responsible for.
+
+        Args:
+            registry_key: Another process's `registry_key`; None for this one's.
+        """
+        key = self._registry(registry_key)
+        bases = self.engine.run(b"", processes.registry(self.engine.me, key))
+        return [self.engine.keys.resource(base) for base in bases]
+
+    def stop(self) -> None:
+        """End the sessions that this process still holds, release its locks, and disappear.
+
+        A second call does nothing; anything else raises `ProcessStoppedError` afterwards.
+
+        Raises:
+            ExceptionGroup: Some sessions could not be ended. Their data is left to the survivors.
+        """
+        _alive.discard(self)
+        raise_together("stopping left something undone", self.engine.stop())
+
+    def _registry(self, registry_key: str | None) -> bytes:
+        if registry_key is None:
+            return self.engine.me.registry
+        return registry_key.encode("utf-8", "surrogatepass")
+
+    def _on_registry(self, command: bytes, resource: str, registry_key: str | None) -> Any:
+        key = self._registry(registry_key)
+        call = Call("", key, (command, key, self.engine.keys.base(resource)))
+        return self.engine.run(b"", processes.single(call))
+
+
+#: Half of what the server remembers operations for.
+MOST_RETRY_TIMEOUT = 30.0
+
+
+def _url(url: str | None, hosts: Sequence[str] | None, address: tuple[str, int, int]) -> str:
+    """Where the server is; see `Process`."""
+    if url is not None and hosts is not None:
+        raise ConfigurationError("give one of url= and hosts=")
+    if url is not None:
+        return url
+    if hosts is not None:
+        if isinstance(hosts, str) or not hosts:
+            raise ConfigurationError('hosts= is a list of "host:port"')
+        return "redis+cluster://" + ",".join(hosts)
+    host, port, db = address
+    if address == ("localhost", 6379, 1) and os.environ.get(URL_VARIABLE):
+        return os.environ[URL_VARIABLE]
+    return f"redis://{f'[{host}]' if ':' in host else host}:{port}/{db}"
+
+
+def _stop_all() -> None:
+    """At the end of the interpreter: leave nothing to take over."""
+    for process in list(_alive):
+        try:
+            process.stop()
+        except Exception:
+            log.exception("stopping %r at exit left something undone", process)
+
+
+def _after_fork_in_child() -> None:
+    connect.after_fork_in_child()
+    for process in list(_alive):
+        process.engine.after_fork_in_child()
+
+
+# After the non-daemon threads have ended, which may be using a process until then.
+atexit.register(_stop_all)
+os.register_at_fork(after_in_child=_after_fork_in_child)

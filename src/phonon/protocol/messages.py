@@ -1,0 +1,106 @@
+"""The answers of the steps. Each begins with its kind and whether the registry may be cleared."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+    """All partials of one session, taken together for execution.
+
+    Attributes:
+        token: Grows strictly per resource; the same in every attempt at this batch.
+        attempt: How many attempts have failed so far.
+        count: How many partials there are.
+        partials: The first of them; the rest is fetched.
+    """
+
+    token: int
+    attempt: int
+    count: int
+    partials: list[bytes]
+
+
+class Left(NamedTuple):
+    """The answer of ``leave``.
+
+    Attributes:
+        clear: 1 if the process has nothing more to do with the resource.
+        last: Whether the process was a member and nobody is left.
+        remaining: Members that are left.
+        deferred: Whether the partials wait for the running batch's owner.
+        modifications: Process id and number of times, for each that modified the resource.
+        batch: What this process is to execute, if anything.
+    """
+
+    clear: int
+    last: bool
+    remaining: int
+    deferred: bool
+    modifications: dict[bytes, int]
+    batch: Batch | None
+
+
+class Ran(NamedTuple):
+    """The answer of ``complete``, ``fail`` and ``resume``.
+
+    Attributes:
+        kind: done, again, run, retry, parked or lost.
+        clear: 1 if the process has nothing more to do with the resource.
+        batch: What this process is to execute next, if anything.
+    """
+
+    kind: str
+    clear: int
+    batch: Batch | None
+
+
+class Locked(NamedTuple):
+    """The answer of ``lock``.
+
+    Attributes:
+        kind: granted, wait or busy.
+        clear: 1 if the process has nothing more to do with the resource.
+        number: The token if granted, else milliseconds until it is worth asking again.
+        owner: The process that is in the way, if one is.
+        since_ms: When it came, by the server's clock.
+    """
+
+    kind: str
+    clear: int
+    number: int
+    owner: str = ""
+    since_ms: int = 0
+
+
+def pairs(flat: Sequence[Any]) -> dict[bytes, int]:
+    """``[k, v, k, v, ...]`` as a dict."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def left(answer: Sequence[Any]) -> Left:
+    """Read the answer of ``leave``."""
+    kind = answer[0]
+    if kind == b"lost":
+        # A repeat whose batch was taken over meanwhile: this process was the last all the same.
+        return Left(answer[1], True, 0, True, {}, None)
+    _, clear, token, remaining, was_member = answer[:5]
+    if kind == b"held":
+        return Left(clear, False, remaining, False, {}, None)
+    batch = Batch(token, *answer[6:9]) if kind == b"run" else None
+    last = bool(was_member) and not remaining
+    return Left(clear, last, remaining, kind == b"deferred", pairs(answer[5]), batch)
+
+
+def ran(answer: Sequence[Any]) -> Ran:
+    """Read the answer of ``complete``, ``fail`` or ``resume``."""
+    kind = answer[0].decode()
+    batch = Batch(*answer[2:6]) if kind in ("again", "run") else None
+    return Ran(kind, answer[1], batch)
+
+
+def locked(answer: Sequence[Any]) -> Locked:
+    """Read the answer of ``lock``."""
+    kind, clear, number = answer[0].decode(), answer[1], answer[2]
+    if kind == "granted":
+        return Locked(kind, clear, number)
+    return Locked(kind, clear, number, answer[3].decode(), answer[4])

@@ -1,0 +1,65 @@
+"""Flows of membership: join, leave, count."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from phonon.protocol.effects import Flow, Participant
+from phonon.protocol.messages import pairs
+
+
+class Holder(NamedTuple):
+    """A live member as the server knows it."""
+
+    process_id: str
+    since_ms: int
+    deadline_ms: int
+
+
+def join(me: Participant, base: bytes, restore: Mapping[bytes, int] | None = None) -> Flow[int]:
+    """Become a member, or renew the membership.
+
+    Args:
+        me: The process.
+        base: The resource.
+        restore: Modifications to put back, by process id.
+
+    Returns:
+        The number of live members, this one included.
+    """
+    yield from me.hold(base)
+    # Dying before the join leaves a registry entry that names nothing: recovery finds it harmless.
+    put_back = [part for pair in (restore or {}).items() for part in pair]
+    answer = yield me.step("join", base, me.lease_ms, *put_back)
+    return int(answer[2])
+
+
+def modify(me: Participant, base: bytes, times: int = 1) -> Flow[None]:
+    """Count that this process modified the resource."""
+    yield from me.hold(base)
+    yield me.step("modify", base, me.lease_ms, times, keep=True)
+
+
+def count(me: Participant, base: bytes) -> Flow[int]:
+    """The number of live members."""
+    return int((yield me.plain("count", base)))
+
+
+def members(me: Participant, base: bytes) -> Flow[list[Holder]]:
+    """The live members."""
+    flat = yield me.plain("members", base)
+    return [Holder(flat[i].decode(), flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
+
+
+def modified(me: Participant, base: bytes) -> Flow[dict[bytes, int]]:
+    """How often each process modified the resource in this session."""
+    return pairs((yield me.plain("modified", base)))
+
+
+def renew(me: Participant, base: bytes, lock_lease_ms: int, holders: list[str]) -> Flow[list[bool]]:
+    """Prolong the membership and the locks held on a resource.
+
+    Returns:
+        Whether this process still is a member, then for each holder whether it has its lock.
+    """
+    answer = yield me.plain("renew", base, me.lease_ms, lock_lease_ms, *holders)
+    return [bool(flag) for flag in answer]

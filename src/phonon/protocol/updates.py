@@ -1,0 +1,232 @@
+"""Flows of partials and batches: store, end a session, execute, retry."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from phonon.errors import PhononError, UndecodableError, UnknownClassError
+from phonon.protocol import messages
+from phonon.protocol.effects import Call, Execute, Flow, Participant
+from phonon.protocol.messages import Batch, Left
+
+#: Partials fetched at a time, where a batch has more than came with it.
+PIECE = 1000
+#: As much of an error's text as is kept with a batch, characters.
+ERROR_LENGTH = 4000
+
+
+class Parcel(Protocol):
+    """Local data on its way to the server."""
+
+    def take(self) -> bytes | None:
+        """Move out what is unsent, as one partial; None if there is nothing."""
+
+    def put_back(self, partial: bytes) -> None:
+        """The server refused it: it is unsent again."""
+
+
+class RetryPolicy(NamedTuple):
+    """What happens to a batch whose execution failed.
+
+    Attributes:
+        attempts: How often it is tried before it is parked.
+        first_delay: Seconds before the second attempt; each further one waits twice as long.
+        longest_delay: Seconds; the delays grow no further.
+    """
+
+    attempts: int = 8
+    first_delay: float = 1.0
+    longest_delay: float = 300.0
+
+    def delay(self, failed: int) -> float:
+        """Seconds to wait after the given number of failed attempts."""
+        return float(min(self.longest_delay, self.first_delay * 2 ** min(failed - 1, 60)))
+
+    def verdict(self, error: BaseException, failed: int) -> tuple[float, int]:
+        """The delay before the next attempt, seconds, and how many attempts this error is worth."""
+        if isinstance(error, UndecodableError):
+            return 0.0, 1  # it will not become readable: park it
+        if isinstance(error, UnknownClassError):
+            return self.longest_delay, 1 << 30  # no fault of the batch
+        return self.delay(failed), self.attempts
+
+
+class Failure(NamedTuple):
+    """A batch that could not be executed.
+
+    Attributes:
+        token: Which.
+        error: Why.
+        retry_in: Seconds until its owner tries again; None if it is parked or somebody else's.
+        fate: retry, parked or lost.
+    """
+
+    token: int
+    error: BaseException
+    retry_in: float | None
+    fate: str
+
+
+class Ended(NamedTuple):
+    """What the end of a session came to.
+
+    Attributes:
+        last: Whether this process was the last member.
+        remaining: Members that are left.
+        modifications: By process id, if the session ended here.
+        executed: How many batches this process executed.
+        failures: Those that failed, in token order.
+        lost: Tokens of batches that were executed here, but taken over by another process before
+            they could be completed.
+    """
+
+    last: bool
+    remaining: int
+    modifications: dict[bytes, int]
+    executed: int
+    failures: list[Failure]
+    lost: list[int]
+
+
+#: Runs the user's ``execute`` on a batch.
+Runner = Callable[[Batch], None]
+
+
+def append(me: Participant, base: bytes, parcel: Parcel, *, keep: bool = True) -> Flow[bool]:
+    """Store what the parcel has, if anything.
+
+    Args:
+        me: The process.
+        base: The resource.
+        parcel: The data.
+        keep: Whether the process sees to it if no answer comes. Otherwise the data is the
+            caller's again, who cannot know whether it was stored.
+
+    Returns:
+        Whether there was anything.
+    """
+    partial = parcel.take()
+    if partial is None:
+        return False
+    yield from _send(
+        me, base, parcel, partial, me.step("append", base, me.lease_ms, partial, keep=keep)
+    )
+    return True
+
+
+def _send(
+    me: Participant, base: bytes, parcel: Parcel | None, partial: bytes | None, step: Call
+) -> Flow[Any]:
+    """Make a call that carries a partial; if it is refused, the data is local again."""
+    try:
+        yield from me.hold(base)
+        return (yield step)
+    except PhononError:
+        if parcel is not None and partial is not None:
+            parcel.put_back(partial)
+        raise
+
+
+def leave(
+    me: Participant,
+    base: bytes,
+    run: Runner,
+    policy: RetryPolicy,
+    parcel: Parcel | None = None,
+    *,
+    force: bool = False,
+) -> Flow[Ended]:
+    """Store the last partial, leave, and execute the session's batch if that falls to us.
+
+    Args:
+        me: The process.
+        base: The resource.
+        run: Executes a batch.
+        policy: What to do if that fails.
+        parcel: The last partial, if there may be one.
+        force: Execute what has come together so far although others still hold the resource.
+    """
+    partial = parcel.take() if parcel else None
+    step = me.step("leave", base, int(force), me.lease_ms, partial or b"", keep=True)
+    answer = yield from _send(me, base, parcel, partial, step)
+    left: Left = messages.left(answer)
+    if left.batch is None:
+        yield from me.let_go(base, left.clear)
+        return Ended(left.last, left.remaining, left.modifications, 0, [], [])
+    executed, failures, lost = yield from execute(me, base, left.batch, run, policy)
+    return Ended(left.last, left.remaining, left.modifications, executed, failures, lost)
+
+
+def execute(
+    me: Participant, base: bytes, batch: Batch | None, run: Runner, policy: RetryPolicy
+) -> Flow[tuple[int, list[Failure], list[int]]]:
+    """Execute a batch that is ours, and those that come up behind it.
+
+    The batch stays on the server until ``complete`` says it is done, so that whoever dies in
+    between leaves it to a survivor, under the same token.
+
+    Returns:
+        How many were executed; which failed; the tokens of those that were taken over.
+    """
+    executed, clear = 0, 0
+    failures: list[Failure] = []
+    lost: list[int] = []
+    while batch is not None:
+        if not (yield from _fetch_rest(me, base, batch)):
+            lost.append(batch.token)
+            return executed, failures, lost
+        outcome = yield Execute(lambda batch=batch: run(batch))  # type: ignore[misc]  # binds now
+        if outcome.error is None:
+            ran = messages.ran((yield me.step("complete", base, batch.token, keep=True)))
+            executed += 1
+            if ran.kind == "lost":
+                lost.append(batch.token)
+        else:
+            failed = batch.attempt + 1
+            delay, attempts = policy.verdict(outcome.error, failed)
+            text = f"{type(outcome.error).__name__}: {outcome.error}"[:ERROR_LENGTH]
+            ran = messages.ran(
+                (
+                    yield me.step(
+                        "fail",
+                        base,
+                        batch.token,
+                        text.encode("utf-8", "backslashreplace"),
+                        int(delay * 1000),
+                        attempts,
+                        keep=True,
+                    )
+                )
+            )
+            fate = "parked" if ran.kind == "again" else ran.kind
+            again_in = delay if fate == "retry" else None
+            failures.append(Failure(batch.token, outcome.error, again_in, fate))
+        batch, clear = ran.batch, ran.clear
+    yield from me.let_go(base, clear)
+    return executed, failures, lost
+
+
+def _fetch_rest(me: Participant, base: bytes, batch: Batch) -> Flow[bool]:
+    """Fetch the partials that did not come with the batch.
+
+    Returns:
+        False if the batch was taken over meanwhile. What we have then is not all of it, and to
+        execute that under its token would keep the new owner's from counting.
+    """
+    while len(batch.partials) < batch.count:
+        first = len(batch.partials)
+        piece = yield me.plain("fetch", base, batch.token, first, first + PIECE - 1)
+        if not piece:
+            return False
+        batch.partials.extend(piece)
+    return True
+
+
+def retry(
+    me: Participant, base: bytes, token: int, run: Runner, policy: RetryPolicy
+) -> Flow[tuple[int, list[Failure], list[int]]]:
+    """Take up a batch of ours again whose execution failed."""
+    ran = messages.ran((yield me.step("resume", base, token, keep=True)))
+    if ran.batch is None:
+        yield from me.let_go(base, ran.clear)
+        return 0, [], [token]
+    return (yield from execute(me, base, ran.batch, run, policy))

