@@ -131,12 +131,11 @@ def _open(name: str) -> int:
     return os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
 
 
-def _report(message: bytes) -> None:
+def _report(pipe: int, message: bytes) -> None:
     # The one who asked may be dead by now, and its pipe with it.
     with contextlib.suppress(OSError):
-        os.write(1, message)
-    # Keeping the pipe would keep its reader waiting for us; what the server prints is for the log.
-    os.dup2(2, 1)
+        os.write(pipe, message)
+    os.close(pipe)  # its reader waits for no more
 
 
 def _spawn(command: list[str], server_lock: int) -> int:
@@ -187,19 +186,19 @@ def _stop_after_last_user(
             os.kill(server, signal.SIGKILL)
 
 
-def _supervise(address: str, command: list[str]) -> None:
+def _supervise(pipe: int, address: str, command: list[str]) -> None:
     folder = os.open(".", os.O_RDONLY)
     users, start, server_lock = _open(USERS), _open(START), _open(SERVER)
     # Longer than the instant for which a user who only looks whether we live may have it.
     if not try_lock(folder, fcntl.LOCK_EX, PROBE_TIMEOUT):
-        _report(BUSY)
+        _report(pipe, BUSY)
         return
     previous = read_address(".")
     if not try_lock(server_lock, fcntl.LOCK_EX):
         # Its supervisor was killed. It is about to go, but on macOS it has not been told yet.
         ask(previous, SHUTDOWN, PROBE_TIMEOUT)
         if not try_lock(server_lock, fcntl.LOCK_EX, STOP_TIMEOUT):
-            _report(b"a server whose supervisor was killed is still running there\n")
+            _report(pipe, b"a server whose supervisor was killed is still running there\n")
             return
     if previous:
         _remove(previous)
@@ -208,7 +207,7 @@ def _supervise(address: str, command: list[str]) -> None:
     os.close(server_lock)  # from here on it tells of the server alone
     # The machine shuts down, say: the server writes its data and goes, and so do we.
     signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGTERM))
-    _report(STARTED)
+    _report(pipe, STARTED)
     gone = threading.Event()
     threading.Thread(
         target=_stop_after_last_user, args=(server, gone, address, users, start), daemon=True
@@ -238,8 +237,11 @@ def main(folder: str, address: str, *command: str) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         os.umask(0o077)
+        # The one who asked reads the report alone, not what the server prints from its start on.
+        pipe = os.dup(1)
+        os.dup2(2, 1)
         os.chdir(folder)
-        _supervise(address, list(command))
+        _supervise(pipe, address, list(command))
     except BaseException:  # noqa: BLE001 - whatever it was, it belongs into the server's log
         sys.excepthook(*sys.exc_info())
         os._exit(1)

@@ -111,7 +111,7 @@ def store(engine: "Engine", updates: "list[Update]", joins: dict[str, None] | No
         for update in per_resource.values()
     ]
     joining = [
-        Task(engine.keys.base(resource), engine.joining(resource))
+        Task(base := engine.keys.base(resource), engine.joining(resource, base))
         for resource in joins or ()
         if resource not in stored
     ]

@@ -209,12 +209,12 @@ def _wait_until_ready(folder: Path, deadline: float) -> str | None:
         address = supervisor.read_address(str(folder))
         path = str(folder / address)  # an absolute address stays what it is
         answer = supervisor.ask(path, b"PING", _left(deadline)) if address else b""
+        if not _is_supervised(folder):  # even if it answers: the kernel is about to stop it
+            return None
         if answer.startswith(b"-LOADING"):
             deadline = time.monotonic() + _START_TIMEOUT
         elif answer and not answer.startswith(b"-BUSY"):
             return path
-        if not _is_supervised(folder):
-            return None
         if time.monotonic() > deadline:
             raise _too_late(folder)
         time.sleep(supervisor.POLL_INTERVAL)

@@ -127,8 +127,8 @@ class Engine:
                 "version": metadata.version("phonon"),
             }
             self.driver.run(b"", processes.enrol(self.me, card, self._ttl_ms))
-            self._started = True
             self.upkeep.start()
+            self._started = True
 
     @property
     def _ttl_ms(self) -> int:
@@ -152,10 +152,11 @@ class Engine:
             )
         if not self._started:
             self.start()
-        elif not self.upkeep.alive:
-            log.error("the heartbeat thread of process %s had died; it is started again", self.name)
-            self.upkeep = Upkeep(self)
-            self.upkeep.start()
+
+    def heart_stopped(self) -> None:
+        """The heartbeat thread has ended, though nobody told it to: the next call starts another."""
+        log.error("the heartbeat thread of process %s has died", self.name)
+        self._started = False
 
     @property
     def process(self) -> "Process":
@@ -227,15 +228,14 @@ class Engine:
         self.ensure_alive()
         self.driver.run_all(tasks)
 
-    def join(self, resource: str, update: "Update | None" = None) -> int:
-        """Become a member of a resource. Returns the number of members."""
-        return self.run(self.keys.base(resource), self.joining(resource, update))
+    def join(self, resource: str, base: bytes, update: "Update | None" = None) -> None:
+        """Become a member of a resource."""
+        self.run(base, self.joining(resource, base, update))
 
-    def joining(self, resource: str, update: "Update | None" = None) -> Flow[int]:
+    def joining(self, resource: str, base: bytes, update: "Update | None" = None) -> Flow[None]:
         """The flow of `join`."""
-        count = yield from references.join(self.me, self.keys.base(resource))
+        yield from references.join(self.me, base)
         self.holds(resource, update)
-        return count
 
     def holds(self, resource: str, update: "Update | None" = None) -> None:
         """Note a membership, and which update `stop` has to end it with."""
@@ -252,10 +252,9 @@ class Engine:
         return stored
 
     def leaving(
-        self, resource: str, update: "Update | None", *, force: bool = False
+        self, resource: str, base: bytes, update: "Update | None", *, force: bool = False
     ) -> Flow[Ended]:
         """Leave a resource, with an update's last data if there is one."""
-        base = self.keys.base(resource)
         opener = self.held.pop(resource, None)
         try:
             return (
@@ -271,7 +270,7 @@ class Engine:
         """The task of `leaving`. Should its caller give up on it, it reports to the log."""
         force = update is not None and update.forced
         base = self.keys.base(resource)
-        task: Task[Ended] = Task(base, self.leaving(resource, update, force=force))
+        task: Task[Ended] = Task(base, self.leaving(resource, base, update, force=force))
         task.done = lambda ended: self.report(base, ended, update)
         return task
 
@@ -283,7 +282,8 @@ class Engine:
 
     def report(self, base: bytes, ended: Ended, update: "Update | None") -> None:
         """See to what went wrong at the end of a session."""
-        self._after(base, ended.failures, ended.lost, update)
+        if ended.failures or ended.lost:
+            self._after(base, ended.failures, ended.lost, update)
 
     def _after(
         self,
@@ -391,7 +391,7 @@ class Engine:
             for base, holders in by_base.items()
         ]
         self.driver.run_all(tasks)
-        again: list[Task[int]] = []
+        again: list[Task[None]] = []
         for task, holders in zip(tasks, by_base.values(), strict=True):
             member, *owned = task.outcome()
             for holder, mine in zip(holders, owned, strict=True):
@@ -405,9 +405,8 @@ class Engine:
         for rejoined in again:
             rejoined.outcome()
 
-    def _rejoining(self, resource: str) -> Flow[int]:
+    def _rejoining(self, resource: str) -> Flow[None]:
         # Left meanwhile, by another thread? Then it stays left.
-        if resource not in self.held:
-            return 0
-        return (yield from self.joining(resource))
+        if resource in self.held:
+            yield from self.joining(resource, self.keys.base(resource))
 

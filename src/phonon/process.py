@@ -204,7 +204,7 @@ class Process:
         if batch is not None:
             batch.join(resource)
         else:
-            self.engine.join(resource)
+            reference.refresh_session()
         return reference
 
     def lock(self, lock_key: str, block: bool = True) -> Lock:

@@ -84,7 +84,7 @@ class Reference:
         A membership lasts `Process.session_length` seconds from the last time it was used. The
         heartbeat renews it for as long as the process lives, so this is rarely needed.
         """
-        self._process.engine.join(self.resource_key)
+        self._process.engine.join(self.resource_key, self._base)
 
     def increment_times_modified(self) -> None:
         """Count that this process modified the resource."""
@@ -165,7 +165,7 @@ class Reference:
 
     def _leave(self, callback: Callable[[], Any] | None) -> bool:
         engine = self._process.engine
-        flow = engine.leaving(self.resource_key, None, force=self.force_expiry)
+        flow = engine.leaving(self.resource_key, self._base, None, force=self.force_expiry)
         ended, outcome = engine.run(
             self._base,
             self._with_callback(flow, callback),

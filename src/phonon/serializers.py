@@ -2,30 +2,23 @@
 
 ``ExactSerializer`` writes MessagePack: natively what MessagePack has (None, bool, int up to 64
 bits, float, str, bytes, list, dict), and the types of this table as a list whose first element, its
-head, is an extension without a body. Every other type is refused: it would come back as another.
+head, is an extension without a body. Every other type is refused: it would come back as another::
 
-====  ===========  =================================================================================
-code  type         what follows the head
-====  ===========  =================================================================================
-0x01  int          str: hexadecimal (only of an int beyond 64 bits)
-0x02  bytearray    bytes
-0x03  complex      real part, imaginary part
-0x04  Decimal      str: digits, exponent and payload as they are
-0x05  UUID         str: hexadecimal; the value of ``is_safe``
-0x06  date         year, month, day
-0x07  time         hour, minute, second, microsecond, tzinfo, fold
-0x08  datetime     year, month, day, then as ``time``
-0x09  timedelta    days, seconds, microseconds
-0x0A  timezone     timedelta, the name if one was given
-0x0B  ZoneInfo     key
-0x10  tuple        the elements
-0x11  set          the elements
-0x12  frozenset    the elements
-0x13  deque        ``maxlen``, the elements
-0x14  OrderedDict  key, value, key, value, …
-0x15  Counter      key, value, key, value, …
-0x16  defaultdict  the name of ``default_factory`` or None, key, value, key, value, …
-====  ===========  =================================================================================
+    0x01  int          str: hexadecimal (only of an int beyond 64 bits)
+    0x02  bytearray    bytes
+    0x03  complex      real part, imaginary part
+    0x04  Decimal      str: digits, exponent and payload as they are
+    0x05  UUID         str: hexadecimal; the value of ``is_safe``
+    0x06  date         year, month, day
+    0x07  time         hour, minute, second, microsecond, tzinfo, fold
+    0x08  datetime     year, month, day, then as ``time``
+    0x09  timedelta    days, seconds, microseconds
+    0x0A  timezone     timedelta, the name if one was given
+    0x0B  ZoneInfo     key
+    0x10  tuple        the elements; as well 0x11 set and 0x12 frozenset
+    0x13  deque        ``maxlen``, the elements
+    0x14  OrderedDict  dict; as well 0x15 Counter
+    0x16  defaultdict  the name of ``default_factory`` or None, dict
 
 A code keeps its meaning for ever; another layout gets another code. Nothing is packed inside of an
 extension, so that msgpack's own limit counts all levels and no nesting can exhaust the C stack.
@@ -35,12 +28,12 @@ import hmac
 import pickle
 import reprlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Context, Decimal, InvalidOperation
 from functools import partial
-from itertools import chain
+from operator import attrgetter
 from typing import Any, Protocol
 from uuid import UUID, SafeUUID
 from zoneinfo import ZoneInfo
@@ -50,52 +43,33 @@ from msgpack import ExtType
 
 from phonon.errors import ConfigurationError, NotStorableError, UndecodableError
 
-__all__ = ["ExactSerializer", "Serializer", "SignedPickleSerializer"]
-
 
 class Serializer(Protocol):
-    """What ``Process(serializer=…)`` takes; an implementation is safe to use from many threads.
-
-    Attributes:
-        name: A short id, stored beside the data, by which a reader with another serializer notices.
-    """
+    """What ``Process(serializer=…)`` takes; an implementation is safe to use from many threads."""
 
     name: str
+    """A short id, stored beside the data, by which a reader with another serializer notices."""
 
     def dumps(self, value: Any) -> bytes:
-        """Writes a value.
-
-        Args:
-            value: What to write; it must not change meanwhile.
-
-        Returns:
-            The bytes from which ``loads`` makes an equal value of the same type.
+        """Returns the bytes from which ``loads`` makes an equal value of the same type.
 
         Raises:
             NotStorableError: The value, or a part of it, would not come back as it is.
         """
 
     def loads(self, data: bytes) -> Any:
-        """Reads what ``dumps`` wrote.
-
-        Args:
-            data: The bytes as the server had them; they may have been damaged or forged.
-
-        Returns:
-            The value.
+        """Returns the value that ``dumps`` was given.
 
         Raises:
-            UndecodableError: ``dumps`` did not write these bytes.
+            UndecodableError: ``dumps`` did not write this data, or it was damaged since.
         """
 
 
 _FACTORY_TYPES = (bool, int, float, str, bytes, list, tuple, set, frozenset, dict)
 _FACTORIES: dict[str | None, Any] = {None: None, **{kind.__name__: kind for kind in _FACTORY_TYPES}}
 _STRICT = Context(traps=[InvalidOperation])  # the thread's own context may let "abc" pass as NaN
-
-
-def _clock(value: datetime | time) -> tuple[Any, ...]:
-    return value.hour, value.minute, value.second, value.microsecond, value.tzinfo, value.fold
+_ERRORS = "surrogatepass"  # text that came from os.fsdecode() may have lone surrogates
+_DATE, _TIME = ("year", "month", "day"), ("hour", "minute", "second", "microsecond")
 
 
 def _key(zone: ZoneInfo) -> str:
@@ -113,35 +87,31 @@ def _factory(value: defaultdict[Any, Any]) -> str | None:
     raise NotStorableError("a defaultdict whose default_factory is no builtin type")
 
 
-def _pairs(value: Mapping[Any, Any]) -> Iterable[Any]:
+def _plain(value: dict[Any, Any]) -> dict[Any, Any]:
     if getattr(value, "__dict__", None):  # OrderedDict and Counter take attributes, as any object
         raise NotStorableError(f"a {type(value).__name__} with attributes of its own")
-    return chain.from_iterable(value.items())
-
-
-def _dict(parts: list[Any]) -> dict[Any, Any]:
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+    return dict(value)
 
 
 _WRITERS: dict[type, tuple[int, Callable[[Any], Iterable[Any]]]] = {
     int: (0x01, lambda v: [hex(v)]),
     bytearray: (0x02, lambda v: [bytes(v)]),
-    complex: (0x03, lambda v: [v.real, v.imag]),
+    complex: (0x03, attrgetter("real", "imag")),
     Decimal: (0x04, lambda v: [str(v)]),
     UUID: (0x05, lambda v: [v.hex, v.is_safe.value]),
-    date: (0x06, lambda v: [v.year, v.month, v.day]),
-    time: (0x07, _clock),
-    datetime: (0x08, lambda v: [v.year, v.month, v.day, *_clock(v)]),
-    timedelta: (0x09, lambda v: [v.days, v.seconds, v.microseconds]),
+    date: (0x06, attrgetter(*_DATE)),
+    time: (0x07, attrgetter(*_TIME, "tzinfo", "fold")),
+    datetime: (0x08, attrgetter(*_DATE, *_TIME, "tzinfo", "fold")),
+    timedelta: (0x09, attrgetter("days", "seconds", "microseconds")),
     timezone: (0x0A, lambda v: v.__reduce__()[1]),  # tzname() makes a name up if none was given
     ZoneInfo: (0x0B, lambda v: [_key(v)]),
     tuple: (0x10, iter),
     set: (0x11, iter),
     frozenset: (0x12, iter),
     deque: (0x13, lambda v: [v.maxlen, *v]),
-    OrderedDict: (0x14, _pairs),
-    Counter: (0x15, _pairs),
-    defaultdict: (0x16, lambda v: [_factory(v), *_pairs(v)]),
+    OrderedDict: (0x14, lambda v: [_plain(v)]),
+    Counter: (0x15, lambda v: [_plain(v)]),
+    defaultdict: (0x16, lambda v: [_factory(v), dict(v)]),
 }
 
 # Forged parts are of any type and number. join() refuses all but bytes or str: bytearray(10**12)
@@ -163,9 +133,9 @@ _READERS: dict[int, Callable[[list[Any]], Any]] = {
     0x11: set,
     0x12: frozenset,
     0x13: lambda p: deque(p[1:], p[0]),
-    0x14: lambda p: OrderedDict(_dict(p)),
-    0x15: lambda p: Counter(_dict(p)),
-    0x16: lambda p: defaultdict(_FACTORIES[p[0]], _dict(p[1:])),
+    0x14: lambda p: OrderedDict(p[0]),
+    0x15: lambda p: Counter(p[0]),
+    0x16: lambda p: defaultdict(_FACTORIES[p[0]], p[1]),
 }
 
 _HEADS = {code: ExtType(code, b"") for code in _READERS}
@@ -174,8 +144,7 @@ _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 
 
 def _name(kind: type) -> str:
-    builtin = kind.__module__ == "builtins"
-    return kind.__qualname__ if builtin else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
 
 def _spell(value: Any) -> list[Any]:
@@ -186,7 +155,7 @@ def _spell(value: Any) -> list[Any]:
 
 
 class _Writer:
-    """A msgpack Packer that counts how often it asks for a spelling."""
+    """A msgpack Packer that notices when it wrote what will not come back as it was."""
 
     # msgpack asks no hook about bytearray, memoryview, ExtType and Timestamp, but writes what would
     # come back as another type. Each of them leaves one of these bytes in the data.
@@ -205,10 +174,9 @@ class _Writer:
             data: bytes = self._packer.pack(value)
         except UnicodeEncodeError:  # lone surrogates
             return _pack_carefully(value)
-        # More marks than heads: plain bytes, a float of four, text in some scripts, or one of those.
-        if len(data) - len(data.translate(None, self._MARKS)) > self._heads:
-            return _pack_carefully(value)
-        return data
+        # Bytes, a float of four, and text in some scripts have more marks than heads, too.
+        marks = len(data) - len(data.translate(None, self._MARKS))
+        return data if marks == self._heads else _pack_carefully(value)
 
 
 @dataclass(eq=False, slots=True)
@@ -228,32 +196,27 @@ def _spell_held(held: Any) -> Any:
         return [_hold(item) for item in value]
     if type(value) is dict:
         return {_hold(key): _hold(item) for key, item in value.items()}
-    return [_hold(part) if type(part) is not ExtType else part for part in _spell(value)]
+    head, *parts = _spell(value)
+    return [head, *map(_hold, parts)]
 
 
-def _pack_carefully(value: Any) -> Any:
-    return msgpack.packb(
-        _hold(value), default=_spell_held, strict_types=True, unicode_errors="surrogatepass"
-    )
+def _pack_carefully(value: Any) -> bytes:
+    packer = msgpack.Packer(default=_spell_held, strict_types=True, unicode_errors=_ERRORS)
+    return bytes(packer.pack(_hold(value)))
 
 
+_show = partial(reprlib.aRepr.repr_instance, level=0)  # survives a broken __repr__
 _DEEPEST = 511  # msgpack's limit, which no argument changes
-_OTHERS = ", ".join(kind.__name__ for kind in _WRITERS if kind is not int)
-_REMEDY = f"turn it into one of None, bool, int, float, str, bytes, list, dict, {_OTHERS}"
-
-
-def _show(value: Any) -> str:
-    try:
-        return reprlib.repr(value)
-    except Exception:  # noqa: BLE001 - a broken __repr__ must not hide the error being explained
-        return f"<{_name(type(value))}>"
+_STORABLE = "None, bool, float, str, bytes, list, dict, " + ", ".join(k.__name__ for k in _WRITERS)
 
 
 def _steps(value: Any) -> Iterator[tuple[str, Any]]:
     """Gives the parts of a value that has a spelling, each with its step of the path."""
     if type(value) not in {list, dict}:
         yield "", None  # the head: a level deeper, as any part
-    if isinstance(value, dict):
+    if type(value) in {OrderedDict, Counter, defaultdict}:
+        yield "", dict(value)
+    elif type(value) is dict:
         for key, item in value.items():
             yield f"[key {_show(key)}]", key
             yield f"[{_show(key)}]", item
@@ -267,29 +230,27 @@ def _steps(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _refusal(value: Any, where: str, error: Exception) -> NotStorableError:
     """Walks as msgpack did, up to the value that it failed at, for the sake of the path."""
-    fault = f"{where}: {type(error).__name__}: {error}; this"
-    trail: list[str] = []
-    walk = [iter([("", value)])]
+    fault = f"{where}: {error}, so it"
+    walk = [(where, iter([("", value)]))]
     while walk and not isinstance(error, RecursionError):
-        step, found = next(walk[-1], (None, None))
+        path, parts = walk[-1]
+        step, part = next(parts, (None, None))
         if step is None:
             walk.pop()
-            del trail[-1:]
         elif len(walk) - 1 > _DEEPEST:  # not a level later: a list may hold itself twice
-            start = where + "".join(trail[:4])
-            fault = f"{start}…: what holds itself or is nested more than {_DEEPEST} levels deep"
+            fault = (
+                f"{walk[4][0]}…: what holds itself or is nested more than {_DEEPEST} levels deep"
+            )
             break
-        elif type(found) not in _ATOMS:
+        elif type(part) not in _ATOMS:
             try:
-                _ = type(found) in {list, dict} or _spell(found)
+                _ = type(part) in {list, dict} or _spell(part)
             except TypeError as reason:
-                fault = f"{where}{''.join(trail)}{step}: {reason}"
+                fault = f"{path}{step}: {reason}"
                 break
-            walk.append(_steps(found))
-            trail.append(step)
-    return NotStorableError(
-        f"{fault} cannot be stored; {_REMEDY}, or give Process another serializer="
-    )
+            walk.append((path + step, _steps(part)))
+    remedy = f"turn it into one of {_STORABLE}, or give Process another serializer="
+    return NotStorableError(f"{fault} cannot be stored; {remedy}")
 
 
 class _Reading:
@@ -298,10 +259,8 @@ class _Reading:
     _heads = 0
 
     def head(self, code: int, body: bytes) -> ExtType:
-        if body:
-            raise ValueError("an extension with a body")
         self._heads += 1
-        return _HEADS[code]
+        return _HEADS[code] if not body else _no_head(code, body)
 
     def array(self, items: list[Any]) -> Any:
         if items and type(items[0]) is ExtType:
@@ -310,21 +269,26 @@ class _Reading:
         return items
 
     def unpack(self, data: bytes) -> Any:
-        value = _unpack(data, ext_hook=self.head, list_hook=self.array)
+        value = _unpack(data, self.head, self.array)
         if self._heads:  # it would reach the user in the place of a value
             raise ValueError("an extension that does not start a list")
         return value
 
 
-def _no_extension(code: int, body: bytes) -> Any:
+def _no_head(code: int, body: bytes) -> Any:
     raise ValueError(f"extension {code} with {len(body)} bytes")
 
 
-# timestamp=3: msgpack asks no hook about its own extension; let it be read as a type of ours.
-_unpack = partial(
-    msgpack.unpackb, strict_map_key=False, timestamp=3, unicode_errors="surrogatepass"
-)
-_unpack_plain = partial(_unpack, ext_hook=_no_extension)
+def _unpack(data: bytes, head: Callable[[int, bytes], Any], array: Any = None) -> Any:
+    # timestamp=3: msgpack asks no hook about its own extension; let it be a type of ours.
+    return msgpack.unpackb(
+        data,
+        ext_hook=head,
+        list_hook=array,
+        strict_map_key=False,
+        timestamp=3,
+        unicode_errors=_ERRORS,
+    )
 
 
 class ExactSerializer:
@@ -334,13 +298,11 @@ class ExactSerializer:
     and are refused: enums, named tuples, numpy's floats. A dict's keys may be of any type that is
     hashable and in the table; a ZoneInfo comes back as ``ZoneInfo(key)``; 511 levels may be nested.
 
-    Reading runs no code and imports nothing, whatever the bytes are, and takes memory in proportion
-    to their number. Time is another matter: who may write to the server can choose numbers that
-    collide as keys of a dict.
+    Reading runs no code, imports nothing and takes memory in proportion to the data, whatever it
+    is; but who may write to the server can choose keys that collide in a dict, which takes time.
     """
 
     name = "x1"
-
     _KEPT = 256 * 1024  # a Packer's buffer never shrinks: one that wrote more is not kept
     _SCANNED = 1024  # what the headers in shorter data can claim does no harm
 
@@ -367,19 +329,18 @@ class ExactSerializer:
         """Reads what ``dumps`` wrote, see ``Serializer``."""
         try:
             if len(data) > self._SCANNED:
-                # Nested lists that each claim the length of all data are allocated before they turn
-                # out to be short; skipping over them first allocates nothing.
+                # Nested lists that each claim the length of all data would get the memory before
+                # they turn out to be short; skipping over them first takes none.
                 scan = msgpack.Unpacker(max_buffer_size=len(data))
                 scan.feed(data)
                 scan.skip()
-            return _Reading().unpack(data) if _HEAD_BYTE in data else _unpack_plain(data)
+            return _Reading().unpack(data) if _HEAD_BYTE in data else _unpack(data, _no_head)
         except MemoryError:
             raise  # it tells of this machine and nothing of the data
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:100].encode("ascii", "replace").decode()
             raise UndecodableError(
-                f"stored data cannot be read back ({reason}): it was damaged, or something else "
-                "than Phonon's ExactSerializer wrote it"
+                f"stored data cannot be read back ({reason}): ExactSerializer did not write it so"
             ) from error
 
 
@@ -388,21 +349,18 @@ class SignedPickleSerializer:
 
     Warning:
         Unpickling runs code that the data chooses. Whoever knows the key and can write to the
-        server runs any program in every process that uses this serializer: keep the key out of the
-        server, the repository and the logs. Whoever can write to the server without the key runs
-        nothing, but can put back a value that was signed earlier or elsewhere.
+        server runs any program in every process with this serializer: keep the key off the server
+        and out of logs. Without it, they can still put back what was signed earlier or elsewhere.
 
     Args:
-        key: The secret, the same in all processes: at least 16 bytes, best from
-            ``secrets.token_bytes(32)``. A str counts as its UTF-8.
+        key: At least 16 secret bytes, the same in all processes; of a str, its UTF-8.
 
     Raises:
         ConfigurationError: The key is too short, or neither bytes nor str.
     """
 
     name = "p1"
-
-    _SHORTEST_KEY = 16
+    _SHORTEST_KEY = 16  # bytes
 
     def __init__(self, key: bytes | str) -> None:
         self._key = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
@@ -411,9 +369,6 @@ class SignedPickleSerializer:
                 f"SignedPickleSerializer needs a key of at least {self._SHORTEST_KEY} bytes, the "
                 "same in all processes; make one with secrets.token_bytes(32)"
             )
-
-    def _sign(self, pickled: bytes) -> bytes:
-        return hmac.digest(self._key, pickled, "sha256")
 
     def dumps(self, value: Any, where: str = "value") -> bytes:
         """Writes a value, see ``Serializer``; errors start with ``where``, like ``doc``."""
@@ -424,12 +379,12 @@ class SignedPickleSerializer:
                 f"{where}: a value of type {_name(type(value))} cannot be pickled "
                 f"({type(error).__name__}: {error}); store what it is made of instead"
             ) from error
-        return self._sign(pickled) + pickled
+        return hmac.digest(self._key, pickled, "sha256") + pickled
 
     def loads(self, data: bytes) -> Any:
         """Reads what ``dumps`` wrote with the same key, see ``Serializer``."""
         signature, pickled = data[:32], data[32:]
-        if not hmac.compare_digest(signature, self._sign(pickled)):
+        if not hmac.compare_digest(signature, hmac.digest(self._key, pickled, "sha256")):
             raise UndecodableError(
                 "stored data does not carry our signature: check that all processes give "
                 "SignedPickleSerializer the same key; if they do, it was damaged or forged"

@@ -105,7 +105,7 @@ class Update:
             base = engine.keys.base(self.resource_id)
             engine.run(base, engine.storing(self, keep=False))
         elif self.resource_id not in engine.held:
-            engine.join(self.resource_id, self)
+            engine.join(self.resource_id, engine.keys.base(self.resource_id), self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__qualname__} of {self.resource_id!r}: {self.doc!r}>"

@@ -46,11 +46,6 @@ class Upkeep:
         )
         self._beating.start()
 
-    @property
-    def alive(self) -> bool:
-        """Whether the heart still beats."""
-        return self._beating is not None and self._beating.is_alive()
-
     def stop(self) -> None:
         """End the threads. One that is in the middle of something is waited for, for a while."""
         self._stopping.set()
@@ -86,6 +81,14 @@ class Upkeep:
         return [task.error for task in tasks if isinstance(task.error, Exception)]
 
     def _beat(self) -> None:
+        try:
+            self._keep_beating()
+        finally:
+            engine = self._engine()
+            if engine is not None and not self._stopping.is_set():
+                engine.heart_stopped()
+
+    def _keep_beating(self) -> None:
         complained = False
         while not self._stopping.wait(self._interval):
             engine = self._engine()

@@ -13,6 +13,7 @@ from redis.sentinel import Sentinel
 
 from phonon import embedded
 from phonon.drivers.server import Server
+from phonon.drivers.server import after_fork_in_child as after_fork_drop_connections
 from phonon.errors import ConfigurationError
 from phonon.protocol.library import Library
 
@@ -68,6 +69,7 @@ def after_fork_in_child() -> None:
     """Another thread of the parent may have held the lock."""
     global _lock  # noqa: PLW0603 - a lock that is held by a thread that is not here cannot be freed
     _lock = threading.Lock()
+    after_fork_drop_connections()
 
 
 def connect_url(url: str, library: Library, **settings: Any) -> Lease:

@@ -3,10 +3,12 @@
 import contextlib
 import random
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
+from hiredis import pack_command
 from redis.exceptions import (
     AuthenticationError as RedisAuthenticationError,
 )
@@ -63,6 +65,15 @@ def unreachable(address: str, error: BaseException) -> Exception:
     return ServerUnreachableError(f"no Redis at {address} ({error}): {WAYS_OUT}")
 
 
+_servers: "weakref.WeakSet[Server]" = weakref.WeakSet()
+
+
+def after_fork_in_child() -> None:
+    """The child must not talk on its parent's connections."""
+    for server in list(_servers):
+        server.forget_connections()
+
+
 class Server:
     """Sends calls to one Redis or Valkey server.
 
@@ -91,6 +102,8 @@ class Server:
         self.retry_timeout = retry_timeout
         self.longest_pause = longest_pause
         self._functions: dict[str, bytes] = {}
+        self._idle: dict[Any, list[Any]] = {}
+        _servers.add(self)
 
     def start(self) -> None:
         """Check that there is a server we can work with, and load the library.
@@ -149,6 +162,29 @@ class Server:
                 replies[i] = self._explain(calls[i], reply)
         return replies
 
+    def call(self, call: Call) -> Any:
+        """Send one call; what `exchange` returns for it.
+
+        It does so without ado for as long as all goes well. Otherwise `exchange` sends the call
+        again, under its number, and sees to whatever is wrong.
+        """
+        pool = self._pool_of(call.base)
+        connection = self._take(pool)
+        try:
+            connection.send_packed_command((pack_command(self._words(call)),))
+            reply = connection.read_response(disable_decoding=True)
+        except ResponseError:
+            self._idle[pool].append(connection)
+        except (RedisConnectionError, RedisTimeoutError, OSError):
+            self._drop(pool, connection)
+        except BaseException:
+            self._drop(pool, connection)
+            raise
+        else:
+            self._idle[pool].append(connection)
+            return reply
+        return self.exchange((call,))[0]
+
     def wait(self, key: bytes, timeout: float) -> bool:
         """Wait for an element in a list and take it."""
         try:
@@ -158,6 +194,10 @@ class Server:
 
     def close(self) -> None:
         """Close the connections."""
+        while self._idle:
+            pool, idle = self._idle.popitem()
+            for connection in idle:
+                pool.release(connection)
         self.client.close()
 
     def unreachable(self, error: BaseException) -> Exception:
@@ -206,21 +246,23 @@ class Server:
     ) -> None:
         """Send calls once and read their replies. One that has to be sent again stays unanswered,
         because the server lacked the library, or cannot serve yet."""
-        connection = pool.get_connection()
+        errors: list[int] = []
+        connection = self._take(pool)
         try:
-            connection.send_packed_command(connection.pack_commands([words[i] for i in indices]))
+            connection.send_packed_command((b"".join([pack_command(words[i]) for i in indices]),))
             for i in indices:
                 try:
                     replies[i] = connection.read_response(disable_decoding=True)
                 except ResponseError as error:
                     replies[i] = error
+                    errors.append(i)
         except BaseException:
             # Replies may still be on their way: nobody must read them for his own.
-            connection.disconnect()
+            self._drop(pool, connection)
             raise
-        finally:
-            pool.release(connection)
-        errors = [i for i in indices if isinstance(replies[i], ResponseError)]
+        self._idle[pool].append(connection)
+        if not errors:
+            return
         lacking = [i for i in errors if "unction not found" in str(replies[i])]
         for i in errors:
             if i not in lacking and self._passing(pool, replies[i]):
@@ -232,9 +274,31 @@ class Server:
             self._load(pool)
             self._attempt(pool, words, lacking, replies)
 
+    # Connections between two exchanges. To borrow one from redis-py's pool costs as much as half a
+    # round trip to a server on the same machine.
+
+    def _take(self, pool: Any) -> Any:
+        idle = self._idle.setdefault(pool, [])
+        try:
+            return idle.pop()
+        except IndexError:
+            return pool.get_connection()
+
+    def _drop(self, pool: Any, connection: Any) -> None:
+        """A connection broke; those that wait beside it are likely to be as dead."""
+        broken = [connection, *self._idle.pop(pool, ())]
+        for each in broken:
+            each.disconnect()
+            pool.release(each)
+
+    def forget_connections(self) -> None:
+        """After a fork: they are the parent's."""
+        self._idle = {}
+
     def _passing(self, pool: Any, error: ResponseError) -> bool:
         """Whether an error will pass by itself, so that the call is worth repeating."""
         if isinstance(error, ReadOnlyError):
+            self._idle.pop(pool, None)
             pool.disconnect()  # a failover: a fresh connection finds the new primary
             return True
         return str(error).startswith(PASSING)

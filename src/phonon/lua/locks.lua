@@ -28,7 +28,7 @@ local function first_waiter(r)
   if call('EXISTS', r.queue) == 0 then
     return nil
   end
-  for _, holder in ipairs(call('ZRANGEBYSCORE', r.waiting, '-inf', string.format('%.0f', r.now))) do
+  for _, holder in ipairs(call('ZRANGEBYSCORE', r.waiting, '-inf', r.now)) do
     quit_queue(r, holder)
   end
   local first = call('ZRANGE', r.queue, 0, 0)[1]
@@ -43,7 +43,7 @@ local function wake_next(r)
   if first then
     call('RPUSH', r.base .. ':wake:' .. first, '1')
     call('PEXPIRE', r.base .. ':wake:' .. first, WAITER_MS)
-    call('ZADD', r.waiting, string.format('%.0f', r.now + WOKEN_MS), first)
+    call('ZADD', r.waiting, r.now + WOKEN_MS, first)
   end
 end
 
@@ -51,7 +51,7 @@ local function grant(r, holder, lease_ms)
   hold(r)
   local token = next_token(r)
   call('HSET', r.lock, 'holder', holder, 'pid', r.pid, 'token', string.format('%.0f', token),
-    'until', string.format('%.0f', r.now + lease_ms), 'since', string.format('%.0f', r.now))
+    'until', r.now + lease_ms, 'since', r.now)
   call('PEXPIRE', r.lock, lease_ms + JANITOR_MS)
   return { 'granted', 0, token }
 end
@@ -80,8 +80,8 @@ step('lock', function(r, args)
   if args[5] ~= '1' then
     return { 'busy', let_go(r), free_in, owner, since }
   end
-  call('ZADD', r.queue, 'NX', string.format('%.0f', r.micros), holder)
-  call('ZADD', r.waiting, string.format('%.0f', r.now + WAITER_MS), holder)
+  call('ZADD', r.queue, 'NX', r.micros, holder)
+  call('ZADD', r.waiting, r.now + WAITER_MS, holder)
   call('PEXPIRE', r.queue, WAITER_MS + JANITOR_MS)
   call('PEXPIRE', r.waiting, WAITER_MS + JANITOR_MS)
   return { 'wait', let_go(r), math.min(free_in, WAITER_MS / 2), owner, since }
@@ -109,15 +109,15 @@ end, true)
 plain('renew', function(r, args)
   local answer = { 0 }
   if call('ZSCORE', r.members, r.pid) then
-    call('ZADD', r.members, string.format('%.0f', r.now + tonumber(args[2])), r.pid)
+    call('ZADD', r.members, r.now + args[2], r.pid)
     answer[1] = 1
   end
   for i = 4, #args do
     local held = lock_of(r)
     local mine = held[1] == args[i]
     if mine then
-      call('HSET', r.lock, 'until', string.format('%.0f', r.now + tonumber(args[3])))
-      call('PEXPIRE', r.lock, tonumber(args[3]) + JANITOR_MS)
+      call('HSET', r.lock, 'until', r.now + args[3])
+      call('PEXPIRE', r.lock, args[3] + JANITOR_MS)
     end
     answer[#answer + 1] = mine and 1 or 0
   end

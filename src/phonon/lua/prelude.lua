@@ -1,13 +1,14 @@
 -- What every step shares: keys, the clock, tokens, operation numbers, and what a process holds.
 -- The key table is in README.md beside this file.
 
-local function call(...)
-  return redis.call(...)
-end
+-- redis.call, which does not exist yet while the library is being loaded.
+local call
 
 -- How long a resource's memory (last token, last operation of each process) outlives its last use.
 -- Longer than any client goes on repeating a call, so that no repeat meets an empty memory.
 local MEMORY_MS = 60000
+-- A process that is busy with a resource pushes that expiry only this often.
+local PUSH_MS = 10000
 -- Tokens of one resource are at least this far apart: a batch with partials of several classes
 -- gives each class a token of its own between its token and the next.
 local TOKEN_STRIDE = 1024
@@ -24,27 +25,31 @@ local function clock()
   return math.floor(micros / 1000), micros
 end
 
+-- A resource's keys are made when they are first used: r.members is base .. ':members'.
+local SUFFIXES = {
+  members = ':members', ledger = ':ledger', partials = ':partials', running = ':running',
+  batch = ':batch', parked = ':parked', lock = ':lock', queue = ':queue', waiting = ':waiting',
+  memory = ':memory',
+}
+local Keys = {
+  __index = function(r, name)
+    local suffix = SUFFIXES[name]
+    if not suffix then
+      return nil
+    end
+    local key = r.base .. suffix
+    rawset(r, name, key)
+    return key
+  end,
+}
+
 -- The resource that a call is about. keys: base [, the caller's registry, if it is on this server].
 local function open(keys, args)
-  local base = keys[1]
+  call = redis.call
   local now, micros = clock()
-  return {
-    base = base,
-    registry = keys[2],
-    pid = args[1],
-    now = now,
-    micros = micros,
-    members = base .. ':members',
-    ledger = base .. ':ledger',
-    partials = base .. ':partials',
-    running = base .. ':running',
-    batch = base .. ':batch',
-    parked = base .. ':parked',
-    lock = base .. ':lock',
-    queue = base .. ':queue',
-    waiting = base .. ':waiting',
-    memory = base .. ':memory',
-  }
+  return setmetatable({
+    base = keys[1], registry = keys[2] or false, pid = args[1], now = now, micros = micros,
+  }, Keys)
 end
 
 -- A number greater than all that this resource has handed out. It follows the clock, so that it
@@ -67,14 +72,16 @@ end
 -- Answers 1 when the process has nothing more to do with the resource. On a cluster the registry
 -- lives elsewhere and the caller clears it, with this answer in hand. It runs after a step's last
 -- write, so it must not raise: a key of a foreign type counts as not ours.
-local function let_go(r)
-  if type(redis.pcall('ZSCORE', r.members, r.pid)) == 'string'
-    or redis.pcall('HGET', r.running, 'owner') == r.pid
-    or redis.pcall('HGET', r.lock, 'pid') == r.pid then
+-- no_member, no_batch: what the step knows already.
+local function let_go(r, no_member, no_batch)
+  local pcall = redis.pcall
+  if not no_member and type(pcall('ZSCORE', r.members, r.pid)) == 'string'
+    or not no_batch and pcall('HGET', r.running, 'owner') == r.pid
+    or pcall('HGET', r.lock, 'pid') == r.pid then
     return 0
   end
   if r.registry then
-    redis.pcall('SREM', r.registry, r.base)
+    pcall('SREM', r.registry, r.base)
   end
   return 1
 end
@@ -99,21 +106,25 @@ local function deliver(r, answer)
   return delivered
 end
 
--- A process's last operation on a resource: '<number> <ms> <packed answer>'.
+-- A process's last operation on a resource: '<number> <ms> <packed answer>', where ms is when it
+-- last pushed the memory's expiry.
 local function recall(r)
   local record = call('HGET', r.memory, r.pid)
   if not record then
     return nil
   end
-  local number, packed = string.match(record, '^(%d+) %d+ ()')
-  local last = tonumber(number)
+  local number_end = string.find(record, ' ', 1, true)
+  local last = tonumber(string.sub(record, 1, number_end - 1))
+  local pushed_end = string.find(record, ' ', number_end + 1, true)
   if r.op > last then
+    r.pushed_text = string.sub(record, number_end + 1, pushed_end - 1)
+    r.pushed = tonumber(r.pushed_text)
     return nil
   end
   if r.op < last then
-    return redis.error_reply('PHONONSTALE operation ' .. r.op .. ' came after ' .. number)
+    return redis.error_reply('PHONONSTALE operation ' .. r.number .. ' came after ' .. last)
   end
-  return cmsgpack.unpack(string.sub(record, packed))
+  return cmsgpack.unpack(string.sub(record, pushed_end + 1))
 end
 
 -- Forget processes that have been silent for longer than any of them repeats a call. Without it
@@ -122,19 +133,44 @@ local function prune(r)
   local records = call('HGETALL', r.memory)
   for i = 1, #records, 2 do
     local at = string.match(records[i + 1], '^%d+ (%d+) ')
-    if at and tonumber(at) < r.now - MEMORY_MS then
+    if at and tonumber(at) < r.now - MEMORY_MS - PUSH_MS then
       call('HDEL', r.memory, records[i])
     end
   end
 end
 
-local function remember(r, answer)
-  local record = string.format('%d %.0f ', r.op, r.now) .. cmsgpack.pack(answer)
-  local new = call('HSET', r.memory, r.pid, record)
-  if new == 1 and call('HLEN', r.memory) % 32 == 0 then
-    prune(r)
+-- Answers that never differ, packed when they are first remembered.
+local PACKED = {}
+
+local function pack(answer)
+  local packed = PACKED[answer]
+  if not packed then
+    packed = cmsgpack.pack(answer)
+    if PACKED[answer] == false then
+      PACKED[answer] = packed
+    end
   end
-  call('PEXPIRE', r.memory, MEMORY_MS)
+  return packed
+end
+
+local function remember(r, answer)
+  local push = not r.pushed or r.now - r.pushed > PUSH_MS
+  local record = r.number .. ' ' .. (push and r.now or r.pushed_text) .. ' '
+    .. pack(answer)
+  local new = call('HSET', r.memory, r.pid, record)
+  if push then
+    call('PEXPIRE', r.memory, MEMORY_MS + PUSH_MS)
+    if new == 1 and call('HLEN', r.memory) % 32 == 0 then
+      prune(r)
+    end
+  end
+end
+
+-- An answer that never differs.
+local function constant(kind)
+  local answer = { kind, 0 }
+  PACKED[answer] = false
+  return answer
 end
 
 -- Register a step that changes state. args: process id, operation number, then the step's own
@@ -148,7 +184,8 @@ local function step(name, body, frees)
     flags = frees and { 'allow-oom' } or {},
     callback = function(keys, args)
       local r = open(keys, args)
-      r.op = tonumber(args[2])
+      r.number = args[2]
+      r.op = tonumber(r.number)
       local answer = recall(r)
       if not answer then
         answer = body(r, args)

@@ -6,11 +6,12 @@ redis.register_function({
   function_name = NAME .. '_beat',
   flags = { 'allow-oom' },
   callback = function(keys, args)
+    call = redis.call
     local now = clock()
     local deadline = call('ZSCORE', keys[1], args[1])
     local answer = { (deadline and tonumber(deadline) > now) and 1 or 0, now }
-    call('ZADD', keys[1], string.format('%.0f', now + tonumber(args[2])), args[1])
-    local dead = call('ZRANGEBYSCORE', keys[1], '-inf', string.format('%.0f', now), 'LIMIT', 0, 100)
+    call('ZADD', keys[1], now + args[2], args[1])
+    local dead = call('ZRANGEBYSCORE', keys[1], '-inf', now, 'LIMIT', 0, 100)
     for _, pid in ipairs(dead) do
       answer[#answer + 1] = pid
     end
@@ -23,7 +24,8 @@ redis.register_function({
   function_name = NAME .. '_alive',
   flags = { 'no-writes' },
   callback = function(keys)
+    call = redis.call
     local now = clock()
-    return call('ZRANGEBYSCORE', keys[1], string.format('(%.0f', now), '+inf')
+    return call('ZRANGEBYSCORE', keys[1], '(' .. now, '+inf')
   end,
 })

@@ -2,20 +2,25 @@
 
 local function enter(r, lease_ms)
   hold(r)
-  call('ZADD', r.members, string.format('%.0f', r.now + tonumber(lease_ms)), r.pid)
-  call('HSETNX', r.ledger, 's' .. r.pid, string.format('%.0f', r.now))
+  call('ZADD', r.members, r.now + lease_ms, r.pid)
+  call('HSETNX', r.ledger, 's' .. r.pid, r.now)
 end
 
 local function live(r)
-  return call('ZCOUNT', r.members, string.format('(%.0f', r.now), '+inf')
+  return call('ZCOUNT', r.members, '(' .. r.now, '+inf')
 end
 
--- Members whose lease has run out answer for nothing any more.
-local function drop_expired(r)
-  for _, pid in ipairs(call('ZRANGEBYSCORE', r.members, '-inf', string.format('%.0f', r.now))) do
-    call('ZREM', r.members, pid)
-    call('HDEL', r.ledger, 's' .. pid)
+-- How many members are left, once those whose lease has run out are dropped: they answer for
+-- nothing any more.
+local function remaining(r)
+  local left = call('ZCARD', r.members)
+  if left > 0 then
+    for _, pid in ipairs(call('ZRANGEBYSCORE', r.members, '-inf', r.now)) do
+      left = left - call('ZREM', r.members, pid)
+      call('HDEL', r.ledger, 's' .. pid)
+    end
   end
+  return left
 end
 
 -- Move the first n of all partials into a new running batch that the caller owns.
@@ -29,7 +34,7 @@ local function start(r, n, total)
   end
   local token = next_token(r)
   call('HSET', r.running, 'owner', r.pid, 'token', string.format('%.0f', token),
-    'attempt', 0, 'since', string.format('%.0f', r.now))
+    'attempt', 0, 'since', r.now)
   return token
 end
 
@@ -45,15 +50,17 @@ local function modifications(r)
   return found
 end
 
+local JOINED = constant('joined')
+
 -- join(pid, op, lease_ms [, pid, times ...]): add or renew the member. The pairs put back
 -- modifications that a failed callback was about to act on.
--- answers {'joined', 0, live members}
+-- answers {'joined', 0}
 step('join', function(r, args)
   enter(r, args[3])
   for i = 4, #args, 2 do
     call('HINCRBY', r.ledger, 'm' .. args[i], args[i + 1])
   end
-  return { 'joined', 0, live(r) }
+  return JOINED
 end)
 
 -- leave(pid, op, force, lease_ms, partial or ''): store the last partial, drop this member and
@@ -65,39 +72,41 @@ end)
 step('leave', function(r, args)
   local force, partial = args[3] == '1', args[5]
   local running = call('HGET', r.running, 'token')
-  if not running and call('EXISTS', r.batch) == 1 then
-    -- Never rename over it: whatever it is, somebody stored it.
-    return redis.error_reply('PHONONSTATE ' .. r.batch .. ' exists although nothing is running')
-  end
-  hold(r)
-  call('HLEN', r.ledger)
   local total = call('LLEN', r.partials)
+  if not running and (total > 0 or partial ~= '') then
+    if call('EXISTS', r.batch) == 1 then
+      -- Never rename over it: whatever it is, somebody stored it.
+      return redis.error_reply('PHONONSTATE ' .. r.batch .. ' exists although nothing is running')
+    end
+    hold(r)
+  end
   if partial ~= '' then
     enter(r, args[4])
     total = call('RPUSH', r.partials, partial)
     call('HINCRBY', r.ledger, 'm' .. r.pid, 1)
   end
-  local was_member = call('ZREM', r.members, r.pid)
   call('HDEL', r.ledger, 's' .. r.pid)
-  drop_expired(r)
-  local left = call('ZCARD', r.members)
+  local was_member = call('ZREM', r.members, r.pid)
+  local left = remaining(r)
   if left > 0 and not force then
-    return { 'held', let_go(r), 0, left, was_member }
+    return { 'held', let_go(r, true, not running), 0, left, was_member }
   end
   local modified = modifications(r)
-  if left == 0 then
+  if left == 0 and #modified > 0 then
     call('DEL', r.ledger)
   end
   if total == 0 then
-    return { 'last', let_go(r), 0, left, was_member, modified }
+    return { 'last', let_go(r, true, not running), 0, left, was_member, modified }
   end
   if running then
     -- Batches run one after the other: the running one's owner takes these when it is done.
     call('HSET', r.running, 'due', total)
-    return { 'deferred', let_go(r), 0, left, was_member, modified }
+    return { 'deferred', let_go(r, true), 0, left, was_member, modified }
   end
   return { 'run', 0, start(r, total, total), left, was_member, modified }
 end, true)
+
+local COUNTED = constant('counted')
 
 -- modify(pid, op, lease_ms, times): count modifications by this process, which is or becomes a
 -- member: a count without a member would stay for ever.
@@ -105,7 +114,7 @@ end, true)
 step('modify', function(r, args)
   enter(r, args[3])
   call('HINCRBY', r.ledger, 'm' .. r.pid, args[4])
-  return { 'counted', 0 }
+  return COUNTED
 end)
 
 -- count(): answers the number of live members
@@ -114,7 +123,7 @@ plain('count', live, { 'no-writes' })
 -- members(): answers {pid, since ms, lease deadline ms, ...} of the live ones
 plain('members', function(r)
   local found = {}
-  local scored = call('ZRANGEBYSCORE', r.members, string.format('(%.0f', r.now), '+inf', 'WITHSCORES')
+  local scored = call('ZRANGEBYSCORE', r.members, '(' .. r.now, '+inf', 'WITHSCORES')
   for i = 1, #scored, 2 do
     found[#found + 1] = scored[i]
     found[#found + 1] = tonumber(call('HGET', r.ledger, 's' .. scored[i]) or r.now)

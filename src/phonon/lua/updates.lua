@@ -1,5 +1,7 @@
 -- Partials and batches: append, complete, fail, resume, fetch.
 
+local STORED = constant('stored')
+
 -- append(pid, op, lease_ms, partial): store a partial. The process joins in the same step, so
 -- that stored data always has a member who answers for it.
 -- answers {'stored', 0}
@@ -7,7 +9,7 @@ step('append', function(r, args)
   enter(r, args[3])
   call('RPUSH', r.partials, args[4])
   call('HINCRBY', r.ledger, 'm' .. r.pid, 1)
-  return { 'stored', 0 }
+  return STORED
 end)
 
 local function owns(r, token)
@@ -21,7 +23,7 @@ local function next_batch(r, due, otherwise)
   if due and tonumber(due) > 0 then
     return { 'again', 0, start(r, tonumber(due), call('LLEN', r.partials)) }
   end
-  return { otherwise, let_go(r) }
+  return { otherwise, let_go(r, false, true) }
 end
 
 -- complete(pid, op, token): the batch is executed; drop it if it is still the caller's.
@@ -49,7 +51,7 @@ step('fail', function(r, args)
   call('LLEN', r.partials)
   local attempts = call('HINCRBY', r.running, 'attempt', 1)
   if attempts < tonumber(args[6]) then
-    call('HSET', r.running, 'error', args[4], 'retry_at', string.format('%.0f', r.now + tonumber(args[5])))
+    call('HSET', r.running, 'error', args[4], 'retry_at', r.now + args[5])
     return { 'retry', 0, tonumber(token), attempts }
   end
   local running = call('HMGET', r.running, 'due', 'since')

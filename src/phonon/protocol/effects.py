@@ -4,7 +4,7 @@ A *flow* is a generator that holds one conversation with the server. It yields e
 their results, so that one text of it serves threads, asyncio and the tests' schedulers alike.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -100,12 +100,14 @@ class Participant:
         """A call that may be repeated as it is: it only reads, or changes nothing twice."""
         return Call(step, base, (self.id, *args))
 
-    def hold(self, base: bytes) -> Flow[None]:
+    def hold(self, base: bytes) -> Iterable[Call]:
         """Enter a resource into the registry, before a step that makes it ours."""
-        if not self.colocated:
-            yield Call("", self.registry, (b"SADD", self.registry, base))
+        if self.colocated:
+            return ()
+        return (Call("", self.registry, (b"SADD", self.registry, base)),)
 
-    def let_go(self, base: bytes, clear: int) -> Flow[None]:
+    def let_go(self, base: bytes, clear: int) -> Iterable[Call]:
         """Clear the registry after a step that answered ``clear``: nothing there is ours."""
-        if clear and not self.colocated:
-            yield Call("", self.registry, (b"SREM", self.registry, base), keep=True)
+        if self.colocated or not clear:
+            return ()
+        return (Call("", self.registry, (b"SREM", self.registry, base), keep=True),)

@@ -15,22 +15,18 @@ class Holder(NamedTuple):
     deadline_ms: int
 
 
-def join(me: Participant, base: bytes, restore: Mapping[bytes, int] | None = None) -> Flow[int]:
+def join(me: Participant, base: bytes, restore: Mapping[bytes, int] | None = None) -> Flow[None]:
     """Become a member, or renew the membership.
 
     Args:
         me: The process.
         base: The resource.
         restore: Modifications to put back, by process id.
-
-    Returns:
-        The number of live members, this one included.
     """
     yield from me.hold(base)
     # Dying before the join leaves a registry entry that names nothing: recovery finds it harmless.
     put_back = [part for pair in (restore or {}).items() for part in pair]
-    answer = yield me.step("join", base, me.lease_ms, *put_back)
-    return int(answer[2])
+    yield me.step("join", base, me.lease_ms, *put_back)
 
 
 def modify(me: Participant, base: bytes, times: int = 1) -> Flow[None]:

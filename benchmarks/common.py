@@ -1,0 +1,50 @@
+"""What the benchmarks share: a server, and ratios of things measured in turns."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import redis
+
+from phonon import Process, embedded
+
+ROUNDS = 31
+
+
+@contextmanager
+def processes(count: int = 1) -> Iterator[list[Process]]:
+    """Processes on a server of their own."""
+    with tempfile.TemporaryDirectory() as folder, embedded.start(folder) as server:
+        url = f"unix://{server.socket_path}?db=1"
+        made = [Process(url=url) for _ in range(count)]
+        yield made
+        for process in made:
+            process.stop()
+
+
+def plain_client(process: Process) -> "redis.Redis":
+    """A redis-py client of its own on the same server, as its makers set it up."""
+    path = process.client.connection_pool.connection_kwargs["path"]
+    return redis.Redis(unix_socket_path=path, db=1)
+
+
+def in_turns(ours: Callable[[], None], theirs: Callable[[], None]) -> tuple[float, float, float]:
+    """Measure two things in turns, so that both meet the same noise.
+
+    Returns:
+        The medians of both, seconds, and the median of the rounds' ratios theirs / ours.
+    """
+    ours()
+    theirs()
+    times: list[tuple[float, float]] = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        ours()
+        middle = time.perf_counter()
+        theirs()
+        times.append((middle - start, time.perf_counter() - middle))
+    mine, other = zip(*times, strict=True)
+    ratio = statistics.median(b / a for a, b in times)
+    return statistics.median(mine), statistics.median(other), ratio
