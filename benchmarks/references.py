@@ -1,6 +1,6 @@
 """How fast are references and locks, against bare calls and redis-py's lock?
 
-    python benchmarks/references.py
+python benchmarks/references.py
 """
 
 from common import in_turns, plain_client, processes

@@ -1,6 +1,6 @@
 """Many joins and partials in one exchange."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from phonon.drivers.sync import Task
 from phonon.errors import PhononError
@@ -44,7 +44,7 @@ class Batch:
         self._dirty.pop(id(update), None)
         self._endings[id(update)] = update
 
-    def __enter__(self) -> "Batch":
+    def __enter__(self) -> Self:
         if self._depth == 0:
             self._engine.local.batch = self
         self._depth += 1
@@ -115,7 +115,7 @@ def store(engine: "Engine", updates: "list[Update]", joins: dict[str, None] | No
         for resource in joins or ()
         if resource not in stored
     ]
-    tasks: list[Task[object]] = [*(task for _, task in storing), *joining]
+    tasks: list[Task[Any]] = [*(task for _, task in storing), *joining]
     engine.driver.run_all(tasks)
     engine.unstored += [update for update, task in storing if task.error is not None]
     errors = [task.error for task in tasks if isinstance(task.error, Exception)]

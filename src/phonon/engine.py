@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
+from phonon.batch import store
 from phonon.drivers.connect import Lease
 from phonon.drivers.sync import SyncDriver, Task
 from phonon.errors import (
@@ -24,6 +25,7 @@ from phonon.errors import (
     PhononError,
     ProcessStoppedError,
 )
+from phonon.partials import run_batch
 from phonon.protocol import processes, references, updates
 from phonon.protocol.effects import Flow, Participant, T
 from phonon.protocol.keys import Keys
@@ -120,7 +122,7 @@ class Engine:
         with self._starting:
             if self._started:
                 return
-            card = {
+            card: dict[str, str | int] = {
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "start": f"{time.time():.3f}",
@@ -154,7 +156,7 @@ class Engine:
             self.start()
 
     def heart_stopped(self) -> None:
-        """The heartbeat thread has ended, though nobody told it to: the next call starts another."""
+        """The heartbeat thread has ended unbidden: the next call starts another."""
         log.error("the heartbeat thread of process %s has died", self.name)
         self._started = False
 
@@ -276,8 +278,6 @@ class Engine:
 
     def runner(self, resource: str, update: "Update | None") -> Runner:
         """What runs ``execute`` on a batch of that resource."""
-        from phonon.update import run_batch
-
         return lambda batch: run_batch(self, resource, batch, update)
 
     def report(self, base: bytes, ended: Ended, update: "Update | None") -> None:
@@ -352,8 +352,6 @@ class Engine:
         return batch
 
     def _store_unstored(self) -> None:
-        from phonon.batch import store
-
         left, self.unstored = self.unstored, []
         store(self, left)
 
@@ -409,4 +407,3 @@ class Engine:
         # Left meanwhile, by another thread? Then it stays left.
         if resource in self.held:
             yield from self.joining(resource, self.keys.base(resource))
-

@@ -16,8 +16,7 @@
     ├── AlreadyLockedError                   a lock is held by somebody else
     ├── LockLostError                        a lock that was ours is ours no longer
     ├── StaleOperationError                  the server saw a later operation before this one
-    ├── BatchLostError                       another process has taken over the batch
-    ├── UnknownClassError                    a batch of an ``Update`` class that is not imported here
+    ├── UnknownClassError                    a batch of a class that is not imported here
     ├── ProcessStoppedError                  ``stop()`` was called
     └── ForkedError                          an object of the parent, used in a forked child
 
@@ -83,10 +82,6 @@ class StaleOperationError(PhononError):
     Only a repeat that was delayed past its successor can be stale, so the data of the later
     operation stands and this one changes nothing.
     """
-
-
-class BatchLostError(PhononError):
-    """The batch is another process's now: this one was believed dead and was replaced."""
 
 
 class UnknownClassError(PhononError):

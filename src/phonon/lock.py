@@ -3,11 +3,12 @@
 import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 from phonon.errors import AlreadyLockedError, LockLostError
 from phonon.protocol import locks
 from phonon.protocol.effects import Participant
+from phonon.protocol.messages import Locked
 
 if TYPE_CHECKING:
     from phonon.process import Process
@@ -91,7 +92,7 @@ class Lock:
         """The heartbeat found that the lock is not ours any more."""
         self._lost.set()
 
-    def __enter__(self) -> "Lock":
+    def __enter__(self) -> Self:
         taken = self._acquire(None, None)
         if taken is not None:
             raise taken
@@ -144,7 +145,7 @@ class Lock:
                 # Whoever gives up must not stay in line: it would swallow the next wake-up.
                 process.engine.run(self.base, locks.release(me, self.base, holder))
 
-    def _taken(self, answer: Any, seconds: float | None) -> AlreadyLockedError:
+    def _taken(self, answer: Locked, seconds: float | None) -> AlreadyLockedError:
         waited = "" if seconds is None else f" after {seconds:g} s of waiting"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(answer.since_ms / 1000))
         return AlreadyLockedError(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+import phonon.lock
 from phonon.batch import Batch, raise_together
 from phonon.drivers import connect
 from phonon.engine import Engine, log
 from phonon.errors import AlreadyLockedError, ConfigurationError
-from phonon.lock import Lock
 from phonon.protocol import library, processes
 from phonon.protocol.effects import Call
 from phonon.protocol.keys import Keys
@@ -63,7 +63,7 @@ class Process:
     """
 
     AlreadyLocked: ClassVar = AlreadyLockedError
-    Lock: ClassVar = Lock
+    Lock: ClassVar = phonon.lock.Lock
     #: How long a lock lasts unless renewed, seconds. The heartbeat renews it.
     TTL: ClassVar[float] = 60.0
     #: Seconds between two attempts to reach a server that does not answer, at the most.
@@ -97,10 +97,10 @@ class Process:
                 raise ConfigurationError(f"{name} is a number of seconds above 0, not {value!r}")
         if retry_timeout > MOST_RETRY_TIMEOUT:
             raise ConfigurationError(
-                f"retry_timeout is {MOST_RETRY_TIMEOUT:g} s at the most, not {retry_timeout!r}: the "
-                "server does not remember operations for much longer"
+                f"retry_timeout is {MOST_RETRY_TIMEOUT:g} s at the most, not {retry_timeout!r}: "
+                "the server does not remember operations for much longer"
             )
-        if self.TTL <= heartbeat_interval:
+        if heartbeat_interval >= self.TTL:
             raise ConfigurationError(
                 f"locks last {self.TTL:g} s and are renewed every {heartbeat_interval:g} s: make "
                 "heartbeat_interval shorter, or subclass Process with a longer TTL"
@@ -184,7 +184,7 @@ class Process:
 
     @property
     def heartbeat_hash_name(self) -> str:
-        """The key of the sorted set of all processes, by the time until which they count as alive."""
+        """The key of the sorted set of all processes, by the end of their lives unless renewed."""
         return self.engine.keys.processes.decode("utf-8", "surrogatepass")
 
     def create_reference(self, resource: str, block: bool = True) -> Reference:
@@ -207,14 +207,14 @@ class Process:
             reference.refresh_session()
         return reference
 
-    def lock(self, lock_key: str, block: bool = True) -> Lock:
+    def lock(self, lock_key: str, block: bool = True) -> "phonon.lock.Lock":
         """A lock on a resource, for a ``with`` block.
 
         Args:
             lock_key: The resource's name, any text.
             block: Whether to wait if it is taken.
         """
-        return Lock(self, lock_key, block)
+        return phonon.lock.Lock(self, lock_key, block)
 
     def batch(self) -> Batch:
         """Collect what this thread does, and send it together when the ``with`` block ends.
@@ -311,7 +311,7 @@ def _stop_all() -> None:
     for process in list(_alive):
         try:
             process.stop()
-        except Exception:
+        except Exception:  # noqa: BLE001 - nobody is left to handle it
             log.exception("stopping %r at exit left something undone", process)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from phonon.errors import ConfigurationError
 from phonon.lock import Lock
 from phonon.protocol import references
-from phonon.protocol.effects import Execute, Flow, Outcome
+from phonon.protocol.effects import Execute, Flow, Outcome, T
 from phonon.protocol.updates import Ended
 
 if TYPE_CHECKING:
@@ -191,5 +191,5 @@ class Reference:
                 self._process.engine.held.setdefault(self.resource_key)
         return ended, outcome
 
-    def _run(self, flow: Flow[Any]) -> Any:
+    def _run(self, flow: Flow[T]) -> T:
         return self._process.engine.run(self._base, flow)

@@ -1,16 +1,15 @@
 """Updates: small messages about a key, merged wherever they arrive, executed once a session."""
 
 import time
-import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self, cast
+from contextlib import AbstractContextManager
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Self
 
-import msgpack
-
-from phonon.errors import ForkedError, NotStorableError, UndecodableError, UnknownClassError
-from phonon.protocol.messages import Batch
+from phonon import partials
+from phonon.errors import ForkedError, NotStorableError
+from phonon.protocol.effects import Participant
 from phonon.reference import Reference
-from phonon.serializers import ExactSerializer, Serializer
 
 if TYPE_CHECKING:
     from phonon.engine import Engine
@@ -21,17 +20,8 @@ SOFT_SESSION = 30 * 60.0
 #: Seconds after which a session is over although messages keep coming.
 HARD_SESSION = 12 * 3600.0
 
-#: The layout of a partial; it changes when partials of the old one can no longer be read.
-FORMAT = 1
-
 # Types that need no look inside to be stored.
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes})
-
-_classes: "weakref.WeakValueDictionary[str, type[Update]]" = weakref.WeakValueDictionary()
-
-
-def _name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class Update:
@@ -68,10 +58,16 @@ class Update:
     """
 
     token: int | None = None
+    resource_id: str
+    __process: "Process"
+    __ref: Reference | None
+    __home: Participant
+    __lock: AbstractContextManager[Any]
+    __emptied: bytes | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _classes[_name(cls)] = cls
+        partials.register(cls)
 
     def __init__(
         self,
@@ -184,13 +180,13 @@ class Update:
             other: It is spent afterwards.
         """
         with self.__lock:
-            if other.__has_unsent():
+            if other.__has_unsent():  # noqa: SLF001 - another instance of this class
                 if self.__has_unsent():
                     self.merge(other)
                 else:
                     self.__adopt(other)
                 self.__unsent = True
-                other.__spent()
+                other.__spent()  # noqa: SLF001 - another instance of this class
             self.__touched = time.monotonic()
         batch = self.__process.engine.batch
         if batch is not None:
@@ -262,17 +258,13 @@ class Update:
         with self.__lock:
             if not self.__has_unsent():
                 return None
-            serializer = engine.serializer
-            partial = cast(
-                bytes,
-                msgpack.packb([FORMAT, _name(type(self)), serializer.name, self.__dump()]),
-            )
+            partial = partials.pack(type(self), engine.serializer, self.__dump())
             self.__empty()
             return partial
 
     def put_back(self, partial: bytes) -> None:
         """The server refused a partial: it is unsent again."""
-        older = rebuild(self.__process.engine, self.resource_id, partial, "memory")
+        older = partials.rebuild(self.__process.engine, self.resource_id, partial, "memory")
         with self.__lock:
             if self.__has_unsent():
                 older.merge(self)
@@ -286,8 +278,8 @@ class Update:
         engine = process.engine
         self.__process = process
         self.__home = engine.me
-        self.__ref: Reference | None = None
-        self.__emptied: bytes | None = None
+        self.__ref = None
+        self.__emptied = None
         prefix = engine.prefixes.get((self.database, self.collection))
         if prefix is None:
             parts = (self.database, self.collection)
@@ -340,7 +332,7 @@ class Update:
         except NotStorableError:
             named = {"_id": self._id, "spec": self.spec, "doc": self.doc, **state}
             for name, value in named.items():
-                _explain(serializer, value, f"{type(self).__qualname__}.{name}")
+                partials.explain(serializer, value, f"{type(self).__qualname__}.{name}")
             raise
 
     def __empty(self) -> None:
@@ -421,7 +413,9 @@ def _sum(mine: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:
             merged[key] = old or value
         else:
             try:
-                merged[key] = old + value if _is_number(old) and _is_number(value) else max(old, value)
+                merged[key] = (
+                    old + value if _is_number(old) and _is_number(value) else max(old, value)
+                )
             except TypeError:
                 raise TypeError(
                     f"doc[{key!r}]: {type(old).__name__} and {type(value).__name__} do not add up; "
@@ -431,75 +425,4 @@ def _sum(mine: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    import decimal
-
-    return isinstance(value, int | float | complex | decimal.Decimal)
-
-
-def _explain(serializer: Serializer, value: Any, where: str) -> None:
-    """Raise the error that names where the value is, if it is this one that cannot be stored."""
-    if isinstance(serializer, ExactSerializer):
-        serializer.dumps(value, where)
-        return
-    try:
-        serializer.dumps(value)
-    except NotStorableError as error:
-        raise NotStorableError(f"{where}: {error}") from error
-
-
-def rebuild(engine: "Engine", resource: str, partial: bytes, where: str) -> Update:
-    """Make an update of what was stored, without calling its constructor.
-
-    Raises:
-        UndecodableError: The data cannot be read.
-        UnknownClassError: Its class is not imported here.
-    """
-    place = f"a partial of {resource!r} in {where}"
-    try:
-        layout, name, serializer, body = msgpack.unpackb(partial)
-    except Exception as error:
-        raise UndecodableError(f"{place} is not one of Phonon's: {error}") from error
-    if layout != FORMAT:
-        raise UndecodableError(f"{place} has layout {layout!r}; this release reads {FORMAT}")
-    if serializer != engine.serializer.name:
-        raise UndecodableError(
-            f"{place} was stored by serializer {serializer!r}, and this process has "
-            f"{engine.serializer.name!r}: give all processes the same serializer="
-        )
-    cls = _classes.get(name)
-    if cls is None:
-        raise UnknownClassError(
-            f"{place} belongs to {name}, which is not imported in this process: import it, so that "
-            "its batches can be executed here"
-        )
-    try:
-        content = engine.serializer.loads(body)
-    except UndecodableError as error:
-        raise UndecodableError(f"{place}: {error}") from error
-    if not isinstance(content, list) or len(content) != 6 or not isinstance(content[5], dict):
-        raise UndecodableError(f"{place} does not hold an update's content")
-    update = cls.__new__(cls)
-    update._restore(engine.process, content)  # noqa: SLF001 - this is half of its constructor
-    return update
-
-
-def run_batch(engine: "Engine", resource: str, batch: Batch, local: Update | None) -> None:
-    """Merge a batch's partials and execute the result, class by class.
-
-    Args:
-        engine: The process's.
-        resource: Whose batch.
-        batch: The partials, in the order in which they were stored.
-        local: The update whose session ended here; it executes what is of its class.
-    """
-    where = engine.keys.base(resource).decode("utf-8", "replace") + ":batch"
-    merged: dict[type[Update], Update] = {}
-    for partial in batch.partials:
-        update = rebuild(engine, resource, partial, where)
-        first = merged.setdefault(type(update), update)
-        if first is not update:
-            first.merge(update)
-    for i, (cls, update) in enumerate(merged.items()):
-        # Each class has a token of its own, all below the next batch's.
-        executor = local if local is not None and type(local) is cls else update
-        executor._execute(update, batch.token + i)  # noqa: SLF001 - see there
+    return isinstance(value, int | float | complex | Decimal)

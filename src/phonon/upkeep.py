@@ -52,7 +52,11 @@ class Upkeep:
         with self._changed:
             self._changed.notify_all()
         for thread in (self._beating, self._retrying):
-            if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            if (
+                thread is not None
+                and thread.is_alive()
+                and thread is not threading.current_thread()
+            ):
                 thread.join(timeout=2.0)
 
     def retry_in(self, seconds: float, base: bytes, token: int, update: "Update | None") -> None:
@@ -64,7 +68,7 @@ class Upkeep:
                 self._retrying = threading.Thread(
                     target=self._retry, name=f"phonon-retry-{self._name}", daemon=True
                 )
-                # The interpreter starts no threads while it ends; then stop() retries, or survivors.
+                # The interpreter starts no threads while it ends; then stop() tries again.
                 with contextlib.suppress(RuntimeError):
                     self._retrying.start()
             self._changed.notify_all()

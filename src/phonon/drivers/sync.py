@@ -4,7 +4,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Generic
 
 from phonon.drivers.server import Server
@@ -38,9 +39,7 @@ class Task(Generic[T]):
 
     result: T
 
-    def __init__(
-        self, base: bytes, flow: Flow[T], done: Callable[[T], None] | None = None
-    ) -> None:
+    def __init__(self, base: bytes, flow: Flow[T], done: Callable[[T], None] | None = None) -> None:
         self.base = base
         self.flow = flow
         self.done = done
@@ -93,7 +92,7 @@ class Guard:
         self._freed = threading.Condition(self._lock)
         self._waiting = 0
 
-    def acquire(self, bases: Set[bytes]) -> None:
+    def acquire(self, bases: AbstractSet[bytes]) -> None:
         """Wait until all of these are free, and take them at once: nobody holds some and waits."""
         with self._lock:
             while not self._busy.isdisjoint(bases):
@@ -104,7 +103,7 @@ class Guard:
                     self._waiting -= 1
             self._busy |= bases
 
-    def release(self, bases: Set[bytes]) -> None:
+    def release(self, bases: AbstractSet[bytes]) -> None:
         """Let others go on."""
         with self._lock:
             self._busy -= bases
@@ -143,7 +142,7 @@ class SyncDriver:
         try:
             task.advance()
             while task.effect.__class__ is Call:
-                call: Call = task.effect  # type: ignore[assignment]  # the line above says so
+                call: Call = task.effect
                 if call.numbered and not call.number:
                     call.number = next(self._numbers)
                 try:
@@ -205,8 +204,11 @@ class SyncDriver:
             self._guard.release(owned)
 
     def _run_kept(self, tasks: Sequence[Task[Any]], owned: set[bytes]) -> Sequence[Task[Any]]:
-        """Repeat the calls that got no answer, before the next operations: those only count in
-        order. Returns the tasks that may go on."""
+        """Repeat the calls that got no answer, before the next operations, which count in order.
+
+        Returns:
+            The tasks that may go on.
+        """
         kept = [self._suspended.pop(base) for base in owned & self._suspended.keys()]
         self._drive(kept, owned)
         lost = {task.base: task.error for task in kept if task.base in self._suspended}

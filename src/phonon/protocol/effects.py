@@ -40,7 +40,7 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Execute:
-    """Run the user's code; the result is an `Outcome`. The resource is free for others meanwhile."""
+    """Run the user's code; the result is an `Outcome`. Meanwhile others have the resource."""
 
     function: Callable[[], Any]
 

@@ -10,13 +10,13 @@ class Batch(NamedTuple):
     Attributes:
         token: Grows strictly per resource; the same in every attempt at this batch.
         attempt: How many attempts have failed so far.
-        count: How many partials there are.
+        size: How many partials there are.
         partials: The first of them; the rest is fetched.
     """
 
     token: int
     attempt: int
-    count: int
+    size: int
     partials: list[bytes]
 
 
@@ -82,10 +82,10 @@ def left(answer: Sequence[Any]) -> Left:
     kind = answer[0]
     if kind == b"lost":
         # A repeat whose batch was taken over meanwhile: this process was the last all the same.
-        return Left(answer[1], True, 0, True, {}, None)
+        return Left(answer[1], last=True, remaining=0, deferred=True, modifications={}, batch=None)
     _, clear, token, remaining, was_member = answer[:5]
     if kind == b"held":
-        return Left(clear, False, remaining, False, {}, None)
+        return Left(clear, False, remaining, False, {}, None)  # noqa: FBT003 - in field order
     batch = Batch(token, *answer[6:9]) if kind == b"run" else None
     last = bool(was_member) and not remaining
     return Left(clear, last, remaining, kind == b"deferred", pairs(answer[5]), batch)

@@ -212,7 +212,7 @@ def _fetch_rest(me: Participant, base: bytes, batch: Batch) -> Flow[bool]:
         False if the batch was taken over meanwhile. What we have then is not all of it, and to
         execute that under its token would keep the new owner's from counting.
     """
-    while len(batch.partials) < batch.count:
+    while len(batch.partials) < batch.size:
         first = len(batch.partials)
         piece = yield me.plain("fetch", base, batch.token, first, first + PIECE - 1)
         if not piece:
