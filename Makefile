@@ -1,0 +1,40 @@
+# Everything a newcomer needs: Python 3.11 or newer, make and git. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+# One environment for all targets; made again when the pinned versions or the metadata change.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Phonon needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## run the main job on real data with an embedded server
+	$(BIN)/phonon demo $(ARGS)
+
+test: $(VENV)/.installed ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed ## check style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed ## measure against bare Redis and peers
+	$(BIN)/python benchmarks/round_trips.py
+	$(BIN)/python benchmarks/references.py
+
+docs: $(VENV)/.installed ## run the examples in README.md and docs/
+	$(BIN)/python -m pytest tests/fundamentals/test_documentation.py
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
