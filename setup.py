@@ -1,23 +1,20 @@
-"""Keeps ``python setup.py install`` and ``python setup.py test`` working; pyproject.toml is the truth."""
+"""Keeps ``python setup.py install`` and ``python setup.py test`` working; see pyproject.toml.
+
+Setuptools has given up both: its ``install`` leaves the dependencies out, ``test`` is gone.
+"""
 
 import subprocess
 import sys
 
-from setuptools import Command, setup
+from setuptools import setup
 
+PIP = [sys.executable, "-m", "pip", "install", "--constraint", "constraints.txt"]
 
-class Test(Command):
-    description = "run the test suite with pytest"
-    user_options = []  # noqa: RUF012 - the attribute that setuptools reads
-
-    def initialize_options(self):
-        pass
-
-    def finalize_options(self):
-        pass
-
-    def run(self):
-        sys.exit(subprocess.call([sys.executable, "-m", "pytest"]))
-
-
-setup(cmdclass={"test": Test})
+if sys.argv[1:] == ["install"]:
+    sys.exit(subprocess.call([*PIP, "."]))
+if sys.argv[1:] == ["test"]:
+    sys.exit(
+        subprocess.call([*PIP, "--editable", ".[test]"])
+        or subprocess.call([sys.executable, "-m", "pytest"])
+    )
+setup()

@@ -335,11 +335,13 @@ class Engine:
         """Name an acquisition of a lock."""
         return self.me, f"{self.name}/{next(self._holders)}"
 
-    def cards(self, process_ids: Sequence[str]) -> list[dict[str, str]]:
-        """Where processes run."""
-        tasks = [Task(b"", processes.card(self.me, process_id)) for process_id in process_ids]
-        for i, task in enumerate(tasks):
-            task.base = b"%d" % i  # cards are nobody's resource: nothing to take turns about
+    def stays(self, process_ids: Sequence[str], base: bytes) -> list[processes.Stay]:
+        """Where processes run, and since when they hold a resource."""
+        # They are nobody's operations on the resource: nothing to take turns about.
+        tasks = [
+            Task(b"%d" % i, processes.stay(self.me, process_id, base))
+            for i, process_id in enumerate(process_ids)
+        ]
         self.run_all(tasks)
         return [task.outcome() for task in tasks]
 

@@ -179,7 +179,7 @@ class Process:
 
     @property
     def registry_key(self) -> str:
-        """The key of the set of resources that this process may be responsible for."""
+        """The key of the hash of resources that this process may be responsible for."""
         return self.engine.me.registry.decode("utf-8", "surrogatepass")
 
     @property
@@ -244,7 +244,9 @@ class Process:
         Returns:
             1 if it was not there yet.
         """
-        return int(self._on_registry(b"SADD", resource, registry_key))
+        key = self._registry(registry_key)
+        call = Call("hold", key, (self.engine.keys.base(resource),))
+        return int(self.engine.run(b"", processes.single(call)))
 
     def remove_from_registry(self, resource: str, registry_key: str | None = None) -> int:
         """Remove a resource from a registry. Phonon keeps this process's by itself.
@@ -252,7 +254,9 @@ class Process:
         Returns:
             1 if it was there.
         """
-        return int(self._on_registry(b"SREM", resource, registry_key))
+        key = self._registry(registry_key)
+        call = Call("", key, (b"HDEL", key, self.engine.keys.base(resource)))
+        return int(self.engine.run(b"", processes.single(call)))
 
     def get_registry(self, registry_key: str | None = None) -> list[str]:
         """The resources that a process may be responsible for.
@@ -279,11 +283,6 @@ class Process:
         if registry_key is None:
             return self.engine.me.registry
         return registry_key.encode("utf-8", "surrogatepass")
-
-    def _on_registry(self, command: bytes, resource: str, registry_key: str | None) -> Any:
-        key = self._registry(registry_key)
-        call = Call("", key, (command, key, self.engine.keys.base(resource)))
-        return self.engine.run(b"", processes.single(call))
 
 
 #: Half of what the server remembers operations for.

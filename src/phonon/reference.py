@@ -108,16 +108,16 @@ class Reference:
 
     def holders(self) -> list[Holder]:
         """The processes that hold the resource, in order of their leases."""
-        members = self._run(references.members(self._process.engine.me, self._base))
-        cards = self._process.engine.cards([member.process_id for member in members])
+        ids = self._run(references.members(self._process.engine.me, self._base))
+        stays = self._process.engine.stays(ids, self._base)
         return [
             Holder(
-                member.process_id,
-                card.get("host", ""),
-                int(card.get("pid", 0)),
-                member.since_ms / 1000,
+                process_id,
+                stay.card.get("host", ""),
+                int(stay.card.get("pid", 0)),
+                stay.since_ms / 1000,
             )
-            for member, card in zip(members, cards, strict=True)
+            for process_id, stay in zip(ids, stays, strict=True)
         ]
 
     def dereference(
@@ -165,10 +165,14 @@ class Reference:
 
     def _leave(self, callback: Callable[[], Any] | None) -> bool:
         engine = self._process.engine
-        flow = engine.leaving(self.resource_key, self._base, None, force=self.force_expiry)
+        leaving = engine.leaving(self.resource_key, self._base, None, force=self.force_expiry)
+        if callback is None:
+            return engine.run(
+                self._base, leaving, lambda ended: engine.report(self._base, ended, None)
+            ).last
         ended, outcome = engine.run(
             self._base,
-            self._with_callback(flow, callback),
+            self._with_callback(leaving, callback),
             lambda result: engine.report(self._base, result[0], None),
         )
         if outcome.error is not None:
@@ -176,11 +180,11 @@ class Reference:
         return ended.last
 
     def _with_callback(
-        self, flow: Flow[Ended], callback: Callable[[], Any] | None
+        self, leaving: Flow[Ended], callback: Callable[[], Any]
     ) -> Flow[tuple[Ended, Outcome]]:
-        ended = yield from flow
+        ended = yield from leaving
         outcome = Outcome()
-        if callback is not None and ended.last:
+        if ended.last:
             self._modifications = ended.modifications
             outcome = yield Execute(callback)
             self._modifications = None

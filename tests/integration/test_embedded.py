@@ -132,6 +132,14 @@ def supervisor_of(server: int) -> int:
     return int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def waits_for_lock(pid: int, file: Path) -> bool:
+    waiting = [
+        line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" in line
+    ]
+    inode = str(file.stat().st_ino)
+    return any(words[5] == str(pid) and words[6].endswith(f":{inode}") for words in waiting)
+
+
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(pid))
@@ -270,6 +278,23 @@ print(json.dumps(pids), flush=True)
     assert ask(new_user(str(place / "data")).join(), "GET", "count") == b"75"
 
 
+def test_nobody_joins_a_server_that_has_been_told_to_go(new_user: Users, place: Path) -> None:
+    user = new_user(str(place / "data"))
+    path = user.join()
+    supervisor = supervisor_of(server_of(path))
+    start, users = (Path(path).with_name(name) for name in ("start.lock", "users.lock"))
+    with start.open() as joining, users.open() as joined:
+        # What `start` does, one step at a time, around the end of the last user.
+        fcntl.flock(joining, fcntl.LOCK_EX)
+        user.leave()
+        wait_until(lambda: waits_for_lock(supervisor, start))
+        fcntl.flock(joined, fcntl.LOCK_SH)
+        fcntl.flock(joining, fcntl.LOCK_UN)
+        wait_until(lambda: waits_for_lock(supervisor, users))
+        assert ask(path, "PING")
+    wait_until(lambda: not is_alive(supervisor))
+
+
 def test_data_of_a_directory_is_there_the_next_time(place: Path) -> None:
     for expected in range(1, 4):
         with embedded.start(place / "data") as server:
@@ -324,7 +349,8 @@ def test_server_that_does_not_stop_is_killed(new_user: Users, place: Path) -> No
     wait_until(lambda: not is_alive(pid))
 
 
-def test_password_and_blocked_signals_keep_no_server(new_user: Users) -> None:
+def test_server_with_a_password_is_told_by_a_signal(new_user: Users, place: Path) -> None:
+    # The signals that its starter has blocked are blocked in the server, if nobody sees to it.
     block = "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))"
     user = new_user(before=block)
     path = user.join()
@@ -334,6 +360,7 @@ def test_password_and_blocked_signals_keep_no_server(new_user: Users) -> None:
         assert second.socket_path == path
     user.leave("kill -9")
     wait_until(lambda: not is_alive(pid))
+    assert b"Received SIGTERM" in (place / "run/phonon/phonon-server/log").read_bytes()
 
 
 def test_starter_killed_at_any_moment_leaves_nothing(new_user: Users, place: Path) -> None:

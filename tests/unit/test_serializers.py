@@ -495,7 +495,7 @@ def rings() -> Iterator[Any]:
     yield nest(lambda inner: [inner, inner], 600)
 
 
-@pytest.mark.parametrize("value", rings(), ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", list(rings()), ids=lambda value: type(value).__name__)
 def test_what_holds_itself_is_refused_at_once(value: Any) -> None:
     with pytest.raises(NotStorableError, match=r"^value.*…: what holds itself or is nested"):
         EXACT.dumps(value)

@@ -2,20 +2,25 @@
 
 import contextlib
 import random
+import re
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import redis
 from hiredis import pack_command
 from redis.exceptions import (
-    AuthenticationError as RedisAuthenticationError,
-)
-from redis.exceptions import (
+    AskError,
     AuthorizationError,
+    ClusterDownError,
+    OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import (
+    AuthenticationError as RedisAuthenticationError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -36,13 +41,20 @@ from phonon.protocol.library import Library
 
 #: Seconds; the waits between attempts to reach a server double from the first to the longest.
 FIRST_PAUSE = 0.01
-#: What a server answers while it cannot serve but will: starting up, failing over.
-PASSING = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY ")
+#: What goes wrong when a server is not there, or has not answered.
+GONE = (RedisConnectionError, RedisTimeoutError, OSError)
+#: What a server answers while it cannot serve but will: moving keys, failing over (MASTERDOWN is a
+#: `ClusterDownError` to redis-py), and, below, errors that have no class of their own there.
+PASSING = (AskError, TryAgainError, ClusterDownError, ReadOnlyError)
+PASSING_TEXTS = ("BUSY ", "NOREPLICAS ", "UNBLOCKED ")
 
 #: Seconds that the server may be late with the answer to a wait.
 WAIT_GRACE = 5.0
 
 UNANSWERED = object()
+
+#: Seconds before a lock that was waited for at a server that is gone is asked for again.
+WAIT_PAUSE = 0.1
 
 WAYS_OUT = (
     "start one there (redis-server or valkey-server), set PHONON_URL to one that runs, or use "
@@ -50,19 +62,26 @@ WAYS_OUT = (
 )
 
 
-def refused(address: str, error: BaseException) -> AuthenticationError:
+def is_passing(error: ResponseError) -> bool:
+    """Whether a server that answers this will serve again by itself."""
+    return isinstance(error, PASSING) or str(error).startswith(PASSING_TEXTS)
+
+
+def refused(
+    address: str,
+    error: BaseException,
+    remedy: str = "put user and password into the URL, redis://user:password@host:port/db",
+) -> AuthenticationError:
     """The server does not let us in."""
-    return AuthenticationError(
-        f"{address} refuses these credentials ({error}): put user and password into the URL, "
-        "redis://user:password@host:port/db"
-    )
+    return AuthenticationError(f"{address} refuses these credentials ({error}): {remedy}")
 
 
 def unreachable(address: str, error: BaseException) -> Exception:
     """There is no server to begin with."""
     if isinstance(error, RedisAuthenticationError | AuthorizationError):
         return refused(address, error)
-    return ServerUnreachableError(f"no Redis at {address} ({error}): {WAYS_OUT}")
+    reason = " ".join(str(error).split())  # of several addresses each may have had its say
+    return ServerUnreachableError(f"no Redis at {address} ({reason}): {WAYS_OUT}")
 
 
 _servers: "weakref.WeakSet[Server]" = weakref.WeakSet()
@@ -114,15 +133,38 @@ class Server:
             ServerTooOldError: It has no Functions.
             ConfigurationError: It is a node of a cluster.
         """
+        pool = self.client.connection_pool
         try:
-            self._load(self.client.connection_pool)
-            mode = self._commands(self.client.connection_pool, [("INFO", "cluster")])[0]
-        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            self._check_mode(self._commands(pool, [("INFO",)])[0])
+            self._load(pool)
+        except GONE as error:
             raise self.unreachable(error) from error
-        if b"cluster_enabled:1" in mode:
+        except ResponseError as error:
+            raise self._unusable(error) from error
+
+    def _check_mode(self, info: Any) -> None:
+        """Whether it is a server that one can connect to in this way."""
+        if not isinstance(info, bytes):
+            return  # the user may not ask: then it will be seen from what else fails
+        if b"cluster_enabled:1" in info:
             raise ConfigurationError(
                 f"{self.address} is a node of a cluster: connect with redis+cluster://host:port"
             )
+        if b"_mode:sentinel" in info:
+            raise ConfigurationError(
+                f"{self.address} is a sentinel: connect with redis+sentinel://host:port/service"
+            )
+
+    def _unusable(self, error: ResponseError) -> Exception:
+        """What to raise when a connection is refused for its settings."""
+        text = str(error)
+        if "SELECT" in text or "DB index" in text:
+            return ConfigurationError(
+                f"{self.address} has no such database ({text}): a server has 0 to 15 unless it is "
+                "configured otherwise, and a node of a cluster only 0; a cluster is "
+                "redis+cluster://host:port"
+            )
+        return self._error(error)
 
     def exchange(self, calls: Sequence[Call]) -> list[Any]:
         """Send calls together, and repeat those that are not answered.
@@ -137,13 +179,12 @@ class Server:
         give_up = 0.0
         pause = FIRST_PAUSE
         while True:
-            failure: BaseException | None = None
-            for pool, indices in self._route(calls, unanswered):
-                try:
-                    self._attempt(pool, words, indices, replies)
-                except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-                    failure = error
-                    self._node_failed(error)
+            try:
+                failure = self._attempt(calls, words, unanswered, replies)
+            except ResponseError as error:
+                # While connecting: the database or the right to use it has gone.
+                for i in unanswered:
+                    replies[i] = error
             unanswered = [i for i in unanswered if replies[i] is UNANSWERED]
             if not unanswered:
                 break
@@ -174,31 +215,36 @@ class Server:
             connection.send_packed_command((pack_command(self._words(call)),))
             reply = connection.read_response(disable_decoding=True)
         except ResponseError:
-            self._idle[pool].append(connection)
-        except (RedisConnectionError, RedisTimeoutError, OSError):
+            self._idle.setdefault(pool, []).append(connection)
+        except GONE:
             self._drop(pool, connection)
         except BaseException:
             self._drop(pool, connection)
             raise
         else:
-            self._idle[pool].append(connection)
+            self._idle.setdefault(pool, []).append(connection)
             return reply
         return self.exchange((call,))[0]
 
     def wait(self, key: bytes, timeout: float) -> bool:
-        """Wait for an element in a list and take it."""
+        """Wait for an element in a list and take it.
+
+        Returns:
+            Whether one came. False also if the server has gone meanwhile: whoever waits asks for
+            the lock again then, and that call is repeated for as long as any other.
+        """
         try:
             return self._wait_at(self._pool_of(key), key, timeout)
-        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-            raise self.lost(error) from error
+        except GONE:
+            time.sleep(min(timeout, WAIT_PAUSE))
+            return False
 
     def close(self) -> None:
-        """Close the connections."""
+        """Return the connections to the client, which stays open."""
         while self._idle:
             pool, idle = self._idle.popitem()
             for connection in idle:
                 pool.release(connection)
-        self.client.close()
 
     def unreachable(self, error: BaseException) -> Exception:
         """What to raise when there is no server to begin with."""
@@ -226,30 +272,48 @@ class Server:
             return (b"FCALL", function, 2, call.base, call.registry, *args)
         return (b"FCALL", function, 1, call.base, *args)
 
-    def _route(
-        self, calls: Sequence[Call], indices: Sequence[int]
-    ) -> Iterable[tuple[Any, Sequence[int]]]:
-        """Which of the calls go together, over which pool of connections."""
-        if not indices:
-            return ()
-        return ((self.client.connection_pool, indices),)
-
-    def _pool_of(self, key: bytes) -> Any:
+    def _pool_of(self, key: bytes) -> Any:  # noqa: ARG002 - a cluster wants to know
         """The connections to the server that has a key."""
         return self.client.connection_pool
 
-    def _node_failed(self, error: BaseException) -> None:
-        """A connection broke or could not be made."""
-
     def _attempt(
-        self, pool: Any, words: list[tuple[Any, ...]], indices: Sequence[int], replies: list[Any]
-    ) -> None:
-        """Send calls once and read their replies. One that has to be sent again stays unanswered,
-        because the server lacked the library, or cannot serve yet."""
-        errors: list[int] = []
+        self,
+        calls: Sequence[Call],  # noqa: ARG002 - a cluster wants to know
+        words: list[tuple[Any, ...]],
+        indices: Sequence[int],
+        replies: list[Any],
+    ) -> BaseException | None:
+        """Send calls once and read their replies.
+
+        One that has to be sent again, because the server cannot serve yet, stays unanswered.
+
+        Returns:
+            Why there are calls without an answer, if the server is gone.
+        """
+        pool = self.client.connection_pool
+        try:
+            errors = self._read(pool, self._post(pool, words, indices), indices, replies)
+            self._sift(pool, errors, replies)
+        except GONE as error:
+            return error
+        return None
+
+    def _post(self, pool: Any, words: list[tuple[Any, ...]], indices: Sequence[int]) -> Any:
+        """Send calls; returns the connection that their answers come on."""
         connection = self._take(pool)
         try:
             connection.send_packed_command((b"".join([pack_command(words[i]) for i in indices]),))
+        except BaseException:
+            self._drop(pool, connection)
+            raise
+        return connection
+
+    def _read(
+        self, pool: Any, connection: Any, indices: Sequence[int], replies: list[Any]
+    ) -> list[int]:
+        """Read the answers to calls; returns which of them are errors."""
+        errors: list[int] = []
+        try:
             for i in indices:
                 try:
                     replies[i] = connection.read_response(disable_decoding=True)
@@ -260,36 +324,42 @@ class Server:
             # Replies may still be on their way: nobody must read them for his own.
             self._drop(pool, connection)
             raise
-        self._idle[pool].append(connection)
-        if not errors:
-            return
-        lacking = [i for i in errors if "unction not found" in str(replies[i])]
+        self._idle.setdefault(pool, []).append(connection)
+        return errors
+
+    def _sift(self, pool: Any, errors: Sequence[int], replies: list[Any]) -> None:
+        """Mark the calls whose errors will pass as unanswered, and do what that takes."""
+        lacking = False
         for i in errors:
-            if i not in lacking and self._passing(pool, replies[i]):
+            # FUNCTION FLUSH, or a server that came back empty.
+            if "unction not found" in str(replies[i]):
+                lacking = True
+                replies[i] = UNANSWERED
+            elif self._passing(pool, replies[i]):
                 replies[i] = UNANSWERED
         if lacking:
-            # FUNCTION FLUSH, or a server that came back empty. None of these took effect.
-            for i in lacking:
-                replies[i] = UNANSWERED
             self._load(pool)
-            self._attempt(pool, words, lacking, replies)
 
     # Connections between two exchanges. To borrow one from redis-py's pool costs as much as half a
     # round trip to a server on the same machine.
 
     def _take(self, pool: Any) -> Any:
-        idle = self._idle.setdefault(pool, [])
+        idle = self._idle.get(pool)
         try:
-            return idle.pop()
-        except IndexError:
+            return idle.pop() if idle else pool.get_connection()
+        except IndexError:  # another thread was faster
             return pool.get_connection()
 
     def _drop(self, pool: Any, connection: Any) -> None:
         """A connection broke; those that wait beside it are likely to be as dead."""
-        broken = [connection, *self._idle.pop(pool, ())]
-        for each in broken:
-            each.disconnect()
-            pool.release(each)
+        connection.disconnect()
+        pool.release(connection)
+        self._drop_idle(pool)
+
+    def _drop_idle(self, pool: Any) -> None:
+        for connection in self._idle.pop(pool, ()):
+            connection.disconnect()
+            pool.release(connection)
 
     def forget_connections(self) -> None:
         """After a fork: they are the parent's."""
@@ -297,11 +367,12 @@ class Server:
 
     def _passing(self, pool: Any, error: ResponseError) -> bool:
         """Whether an error will pass by itself, so that the call is worth repeating."""
-        if isinstance(error, ReadOnlyError):
-            self._idle.pop(pool, None)
-            pool.disconnect()  # a failover: a fresh connection finds the new primary
+        if isinstance(error, ReadOnlyError) or str(error).startswith("NOREPLICAS"):
+            # A failover: a fresh connection finds the new primary. Not those in use: other threads
+            # read from them, and will be told the same.
+            self._drop_idle(pool)
             return True
-        return str(error).startswith(PASSING)
+        return is_passing(error)
 
     @staticmethod
     def _commands(pool: Any, commands: list[tuple[Any, ...]]) -> list[Any]:
@@ -328,15 +399,13 @@ class Server:
         text = str(reply)
         if "unknown command" in text.lower():
             info = self._commands(pool, [("INFO", "server")])[0]
-            version = "an unknown version"
-            for line in info.decode().splitlines() if isinstance(info, bytes) else ():
-                if line.startswith("redis_version:"):
-                    version = line.partition(":")[2]
+            found = re.search(rb"redis_version:(\S+)", info) if isinstance(info, bytes) else None
+            version = f"Redis {found[1].decode()}" if found else "an unknown version"
             raise ServerTooOldError(
                 f"{self.address} runs {version}, which has no Functions: Phonon needs Redis 7.0 "
                 "or Valkey 7.2 at the least"
             )
-        if isinstance(reply, ReadOnlyError) or text.startswith(PASSING):
+        if is_passing(reply):
             raise RedisConnectionError(text)
         raise self._error(reply)
 
@@ -352,13 +421,13 @@ class Server:
         if "PHONONSTALE" in text:
             return StaleOperationError(text)
         if "WRONGTYPE" in text:
-            with contextlib.suppress(RedisConnectionError, RedisTimeoutError, OSError):
+            with contextlib.suppress(*GONE):
                 for key, (found, expected) in self._foreign(call).items():
                     return ForeignKeyError(
                         f"the key {key!r} holds a {found} where Phonon keeps a {expected}: rename "
                         "or delete it, or give Process another namespace="
                     )
-        if text.startswith("OOM"):
+        if isinstance(error, OutOfMemoryError):
             return ServerError(
                 f"{self.address} is out of memory and stores nothing more ({text}): raise its "
                 "maxmemory; the data is kept locally"
@@ -369,7 +438,7 @@ class Server:
         """Which keys of a call have a type that is not ours, and which it should be."""
         expected = {call.base + suffix: kind for suffix, kind in TYPES.items()}
         if call.registry is not None:
-            expected[call.registry] = "set"
+            expected[call.registry] = "hash"
         pool = self._pool_of(call.base)
         found = self._commands(pool, [("TYPE", key) for key in expected])
         return {
@@ -385,9 +454,14 @@ class Server:
             connection.send_command("BLPOP", key, f"{max(timeout, 0.001):.3f}")
             # Not the connection's own timeout: it may be shorter than the wait.
             if not connection.can_read(timeout + WAIT_GRACE):
-                raise RedisTimeoutError(f"no answer to BLPOP in {timeout + WAIT_GRACE:.1f} s")
+                raise RedisTimeoutError(  # noqa: TRY301 - as if the connection had raised it
+                    f"no answer to BLPOP in {timeout + WAIT_GRACE:.1f} s"
+                )
             reply = connection.read_response(disable_decoding=True)
         except ResponseError as error:
+            if is_passing(error):
+                # The server woke us itself: it is no primary any more, or not of this slot.
+                raise RedisConnectionError(str(error)) from error
             raise ServerError(f"waiting on {key!r}: {error}") from error
         except BaseException:
             connection.disconnect()

@@ -62,12 +62,14 @@ class Task(Generic[T]):
             self.effect = None
             self.error = error
 
-    def suspend(self, error: BaseException) -> "Task[T]":
-        """Raise the error to whoever waits; the flow goes on in the task returned."""
-        rest = Task(self.base, self.flow, self.done)
-        rest.effect = self.effect
-        self.effect, self.error = None, error
-        return rest
+    @classmethod
+    def suspended(
+        cls, base: bytes, flow: Flow[T], done: Callable[[T], None] | None, effect: Effect | None
+    ) -> "Task[T]":
+        """A task whose flow waits for an effect."""
+        task = cls(base, flow, done)
+        task.effect = effect
+        return task
 
     def outcome(self) -> T:
         """The result; raises the error."""
@@ -103,6 +105,21 @@ class Guard:
                     self._waiting -= 1
             self._busy |= bases
 
+    def acquire_one(self, base: bytes) -> None:
+        """`acquire` for a single resource."""
+        with self._lock:
+            if base not in self._busy:
+                self._busy.add(base)
+                return
+        self.acquire({base})
+
+    def release_one(self, base: bytes) -> None:
+        """`release` for a single resource."""
+        with self._lock:
+            self._busy.discard(base)
+            if self._waiting:
+                self._freed.notify_all()
+
     def release(self, bases: AbstractSet[bytes]) -> None:
         """Let others go on."""
         with self._lock:
@@ -132,33 +149,45 @@ class SyncDriver:
                 process, which repeats it before it does anything else with the resource.
             PhononError: The server answered with an error.
         """
-        task = Task(base, flow, done)
-        if self._suspended:
-            self._run([task])
-            return task.outcome()
-        # What _run does for many, without its bookkeeping: half of a round trip would be that.
-        owned = {base}
-        self._guard.acquire(owned)
+        # What _run does for many, without its bookkeeping, which would cost half a round trip.
+        self._guard.acquire_one(base)
+        effect: Effect | None = None
         try:
-            task.advance()
-            while task.effect.__class__ is Call:
-                call: Call = task.effect
-                if call.numbered and not call.number:
-                    call.number = next(self._numbers)
-                try:
-                    reply = self.server.call(call)
-                except BaseException as error:
-                    self._unanswered(task, call, error)
-                    raise
-                if reply.__class__ is ConnectionLostError:
-                    self._unanswered(task, call, reply)
-                else:
-                    task.advance(reply)
-            if task.effect is not None:
-                self._drive([task], owned)
+            if base not in self._suspended:
+                effect = flow.send(None)
+                while effect.__class__ is Call:
+                    effect = self._answer(base, flow, effect, done)
+        except StopIteration as stop:
+            if done is not None:
+                done(stop.value)
+            result: T = stop.value
+            return result
         finally:
-            self._guard.release(owned)
+            self._guard.release_one(base)
+        # It wants more than calls, or something is to be done before.
+        task = Task.suspended(base, flow, done, effect)
+        self._run([task])
         return task.outcome()
+
+    def _answer(
+        self, base: bytes, flow: Flow[T], call: Call, done: Callable[[T], None] | None
+    ) -> Effect:
+        """Send a call, and the answer to the flow. Returns what that wants next."""
+        if call.numbered and not call.number:
+            call.number = next(self._numbers)
+        try:
+            reply = self.server.call(call)
+        except BaseException:
+            # Interrupted (Ctrl-C): as unknown as a lost answer.
+            if call.keep:
+                self._suspended[base] = Task.suspended(base, flow, done, call)
+            raise
+        if not isinstance(reply, Exception):
+            return flow.send(reply)
+        if call.keep and isinstance(reply, ConnectionLostError):
+            self._suspended[base] = Task.suspended(base, flow, done, call)
+            raise reply
+        return flow.throw(reply)
 
     def run_all(self, tasks: Sequence[Task[T]]) -> None:
         """Run many flows, advancing them together; their outcomes are in the tasks."""
@@ -198,7 +227,8 @@ class SyncDriver:
             if self._suspended:
                 tasks = self._run_kept(tasks, owned)
             for task in tasks:
-                task.advance()
+                if task.effect is None:
+                    task.advance()
             self._drive(tasks, owned)
         finally:
             self._guard.release(owned)
@@ -283,6 +313,8 @@ class SyncDriver:
 
     def _unanswered(self, task: Task[Any], call: Call, error: BaseException) -> None:
         if call.keep:
-            self._suspended[task.base] = task.suspend(error)
+            # The flow goes on in another task; this one has only the error to tell.
+            self._suspended[task.base] = Task.suspended(task.base, task.flow, task.done, call)
+            task.effect, task.error = None, error
         else:
             task.advance(error)

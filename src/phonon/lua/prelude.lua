@@ -27,7 +27,7 @@ end
 
 -- A resource's keys are made when they are first used: r.members is base .. ':members'.
 local SUFFIXES = {
-  members = ':members', ledger = ':ledger', partials = ':partials', running = ':running',
+  members = ':members', modified = ':modified', partials = ':partials', running = ':running',
   batch = ':batch', parked = ':parked', lock = ':lock', queue = ':queue', waiting = ':waiting',
   memory = ':memory',
 }
@@ -61,27 +61,27 @@ local function next_token(r)
   return token
 end
 
--- The registry names whatever a process may be responsible for. It is written before anything
--- else of a step, and cleared when the resource no longer names the process.
+-- The registry names whatever a process may be responsible for, and since when. It is written
+-- before anything else of a step, and cleared when the resource no longer names the process.
 local function hold(r)
   if r.registry then
-    call('SADD', r.registry, r.base)
+    call('HSETNX', r.registry, r.base, r.now)
   end
 end
 
 -- Answers 1 when the process has nothing more to do with the resource. On a cluster the registry
 -- lives elsewhere and the caller clears it, with this answer in hand. It runs after a step's last
 -- write, so it must not raise: a key of a foreign type counts as not ours.
--- no_member, no_batch: what the step knows already.
-local function let_go(r, no_member, no_batch)
+-- nothing_else: the step knows that the process is no member, and that there is no batch or lock.
+local function let_go(r, nothing_else)
   local pcall = redis.pcall
-  if not no_member and type(pcall('ZSCORE', r.members, r.pid)) == 'string'
-    or not no_batch and pcall('HGET', r.running, 'owner') == r.pid
-    or pcall('HGET', r.lock, 'pid') == r.pid then
+  if not nothing_else and (type(pcall('ZSCORE', r.members, r.pid)) == 'string'
+    or pcall('HGET', r.running, 'owner') == r.pid
+    or pcall('HGET', r.lock, 'pid') == r.pid) then
     return 0
   end
   if r.registry then
-    pcall('SREM', r.registry, r.base)
+    pcall('HDEL', r.registry, r.base)
   end
   return 1
 end

@@ -1,4 +1,18 @@
--- The processes of a namespace. keys: the processes' sorted set.
+-- The processes of a namespace, and what each holds.
+
+-- hold(base): enter a resource into a registry, which is the key, before a step in another slot.
+-- answers 1 if it is new there
+redis.register_function({
+  function_name = NAME .. '_hold',
+  flags = { 'allow-oom' },
+  callback = function(keys, args)
+    call = redis.call
+    local now = clock()
+    return call('HSETNX', keys[1], args[1], now)
+  end,
+})
+
+-- Of the others the key is the processes' sorted set.
 
 -- beat(pid, ttl_ms): prolong this process's life.
 -- answers {1 if it was known and alive, server time ms, ids of dead processes ...}

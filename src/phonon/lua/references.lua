@@ -3,7 +3,6 @@
 local function enter(r, lease_ms)
   hold(r)
   call('ZADD', r.members, r.now + lease_ms, r.pid)
-  call('HSETNX', r.ledger, 's' .. r.pid, r.now)
 end
 
 local function live(r)
@@ -17,7 +16,6 @@ local function remaining(r)
   if left > 0 then
     for _, pid in ipairs(call('ZRANGEBYSCORE', r.members, '-inf', r.now)) do
       left = left - call('ZREM', r.members, pid)
-      call('HDEL', r.ledger, 's' .. pid)
     end
   end
   return left
@@ -40,14 +38,11 @@ end
 
 -- The session's modifications as {pid, times, pid, times, ...}.
 local function modifications(r)
-  local fields, found = call('HGETALL', r.ledger), {}
-  for i = 1, #fields, 2 do
-    if string.sub(fields[i], 1, 1) == 'm' then
-      found[#found + 1] = string.sub(fields[i], 2)
-      found[#found + 1] = tonumber(fields[i + 1])
-    end
+  local counts = call('HGETALL', r.modified)
+  for i = 2, #counts, 2 do
+    counts[i] = tonumber(counts[i])
   end
-  return found
+  return counts
 end
 
 local JOINED = constant('joined')
@@ -58,7 +53,7 @@ local JOINED = constant('joined')
 step('join', function(r, args)
   enter(r, args[3])
   for i = 4, #args, 2 do
-    call('HINCRBY', r.ledger, 'm' .. args[i], args[i + 1])
+    call('HINCRBY', r.modified, args[i], args[i + 1])
   end
   return JOINED
 end)
@@ -71,37 +66,42 @@ end)
 --         {'run', clear, token, members left, was member, modifications, attempt, count, partials}
 step('leave', function(r, args)
   local force, partial = args[3] == '1', args[5]
-  local running = call('HGET', r.running, 'token')
-  local total = call('LLEN', r.partials)
-  if not running and (total > 0 or partial ~= '') then
-    if call('EXISTS', r.batch) == 1 then
-      -- Never rename over it: whatever it is, somebody stored it.
-      return redis.error_reply('PHONONSTATE ' .. r.batch .. ' exists although nothing is running')
+  local running, total, modified = false, 0, {}
+  -- Most often there is nothing but members, and one look tells.
+  local bare = partial == '' and call('EXISTS', r.partials, r.running, r.lock, r.modified) == 0
+  if not bare then
+    running = call('HGET', r.running, 'token')
+    total = call('LLEN', r.partials)
+    modified = modifications(r)
+    if not running and (total > 0 or partial ~= '') then
+      if call('EXISTS', r.batch) == 1 then
+        -- Never rename over it: whatever it is, somebody stored it.
+        return redis.error_reply('PHONONSTATE ' .. r.batch .. ' exists although nothing is running')
+      end
+      hold(r)
     end
-    hold(r)
+    if partial ~= '' then
+      enter(r, args[4])
+      total = call('RPUSH', r.partials, partial)
+      call('HINCRBY', r.modified, r.pid, 1)
+      modified = modifications(r)
+    end
   end
-  if partial ~= '' then
-    enter(r, args[4])
-    total = call('RPUSH', r.partials, partial)
-    call('HINCRBY', r.ledger, 'm' .. r.pid, 1)
-  end
-  call('HDEL', r.ledger, 's' .. r.pid)
   local was_member = call('ZREM', r.members, r.pid)
   local left = remaining(r)
   if left > 0 and not force then
-    return { 'held', let_go(r, true, not running), 0, left, was_member }
+    return { 'held', let_go(r, bare), 0, left, was_member }
   end
-  local modified = modifications(r)
   if left == 0 and #modified > 0 then
-    call('DEL', r.ledger)
+    call('DEL', r.modified)
   end
   if total == 0 then
-    return { 'last', let_go(r, true, not running), 0, left, was_member, modified }
+    return { 'last', let_go(r, bare), 0, left, was_member, modified }
   end
   if running then
     -- Batches run one after the other: the running one's owner takes these when it is done.
     call('HSET', r.running, 'due', total)
-    return { 'deferred', let_go(r, true), 0, left, was_member, modified }
+    return { 'deferred', let_go(r), 0, left, was_member, modified }
   end
   return { 'run', 0, start(r, total, total), left, was_member, modified }
 end, true)
@@ -113,23 +113,16 @@ local COUNTED = constant('counted')
 -- answers {'counted', 0}
 step('modify', function(r, args)
   enter(r, args[3])
-  call('HINCRBY', r.ledger, 'm' .. r.pid, args[4])
+  call('HINCRBY', r.modified, r.pid, args[4])
   return COUNTED
 end)
 
 -- count(): answers the number of live members
 plain('count', live, { 'no-writes' })
 
--- members(): answers {pid, since ms, lease deadline ms, ...} of the live ones
+-- members(): answers the ids of the live ones
 plain('members', function(r)
-  local found = {}
-  local scored = call('ZRANGEBYSCORE', r.members, '(' .. r.now, '+inf', 'WITHSCORES')
-  for i = 1, #scored, 2 do
-    found[#found + 1] = scored[i]
-    found[#found + 1] = tonumber(call('HGET', r.ledger, 's' .. scored[i]) or r.now)
-    found[#found + 1] = tonumber(scored[i + 1])
-  end
-  return found
+  return call('ZRANGEBYSCORE', r.members, '(' .. r.now, '+inf')
 end, { 'no-writes' })
 
 -- modified(): answers {pid, times, ...}

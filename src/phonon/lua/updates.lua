@@ -8,7 +8,7 @@ local STORED = constant('stored')
 step('append', function(r, args)
   enter(r, args[3])
   call('RPUSH', r.partials, args[4])
-  call('HINCRBY', r.ledger, 'm' .. r.pid, 1)
+  call('HINCRBY', r.modified, r.pid, 1)
   return STORED
 end)
 
@@ -23,7 +23,7 @@ local function next_batch(r, due, otherwise)
   if due and tonumber(due) > 0 then
     return { 'again', 0, start(r, tonumber(due), call('LLEN', r.partials)) }
   end
-  return { otherwise, let_go(r, false, true) }
+  return { otherwise, let_go(r) }
 end
 
 -- complete(pid, op, token): the batch is executed; drop it if it is still the caller's.

@@ -104,10 +104,10 @@ class Participant:
         """Enter a resource into the registry, before a step that makes it ours."""
         if self.colocated:
             return ()
-        return (Call("", self.registry, (b"SADD", self.registry, base)),)
+        return (Call("hold", self.registry, (base,)),)
 
     def let_go(self, base: bytes, clear: int) -> Iterable[Call]:
         """Clear the registry after a step that answered ``clear``: nothing there is ours."""
         if self.colocated or not clear:
             return ()
-        return (Call("", self.registry, (b"SREM", self.registry, base), keep=True),)
+        return (Call("", self.registry, (b"HDEL", self.registry, base), keep=True),)

@@ -12,7 +12,7 @@ ERRORS = "surrogatepass"
 
 
 def _escape(text: str, unsafe: str) -> bytes:
-    for char in "%" + unsafe:
+    for char in unsafe:
         if char in text:
             text = text.replace(char, f"%{ord(char):02X}")
     return text.encode(ENCODING, ERRORS)
@@ -20,7 +20,7 @@ def _escape(text: str, unsafe: str) -> bytes:
 
 def _unescape(raw: bytes, unsafe: str) -> str:
     text = raw.decode(ENCODING, ERRORS)
-    for char in unsafe + "%":
+    for char in reversed(unsafe):
         text = text.replace(f"%{ord(char):02X}", char)
     return text
 
@@ -37,16 +37,16 @@ class Keys:
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
         # An open brace in front of ours would take the hash tag's place.
-        self._prefix = _escape(namespace, "{}") + b":"
+        self._prefix = _escape(namespace, "%{}") + b":"
         self.processes = self._prefix + b"{*}:processes"
 
     def base(self, resource: str) -> bytes:
         """What all keys of a resource begin with."""
-        return self._prefix + b"{=" + _escape(resource, "}") + b"}"
+        return self._prefix + b"{=" + _escape(resource, "%}") + b"}"
 
     def resource(self, base: bytes) -> str:
         """The resource whose base this is."""
-        return _unescape(base[len(self._prefix) + 2 : -1], "}")
+        return _unescape(base[len(self._prefix) + 2 : -1], "%}")
 
     def registry(self, process_id: bytes) -> bytes:
         """The set of the bases that a process may be responsible for."""
@@ -60,7 +60,7 @@ class Keys:
 # The suffixes behind a base, with the type that Redis reports for each.
 TYPES = {
     b":members": "zset",
-    b":ledger": "hash",
+    b":modified": "hash",
     b":partials": "list",
     b":running": "hash",
     b":batch": "list",

@@ -43,7 +43,7 @@ def resign(me: Participant) -> Flow[None]:
 def registry(me: Participant, key: bytes | None = None) -> Flow[list[bytes]]:
     """The bases of all that a process may be responsible for: this one, or whose key it is."""
     key = key or me.registry
-    return list((yield Call("", key, (b"SMEMBERS", key))))
+    return list((yield Call("", key, (b"HKEYS", key))))
 
 
 def single(call: Call) -> Flow[Any]:
@@ -51,15 +51,30 @@ def single(call: Call) -> Flow[Any]:
     return (yield call)
 
 
-def card(me: Participant, process_id: str) -> Flow[dict[str, str]]:
-    """Where a process runs; empty if it is not known."""
-    key = me.keys.card(process_id.encode())
-    values = yield Call("", key, (b"HMGET", key, *CARD))
-    return {
+class Stay(NamedTuple):
+    """A process that holds a resource.
+
+    Attributes:
+        card: Where the process runs; empty if it is not known.
+        since_ms: Since when it holds the resource, by the server's clock; 0 if it is not known.
+    """
+
+    card: dict[str, str]
+    since_ms: int
+
+
+def stay(me: Participant, process_id: str, base: bytes) -> Flow[Stay]:
+    """Where a process runs, and since when it holds a resource."""
+    card = me.keys.card(process_id.encode())
+    values = yield Call("", card, (b"HMGET", card, *CARD))
+    registry = me.keys.registry(process_id.encode())
+    since = yield Call("", registry, (b"HGET", registry, base))
+    known = {
         name: value.decode("utf-8", "replace")
         for name, value in zip(CARD, values, strict=True)
         if value is not None
     }
+    return Stay(known, int(since or 0))
 
 
 #: The fields of a process's card.

@@ -1,18 +1,8 @@
 """Flows of membership: join, leave, count."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
-
 from phonon.protocol.effects import Flow, Participant
 from phonon.protocol.messages import pairs
-
-
-class Holder(NamedTuple):
-    """A live member as the server knows it."""
-
-    process_id: str
-    since_ms: int
-    deadline_ms: int
 
 
 def join(me: Participant, base: bytes, restore: Mapping[bytes, int] | None = None) -> Flow[None]:
@@ -25,7 +15,7 @@ def join(me: Participant, base: bytes, restore: Mapping[bytes, int] | None = Non
     """
     yield from me.hold(base)
     # Dying before the join leaves a registry entry that names nothing: recovery finds it harmless.
-    put_back = [part for pair in (restore or {}).items() for part in pair]
+    put_back = [part for pair in restore.items() for part in pair] if restore else ()
     yield me.step("join", base, me.lease_ms, *put_back)
 
 
@@ -40,10 +30,9 @@ def count(me: Participant, base: bytes) -> Flow[int]:
     return int((yield me.plain("count", base)))
 
 
-def members(me: Participant, base: bytes) -> Flow[list[Holder]]:
-    """The live members."""
-    flat = yield me.plain("members", base)
-    return [Holder(flat[i].decode(), flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
+def members(me: Participant, base: bytes) -> Flow[list[str]]:
+    """The ids of the live members."""
+    return [process_id.decode() for process_id in (yield me.plain("members", base))]
 
 
 def modified(me: Participant, base: bytes) -> Flow[dict[bytes, int]]:

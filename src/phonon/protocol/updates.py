@@ -1,12 +1,12 @@
 """Flows of partials and batches: store, end a session, execute, retry."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from phonon.errors import PhononError, UndecodableError, UnknownClassError
 from phonon.protocol import messages
-from phonon.protocol.effects import Call, Execute, Flow, Participant
-from phonon.protocol.messages import Batch, Left
+from phonon.protocol.effects import Execute, Flow, Participant
+from phonon.protocol.messages import Batch
 
 #: Partials fetched at a time, where a batch has more than came with it.
 PIECE = 1000
@@ -107,23 +107,13 @@ def append(me: Participant, base: bytes, parcel: Parcel, *, keep: bool = True) -
     partial = parcel.take()
     if partial is None:
         return False
-    yield from _send(
-        me, base, parcel, partial, me.step("append", base, me.lease_ms, partial, keep=keep)
-    )
-    return True
-
-
-def _send(
-    me: Participant, base: bytes, parcel: Parcel | None, partial: bytes | None, step: Call
-) -> Flow[Any]:
-    """Make a call that carries a partial; if it is refused, the data is local again."""
     try:
         yield from me.hold(base)
-        return (yield step)
+        yield me.step("append", base, me.lease_ms, partial, keep=keep)
     except PhononError:
-        if parcel is not None and partial is not None:
-            parcel.put_back(partial)
+        parcel.put_back(partial)
         raise
+    return True
 
 
 def leave(
@@ -146,9 +136,14 @@ def leave(
         force: Execute what has come together so far although others still hold the resource.
     """
     partial = parcel.take() if parcel else None
-    step = me.step("leave", base, int(force), me.lease_ms, partial or b"", keep=True)
-    answer = yield from _send(me, base, parcel, partial, step)
-    left: Left = messages.left(answer)
+    try:
+        yield from me.hold(base)
+        answer = yield me.step("leave", base, int(force), me.lease_ms, partial or b"", keep=True)
+    except PhononError:
+        if parcel is not None and partial is not None:
+            parcel.put_back(partial)  # it was refused
+        raise
+    left = messages.left(answer)
     if left.batch is None:
         yield from me.let_go(base, left.clear)
         return Ended(left.last, left.remaining, left.modifications, 0, [], [])
