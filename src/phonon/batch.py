@@ -30,6 +30,12 @@ class Batch:
         """Become a member of a resource when the block ends."""
         self._joins[resource] = None
 
+    def join_now(self, resource: str, base: bytes) -> None:
+        """Somebody is about to leave a resource that was to be joined."""
+        if resource in self._joins:
+            del self._joins[resource]
+            self._engine.join(resource, base)
+
     def add(self, update: "Update") -> None:
         """Store what the update has unsent when the block ends."""
         self._dirty[id(update)] = update

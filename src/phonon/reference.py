@@ -165,6 +165,8 @@ class Reference:
 
     def _leave(self, callback: Callable[[], Any] | None) -> bool:
         engine = self._process.engine
+        if engine.batch is not None:
+            engine.batch.join_now(self.resource_key, self._base)
         leaving = engine.leaving(self.resource_key, self._base, None, force=self.force_expiry)
         if callback is None:
             return engine.run(

@@ -206,7 +206,7 @@ def _pack_carefully(value: Any) -> bytes:
 
 
 _show = partial(reprlib.aRepr.repr_instance, level=0)  # survives a broken __repr__
-_DEEPEST = 511  # msgpack's limit, which no argument changes
+_DEEPEST = 511  # msgpack's limit before 1.2; later it is 1024
 _STORABLE = "None, bool, float, str, bytes, list, dict, " + ", ".join(k.__name__ for k in _WRITERS)
 
 
@@ -238,9 +238,7 @@ def _refusal(value: Any, where: str, error: Exception) -> NotStorableError:
         if step is None:
             walk.pop()
         elif len(walk) - 1 > _DEEPEST:  # not a level later: a list may hold itself twice
-            fault = (
-                f"{walk[4][0]}…: what holds itself or is nested more than {_DEEPEST} levels deep"
-            )
+            fault = f"{walk[4][0]}…: what holds itself or is nested too deep"
             break
         elif type(part) not in _ATOMS:
             try:
@@ -296,7 +294,7 @@ class ExactSerializer:
 
     The types are those of the table at the top of this module. Subclasses of them are other types
     and are refused: enums, named tuples, numpy's floats. A dict's keys may be of any type that is
-    hashable and in the table; a ZoneInfo comes back as ``ZoneInfo(key)``; 511 levels may be nested.
+    hashable and in the table; a ZoneInfo comes back as ``ZoneInfo(key)``; 500 levels may be nested.
 
     Reading runs no code, imports nothing and takes memory in proportion to the data, whatever it
     is; but who may write to the server can choose keys that collide in a dict, which takes time.

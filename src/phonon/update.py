@@ -343,8 +343,14 @@ class Update:
         if isinstance(values, dict):
             vars(self).update(values)
         self.__unsent = False
-        # Attributes may be changed without our knowledge; a change since now is unsent data.
-        self.__emptied = self.__dump()
+        self.__mark()
+
+    def __mark(self) -> None:
+        """Nothing is unsent now; what is changed from here on, without our being told, will be."""
+        try:
+            self.__emptied = self.__dump()
+        except NotStorableError:  # what execute has left need not be
+            self.__emptied = None
 
     def __has_unsent(self) -> bool:
         if self.__unsent:
@@ -380,6 +386,8 @@ class Update:
             instance.execute()
         finally:
             instance.token = None
+            if instance is self:
+                self.__mark()
 
 
 class ConflictFreeUpdate(Update):

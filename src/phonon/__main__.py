@@ -1,0 +1,6 @@
+"""``python -m phonon``."""
+
+from phonon.cli import main
+
+if __name__ == "__main__":
+    main()
