@@ -41,15 +41,16 @@ end
 local function wake_next(r)
   local first = first_waiter(r)
   if first then
-    call('RPUSH', r.base .. ':wake:' .. first, '1')
-    call('PEXPIRE', r.base .. ':wake:' .. first, WAITER_MS)
+    -- A wake-up that cannot be delivered does no harm: the waiter asks again by itself, later.
+    if type(redis.pcall('RPUSH', r.base .. ':wake:' .. first, '1')) == 'number' then
+      call('PEXPIRE', r.base .. ':wake:' .. first, WAITER_MS)
+    end
     call('ZADD', r.waiting, r.now + WOKEN_MS, first)
   end
 end
 
 local function grant(r, holder, lease_ms)
-  hold(r)
-  local token = next_token(r)
+  local token = next_token(r, 0)
   call('HSET', r.lock, 'holder', holder, 'pid', r.pid, 'token', string.format('%.0f', token),
     'until', r.now + lease_ms, 'since', r.now)
   call('PEXPIRE', r.lock, lease_ms + JANITOR_MS)
@@ -68,6 +69,7 @@ step('lock', function(r, args)
   end
   local first, first_until = first_waiter(r)
   if not held[1] and (not first or first == holder) then
+    hold(r)
     if first then
       quit_queue(r, holder)
     end
@@ -80,8 +82,8 @@ step('lock', function(r, args)
   if args[5] ~= '1' then
     return { 'busy', let_go(r), free_in, owner, since }
   end
-  call('ZADD', r.queue, 'NX', r.micros, holder)
   call('ZADD', r.waiting, r.now + WAITER_MS, holder)
+  call('ZADD', r.queue, 'NX', r.micros, holder)
   call('PEXPIRE', r.queue, WAITER_MS + JANITOR_MS)
   call('PEXPIRE', r.waiting, WAITER_MS + JANITOR_MS)
   return { 'wait', let_go(r), math.min(free_in, WAITER_MS / 2), owner, since }
@@ -91,9 +93,12 @@ end)
 -- answers {'released', clear} | {'lost', clear}   the lock was not the caller's (any more)
 step('unlock', function(r, args)
   local holder = args[3]
-  quit_queue(r, holder)
   local held = lock_of(r)
   local mine = held[1] == holder
+  if call('EXISTS', r.queue, r.waiting) > 0 then
+    call('ZCARD', r.waiting)
+    quit_queue(r, holder)
+  end
   if mine then
     call('DEL', r.lock)
   end

@@ -9,9 +9,9 @@ local call
 local MEMORY_MS = 60000
 -- A process that is busy with a resource pushes that expiry only this often.
 local PUSH_MS = 10000
--- Tokens of one resource are at least this far apart: a batch with partials of several classes
--- gives each class a token of its own between its token and the next.
-local TOKEN_STRIDE = 1024
+-- Tokens set aside behind a batch's own: one with partials of several classes gives each class a
+-- token between its token and the next.
+local SPARE_TOKENS = 1023
 -- Partials sent along with a batch; the rest is fetched piece by piece, so no answer is unbounded.
 local FIRST_PARTIALS = 128
 
@@ -52,12 +52,19 @@ local function open(keys, args)
   }, Keys)
 end
 
--- A number greater than all that this resource has handed out. It follows the clock, so that it
--- still grows after the memory has expired; the memory covers a clock that was set back.
-local function next_token(r)
+-- How far a token is ahead of the clock, milliseconds.
+local function lead_of(r, token)
+  return math.ceil(token / 1000) - r.now
+end
+
+-- A number greater than all that this resource has handed out. It follows the clock (one token a
+-- microsecond), so that it still grows after the memory has expired. The memory covers a clock that
+-- was set back, and stays until the clock has overtaken tokens that were handed out faster.
+local function next_token(r, spare)
   local last = tonumber(call('HGET', r.memory, 'token') or 0)
-  local token = math.max(last + TOKEN_STRIDE, r.micros)
-  call('HSET', r.memory, 'token', string.format('%.0f', token))
+  local token = math.max(last + 1, r.micros)
+  call('HSET', r.memory, 'token', string.format('%.0f', token + spare))
+  r.lead = lead_of(r, token + spare)
   return token
 end
 
@@ -93,12 +100,13 @@ local function deliver(r, answer)
     return answer
   end
   local running = call('HMGET', r.running, 'owner', 'token', 'attempt')
-  if running[1] ~= r.pid or tonumber(running[2]) ~= answer[3] then
-    return { 'lost', answer[2] }
-  end
   local delivered = {}
   for i, value in ipairs(answer) do
     delivered[i] = value
+  end
+  if running[1] ~= r.pid or tonumber(running[2]) ~= answer[3] then
+    delivered[1] = 'lost'
+    return delivered
   end
   delivered[#answer + 1] = tonumber(running[3])
   delivered[#answer + 2] = call('LLEN', r.batch)
@@ -154,12 +162,12 @@ local function pack(answer)
 end
 
 local function remember(r, answer)
-  local push = not r.pushed or r.now - r.pushed > PUSH_MS
-  local record = r.number .. ' ' .. (push and r.now or r.pushed_text) .. ' '
-    .. pack(answer)
+  local push = not r.pushed or r.now - r.pushed > PUSH_MS or r.lead and r.lead > MEMORY_MS
+  local record = r.number .. ' ' .. (push and r.now or r.pushed_text) .. ' ' .. pack(answer)
   local new = call('HSET', r.memory, r.pid, record)
   if push then
-    call('PEXPIRE', r.memory, MEMORY_MS + PUSH_MS)
+    local lead = r.lead or lead_of(r, tonumber(call('HGET', r.memory, 'token') or 0))
+    call('PEXPIRE', r.memory, math.max(MEMORY_MS, lead) + PUSH_MS)
     if new == 1 and call('HLEN', r.memory) % 32 == 0 then
       prune(r)
     end

@@ -30,7 +30,7 @@ local function start(r, n, total)
       call('LMOVE', r.partials, r.batch, 'LEFT', 'RIGHT')
     end
   end
-  local token = next_token(r)
+  local token = next_token(r, SPARE_TOKENS)
   call('HSET', r.running, 'owner', r.pid, 'token', string.format('%.0f', token),
     'attempt', 0, 'since', r.now)
   return token
@@ -51,6 +51,9 @@ local JOINED = constant('joined')
 -- modifications that a failed callback was about to act on.
 -- answers {'joined', 0}
 step('join', function(r, args)
+  if #args > 3 then
+    call('HLEN', r.modified)
+  end
   enter(r, args[3])
   for i = 4, #args, 2 do
     call('HINCRBY', r.modified, args[i], args[i + 1])
@@ -112,6 +115,7 @@ local COUNTED = constant('counted')
 -- member: a count without a member would stay for ever.
 -- answers {'counted', 0}
 step('modify', function(r, args)
+  call('HLEN', r.modified)
   enter(r, args[3])
   call('HINCRBY', r.modified, r.pid, args[4])
   return COUNTED

@@ -6,6 +6,8 @@ local STORED = constant('stored')
 -- that stored data always has a member who answers for it.
 -- answers {'stored', 0}
 step('append', function(r, args)
+  call('LLEN', r.partials)
+  call('HLEN', r.modified)
   enter(r, args[3])
   call('RPUSH', r.partials, args[4])
   call('HINCRBY', r.modified, r.pid, 1)
@@ -33,6 +35,7 @@ step('complete', function(r, args)
     return { 'lost', let_go(r) }
   end
   local due = call('HGET', r.running, 'due')
+  call('LLEN', r.batch)
   call('LLEN', r.partials)
   call('DEL', r.running, r.batch)
   return next_batch(r, due, 'done')
@@ -48,6 +51,7 @@ step('fail', function(r, args)
     return { 'lost', let_go(r) }
   end
   call('HLEN', r.parked)
+  call('LLEN', r.batch)
   call('LLEN', r.partials)
   local attempts = call('HINCRBY', r.running, 'attempt', 1)
   if attempts < tonumber(args[6]) then
@@ -69,6 +73,7 @@ step('resume', function(r, args)
   if not owns(r, args[3]) then
     return { 'lost', let_go(r) }
   end
+  call('LLEN', r.batch)
   return { 'run', 0, tonumber(args[3]) }
 end, true)
 

@@ -80,15 +80,13 @@ def pairs(flat: Sequence[Any]) -> dict[bytes, int]:
 def left(answer: Sequence[Any]) -> Left:
     """Read the answer of ``leave``."""
     kind = answer[0]
-    if kind == b"lost":
-        # A repeat whose batch was taken over meanwhile: this process was the last all the same.
-        return Left(answer[1], last=True, remaining=0, deferred=True, modifications={}, batch=None)
+    # "lost" is a repeat of "run" whose batch was taken over meanwhile: all else stands.
     _, clear, token, remaining, was_member = answer[:5]
     if kind == b"held":
         return Left(clear, False, remaining, False, {}, None)  # noqa: FBT003 - in field order
     batch = Batch(token, *answer[6:9]) if kind == b"run" else None
     last = bool(was_member) and not remaining
-    return Left(clear, last, remaining, kind == b"deferred", pairs(answer[5]), batch)
+    return Left(clear, last, remaining, kind in (b"deferred", b"lost"), pairs(answer[5]), batch)
 
 
 def ran(answer: Sequence[Any]) -> Ran:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 from phonon.errors import PhononError, UndecodableError, UnknownClassError
 from phonon.protocol import messages
 from phonon.protocol.effects import Execute, Flow, Participant
-from phonon.protocol.messages import Batch
+from phonon.protocol.messages import Batch, Ran
 
 #: Partials fetched at a time, where a batch has more than came with it.
 PIECE = 1000
@@ -166,38 +166,43 @@ def execute(
     failures: list[Failure] = []
     lost: list[int] = []
     while batch is not None:
-        if not (yield from _fetch_rest(me, base, batch)):
-            lost.append(batch.token)
+        try:
+            ran, failure = yield from _attempt(me, base, batch, run, policy)
+        except PhononError as error:
+            # We are its owner and nobody else takes it up while we live.
+            again_in = policy.delay(batch.attempt + 1)
+            failures.append(Failure(batch.token, error, again_in, "retry"))
             return executed, failures, lost
-        outcome = yield Execute(lambda batch=batch: run(batch))  # type: ignore[misc]  # binds now
-        if outcome.error is None:
-            ran = messages.ran((yield me.step("complete", base, batch.token, keep=True)))
-            executed += 1
-            if ran.kind == "lost":
-                lost.append(batch.token)
+        if failure is not None:
+            failures.append(failure)
+        elif ran.kind == "lost":
+            lost.append(batch.token)
         else:
-            failed = batch.attempt + 1
-            delay, attempts = policy.verdict(outcome.error, failed)
-            text = f"{type(outcome.error).__name__}: {outcome.error}"[:ERROR_LENGTH]
-            ran = messages.ran(
-                (
-                    yield me.step(
-                        "fail",
-                        base,
-                        batch.token,
-                        text.encode("utf-8", "backslashreplace"),
-                        int(delay * 1000),
-                        attempts,
-                        keep=True,
-                    )
-                )
-            )
-            fate = "parked" if ran.kind == "again" else ran.kind
-            again_in = delay if fate == "retry" else None
-            failures.append(Failure(batch.token, outcome.error, again_in, fate))
+            executed += 1
         batch, clear = ran.batch, ran.clear
     yield from me.let_go(base, clear)
     return executed, failures, lost
+
+
+def _attempt(
+    me: Participant, base: bytes, batch: Batch, run: Runner, policy: RetryPolicy
+) -> Flow[tuple[Ran, Failure | None]]:
+    """Execute a batch and report what became of it."""
+    if not (yield from _fetch_rest(me, base, batch)):
+        return Ran("lost", 0, None), None
+    outcome = yield Execute(lambda: run(batch))
+    if outcome.error is None:
+        return messages.ran((yield me.step("complete", base, batch.token, keep=True))), None
+    failed = batch.attempt + 1
+    delay, attempts = policy.verdict(outcome.error, failed)
+    text = f"{type(outcome.error).__name__}: {outcome.error}"[:ERROR_LENGTH]
+    encoded = text.encode("utf-8", "backslashreplace")
+    ran = messages.ran(
+        (yield me.step("fail", base, batch.token, encoded, int(delay * 1000), attempts, keep=True))
+    )
+    fate = "parked" if ran.kind == "again" else ran.kind
+    again_in = delay if fate == "retry" else None
+    return ran, Failure(batch.token, outcome.error, again_in, fate)
 
 
 def _fetch_rest(me: Participant, base: bytes, batch: Batch) -> Flow[bool]:
@@ -220,7 +225,10 @@ def retry(
     me: Participant, base: bytes, token: int, run: Runner, policy: RetryPolicy
 ) -> Flow[tuple[int, list[Failure], list[int]]]:
     """Take up a batch of ours again whose execution failed."""
-    ran = messages.ran((yield me.step("resume", base, token, keep=True)))
+    try:
+        ran = messages.ran((yield me.step("resume", base, token, keep=True)))
+    except PhononError as error:
+        return 0, [Failure(token, error, policy.longest_delay, "retry")], []
     if ran.batch is None:
         yield from me.let_go(base, ran.clear)
         return 0, [], [token]

@@ -1,0 +1,302 @@
+"""One resource as it should be: a model in plain Python of what the server's steps do.
+
+It knows nothing of keys, and it does not make tokens: it is told which one the server gave, and
+insists that it is greater than all before.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from steps import Answer, Command
+
+FIRST_PARTIALS = 128
+SPARE_TOKENS = 1023
+WAITER_MS = 10_000
+WOKEN_MS = 2_000
+
+
+class Violation(AssertionError):  # noqa: N818 - of a guarantee
+    """The server did what it must not do."""
+
+
+class StaleError(Exception):
+    """An operation came after a later one of the same process."""
+
+
+@dataclass
+class Batch:
+    token: int
+    owner: bytes
+    partials: list[bytes]
+    since: int
+    attempt: int = 0
+    due: int | None = None
+    error: bytes | None = None
+    retry_at: int = 0
+
+
+@dataclass
+class Grant:
+    holder: bytes
+    pid: bytes
+    token: int
+    until: int
+    since: int
+
+
+@dataclass
+class Model:
+    """The state of one resource, and a method for each step."""
+
+    now: int = 0
+    token: int = 0
+    members: dict[bytes, int] = field(default_factory=dict)  # process id -> end of its lease
+    modified: Counter[bytes] = field(default_factory=Counter)
+    partials: list[bytes] = field(default_factory=list)
+    batch: Batch | None = None
+    parked: dict[int, tuple[list[bytes], dict[str, Any]]] = field(default_factory=dict)
+    grant: Grant | None = None
+    arrived: dict[bytes, int] = field(default_factory=dict)  # waiter -> when it came
+    awaited: dict[bytes, int] = field(default_factory=dict)  # waiter -> until when it counts
+    registries: dict[bytes, int] = field(default_factory=dict)  # process id -> holds it since
+    memory: dict[bytes, tuple[int, Answer]] = field(default_factory=dict)
+    given: int | None = None  # the token in the server's answer
+
+    # -- every step
+
+    def apply(self, pid: bytes, command: Command, token: int | None) -> Answer:
+        """What the server has to answer.
+
+        Args:
+            pid: Who calls.
+            command: The step.
+            token: The one that is in the server's answer, if there is one.
+        """
+        last, answer = self.memory.get(pid, (0, []))
+        if command.number < last:
+            raise StaleError
+        if command.number > last:
+            self.given = token
+            answer = getattr(self, command.step)(pid, *command.args)
+            self.memory[pid] = (command.number, answer)
+        return self.deliver(pid, answer)
+
+    def deliver(self, pid: bytes, answer: Answer) -> Answer:
+        if answer[0] not in (b"run", b"again"):
+            return answer
+        batch = self.batch
+        if batch is None or not self.owns(pid, answer[2]):
+            return [b"lost", *answer[1:]]
+        return [*answer, batch.attempt, len(batch.partials), batch.partials[:FIRST_PARTIALS]]
+
+    def fresh(self, spare: int = SPARE_TOKENS) -> int:
+        if self.given is None:
+            raise Violation("neither a batch nor a lock was given where one is due")
+        if self.given <= self.token:
+            raise Violation(f"G6: token {self.given} came after {self.token}")
+        self.token = self.given + spare
+        return self.given
+
+    def owns(self, pid: bytes, token: int) -> bool:
+        return self.batch is not None and (self.batch.owner, self.batch.token) == (pid, token)
+
+    def clear(self, pid: bytes) -> int:
+        """1 if the process has nothing more to do with the resource."""
+        owner = self.batch.owner if self.batch else None
+        holder = self.grant.pid if self.grant else None
+        if pid in self.members or pid in (owner, holder):
+            return 0
+        self.registries.pop(pid, None)
+        return 1
+
+    def hold(self, pid: bytes) -> None:
+        self.registries.setdefault(pid, self.now)
+
+    # -- membership
+
+    def enter(self, pid: bytes, lease: int) -> None:
+        self.hold(pid)
+        self.members[pid] = self.now + lease
+
+    def live(self) -> list[bytes]:
+        return [pid for pid, until in self.members.items() if until > self.now]
+
+    def join(self, pid: bytes, lease: int, *put_back: Any) -> Answer:
+        self.enter(pid, lease)
+        for who, times in zip(put_back[::2], put_back[1::2], strict=True):
+            self.modified[who] += times
+        return [b"joined", 0]
+
+    def modify(self, pid: bytes, lease: int, times: int) -> Answer:
+        self.enter(pid, lease)
+        self.modified[pid] += times
+        return [b"counted", 0]
+
+    def leave(self, pid: bytes, force: int, lease: int, partial: bytes) -> Answer:
+        if partial:
+            self.append(pid, lease, partial)
+        if self.partials and not self.batch:
+            self.hold(pid)
+        was_member = int(pid in self.members)
+        self.members = {who: self.members[who] for who in self.live() if who != pid}
+        left = len(self.members)
+        if left and not force:
+            return [b"held", self.clear(pid), 0, left, was_member]
+        modified = dict(self.modified)
+        if not left:
+            self.modified.clear()
+        if not self.partials:
+            return [b"last", self.clear(pid), 0, left, was_member, modified]
+        if self.batch:
+            self.batch.due = len(self.partials)
+            return [b"deferred", self.clear(pid), 0, left, was_member, modified]
+        return [b"run", 0, self.start(pid, len(self.partials)), left, was_member, modified]
+
+    # -- partials and batches
+
+    def append(self, pid: bytes, lease: int, partial: bytes) -> Answer:
+        self.enter(pid, lease)
+        self.partials.append(partial)
+        self.modified[pid] += 1
+        return [b"stored", 0]
+
+    def start(self, pid: bytes, count: int) -> int:
+        taken, self.partials = self.partials[:count], self.partials[count:]
+        self.batch = Batch(self.fresh(), pid, taken, self.now)
+        return self.batch.token
+
+    def next_batch(self, pid: bytes, otherwise: bytes) -> Answer:
+        due = self.batch.due if self.batch else None
+        self.batch = None
+        if due:
+            return [b"again", 0, self.start(pid, due)]
+        return [otherwise, self.clear(pid)]
+
+    def complete(self, pid: bytes, token: int) -> Answer:
+        if not self.owns(pid, token):
+            return [b"lost", self.clear(pid)]
+        return self.next_batch(pid, b"done")
+
+    def fail(self, pid: bytes, token: int, error: str, delay: int, most: int) -> Answer:
+        batch = self.batch
+        if batch is None or not self.owns(pid, token):
+            return [b"lost", self.clear(pid)]
+        batch.attempt += 1
+        if batch.attempt < most:
+            batch.error, batch.retry_at = error.encode(), self.now + delay
+            return [b"retry", 0, token, batch.attempt]
+        self.parked[token] = (
+            batch.partials,
+            {
+                "error": error,
+                "attempts": batch.attempt,
+                "owner": pid.decode(),
+                "since": batch.since,
+                "at": self.now,
+            },
+        )
+        return self.next_batch(pid, b"parked")
+
+    def resume(self, pid: bytes, token: int) -> Answer:
+        if not self.owns(pid, token):
+            return [b"lost", self.clear(pid)]
+        return [b"run", 0, token]
+
+    # -- the lock
+
+    def expire_grant(self) -> None:
+        if self.grant and self.grant.until <= self.now:
+            self.grant = None
+
+    def quit_queue(self, holder: bytes) -> None:
+        self.arrived.pop(holder, None)
+        self.awaited.pop(holder, None)
+
+    def first_waiter(self) -> bytes | None:
+        for holder in [holder for holder, until in self.awaited.items() if until <= self.now]:
+            self.quit_queue(holder)
+        return min(self.arrived, key=lambda holder: (self.arrived[holder], holder), default=None)
+
+    def lock(self, pid: bytes, holder: bytes, lease: int, queue: int) -> Answer:
+        self.expire_grant()
+        if self.grant and self.grant.holder == holder:
+            return [b"granted", 0, self.grant.token]
+        first = self.first_waiter()
+        if self.grant:
+            free_in, owner, since = self.grant.until, self.grant.pid, self.grant.since
+        elif first in (None, holder):
+            self.quit_queue(holder)
+            self.hold(pid)
+            self.grant = Grant(holder, pid, self.fresh(spare=0), self.now + lease, self.now)
+            return [b"granted", 0, self.grant.token]
+        else:
+            # Free, but promised to the waiter that was woken for it.
+            assert first
+            free_in, owner, since = self.awaited[first], first.rpartition(b"/")[0], self.now
+        free_in -= self.now
+        if not queue:
+            return [b"busy", self.clear(pid), free_in, owner, since]
+        self.arrived.setdefault(holder, self.now)
+        self.awaited[holder] = self.now + WAITER_MS
+        return [b"wait", self.clear(pid), min(free_in, WAITER_MS // 2), owner, since]
+
+    def unlock(self, pid: bytes, holder: bytes) -> Answer:
+        self.quit_queue(holder)
+        self.expire_grant()
+        mine = self.grant is not None and self.grant.holder == holder
+        if mine:
+            self.grant = None
+        if not self.grant:
+            first = self.first_waiter()
+            if first:
+                self.awaited[first] = self.now + WOKEN_MS
+        return [b"released" if mine else b"lost", self.clear(pid)]
+
+    def renew(self, pid: bytes, lease: int, lock_lease: int, *holders: bytes) -> Answer:
+        if pid in self.members:
+            self.members[pid] = self.now + lease
+        answer = [int(pid in self.members)]
+        for holder in holders:
+            self.expire_grant()
+            mine = self.grant is not None and self.grant.holder == holder
+            if self.grant and mine:
+                self.grant.until = self.now + lock_lease
+            answer.append(int(mine))
+        return answer
+
+    # -- what the server has to keep
+
+    def state(self) -> dict[str, Any]:
+        """The content of the resource's keys, except for the memory, by suffix."""
+        batch, grant = self.batch, self.grant
+        keys: dict[str, Any] = {
+            "members": self.members,
+            "modified": dict(self.modified),
+            "partials": self.partials,
+            "queue": self.arrived,
+            "waiting": self.awaited,
+            "parked": {token: entry for token, (_, entry) in self.parked.items()},
+        }
+        keys |= {f"parked:{token}": partials for token, (partials, _) in self.parked.items()}
+        if batch:
+            running = {
+                b"owner": batch.owner,
+                b"token": batch.token,
+                b"attempt": batch.attempt,
+                b"since": batch.since,
+            }
+            if batch.due is not None:
+                running[b"due"] = batch.due
+            if batch.error is not None:
+                running |= {b"error": batch.error, b"retry_at": batch.retry_at}
+            keys |= {"running": running, "batch": batch.partials}
+        if grant:
+            keys["lock"] = {
+                b"holder": grant.holder,
+                b"pid": grant.pid,
+                b"token": grant.token,
+                b"until": grant.until,
+                b"since": grant.since,
+            }
+        return {name: content for name, content in keys.items() if content}

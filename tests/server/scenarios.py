@@ -1,0 +1,203 @@
+"""A call for every kind of answer that the steps' headers promise, up to where it is sent."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from steps import LEASE, Lab, Process
+
+from phonon.protocol.library import text
+
+#: Who calls, which step, and its arguments after the operation number.
+Ready = tuple[Process, str, tuple[Any, ...]]
+Make = Callable[..., Process]
+
+
+def documented() -> set[str]:
+    """Step and kind of every answer that the Lua files' headers name."""
+    found = set()
+    for header, step in re.findall(r"((?:^--.*\n)+)step\('(\w+)'", text(), re.MULTILINE):
+        kinds = re.findall(r"\{\s*'(\w+)'", header.partition("answers")[2])
+        assert kinds, f"the header of {step} names no answers"
+        found |= {f"{step} {kind}" for kind in kinds}
+    return found
+
+
+def joined(p: Make) -> Ready:
+    p("b").join()
+    return p("a"), "join", (LEASE, b"b", 3)
+
+
+def counted(p: Make) -> Ready:
+    return p("a"), "modify", (LEASE, 2)
+
+
+def stored(p: Make) -> Ready:
+    p("b").append(b"1")
+    return p("a"), "append", (LEASE, b"2")
+
+
+def leave_held(p: Make) -> Ready:
+    p("b").append(b"1")
+    a = p("a")
+    a.append(b"2")
+    return a, "leave", (0, LEASE, b"")
+
+
+def leave_held_with_a_partial(p: Make) -> Ready:
+    p("b").append(b"1")
+    return p("a"), "leave", (0, LEASE, b"2")
+
+
+def leave_last(p: Make) -> Ready:
+    a = p("a")
+    a.modify()
+    return a, "leave", (0, LEASE, b"")
+
+
+def leave_deferred(p: Make) -> Ready:
+    p("b").batch(b"1")
+    a = p("a")
+    a.append(b"2")
+    return a, "leave", (0, LEASE, b"3")
+
+
+def leave_run(p: Make) -> Ready:
+    a = p("a")
+    a.append(b"1")
+    return a, "leave", (0, LEASE, b"")
+
+
+def leave_run_with_a_partial(p: Make) -> Ready:
+    return p("a"), "leave", (0, LEASE, b"1")
+
+
+def leave_run_by_force(p: Make) -> Ready:
+    p("b").append(b"1")
+    return p("a"), "leave", (1, LEASE, b"2")
+
+
+def complete_done(p: Make) -> Ready:
+    a = p("a")
+    return a, "complete", (a.batch(),)
+
+
+def complete_lost(p: Make) -> Ready:
+    return p("a"), "complete", (p("b").batch(),)
+
+
+def complete_again(p: Make) -> Ready:
+    a = p("a")
+    token = a.batch(b"1")
+    p("b").leave(b"2")
+    p("c").append(b"3")
+    return a, "complete", (token,)
+
+
+def fail_retry(p: Make) -> Ready:
+    a = p("a")
+    return a, "fail", (a.batch(), "boom", 500, 2)
+
+
+def fail_parked(p: Make) -> Ready:
+    a = p("a")
+    return a, "fail", (a.batch(), "boom", 500, 1)
+
+
+def fail_lost(p: Make) -> Ready:
+    return p("a"), "fail", (p("b").batch(), "boom", 500, 1)
+
+
+def fail_again(p: Make) -> Ready:
+    a, _, (token,) = complete_again(p)
+    return a, "fail", (token, "boom", 500, 1)
+
+
+def resume_run(p: Make) -> Ready:
+    a = p("a")
+    token = a.batch()
+    a.fail(token)
+    return a, "resume", (token,)
+
+
+def resume_lost(p: Make) -> Ready:
+    return p("a"), "resume", (p("b").batch(),)
+
+
+def lock_granted(p: Make) -> Ready:
+    return p("a"), "lock", (b"a/1", LEASE, 1)
+
+
+def lock_granted_to_a_waiter(p: Make) -> Ready:
+    b = p("b")
+    b.lock()
+    a = p("a")
+    a.lock(queue=True)
+    b.unlock()
+    return a, "lock", (b"a/1", LEASE, 1)
+
+
+def lock_wait(p: Make) -> Ready:
+    p("b").lock()
+    return p("a"), "lock", (b"a/1", LEASE, 1)
+
+
+def lock_busy(p: Make) -> Ready:
+    p("b").lock()
+    return p("a"), "lock", (b"a/1", LEASE, 0)
+
+
+def unlock_released(p: Make) -> Ready:
+    a = p("a")
+    a.lock()
+    p("b").lock(queue=True)
+    return a, "unlock", (b"a/1",)
+
+
+def unlock_lost(p: Make) -> Ready:
+    p("b").lock()
+    a = p("a")
+    a.lock(queue=True)
+    return a, "unlock", (b"a/1",)
+
+
+#: By "step kind", and what is special.
+SCENARIOS: dict[str, Callable[[Make], Ready]] = {
+    "join joined": joined,
+    "modify counted": counted,
+    "append stored": stored,
+    "leave held": leave_held,
+    "leave held (with a partial)": leave_held_with_a_partial,
+    "leave last": leave_last,
+    "leave deferred": leave_deferred,
+    "leave run": leave_run,
+    "leave run (with a partial)": leave_run_with_a_partial,
+    "leave run (by force)": leave_run_by_force,
+    "complete done": complete_done,
+    "complete lost": complete_lost,
+    "complete again": complete_again,
+    "fail retry": fail_retry,
+    "fail parked": fail_parked,
+    "fail lost": fail_lost,
+    "fail again": fail_again,
+    "resume run": resume_run,
+    "resume lost": resume_lost,
+    "lock granted": lock_granted,
+    "lock granted (to a waiter)": lock_granted_to_a_waiter,
+    "lock wait": lock_wait,
+    "lock busy": lock_busy,
+    "unlock released": unlock_released,
+    "unlock lost": unlock_lost,
+}
+
+
+def prepare(lab: Lab, name: str, resource: str = "x", *, colocated: bool = True) -> Ready:
+    """Do what comes before the call."""
+    made: dict[str, Process] = {}
+
+    def process(name: str) -> Process:
+        if name not in made:
+            made[name] = lab.process(name, resource, colocated=colocated)
+        return made[name]
+
+    return SCENARIOS[name](process)

@@ -1,0 +1,355 @@
+"""Random schedules: processes that use one resource on a real server, with calls that arrive late,
+twice, or not at all. Every answer is compared with the model's; a `Witness` checks the rest.
+
+A schedule is plain data, a list of moves, so that one that fails can be shrunk, printed and
+repeated. A move that makes no sense where it stands (a repeat before the first call) does nothing.
+"""
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import redis
+from model import Model, StaleError, Violation
+from steps import Answer, Command, Lab, Process
+from witness import MEMORY_MS, Witness, expect
+
+from phonon.protocol.keys import Keys
+
+LEASES = (30_000, 5_000)
+# Milliseconds that pass at once: within a lease, past a waiter's patience, past each lease, and
+# a clock that is set back.
+JUMPS = (1, 400, 2_001, 5_000, 11_000, 31_000, -3_000)
+
+#: What becomes of a call. Every call whose reply is lost is repeated before the next one.
+FATES = ("answered", "reply lost", "request lost", "given up")
+
+
+class Move(NamedTuple):
+    """One move of a schedule.
+
+    Attributes:
+        action: The name of a method of `World`.
+        who: Which process.
+        what: Which variant; each action makes of it what it needs.
+        fate: What becomes of the call.
+    """
+
+    action: str
+    who: int
+    what: int = 0
+    fate: str = "answered"
+
+
+#: The actions, and how often each is chosen.
+WEIGHTS = {
+    "pause": 1,
+    "append": 8,
+    "leave": 8,
+    "join": 4,
+    "complete": 5,
+    "fail": 4,
+    "resume": 2,
+    "modify": 1,
+    "lock": 3,
+    "unlock": 2,
+    "renew": 1,
+    "advance": 2,
+    "repeat": 3,
+    "stale": 2,
+    "late": 2,
+    "take_over": 3,
+    "forget": 1,
+}
+#: How many variants of a move there are.
+VARIANTS = 12
+
+
+@dataclass
+class Actor:
+    """A process of a schedule.
+
+    Attributes:
+        process: Its end of the resource.
+        token: The batch that it believes to be its own, the last one if it has none.
+        pending: A call whose answer it still wants.
+        delivered: Its calls that have arrived, oldest first.
+        given_up: Calls that were lost on their way, and may arrive after all.
+    """
+
+    process: Process
+    token: int = 0
+    pending: Command | None = None
+    delivered: list[Command] = field(default_factory=list)
+    given_up: list[Command] = field(default_factory=list)
+
+
+class World:
+    """Some processes and one resource.
+
+    Args:
+        lab: The library to try.
+        processes: How many.
+        colocated: Whether steps write the registries, or the processes themselves.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, lab: Lab, processes: int, *, colocated: bool) -> None:
+        self.lab = lab
+        self.colocated = colocated
+        namespace = f"{lab.namespace}.{next(self._numbers)}"
+        keys = Keys(namespace)
+        self.actors = [
+            Actor(Process(lab, name, "x", keys, colocated=colocated)) for name in "abcd"[:processes]
+        ]
+        lab.move_to(0)
+        self.latest = 0
+        self.base = keys.base("x")
+        self.model = Model(lab.now)
+        self.witness = Witness(lab, namespace, self.base)
+        self.payloads = itertools.count()
+        #: How often which step was answered how: shows what the schedules have reached.
+        self.seen: Counter[str] = Counter()
+
+    def run(self, schedule: Sequence[Move]) -> Counter[str]:
+        """Do what the schedule says, then end everything.
+
+        Raises:
+            Violation: With the moves that led to it.
+        """
+        done = 0
+        try:
+            for move in schedule:
+                done += 1
+                actor = self.actors[move.who % len(self.actors)]
+                getattr(self, move.action)(actor, move)
+            self.drain()
+        except Violation as violation:
+            moves = "\n".join(f"    {move!r}," for move in schedule[:done])
+            violation.add_note(
+                f"run(lab, {len(self.actors)}, [\n{moves}\n], colocated={self.colocated})"
+            )
+            raise
+        finally:
+            self.lab.client.delete(self.base + b":memory")
+        return self.seen
+
+    def drain(self) -> None:
+        """Everybody gets the answers that are missing and leaves; every batch is executed."""
+        for who, actor in enumerate(self.actors):
+            self.settle(actor)
+            for thread in range(2):
+                self.unlock(actor, Move("unlock", who, thread))
+            self.leave(actor, Move("leave", who, 2))
+        while self.witness.executing:
+            self.complete(self.actors[0], Move("complete", 0, 1))
+        for who, actor in enumerate(self.actors):
+            # Clears what a batch that was lost has left in its registry.
+            self.leave(actor, Move("leave", who, 2))
+        self.witness.check_end()
+
+    # -- moves
+
+    def pause(self, _actor: Actor, _move: Move) -> None:
+        """Nothing: the move that others shrink to."""
+
+    def join(self, actor: Actor, move: Move) -> None:
+        put_back = (actor.process.id, 2) if move.what % 4 == 0 else ()
+        self.call(actor, move.fate, "join", LEASES[move.what % 2], *put_back)
+
+    def modify(self, actor: Actor, move: Move) -> None:
+        self.call(actor, move.fate, "modify", LEASES[move.what % 2], 1 + move.what % 3)
+
+    def append(self, actor: Actor, move: Move) -> None:
+        partial = b"p%d" % next(self.payloads)
+        self.call(actor, move.fate, "append", LEASES[move.what % 2], partial)
+
+    def leave(self, actor: Actor, move: Move) -> None:
+        partial = b"p%d" % next(self.payloads) if move.what % 2 else b""
+        self.call(actor, move.fate, "leave", int(move.what % 6 == 0), LEASES[0], partial)
+
+    def complete(self, actor: Actor, move: Move) -> None:
+        actor, token = self.executor(actor, move)
+        self.call(actor, move.fate, "complete", token)
+
+    def fail(self, actor: Actor, move: Move) -> None:
+        actor, token = self.executor(actor, move)
+        self.call(actor, move.fate, "fail", token, f"error {move.what}", 500, 1 + move.what % 3)
+
+    def resume(self, actor: Actor, move: Move) -> None:
+        actor, token = self.executor(actor, move)
+        self.call(actor, move.fate, "resume", token)
+
+    def executor(self, actor: Actor, move: Move) -> tuple[Actor, int]:
+        """Who is to end which batch: mostly the one that has one, sometimes another process, or
+        one that believes to have one; sometimes an earlier batch."""
+        owners = [each for each in self.actors if each.process.id in self.witness.executing]
+        if owners and move.what % 4:
+            actor = owners[0]
+        self.settle(actor)  # it may be about to learn that it has one
+        earlier = [token for token, _ in self.witness.started if token < actor.token]
+        return actor, earlier[-1] if earlier and move.what == VARIANTS - 1 else actor.token
+
+    def lock(self, actor: Actor, move: Move) -> None:
+        holder = b"%s/%d" % (actor.process.id, move.what % 2)
+        lease, queue = LEASES[move.what % 3 == 0], int(move.what % 4 != 0)
+        self.call(actor, move.fate, "lock", holder, lease, queue)
+
+    def unlock(self, actor: Actor, move: Move) -> None:
+        self.call(actor, move.fate, "unlock", b"%s/%d" % (actor.process.id, move.what % 2))
+
+    def renew(self, actor: Actor, move: Move) -> None:
+        self.tick(1)
+        pid = actor.process.id
+        holders = [b"%s/%d" % (pid, thread) for thread in range(move.what % 3)]
+        answer = list(actor.process.ask("renew", *LEASES, *holders))
+        expect(f"renew by {pid!r}", answer, self.model.renew(pid, *LEASES, *holders))
+        self.check()
+
+    def advance(self, _actor: Actor, move: Move) -> None:
+        self.tick(JUMPS[move.what % len(JUMPS)])
+        self.check()
+
+    def repeat(self, actor: Actor, _move: Move) -> None:
+        """The network delivers a process's last call once more."""
+        if actor.delivered and not actor.pending:
+            self.deliver(actor, actor.delivered[-1])
+
+    def stale(self, actor: Actor, move: Move) -> None:
+        """The network delivers an earlier call once more."""
+        if len(actor.delivered) > 1:
+            self.deliver(actor, actor.delivered[move.what % (len(actor.delivered) - 1)])
+
+    def late(self, actor: Actor, move: Move) -> None:
+        """A call arrives that its process has given up, before or after its next one."""
+        if actor.given_up:
+            self.deliver(actor, actor.given_up.pop(move.what % len(actor.given_up)))
+
+    def take_over(self, actor: Actor, _move: Move) -> None:
+        """Recovery, which is not a step yet: the batch's owner was declared dead."""
+        batch, process = self.model.batch, actor.process
+        if batch is None or batch.owner == process.id:
+            return
+        self.settle(actor)
+        self.lab.call("hold", 1, process.registry, self.base)
+        self.lab.client.hset(f"{self.base.decode()}:running", "owner", process.id.decode())
+        self.model.hold(process.id)
+        self.witness.executing = {process.id: batch.token}
+        batch.owner = process.id
+        actor.token = batch.token
+        self.check()
+
+    def forget(self, _actor: Actor, _move: Move) -> None:
+        """Nothing happens for so long that the memory expires, and no call is under way."""
+        for actor in self.actors:
+            self.settle(actor)
+            actor.delivered.clear()
+            actor.given_up.clear()
+        self.tick(self.latest + MEMORY_MS - self.lab.offset)
+        self.lab.client.delete(self.base + b":memory")
+        self.model.memory.clear()
+        self.check()
+
+    # -- calls
+
+    def tick(self, ms: int) -> None:
+        self.lab.advance(ms)
+        self.latest = max(self.latest, self.lab.offset)
+        self.model.now = self.lab.now
+
+    def call(self, actor: Actor, fate: str, step: str, *args: Any) -> None:
+        """A process makes a call, after it has got the answer of its last one."""
+        self.settle(actor)
+        command = actor.process.command(step, *args)
+        if step not in ("complete", "fail", "resume", "unlock"):
+            actor.process.hold()
+        if fate == "given up" and step not in ("join", "append", "modify"):
+            fate = "request lost"  # only these are ever given up
+        if fate == "answered":
+            self.receive(actor, self.deliver(actor, command))
+        elif fate == "given up":
+            actor.given_up.append(command)
+        else:
+            actor.pending = command
+            if fate == "reply lost":
+                self.deliver(actor, command)
+
+    def settle(self, actor: Actor) -> None:
+        """Repeat the call whose answer is missing."""
+        command, actor.pending = actor.pending, None
+        if command:
+            self.receive(actor, self.deliver(actor, command))
+
+    def receive(self, actor: Actor, answer: Answer) -> None:
+        actor.process.let_go(answer)
+        if answer[0] in (b"run", b"again"):
+            actor.token = answer[2]
+
+    def deliver(self, actor: Actor, command: Command) -> Answer:
+        """A call reaches the server, for the first time, again, or too late."""
+        self.tick(1)
+        pid = actor.process.id
+        first_time = command.number > self.model.memory.get(pid, (0, []))[0]
+        if not first_time:
+            self.witness.look()  # the process may have written its registry since
+        before = self.witness.keys
+        answer = self.send(actor.process, command)
+        token = answer[2] if answer[0] in (b"run", b"again", b"granted") else None
+        try:
+            expected = self.model.apply(pid, command, token)
+        except StaleError:
+            expected = [b"stale"]
+        expect(f"{command} of {pid!r}", answer, expected)
+        self.seen[f"{command.step} {answer[0].decode()}"] += 1
+        if first_time:
+            actor.delivered.append(command)
+            self.witness.note(pid, command, answer)
+        self.check()
+        if not first_time and self.witness.keys != before:
+            raise Violation(f"G4: {command} of {pid!r} came again and changed something")
+        return answer
+
+    def send(self, process: Process, command: Command) -> Answer:
+        try:
+            answer = process.send(command)
+        except redis.ResponseError as error:
+            if "PHONONSTALE" not in str(error):
+                raise Violation(f"{command} of {process.id!r}: {error}") from error
+            return [b"stale"]
+        if command.step == "leave" and len(answer) > 5:
+            answer[5] = dict(zip(answer[5][::2], answer[5][1::2], strict=True))
+        return answer
+
+    def check(self) -> None:
+        count = self.actors[0].process.count()
+        self.witness.check(self.model, count, colocated=self.colocated)
+
+
+def run(
+    lab: Lab, processes: int, schedule: Sequence[Move], *, colocated: bool = True
+) -> Counter[str]:
+    """Run a schedule in a world of its own; the result is what was answered how often."""
+    return World(lab, processes, colocated=colocated).run(schedule)
+
+
+def random_schedule(rng: random.Random, length: int) -> list[Move]:
+    actions = rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=length)
+    fates = rng.choices(FATES, (12, 3, 2, 1), k=length)
+    return [
+        Move(action, rng.randrange(4), rng.randrange(VARIANTS), fate)
+        for action, fate in zip(actions, fates, strict=True)
+    ]
+
+
+def run_random(lab: Lab, seed: int, schedules: int, length: int) -> Counter[str]:
+    """Run random schedules, which depend on nothing but the seed."""
+    seen: Counter[str] = Counter()
+    for number in range(schedules):
+        rng = random.Random(f"{seed} {number}")  # noqa: S311 - repeatable, no secret
+        processes, colocated = rng.randint(2, 4), rng.random() < 0.7
+        seen += run(lab, processes, random_schedule(rng, length), colocated=colocated)
+    return seen
