@@ -141,7 +141,8 @@ def _report(pipe: int, message: bytes) -> None:
 def _spawn(command: list[str], server_lock: int) -> int:
     # Loaded before the fork: the child does as little as can be.
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    # Valkey does not start with a locale that is not installed, as LANG in containers often is.
+    # How Lua compares strings must not depend on who was first; and with a locale that is not
+    # installed, as often in containers, Valkey 9.0 does not start (valkey-io/valkey#3067).
     environment = {**os.environ, "LC_ALL": "C"}
     supervisor = os.getpid()
     child = os.fork()

@@ -109,6 +109,8 @@ class Engine:
         self.local = threading.local()
         #: Updates that a batch could not store because the server was gone.
         self.unstored: list[Update] = []
+        #: Memberships that are to be renewed because they have expired.
+        self._expired: set[str] = set()
         self.upkeep = Upkeep(self)
         self._holders = itertools.count(1)
         self._renew_at = time.monotonic() + self.session_length / 3
@@ -191,8 +193,14 @@ class Engine:
         for cache in list(self.caches):
             errors += cache.end_for(self)
         try:
-            self._store_unstored()
-            self.driver.resume()
+            self.upkeep.join()
+            lost = self.driver.resume()
+            if lost is not None:
+                raise lost
+            try:
+                self._store_unstored()
+            except ExceptionGroup as group:
+                errors += group.exceptions
             for lock in list(self.locks.values()):
                 with contextlib.suppress(LockLostError):
                     lock.release()
@@ -201,6 +209,8 @@ class Engine:
             held.update(self.keys.base(resource) for resource in list(self.held))
             errors += self._leave_all([self.keys.resource(base) for base in held])
             errors += self.upkeep.retry_now()
+            # A heartbeat after this would bring the process back to life.
+            self.upkeep.stop()
             if not self.driver.run(b"", processes.registry(self.me)):
                 self.driver.run(b"", processes.resign(self.me))
             else:
@@ -272,9 +282,18 @@ class Engine:
         """The task of `leaving`. Should its caller give up on it, it reports to the log."""
         force = update is not None and update.forced
         base = self.keys.base(resource)
-        task: Task[Ended] = Task(base, self.leaving(resource, base, update, force=force))
-        task.done = lambda ended: self.report(base, ended, update)
-        return task
+
+        def failed(_: BaseException) -> None:
+            # Its data is local again, and maybe nobody else holds it any more.
+            if update is not None and update.has_unsent():
+                self.unstored.append(update)
+
+        return Task(
+            base,
+            self.leaving(resource, base, update, force=force),
+            lambda ended: self.report(base, ended, update),
+            failed,
+        )
 
     def runner(self, resource: str, update: "Update | None") -> Runner:
         """What runs ``execute`` on a batch of that resource."""
@@ -368,42 +387,65 @@ class Engine:
                 self.name,
                 DEAD_AFTER * self.heartbeat_interval,
             )
-        self._renew()
-        self.driver.resume()
+        try:
+            self._renew()
+        finally:
+            if self.driver.suspended or self.unstored or self._expired:
+                self.upkeep.catch_up()
+
+    def catch_up(self) -> None:
+        """Go on with what could not be done while the server was gone. Batches may execute."""
+        if self.driver.resume() is not None:
+            return
         if self.unstored:
             self._store_unstored()
+        expired, self._expired = self._expired, set()
+        tasks = [Task(self.keys.base(resource), self._rejoining(resource)) for resource in expired]
+        self.driver.run_all(tasks)
+        for task, resource in zip(tasks, expired, strict=True):
+            if task.error is not None:
+                log.error("the membership in %r could not be renewed: %s", resource, task.error)
+                self._expired.add(resource)
 
     def _renew(self) -> None:
+        by_base = self._to_renew()
+        lease_ms = max((lock.lease_ms for lock in list(self.locks.values())), default=0)
+        # Renewing changes nothing that counts in order, so it waits for nobody's turn: the heart
+        # must neither starve beside busy threads nor go on with their kept flows.
+        tasks = [
+            Task(b"renew " + base, references.renew(self.me, base, lease_ms, holders))
+            for base, holders in by_base.items()
+        ]
+        self.driver.run_all(tasks)
+        for task, (base, holders) in zip(tasks, by_base.items(), strict=True):
+            if task.error is None:
+                self._renewed(base, holders, *task.result)
+        for task in tasks:
+            if task.error is not None:
+                self._renew_at = 0.0
+                raise task.error
+
+    def _to_renew(self) -> dict[bytes, list[str]]:
+        """The locks that are held, by resource, and now and then all memberships."""
         by_base: dict[bytes, list[str]] = {}
-        lease_ms = 0
         for holder, lock in list(self.locks.items()):
             by_base.setdefault(lock.base, []).append(holder)
-            lease_ms = lock.lease_ms
         now = time.monotonic()
         if now >= self._renew_at:
             self._renew_at = now + self.session_length / 3
             for resource in list(self.held):
                 by_base.setdefault(self.keys.base(resource), [])
-        if not by_base:
-            return
-        tasks = [
-            Task(base, references.renew(self.me, base, lease_ms, holders))
-            for base, holders in by_base.items()
-        ]
-        self.driver.run_all(tasks)
-        again: list[Task[None]] = []
-        for task, holders in zip(tasks, by_base.values(), strict=True):
-            member, *owned = task.outcome()
-            for holder, mine in zip(holders, owned, strict=True):
-                if not mine and holder in self.locks:
-                    self.locks[holder].lose()
-            resource = self.keys.resource(task.base)
-            if not member and resource in self.held:
-                log.warning("the membership in %r had expired; it is renewed", resource)
-                again.append(Task(task.base, self._rejoining(resource)))
-        self.driver.run_all(again)
-        for rejoined in again:
-            rejoined.outcome()
+        return by_base
+
+    def _renewed(self, base: bytes, holders: Sequence[str], member: bool, *owned: bool) -> None:
+        for holder, mine in zip(holders, owned, strict=True):
+            lock = self.locks.get(holder)
+            if lock is not None and not mine:
+                lock.lose()
+        resource = self.keys.resource(base)
+        if not member and resource in self.held:
+            log.warning("the membership in %r had expired; it is renewed", resource)
+            self._expired.add(resource)
 
     def _rejoining(self, resource: str) -> Flow[None]:
         # Left meanwhile, by another thread? Then it stays left.

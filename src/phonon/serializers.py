@@ -38,7 +38,7 @@ from typing import Any, Protocol
 from uuid import UUID, SafeUUID
 from zoneinfo import ZoneInfo
 
-import msgpack  # type: ignore[import-untyped]  # the package ships no types
+import msgpack
 from msgpack import ExtType
 
 from phonon.errors import ConfigurationError, NotStorableError, UndecodableError
@@ -206,14 +206,12 @@ def _pack_carefully(value: Any) -> bytes:
 
 
 _show = partial(reprlib.aRepr.repr_instance, level=0)  # survives a broken __repr__
-_DEEPEST = 511  # msgpack's limit before 1.2; later it is 1024
+_DEEPEST = 500  # what every version of msgpack takes, with some levels to spare for heads
 _STORABLE = "None, bool, float, str, bytes, list, dict, " + ", ".join(k.__name__ for k in _WRITERS)
 
 
 def _steps(value: Any) -> Iterator[tuple[str, Any]]:
     """Gives the parts of a value that has a spelling, each with its step of the path."""
-    if type(value) not in {list, dict}:
-        yield "", None  # the head: a level deeper, as any part
     if type(value) in {OrderedDict, Counter, defaultdict}:
         yield "", dict(value)
     elif type(value) is dict:

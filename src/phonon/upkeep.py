@@ -1,4 +1,8 @@
-"""The background threads of a process: one beats, one tries failed batches again."""
+"""The background threads of a process.
+
+One beats, one tries failed batches again, and one goes on with what was under way when the server
+went: the user's code runs in the latter two, for as long as it likes, and the heart beats on.
+"""
 
 import contextlib
 import heapq
@@ -18,6 +22,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("phonon")
 
 
+def _join(thread: threading.Thread | None, timeout: float | None = None) -> None:
+    if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+        thread.join(timeout)
+
+
 class Upkeep:
     """Keeps a process alive, and its failed batches in hand.
 
@@ -35,6 +44,7 @@ class Upkeep:
         self._stopping = threading.Event()
         self._beating: threading.Thread | None = None
         self._retrying: threading.Thread | None = None
+        self._catching_up: threading.Thread | None = None
         self._order = itertools.count()
         self._due: list[tuple[float, int, bytes, int, Update | None]] = []
         self._changed = threading.Condition()
@@ -52,12 +62,21 @@ class Upkeep:
         with self._changed:
             self._changed.notify_all()
         for thread in (self._beating, self._retrying):
-            if (
-                thread is not None
-                and thread.is_alive()
-                and thread is not threading.current_thread()
-            ):
-                thread.join(timeout=2.0)
+            _join(thread, timeout=2.0)
+
+    def join(self) -> None:
+        """Wait until it has been tried to go on with what was under way when the server went."""
+        _join(self._catching_up)
+
+    def catch_up(self) -> None:
+        """Go on with what was under way when the server went. Called by the heartbeat."""
+        if self._catching_up is None or not self._catching_up.is_alive():
+            self._catching_up = threading.Thread(
+                target=self._catch_up, name=f"phonon-catch-up-{self._name}", daemon=True
+            )
+            # As with a retry.
+            with contextlib.suppress(RuntimeError):
+                self._catching_up.start()
 
     def retry_in(self, seconds: float, base: bytes, token: int, update: "Update | None") -> None:
         """Try a batch again later."""
@@ -113,6 +132,14 @@ class Upkeep:
                     log.warning("the heartbeat of process %s is back", self._name)
                 complained = False
             del engine
+
+    def _catch_up(self) -> None:
+        engine = self._engine()
+        try:
+            if engine is not None:
+                engine.catch_up()
+        except Exception:
+            log.exception("process %s could not do all that was left to do", self._name)
 
     def _retry(self) -> None:
         while True:

@@ -98,9 +98,13 @@ def wait_until(condition: Callable[[], object]) -> None:
 def is_alive(pid: int) -> bool:
     # There may be nobody to bury an orphan. Of a process with threads, the first can be dead
     # while the others still have its files, and so its locks.
-    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+    threads: list[Path] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        threads += Path(f"/proc/{pid}/task").iterdir()
+    for thread in threads:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if thread.read_text().rpartition(")")[2].split()[0] not in "ZX":
+            status = thread.joinpath("stat").read_text()
+            if status.rpartition(")")[2].split()[0] not in "ZX":
                 return True
     return False
 
@@ -486,10 +490,14 @@ def test_failure_to_start_shows_the_log(place: Path) -> None:
             embedded.start(place / "data")
 
 
-def test_unknown_locale_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LC_ALL", "tlh_QO.UTF-8")
-    with embedded.start() as server:
+def test_locale_of_the_first_user_does_not_matter(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "tlh_QO.UTF-8")  # Klingon is not installed
+    with embedded.start(place / "data") as server:
         assert ask(server.socket_path, "PING")
+    log = (place / "data/phonon-server/log").read_text()
+    assert "LOCALE" not in log  # Valkey 9.0 would not even start
 
 
 def test_missing_package_is_named(new_user: Users) -> None:

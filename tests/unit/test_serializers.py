@@ -18,12 +18,11 @@ from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 from uuid import UUID, SafeUUID
 from zoneinfo import ZoneInfo
 
-import msgpack  # type: ignore[import-untyped]  # the package ships no types
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,7 +84,7 @@ FORMS: dict[type, Callable[[Any], Any]] = {
         (0.0, -0.0),
         (0j, complex(0, -0.0)),
         (b"a", bytearray(b"a")),
-        ([1], (1,)),
+        ([1], [1.0]),
         ([1], [True]),
         ({1}, frozenset({1})),
         ({1}, {1.0}),
@@ -245,7 +244,7 @@ def test_one_type_has_one_layout_for_ever() -> None:
         "93c70005d920" + b"00000000000000000000000000000001".hex() + "c0"
         "94c70006cd07e8021d"
         "97c7000701020304c000"
-        "9ac70008cd07e8021d0102030493c7000a94c7000900cda8c1ce0007a122a17801"
+        "9ac70008cd07e8021d0102030493c7000a94c7000900cda8c102a17801"
         "94c70009010203"
         "9ac70008cd07e8021d0000000092c7000ba355544300"
         "92c7001001"
@@ -341,7 +340,7 @@ REFUSED: list[tuple[Any, str]] = [
     (range(3), "a value of type range"),
     (iter([1]), "a value of type list_iterator"),
     (Fraction(1, 2), "a value of type fractions.Fraction"),
-    (Path("/"), "a value of type pathlib.PosixPath"),
+    (SafeUUID.safe, "a value of type uuid.SafeUUID"),
     (ValueError(), "a value of type ValueError"),
     (re.compile("a"), "a value of type re.Pattern"),
     (ChainMap(), "a value of type collections.ChainMap"),
@@ -400,6 +399,12 @@ def test_the_path_leads_through_every_container(value: Any, path: str) -> None:
     assert str(caught.value).startswith(path if "memory" in path else f"{path}: ")
 
 
+@pytest.mark.parametrize("key", [memoryview(b"a"), msgpack.ExtType(1, b""), msgpack.Timestamp(1)])
+def test_no_key_is_written_as_another_type(key: Any) -> None:
+    with pytest.raises(NotStorableError, match=r"^value\['a'\]\[key .*: a value of type "):
+        EXACT.dumps({"a": {key: 1}})
+
+
 def test_the_path_survives_a_key_that_cannot_be_shown() -> None:
     with pytest.raises(NotStorableError, match=r"^value\[key <Unshowable instance at \w+>\]: "):
         EXACT.dumps({Unshowable(): 1})
@@ -455,13 +460,13 @@ def test_what_can_be_written_can_be_read_up_to_the_deepest_level(wrap: Callable[
             break
         assert list(unnest(EXACT.loads(data))) == list(unnest(value))
     assert depth >= 250
-    assert re.match(r"value\S{4,}…: what holds itself or is nested more than 511 levels", refusal)
+    assert re.match(r"value.{4,}…: what holds itself or is nested too deep", refusal)
 
 
 @pytest.mark.parametrize("core", [1, b"a", "\udc80", bytearray(b"a"), memoryview(b"a")])
 @pytest.mark.parametrize("depth", [5_000, 200_000])
 def test_what_is_nested_far_too_deep_is_refused(depth: int, core: Any) -> None:
-    with pytest.raises(NotStorableError, match=r"^doc\[0\]\[0\]\[0\]…: .* more than 511 levels"):
+    with pytest.raises(NotStorableError, match=r"^doc\[0\]\[0\]\[0\]…: what .* nested too deep"):
         EXACT.dumps(nest(WRAPS["list"], depth, core), "doc")
 
 
@@ -492,7 +497,7 @@ def rings() -> Iterator[Any]:
     a = defaultdict(list)
     a["a"] = (b"", {"a": a})
     yield a
-    yield nest(lambda inner: [inner, inner], 600)
+    yield nest(lambda inner: [inner, inner], 5_000)
 
 
 @pytest.mark.parametrize("value", list(rings()), ids=lambda value: type(value).__name__)
@@ -589,6 +594,7 @@ HOSTILE: dict[str, bytes] = {
             "an unknown code": ext(0x55, 1),
             "an unknown code, alone": msgpack.ExtType(0x55, b""),
             "a body": [msgpack.ExtType(0x10, b"body"), 1],
+            "a body of three": [msgpack.ExtType(0x10, b"abc"), 1],
             "a body, alone": msgpack.ExtType(0x55, b"body"),
             "bytes for an int": ext(0x01, b"\x01"),
             "no digits": ext(0x01, "0xz"),
@@ -628,7 +634,7 @@ HOSTILE: dict[str, bytes] = {
         }.items()
     },
     "a negative code": b"\x92\xc7\x00\x80\x01",
-    "a moment beyond datetime": b"\xc7\x0c\xff" + b"\xff" * 12,
+    "a moment beyond datetime": b"\xc7\x0c\xff" + bytes(4) + b"\x7f" * 8,
 }
 
 
@@ -636,6 +642,10 @@ HOSTILE: dict[str, bytes] = {
 def test_hostile_data_is_refused(data: bytes) -> None:
     with localcontext(Context(traps=[])), pytest.raises(UndecodableError, match="cannot be read"):
         EXACT.loads(data)
+
+
+def test_an_extension_of_msgpack_itself_is_at_least_read_as_a_type_of_ours() -> None:
+    assert EXACT.loads(msgpack.packb(msgpack.Timestamp(1))) == datetime(1970, 1, 1, 0, 0, 1, 0, UTC)
 
 
 @pytest.mark.parametrize("size", [1_000, 20_000, 1_000_000])

@@ -31,16 +31,28 @@ Pool = Any
 class ClusterServer(Server):
     """Sends calls to the nodes of a cluster. A resource's keys are all in one slot.
 
-    For the arguments see `Server`.
+    Args:
+        client: Makes the connections.
+        library: See `Server`, as for the rest.
+        address: What to call the cluster in messages; without a password.
+        nodes: Hosts and ports that were given for the cluster. They are asked for its map as long
+            as we live: a name may lead somewhere when all addresses have changed.
+        settings: See `Server`.
     """
 
     colocated = False
 
     def __init__(
-        self, client: "redis.RedisCluster", library: Library, address: str, **settings: Any
+        self,
+        client: "redis.RedisCluster",
+        library: Library,
+        address: str,
+        nodes: Sequence[tuple[str, int]] = (),
+        **settings: Any,
     ) -> None:
         super().__init__(cast("redis.Redis", client), library, address, **settings)
         self._cluster = client
+        self._given = nodes
         self._nodes: dict[tuple[str, int], redis.Redis] = {}
         #: For each slot the connections to its primary. A new map takes the place of the whole
         #: list; a single slot that has moved is changed in it.
@@ -56,8 +68,8 @@ class ClusterServer(Server):
             ServerUnreachableError: No node answers.
             ServerError: One cannot be used.
         """
-        known = [self._pool_at(node.host, node.port) for node in self._cluster.get_nodes()]
-        failure = self._ask_for_map(known)
+        found = [(node.host, node.port) for node in self._cluster.get_nodes() if node.host]
+        failure = self._ask_for_map([self._pool_at(*node) for node in (*found, *self._given)])
         loaded = 0
         for pool in dict.fromkeys(self._owners):
             try:

@@ -70,6 +70,8 @@ _OPTIONS: dict[str, Any] = {
     "socket_timeout": SOCKET_TIMEOUT,
     "socket_connect_timeout": SOCKET_TIMEOUT,
     "retry": Retry(NoBackoff(), 0),
+    # Each thread that waits for a lock has one. redis-py 8 has 100 at the most by itself.
+    "max_connections": 1 << 31,
 }
 
 
@@ -313,7 +315,7 @@ def _open(
     elif address.scheme == "redis+cluster":
         cluster = _cluster_client(address)
         stack.callback(cluster.close)
-        return ClusterServer(cluster, library, address.shown, **settings)
+        return ClusterServer(cluster, library, address.shown, address.nodes, **settings)
     stack.callback(client.close)
     return Server(client, library, address.shown, **settings)
 

@@ -192,9 +192,8 @@ class Server:
             give_up = give_up or now + self.retry_timeout
             refused = isinstance(failure, RedisAuthenticationError | AuthorizationError)
             if refused or now >= give_up:
-                lost = self.lost(failure)
                 for i in unanswered:
-                    replies[i] = lost
+                    replies[i] = self.lost(failure)  # one each: a traceback grows as it is raised
                 break
             time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load, no secret
             pause = min(pause * 2, self.longest_pause)
@@ -210,7 +209,10 @@ class Server:
         again, under its number, and sees to whatever is wrong.
         """
         pool = self._pool_of(call.base)
-        connection = self._take(pool)
+        try:
+            connection = self._take(pool)
+        except (*GONE, ResponseError):
+            return self.exchange((call,))[0]
         try:
             connection.send_packed_command((pack_command(self._words(call)),))
             reply = connection.read_response(disable_decoding=True)
@@ -374,22 +376,11 @@ class Server:
             return True
         return is_passing(error)
 
-    @staticmethod
-    def _commands(pool: Any, commands: list[tuple[Any, ...]]) -> list[Any]:
-        connection = pool.get_connection()
-        replies: list[Any] = []
-        try:
-            connection.send_packed_command(connection.pack_commands(commands))
-            for _ in commands:
-                try:
-                    replies.append(connection.read_response(disable_decoding=True))
-                except ResponseError as error:
-                    replies.append(error)
-        except BaseException:
-            connection.disconnect()
-            raise
-        finally:
-            pool.release(connection)
+    def _commands(self, pool: Any, commands: list[tuple[Any, ...]]) -> list[Any]:
+        """Send plain commands to one server; returns their answers or errors."""
+        replies: list[Any] = [UNANSWERED] * len(commands)
+        indices = range(len(commands))
+        self._read(pool, self._post(pool, commands, indices), indices, replies)
         return replies
 
     def _load(self, pool: Any) -> None:
@@ -447,25 +438,23 @@ class Server:
             if isinstance(kind, bytes) and kind.decode() not in (expected[key], "none")
         }
 
-    @staticmethod
-    def _wait_at(pool: Any, key: bytes, timeout: float) -> bool:
-        connection = pool.get_connection()
+    def _wait_at(self, pool: Any, key: bytes, timeout: float) -> bool:
+        words = (b"BLPOP", key, f"{max(timeout, 0.001):.3f}".encode())
+        connection = self._post(pool, [words], (0,))
+        replies = [UNANSWERED]
         try:
-            connection.send_command("BLPOP", key, f"{max(timeout, 0.001):.3f}")
             # Not the connection's own timeout: it may be shorter than the wait.
             if not connection.can_read(timeout + WAIT_GRACE):
                 raise RedisTimeoutError(  # noqa: TRY301 - as if the connection had raised it
                     f"no answer to BLPOP in {timeout + WAIT_GRACE:.1f} s"
                 )
-            reply = connection.read_response(disable_decoding=True)
-        except ResponseError as error:
-            if is_passing(error):
-                # The server woke us itself: it is no primary any more, or not of this slot.
-                raise RedisConnectionError(str(error)) from error
-            raise ServerError(f"waiting on {key!r}: {error}") from error
         except BaseException:
-            connection.disconnect()
+            self._drop(pool, connection)
             raise
-        finally:
-            pool.release(connection)
-        return reply is not None
+        self._read(pool, connection, (0,), replies)
+        if not isinstance(replies[0], ResponseError):
+            return replies[0] is not None
+        if is_passing(replies[0]):
+            # The server woke us itself: it is no primary any more, or not of this slot.
+            raise RedisConnectionError(str(replies[0]))
+        raise ServerError(f"waiting on {key!r}: {replies[0]}")

@@ -4,7 +4,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Generic
 
@@ -29,22 +30,35 @@ class Task(Generic[T]):
         base: The resource that the flow is about.
         flow: The flow.
         done: Told the result, also if the flow got there only after its caller had given up.
+        failed: Told the error with which the flow ended after its caller had given up.
 
     Attributes:
         result: What the flow returned.
         error: What it raised instead.
+        suspended: Whether its caller has given up on it: then only the error is told here, and the
+            flow goes on in another task.
     """
 
-    __slots__ = ("base", "done", "effect", "error", "flow", "result")
+    __slots__ = ("base", "done", "effect", "error", "failed", "flow", "result", "suspended")
 
     result: T
 
-    def __init__(self, base: bytes, flow: Flow[T], done: Callable[[T], None] | None = None) -> None:
+    def __init__(
+        self,
+        base: bytes,
+        flow: Flow[T],
+        done: Callable[[T], None] | None = None,
+        failed: Callable[[BaseException], None] | None = None,
+        *,
+        effect: Effect | None = None,
+    ) -> None:
         self.base = base
         self.flow = flow
         self.done = done
-        self.effect: Effect | None = None
+        self.failed = failed
+        self.effect = effect
         self.error: BaseException | None = None
+        self.suspended = False
 
     def advance(self, reply: Any = None) -> None:
         """Hand the flow the result of its last effect, and take its next one."""
@@ -62,14 +76,11 @@ class Task(Generic[T]):
             self.effect = None
             self.error = error
 
-    @classmethod
-    def suspended(
-        cls, base: bytes, flow: Flow[T], done: Callable[[T], None] | None, effect: Effect | None
-    ) -> "Task[T]":
-        """A task whose flow waits for an effect."""
-        task = cls(base, flow, done)
-        task.effect = effect
-        return task
+    def suspend(self, error: BaseException) -> "Task[T]":
+        """Tell the caller the error; the flow goes on in the task returned."""
+        rest = Task(self.base, self.flow, self.done, self.failed, effect=self.effect)
+        self.effect, self.error, self.suspended = None, error, True
+        return rest
 
     def outcome(self) -> T:
         """The result; raises the error."""
@@ -79,36 +90,52 @@ class Task(Generic[T]):
 
 
 class Guard:
-    """Lets one flow at a time talk about a resource.
+    """Lets one flow at a time talk about a resource, in order of arrival.
 
     A process's operations on one resource are numbered and must reach the server in that order;
     two under way at once, over two connections, could overtake each other, and the server would
     take the later-arriving one for a repeat.
     """
 
-    __slots__ = ("_busy", "_freed", "_lock", "_waiting")
+    __slots__ = ("_busy", "_freed", "_lock", "_queue", "_tickets")
 
     def __init__(self) -> None:
         self._busy: set[bytes] = set()
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
-        self._waiting = 0
+        self._tickets = itertools.count()
+        self._queue: dict[int, AbstractSet[bytes]] = {}
 
     def acquire(self, bases: AbstractSet[bytes]) -> None:
         """Wait until all of these are free, and take them at once: nobody holds some and waits."""
         with self._lock:
-            while not self._busy.isdisjoint(bases):
-                self._waiting += 1
-                try:
+            ticket = next(self._tickets)
+            self._queue[ticket] = bases
+            try:
+                while not self._has_turn(ticket, bases):
                     self._freed.wait()
-                finally:
-                    self._waiting -= 1
+            except BaseException:
+                self._freed.notify_all()  # those behind need not wait for it any more
+                raise
+            finally:
+                del self._queue[ticket]
             self._busy |= bases
+
+    def _has_turn(self, ticket: int, bases: AbstractSet[bytes]) -> bool:
+        if not self._busy.isdisjoint(bases):
+            return False
+        # Without an order, who wants many would wait for ever beside those that want one each.
+        for earlier, wanted in self._queue.items():
+            if earlier == ticket:
+                break
+            if not wanted.isdisjoint(bases):
+                return False
+        return True
 
     def acquire_one(self, base: bytes) -> None:
         """`acquire` for a single resource."""
         with self._lock:
-            if base not in self._busy:
+            if not self._queue and base not in self._busy:
                 self._busy.add(base)
                 return
         self.acquire({base})
@@ -117,15 +144,60 @@ class Guard:
         """`release` for a single resource."""
         with self._lock:
             self._busy.discard(base)
-            if self._waiting:
+            if self._queue:
                 self._freed.notify_all()
 
     def release(self, bases: AbstractSet[bytes]) -> None:
         """Let others go on."""
         with self._lock:
             self._busy -= bases
-            if self._waiting:
+            if self._queue:
                 self._freed.notify_all()
+
+
+class Kept:
+    """Flows whose callers have given up, by resource, in the order in which they have to go on."""
+
+    def __init__(self) -> None:
+        self.queues: dict[bytes, deque[Task[Any]]] = {}
+        self._taken = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return self._taken + sum(len(queue) for queue in self.queues.values())
+
+    def put(self, task: Task[Any], *, first: bool) -> None:
+        """Keep a flow, before or behind what is kept for the resource already."""
+        with self._lock:
+            queue = self.queues.setdefault(task.base, deque())
+            if first:
+                queue.appendleft(task)
+            else:
+                queue.append(task)
+
+    def take(self, bases: Iterable[bytes]) -> list[Task[Any]]:
+        """Take out the flow whose turn it is, for each of the resources that has one."""
+        with self._lock:
+            taken = []
+            for base in bases:
+                queue = self.queues.get(base)
+                if queue is not None:
+                    taken.append(queue.popleft())
+                    if not queue:
+                        del self.queues[base]
+            self._taken += len(taken)
+            return taken
+
+    def ended(self, count: int) -> None:
+        """So many that were taken out have ended, or were put back."""
+        with self._lock:
+            self._taken -= count
+
+    def bases(self) -> list[bytes]:
+        """The resources for which there is something."""
+        with self._lock:
+            return list(self.queues)
 
 
 class SyncDriver:
@@ -139,7 +211,7 @@ class SyncDriver:
         self.server = server
         self._guard = Guard()
         self._numbers = itertools.count(1)
-        self._suspended: dict[bytes, Task[Any]] = {}
+        self._kept = Kept()
 
     def run(self, base: bytes, flow: Flow[T], done: Callable[[T], None] | None = None) -> T:
         """Run one flow to its end. For ``done`` see `Task`.
@@ -153,7 +225,7 @@ class SyncDriver:
         self._guard.acquire_one(base)
         effect: Effect | None = None
         try:
-            if base not in self._suspended:
+            if base not in self._kept.queues:
                 effect = flow.send(None)
                 while effect.__class__ is Call:
                     effect = self._answer(base, flow, effect, done)
@@ -165,7 +237,7 @@ class SyncDriver:
         finally:
             self._guard.release_one(base)
         # It wants more than calls, or something is to be done before.
-        task = Task.suspended(base, flow, done, effect)
+        task = Task(base, flow, done, effect=effect)
         self._run([task])
         return task.outcome()
 
@@ -180,18 +252,19 @@ class SyncDriver:
         except BaseException:
             # Interrupted (Ctrl-C): as unknown as a lost answer.
             if call.keep:
-                self._suspended[base] = Task.suspended(base, flow, done, call)
+                self._kept.put(Task(base, flow, done, effect=call), first=True)
             raise
         if not isinstance(reply, Exception):
             return flow.send(reply)
         if call.keep and isinstance(reply, ConnectionLostError):
-            self._suspended[base] = Task.suspended(base, flow, done, call)
+            self._kept.put(Task(base, flow, done, effect=call), first=True)
             raise reply
         return flow.throw(reply)
 
     def run_all(self, tasks: Sequence[Task[T]]) -> None:
         """Run many flows, advancing them together; their outcomes are in the tasks."""
         waiting = list(tasks)
+        lost: BaseException | None = None
         while waiting:
             # One flow per resource at a time: the second one starts when the first has ended.
             together: dict[bytes, Task[T]] = {}
@@ -201,90 +274,122 @@ class SyncDriver:
                     together[task.base] = task
                 else:
                     later.append(task)
-            self._run(list(together.values()))
-            lost = [t.error for t in together.values() if isinstance(t.error, ConnectionLostError)]
-            if lost:
-                for task in later:
-                    task.error = lost[0]  # not begun: to wait for the server once is enough
-                return
+            self._run(list(together.values()), lost)
+            for task in together.values():
+                if isinstance(task.error, ConnectionLostError):
+                    lost = task.error  # to wait for the server once is enough
             waiting = later
 
-    def resume(self) -> None:
-        """Go on with the calls that were kept when the server did not answer."""
-        if self._suspended:
-            self._run((), kept=list(self._suspended))
+    def resume(self) -> BaseException | None:
+        """Go on with the calls that were kept when the server did not answer.
+
+        Returns:
+            Why it still does not, if so.
+        """
+        bases = self._kept.bases()
+        for i in range(0, len(bases), LOCK_STEP):
+            owned = set(bases[i : i + LOCK_STEP])
+            self._guard.acquire(owned)
+            try:
+                for lost in self._go_on(owned).values():
+                    return lost  # to wait for the server once is enough
+            finally:
+                self._guard.release(owned)
+        return None
 
     @property
     def suspended(self) -> int:
-        """How many calls wait for the server to come back."""
-        return len(self._suspended)
+        """How many flows have been kept and have not ended yet."""
+        return len(self._kept)
 
-    def _run(self, tasks: Sequence[Task[Any]], *, kept: Iterable[bytes] = ()) -> None:
-        """Run tasks about different resources, after what was kept for these and ``kept``."""
-        owned = {task.base for task in tasks}.union(kept)
-        self._guard.acquire(owned)
+    def _run(self, tasks: Sequence[Task[Any]], lost: BaseException | None = None) -> None:
+        """Run tasks about different resources, after what was kept for these.
+
+        Args:
+            tasks: They have not begun, or wait for something other than a call.
+            lost: Why the server is known to be gone: nothing is called, only kept.
+        """
+        owned = {task.base for task in tasks}
         try:
-            if self._suspended:
-                tasks = self._run_kept(tasks, owned)
-            for task in tasks:
-                if task.effect is None:
-                    task.advance()
-            self._drive(tasks, owned)
-        finally:
-            self._guard.release(owned)
+            self._guard.acquire(owned)
+            try:
+                blocked = dict.fromkeys(owned, lost) if lost else self._go_on(owned)
+                for task in tasks:
+                    if task.effect is None:
+                        task.advance()
+                self._put_off(tasks, blocked)
+                self._drive(tasks, owned)
+            finally:
+                self._guard.release(owned)
+        except BaseException as error:
+            self._put_off(tasks, dict.fromkeys((task.base for task in tasks), error))
+            raise
 
-    def _run_kept(self, tasks: Sequence[Task[Any]], owned: set[bytes]) -> Sequence[Task[Any]]:
-        """Repeat the calls that got no answer, before the next operations, which count in order.
+    def _go_on(self, owned: set[bytes]) -> dict[bytes, BaseException]:
+        """Go on with what was kept for resources, before the next operations: they count in order.
 
         Returns:
-            The tasks that may go on.
+            The resources for which there still is no answer, and why.
         """
-        kept = [self._suspended.pop(base) for base in owned & self._suspended.keys()]
-        self._drive(kept, owned)
-        lost = {task.base: task.error for task in kept if task.base in self._suspended}
-        for task in kept:
-            if task.error is not None and task.base not in lost:
-                log.error("a call that had been kept has failed: %s", task.error)
-        for task in tasks:
-            task.error = lost.get(task.base)
-        return [task for task in tasks if task.error is None]
+        lost: dict[bytes, BaseException] = {}
+        while self._kept.queues and (kept := self._kept.take(owned - lost.keys())):
+            try:
+                self._drive(kept, owned)
+            finally:
+                self._kept.ended(len(kept))
+            for task in kept:
+                if task.suspended and task.error is not None:
+                    lost[task.base] = task.error
+                elif task.error is not None:
+                    log.error("a call that had been kept has failed: %s", task.error)
+                    if task.failed is not None:
+                        task.failed(task.error)
+        return lost
 
     def _drive(self, tasks: Sequence[Task[Any]], owned: set[bytes]) -> None:
         """Advance tasks that have begun until all have ended. Their resources are ``owned``."""
         active = [task for task in tasks if task.effect is not None]
         while active:
             calling = [task for task in active if isinstance(task.effect, Call)]
-            if calling:
-                self._exchange(calling)
-            else:
-                # Nobody waits for a resource while holding another one: all are let go here, and
-                # taken again together.
-                again = set(owned)
-                self._guard.release(again)
-                owned.clear()
-                ready = self._act(active)
-                self._guard.acquire(again)
-                owned.update(again)
-                for task, reply in ready:
-                    task.advance(reply)
+            try:
+                if calling:
+                    self._exchange(calling)
+                else:
+                    self._act(active, owned)
+                    # Others had the resources meanwhile; what they got no answer to goes before.
+                    self._put_off(active, self._go_on(owned))
+            except BaseException as error:
+                # Interrupted (Ctrl-C): what was called is as unknown as with a lost answer.
+                for task in active:
+                    self._give_up(task, error, first=bool(calling))
+                raise
             active = [task for task in active if task.effect is not None]
 
-    def _act(self, tasks: Sequence[Task[Any]]) -> list[tuple[Task[Any], Any]]:
-        """Do what the flows want besides calls, until it has taken a while."""
+    def _act(self, tasks: Sequence[Task[Any]], owned: set[bytes]) -> None:
+        """Do what the flows want besides calls, until it has taken a while.
+
+        Nobody waits for a resource while holding another one, nor while the user's code runs: all
+        are let go here, and taken again together.
+        """
+        again = set(owned)
+        self._guard.release(again)
+        owned.clear()
         enough = time.monotonic() + EXECUTE_SLICE
-        ready: list[tuple[Task[Any], Any]] = []
         for task in tasks:
             effect = task.effect
             if isinstance(effect, Execute):
-                ready.append((task, self._execute(effect)))
+                task.advance(self._execute(effect))
             elif not isinstance(effect, Call) and effect is not None:
                 try:
-                    ready.append((task, self.server.wait(effect.key, effect.timeout)))
+                    woken = self.server.wait(effect.key, effect.timeout)
                 except PhononError as error:
-                    ready.append((task, error))
+                    task.advance(error)
+                else:
+                    task.advance(woken)
             if time.monotonic() > enough:
                 break
-        return ready
+        self._guard.acquire(again)
+        owned.update(again)
 
     @staticmethod
     def _execute(effect: Execute) -> Outcome:
@@ -298,23 +403,23 @@ class SyncDriver:
         for call in calls:
             if call.numbered and not call.number:
                 call.number = next(self._numbers)
-        try:
-            replies = self.server.exchange(calls)
-        except BaseException as error:
-            # Interrupted (Ctrl-C) in mid-exchange: as unknown as a lost answer.
-            for task, call in zip(tasks, calls, strict=True):
-                self._unanswered(task, call, error)
-            raise
-        for task, call, reply in zip(tasks, calls, replies, strict=True):
+        replies = self.server.exchange(calls)
+        for task, reply in zip(tasks, replies, strict=True):
             if isinstance(reply, ConnectionLostError):
-                self._unanswered(task, call, reply)
+                self._give_up(task, reply, first=True)
             else:
                 task.advance(reply)
 
-    def _unanswered(self, task: Task[Any], call: Call, error: BaseException) -> None:
-        if call.keep:
-            # The flow goes on in another task; this one has only the error to tell.
-            self._suspended[task.base] = Task.suspended(task.base, task.flow, task.done, call)
-            task.effect, task.error = None, error
-        else:
+    def _put_off(self, tasks: Iterable[Task[Any]], lost: Mapping[bytes, BaseException]) -> None:
+        """Give up on the tasks that would have to wait for an answer to an earlier operation."""
+        for task in tasks:
+            if task.base in lost:
+                self._give_up(task, lost[task.base], first=False)
+
+    def _give_up(self, task: Task[Any], error: BaseException, *, first: bool) -> None:
+        """Tell a task's caller the error. What is to be kept goes on when the server is back."""
+        effect = task.effect
+        if isinstance(effect, Execute) or (isinstance(effect, Call) and effect.keep):
+            self._kept.put(task.suspend(error), first=first)
+        elif effect is not None:
             task.advance(error)

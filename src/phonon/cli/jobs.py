@@ -1,0 +1,41 @@
+"""What a job of the demo is: something to add up."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from phonon import Process, Update
+from phonon.cli.formats import Values
+from phonon.cli.sink import Table
+
+#: What a worker is told: a key first, and what is new about it.
+Message = tuple[Any, ...]
+#: What came together, by key: the figures in the order of the table's columns.
+Totals = dict[str, tuple[Any, ...]]
+
+
+class Job(Protocol):
+    """Which columns it needs, what a message is, which update it makes, where its figures go.
+
+    It travels to the workers, so it holds nothing but settings.
+    """
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns of the input that it needs."""
+
+    @property
+    def table(self) -> Table:
+        """Where its figures go."""
+
+    def message(self, values: Values) -> Message:
+        """Make a message of the columns' values.
+
+        Raises:
+            Rejected: They make none.
+        """
+
+    def update(self, process: Process, message: Message) -> Update:
+        """Make an update of a message."""
+
+    def figures(self, stored: Sequence[Any]) -> tuple[Any, ...]:
+        """The figures as Python values, out of the table's."""

@@ -1,0 +1,588 @@
+"""A real cluster: keys in many slots, slots that move, functions and primaries that are lost."""
+
+import contextlib
+import itertools
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import redis
+from nodes import Cluster, slot_of
+
+import phonon
+from conftest import wait_until
+from phonon import LruCache, Process, Update
+from phonon.drivers.cluster import ClusterServer
+from phonon.errors import AuthenticationError, ConnectionLostError
+from phonon.protocol.effects import Call
+
+Make = Callable[..., Process]
+SECRET = "sEcReT"  # noqa: S105 - of servers that live as long as the test
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster(running: Cluster) -> Iterator[Cluster]:
+    """The cluster, in which all is well."""
+    running.wait_until_well()
+    yield running
+    running.wait_until_well()
+
+
+@pytest.fixture
+def make(cluster: Cluster, namespace: str) -> Iterator[Make]:
+    """Makes processes, and stops those that the test has not stopped."""
+    made: list[Process] = []
+
+    def make_process(**options: Any) -> Process:
+        if "client" not in options:
+            options.setdefault("url", cluster.url)
+        made.append(Process(namespace=namespace, **options))
+        return made[-1]
+
+    yield make_process
+    for process in made:
+        process.stop()
+
+
+class Ids(Update):
+    """Collects numbers, each of which is to arrive once."""
+
+    executed: Counter[int] = Counter()  # noqa: RUF012 - for all of them
+
+    def merge(self, other: "Ids") -> None:
+        self.doc = {"ids": self.doc["ids"] + other.doc["ids"]}
+
+    def execute(self) -> None:
+        self.executed.update(self.doc["ids"])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_executed() -> None:
+    Ids.executed.clear()
+
+
+def left(cluster: Cluster, namespace: str) -> set[str]:
+    """What is in the cluster of a namespace, besides the memories, which expire."""
+    keys = {key[len(namespace) + 1 :] for key in cluster.scan(f"{namespace}:*")}
+    return {key for key in keys if not key.endswith(":memory")}
+
+
+def resource_at(process: Process, wanted: Callable[[int], bool]) -> str:
+    """A resource's name in a slot that is wanted."""
+    names = (f"at{i}" for i in itertools.count())
+    return next(name for name in names if wanted(slot(process, name)))
+
+
+def slot(process: Process, resource: str) -> int:
+    return slot_of(process.engine.keys.base(resource))
+
+
+def server(process: Process) -> ClusterServer:
+    found = process.engine.lease.server
+    assert isinstance(found, ClusterServer)
+    return found
+
+
+def test_references_are_counted_wherever_they_are(
+    make: Make, cluster: Cluster, namespace: str
+) -> None:
+    first, second = make(), make()
+    mine = {f"r{i}": first.create_reference(f"r{i}") for i in range(60)}
+    assert {cluster.owner(slot(first, name)).port for name in mine} == {
+        node.port for node in cluster.primaries()
+    }
+    theirs = {name: second.create_reference(name) for name in mine}
+    for name, reference in mine.items():
+        assert reference.count() == 2
+        assert {holder.id for holder in theirs[name].holders()} == {first.id, second.id}
+        reference.increment_times_modified()
+        theirs[name].increment_times_modified()
+        assert reference.modified_by() == {first.id: 1, second.id: 1}
+    assert set(first.get_registry()) == set(mine)
+    assert not any(reference.dereference() for reference in mine.values())
+    assert first.get_registry() == []
+    assert all(reference.dereference() for reference in theirs.values())
+    assert second.get_registry() == []
+    for process in (first, second):
+        process.stop()
+    assert left(cluster, namespace) == set()
+
+
+def test_one_of_two_that_leave_at_once_is_last(make: Make) -> None:
+    first, second = make(), make()
+    with ThreadPoolExecutor(2) as threads:
+        for i in range(50):
+            references = [p.create_reference(f"r{i}") for p in (first, second)]
+            answers = threads.map(lambda reference: reference.dereference(), references)
+            assert sorted(answers) == [False, True]
+
+
+WAITER = """
+import json, sys
+from phonon import Process
+with Process(url=sys.argv[1], namespace=sys.argv[2]) as process:
+    for name in json.loads(sys.argv[3]):
+        with process.lock(name) as lock:
+            print(lock.token, flush=True)
+"""
+
+
+def test_waiter_in_another_process_is_woken_at_its_node(
+    make: Make, cluster: Cluster, namespace: str
+) -> None:
+    process = make()
+    names = [resource_at(process, partial(cluster.owns, node)) for node in cluster.primaries()]
+    held = [process.lock(name) for name in names]
+    for lock in held:
+        assert lock.acquire()
+    waiter = subprocess.Popen(
+        [sys.executable, "-c", WAITER, cluster.url, namespace, json.dumps(names)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(phonon.__file__).parents[1])},
+    )
+    assert waiter.stdout is not None
+    with waiter:
+        try:
+            for node, lock in zip(cluster.primaries(), held, strict=True):
+                wait_until(node.waiters)
+                token = lock.token
+                lock.release()
+                # Without being woken it would ask again only after five seconds.
+                assert select.select([waiter.stdout], [], [], 4)[0], "it was not woken"
+                assert int(waiter.stdout.readline()) > (token or 0)
+            assert waiter.wait(20) == 0
+        finally:
+            waiter.kill()
+
+
+def test_updates_of_500_keys_in_all_parts_of_the_cluster(
+    make: Make, cluster: Cluster, namespace: str
+) -> None:
+    processes = [make() for _ in range(3)]
+    caches: list[LruCache[Ids]] = [LruCache(max_entries=200) for _ in processes]
+    keys = 500
+    numbers = range(3000)
+    for number in numbers:
+        at, key = number % 3, number * 7 % keys
+        caches[at].set(key, Ids(processes[at], key, doc={"ids": [number]}, init_cache=False))
+    assert sum(cache.size() for cache in caches) == 600
+    for cache in caches:
+        cache.expire_all()
+    assert Ids.executed == Counter(numbers)
+    for process in processes:
+        assert process.get_registry() == []
+        process.stop()
+    assert left(cluster, namespace) == set()
+
+
+def test_batch_is_one_pipeline_a_node_and_they_work_side_by_side(
+    make: Make, cluster: Cluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = make()
+    steps = watch(server(process), monkeypatch)
+    with process.batch():
+        for number in range(600):
+            Ids(process, number % 300, doc={"ids": [number]})
+        for i in range(100):
+            process.create_reference(f"r{i}")
+    # To the registry, which is at one node, and to the resources, which are at three.
+    assert steps == ["post", "read", *["post"] * 3, *["read"] * 3]
+    assert len(process.get_registry()) == 400
+    with process.batch():
+        for number in range(300):
+            Ids(process, number, doc={"ids": [1000 + number]}).end_session()
+    assert Ids.executed == Counter([*range(600), *range(1000, 1300)])
+    process.stop()
+    assert left(cluster, namespace) == set()
+
+
+def watch(server: ClusterServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record when pipelines are sent and read."""
+    steps = []
+
+    def recorded(name: str) -> Callable[..., Any]:
+        original = getattr(server, f"_{name}")
+
+        def record(*args: Any) -> Any:
+            steps.append(name)
+            return original(*args)
+
+        return record
+
+    for name in ("post", "read"):
+        monkeypatch.setattr(server, f"_{name}", recorded(name))
+    return steps
+
+
+def test_interrupted_pipelines_leave_no_answers_to_others(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = server(make())
+    keys = [b"number%d" % i for i in range(300)]
+    sets = [Call("", key, (b"SET", key, b"%d" % i, b"EX", 60)) for i, key in enumerate(keys)]
+    gets = [Call("", key, (b"GET", key)) for key in keys]
+    assert there.exchange(sets) == [b"OK"] * len(keys)
+    for reads in range(3):
+        left = itertools.count(reads, -1)
+        original = there._read
+
+        def interrupted(
+            *args: Any, left: Iterator[int] = left, original: Callable[..., Any] = original
+        ) -> Any:
+            if next(left) == 0:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(there, "_read", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                there.exchange(gets)
+        assert there.exchange(gets) == [b"%d" % i for i in range(len(keys))]
+
+
+def test_stop_ends_what_is_open_and_leaves_only_memories(
+    make: Make, cluster: Cluster, namespace: str
+) -> None:
+    process = make()
+    cache: LruCache[Ids] = LruCache()
+    for number in range(200):
+        cache.set(number, Ids(process, number, doc={"ids": [number]}))
+        process.create_reference(f"r{number}")
+    lock = process.lock("locked")
+    assert lock.acquire()
+    assert any(":holds" in key for key in left(cluster, namespace))
+    process.stop()
+    assert Ids.executed == Counter(range(200))
+    assert left(cluster, namespace) == set()
+
+
+class Work:
+    """Threads that use a cluster in every way while something happens to it."""
+
+    def __init__(self, processes: list[Process], keys: int = 40) -> None:
+        self.processes = processes
+        self.keys = keys
+        self.numbers = itertools.count()
+        self.end = threading.Event()
+        self.acknowledged: list[list[int]] = [[] for _ in processes]
+        self.attempted: set[int] = set()
+        self.threads = ThreadPoolExecutor()
+        self.futures: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        for process, acknowledged in zip(self.processes, self.acknowledged, strict=True):
+            self.futures.append(self.threads.submit(self.work, process, acknowledged))
+        return self
+
+    def work(self, process: Process, acknowledged: list[int]) -> None:
+        for turn in itertools.count():
+            if self.end.is_set():
+                return
+            ids = list(itertools.islice(self.numbers, 12))
+            self.attempted.update(ids)
+            with process.batch():
+                for number in ids[2:]:
+                    Ids(process, number % self.keys, doc={"ids": [number]})
+            for number in ids[:2]:  # by themselves, beside the pipeline
+                Ids(process, number % self.keys, doc={"ids": [number]})
+            acknowledged += ids
+            name = f"turn{turn % 20}"
+            with process.lock(name):
+                reference = process.create_reference(name)
+                assert reference.count() >= 1
+            reference.dereference()
+
+    def goes_on(self, steps: int = 60) -> None:
+        """Wait until each process has got so many numbers acknowledged from now on."""
+        goals = [len(acknowledged) + steps for acknowledged in self.acknowledged]
+
+        def reached() -> bool:
+            for future in self.futures:
+                if future.done():
+                    future.result()
+            pairs = zip(self.acknowledged, goals, strict=True)
+            return all(len(acknowledged) >= goal for acknowledged, goal in pairs)
+
+        wait_until(reached, 60)
+
+    def __exit__(self, *_: object) -> None:
+        self.end.set()
+        self.threads.shutdown()
+        for future in self.futures:
+            future.result()
+
+    def finish(self, safe: set[int] | None = None) -> None:
+        """End the sessions, and see that nothing is lost, and nothing there twice.
+
+        What a primary had acknowledged but not replicated goes with it: then ``safe`` is what
+        must be there.
+        """
+        for process in self.processes:
+            process.stop()
+        if safe is None:
+            safe = {number for numbers in self.acknowledged for number in numbers}
+        assert safe <= Ids.executed.keys() <= self.attempted
+        assert set(Ids.executed.values()) == {1}
+
+
+def test_slots_that_move_in_mid_work(make: Make, cluster: Cluster, namespace: str) -> None:
+    spare = cluster.nodes[4]  # has no slots and no functions, and nobody knows of it
+    spare.ask("FUNCTION", "FLUSH")
+    processes = [make(), make()]
+    keys = [Ids(processes[0], key, doc={"ids": []}).resource_id for key in range(3)]
+    slots = {slot(processes[0], name) for name in (*keys, "turn1", "turn2")}
+    slots |= {slot_of(processes[0].registry_key), slot_of(processes[0].heartbeat_hash_name)}
+    homes = {found: cluster.owner(found) for found in slots}
+    moved, asked = errors(cluster, "MOVED"), errors(cluster, "ASK")
+    with Work(processes) as work:
+        work.goes_on()
+        for found in slots:
+            cluster.open_slot(found, homes[found], spare)
+            wait_until(lambda: errors(cluster, "ASK") > asked)
+            cluster.move_keys(found, homes[found], spare)
+            cluster.close_slot(found, spare)
+            work.goes_on(20)
+        assert spare.ask("DBSIZE") > 0
+        for found, home in homes.items():
+            cluster.move(found, home)
+        work.goes_on()
+    assert errors(cluster, "MOVED") > moved
+    work.finish()
+    assert left(cluster, namespace) == set()
+
+
+def errors(cluster: Cluster, kind: str) -> int:
+    return sum(node.errors(kind) for node in cluster.nodes)
+
+
+def test_resource_waits_while_its_slot_moves_and_has_one_life(
+    make: Make, cluster: Cluster, namespace: str
+) -> None:
+    """Its keys arrive one by one. A call over there would begin anew what has not arrived yet."""
+    process, other = make(), make()
+    spare = cluster.nodes[4]
+    update = Ids(process, "x", doc={"ids": [1]})
+    other.create_reference(update.resource_id)
+    found = slot(process, update.resource_id)
+    home = cluster.owner(found)
+    with ThreadPoolExecutor() as threads:
+        cluster.open_slot(found, home, spare)
+        asked = home.errors("ASK")
+        calls: list[Future[Any]] = [
+            threads.submit(Ids, process, "x", doc={"ids": [2]}),
+            threads.submit(update.ref.count),
+            threads.submit(other.create_reference, update.resource_id),
+        ]
+        wait_until(lambda: home.errors("ASK") > asked + 10)
+        assert not any(call.done() for call in calls)
+        assert spare.ask("DBSIZE") == 0
+        assert cluster.move_keys(found, home, spare) > 2
+        cluster.close_slot(found, spare)
+        assert calls[1].result(20) == 2
+        for call in calls:
+            call.result(20)
+    other.stop()
+    process.stop()
+    assert Ids.executed == Counter([1, 2])
+    cluster.move(found, home)
+    assert left(cluster, namespace) == set()
+
+
+def test_keys_of_their_own_are_followed_while_their_slot_moves(
+    make: Make, cluster: Cluster, namespace: str
+) -> None:
+    process = make()
+    spare = cluster.nodes[4]
+    spare.ask("FUNCTION", "FLUSH")
+    found = slot_of(process.registry_key)
+    home = cluster.owner(found)
+    names = [resource_at(process, lambda s: s != found), "b", "c"]
+    process.create_reference(names[0])
+    cluster.open_slot(found, home, spare)
+    assert process.get_registry() == names[:1]  # it is still there
+    cluster.move_keys(found, home, spare)
+    process.create_reference(names[1])
+    with process.batch():
+        process.create_reference(names[2])
+    assert set(process.get_registry()) == set(names)
+    cluster.close_slot(found, spare)
+    assert set(process.get_registry()) == set(names)
+    process.stop()
+    cluster.move(found, home)
+    assert left(cluster, namespace) == set()
+
+
+def test_functions_that_a_node_has_lost(make: Make, cluster: Cluster, namespace: str) -> None:
+    with Work([make(), make()]) as work:
+        for node in cluster.primaries():
+            work.goes_on(20)
+            node.ask("FUNCTION", "FLUSH")
+            wait_until(partial(node.ask, "FUNCTION", "LIST"))
+    work.finish()
+    assert left(cluster, namespace) == set()
+
+
+def test_primary_that_dies_in_mid_work(make: Make, cluster: Cluster, namespace: str) -> None:
+    """What its replica had, what came after, and what the others have is there once."""
+    primary, replica = cluster.pair()
+    processes = [make(), make()]
+    mark = resource_at(processes[0], partial(cluster.owns, primary))
+    with Work(processes) as work:
+        work.goes_on()
+        safe = {number for numbers in work.acknowledged for number in numbers.copy()}
+        assert primary.replicates(f"{{={mark}}}")
+        primary.kill()
+        wait_until(lambda: replica.ask("ROLE")[0] == "master")
+        since = next(work.numbers)
+        work.goes_on(100)
+    primary.start()
+    safe |= {n for numbers in work.acknowledged for n in numbers if n > since}
+    assert len(safe) > 200
+    work.finish(safe)
+
+
+def test_lock_is_waited_for_at_the_primary_that_came_after(
+    make: Make, cluster: Cluster, namespace: str
+) -> None:
+    primary, replica = cluster.pair()
+    holder, waiter = make(), make()
+    name = resource_at(holder, partial(cluster.owns, primary))
+    with ThreadPoolExecutor() as threads, holder.lock(name):
+        lock = waiter.lock(name)
+        waiting = threads.submit(lock.acquire, timeout=60)
+        wait_until(primary.waiters)
+        assert primary.replicates(f"{{={name}}}")
+        primary.kill()
+        wait_until(lambda: replica.ask("ROLE")[0] == "master")
+        wait_until(replica.waiters)
+        assert not waiting.done()
+        primary.start()
+    assert waiting.result(4)  # woken: it would have asked by itself only after five seconds
+    lock.release()
+
+
+def test_cluster_that_is_down_loses_nothing(make: Make, cluster: Cluster, namespace: str) -> None:
+    process = make(url=f"{cluster.url}?socket_timeout=0.3", retry_timeout=0.3)
+    Ids(process, "a", doc={"ids": [1]})
+    held = [Ids(process, key, doc={"ids": [10 + key]}, init_cache=False) for key in range(30)]
+    with cluster.nodes[1].paused():
+        wait_until(lambda: cluster.nodes[2].ask("CLUSTER INFO")["cluster_state"] == "fail")
+        with pytest.raises(ConnectionLostError, match="nothing local is lost"):
+            process.create_reference("b")
+        lost = 0
+        for update in held:
+            try:
+                update.cache()
+            except ConnectionLostError:
+                lost += 1
+                break
+        assert lost
+        with pytest.raises(ExceptionGroup) as failure, process.batch():  # noqa: PT012 - at its end
+            for key in range(30, 60):
+                Ids(process, key, doc={"ids": [10 + key]})
+        assert failure.group_contains(ConnectionLostError)
+    cluster.wait_until_well()
+    for update in held:
+        update.cache()
+    process.stop()
+    assert Ids.executed == Counter([1, *range(10, 70)])
+    assert left(cluster, namespace) == set()
+
+
+def test_hosts_and_nodes_that_are_not_there(make: Make, cluster: Cluster, namespace: str) -> None:
+    address = cluster.nodes[2].address
+    with Process(hosts=[address], namespace=namespace) as process:
+        assert process.create_reference("x").dereference()
+        assert repr(process).endswith(f"at redis+cluster://{address}>")
+    with Process(hosts=["127.0.0.1:1", address], namespace=namespace) as process:
+        assert process.create_reference("x").dereference()
+
+
+@pytest.mark.parametrize("options", [{}, {"protocol": 2, "decode_responses": True}])
+def test_client_of_the_callers(make: Make, cluster: Cluster, options: dict[str, Any]) -> None:
+    with redis.RedisCluster(host="127.0.0.1", port=cluster.nodes[0].port, **options) as client:
+        process = make(client=client)
+        assert process.client is client
+        cache: LruCache[Ids] = LruCache()
+        for number in range(90):
+            cache.set(number % 30, Ids(process, number % 30, doc={"ids": [number]}))
+        with process.lock("x"):
+            assert not process.lock("x").acquire(timeout=0.01)
+        reference = process.create_reference("x")
+        assert [holder.pid for holder in reference.holders()] == [os.getpid()]
+        process.stop()
+        assert Ids.executed == Counter(range(90))
+        assert client.ping()
+
+
+def test_cluster_with_a_password(make: Make, cluster: Cluster, namespace: str) -> None:
+    place = cluster.url.partition("://")[2]
+    try:
+        for node in cluster.nodes:
+            node.ask("CONFIG SET", "requirepass", SECRET, "primaryauth", SECRET)
+            node.password = SECRET
+        for wrong in ("", ":wrong@", "nobody:x@"):
+            with pytest.raises(AuthenticationError, match="put user and password into the URL"):
+                make(url=f"redis+cluster://{wrong}{place}")
+        process = make(url=f"redis+cluster://:{SECRET}@{place}")
+        assert process.create_reference("x").dereference()
+        assert SECRET not in repr(process)
+        process.stop()
+    finally:
+        for node in cluster.nodes:
+            node.ask("CONFIG SET", "requirepass", "", "primaryauth", "")
+            node.password = None
+
+
+def test_nodes_that_do_not_know_their_names(make: Make, cluster: Cluster) -> None:
+    kind = "cluster-preferred-endpoint-type"
+    try:
+        for node in cluster.nodes:
+            node.ask("CONFIG SET", kind, "unknown-endpoint")
+        process = make()
+        references = [process.create_reference(f"r{i}") for i in range(30)]
+        found = slot(process, "r0")
+        home = cluster.owner(found)
+        cluster.move(found, cluster.nodes[4])
+        assert [reference.count() for reference in references] == [1] * 30
+        cluster.move(found, home)
+        assert all(reference.dereference() for reference in references)
+        process.stop()
+    finally:
+        for node in cluster.nodes:
+            node.ask("CONFIG SET", kind, "ip")
+
+
+def test_forked_child_is_another_process(make: Make) -> None:
+    process = make()
+    reference = process.create_reference("x")
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            process.create_reference("x")
+            os.write(write, b"%d" % reference.count())
+            process.stop()
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        assert answer.read() == "2"
+    os.waitpid(child, 0)
+    assert reference.count() == 1
