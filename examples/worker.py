@@ -1,4 +1,4 @@
-"""A worker as one would run it: many of these, each in a process of its own.
+r"""A worker as one would run it: many of these, each in a process of its own.
 
 It reads ``user,page`` lines from standard input in place of a message broker. Try it with
 

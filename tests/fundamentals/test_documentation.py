@@ -2,11 +2,14 @@
 
 import os
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+
 from conftest import Redis
 
 ROOT = Path(__file__).parents[2]
@@ -52,9 +55,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_worker_example_writes_exact_totals(own_server: Redis, tmp_path: Path) -> None:
-    import sqlite3
-    from contextlib import closing
-
     database = tmp_path / "views.db"
     lines = [f"user{i % 7},/page{i % 3}" for i in range(1000)]
     workers = [

@@ -83,9 +83,7 @@ MUTATIONS = {
     "a parked batch does not make way": Mutation(
         "next_batch(r, running[1], 'parked')", "{'parked', 0}"
     ),
-    "tokens follow a clock that is set back": Mutation(
-        "math.max(last + 1, r.micros)", "r.micros"
-    ),
+    "tokens follow a clock that is set back": Mutation("math.max(last + 1, r.micros)", "r.micros"),
     "tokens are not remembered": Mutation(
         "  call('HSET', r.memory, 'token', string.format('%.0f', token + spare))\n", ""
     ),

@@ -35,7 +35,9 @@ def test_tokens_grow_while_the_clock_stands_still(lab: Lab) -> None:
         a.unlock()
     batches = tokens[::2]
     assert all(after > before for before, after in itertools.pairwise(tokens))
-    assert all(after - before > SPARE_TOKENS for before, after in zip(batches, tokens[1::2], strict=True))
+    assert all(
+        after - before > SPARE_TOKENS for before, after in zip(batches, tokens[1::2], strict=True)
+    )
 
 
 def test_tokens_grow_when_all_keys_are_gone(lab: Lab) -> None:

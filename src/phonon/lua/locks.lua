@@ -35,7 +35,8 @@ local function first_waiter(r)
   if not first then
     return nil
   end
-  return first, tonumber(call('ZSCORE', r.waiting, first))
+  -- One that is queued without a deadline (its key was evicted) has until now.
+  return first, tonumber(call('ZSCORE', r.waiting, first) or r.now)
 end
 
 local function wake_next(r)
