@@ -41,7 +41,7 @@ def test_stop_ends_everything_and_leaves_nothing(make: Make, server: Redis, name
     with server.client() as client:
         left = [key.decode() for key in client.scan_iter(match=f"{namespace}:*", count=1000)]
         assert all(key.endswith(":memory") for key in left), left
-        assert all(0 < client.pttl(key) <= 70_000 for key in left)  # type: ignore[operator]
+        assert all(0 < client.pttl(key) <= 70_000 for key in left)
     for use in (lambda: process.create_reference("x"), loose.cache, process.get_registry):
         with pytest.raises(ProcessStoppedError):
             use()
@@ -65,7 +65,7 @@ def test_the_heart_beats_and_is_started_again(
 
     process.engine.beat = die  # type: ignore[method-assign]
     wait_until(lambda: "has died" in caplog.text)
-    del process.engine.beat  # type: ignore[method-assign]
+    del process.engine.beat
     process.create_reference("x")
     second = deadline()
     wait_until(lambda: deadline() > second)
@@ -149,7 +149,7 @@ def in_fork(task: Callable[[], None]) -> int:
     if child == 0:
         try:
             task()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child must not go on with the parent's tests
             traceback.print_exc()
             os._exit(1)
         os._exit(0)

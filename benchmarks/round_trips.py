@@ -1,0 +1,133 @@
+"""How many exchanges with the server does each operation take?
+
+    python benchmarks/round_trips.py
+
+Calls are counted by the server (``INFO commandstats``), exchanges by a connection that counts
+what it sends: a pipeline is one exchange, however many calls travel in it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import redis
+
+from common import processes
+from phonon import ConflictFreeUpdate, LruCache, Process
+
+
+class Trips(NamedTuple):
+    """What an operation cost.
+
+    Attributes:
+        exchanges: Pipelines sent.
+        calls: Calls of server functions in them, as the server counted.
+    """
+
+    exchanges: int
+    calls: int
+
+
+class Counting(redis.UnixDomainSocketConnection):
+    """A connection that counts what it sends."""
+
+    sent = 0
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Count, and send."""
+        Counting.sent += 1
+        super().send_packed_command(command, check_health)
+
+
+class Count(ConflictFreeUpdate):
+    """An update whose database is none."""
+
+    def execute(self) -> None:
+        """Write nothing."""
+
+
+@contextmanager
+def counted_processes(path: str, number: int) -> Iterator[list[Process]]:
+    """Processes over connections that count, in a namespace of their own.
+
+    Args:
+        path: The server's socket.
+        number: How many.
+    """
+    with ExitStack() as stack:
+        pool = redis.ConnectionPool(connection_class=Counting, path=path, db=1)
+        client = stack.enter_context(redis.Redis(connection_pool=pool))
+        stack.callback(pool.disconnect)
+        yield [
+            # No heartbeat comes in between.
+            stack.enter_context(Process(client=client, namespace="trips", heartbeat_interval=50))
+            for _ in range(number)
+        ]
+
+
+def count(client: Any, operation: Callable[[], object]) -> Trips:
+    """Count what an operation costs."""
+    client.config_resetstat()
+    before = Counting.sent
+    operation()
+    exchanges = Counting.sent - before
+    calls = client.info("commandstats").get("cmdstat_fcall", {"calls": 0})["calls"]
+    return Trips(exchanges, calls)
+
+
+def measure(path: str) -> dict[str, Trips]:
+    """Count the operations that matter.
+
+    Args:
+        path: The socket of a server that nobody else uses.
+    """
+    found: dict[str, Trips] = {}
+    with counted_processes(path, 2) as (one, other), redis.Redis(unix_socket_path=path) as client:
+        here = one.create_reference("x")  # what is done once is done
+        found["join"] = count(client, lambda: other.create_reference("x"))
+        there = other.create_reference("x")
+        found["leave, not the last"] = count(client, here.dereference)
+        found["leave, the last, nothing to execute"] = count(client, there.dereference)
+        update = Count(one, 1, doc={"n": 1}, init_cache=False)
+        found["append"] = count(client, update.cache)
+        found["leave, the last, with a batch"] = count(client, update.end_session)
+        cache: LruCache[Count] = LruCache()
+
+        def batch() -> None:
+            with one.batch():
+                for i in range(1000):
+                    cache.set(i % 600, Count(one, i % 600, doc={"n": 1}))
+
+        found["batch of 1,000 messages on 600 keys"] = count(client, batch)
+        cache.expire_all()
+        with one.batch():
+            for i in range(10_000):
+                cache.set(i, Count(one, i, doc={"n": 1}))
+        found["expire_all of 10,000 sessions"] = count(client, cache.expire_all)
+    return found
+
+
+#: Exchanges at the most.
+TARGETS = {
+    "join": 1,
+    "append": 1,
+    "leave, not the last": 1,
+    "leave, the last, nothing to execute": 1,
+    "leave, the last, with a batch": 2,
+    "batch of 1,000 messages on 600 keys": 3,
+    "expire_all of 10,000 sessions": 60,
+}
+
+
+def main() -> None:
+    """Print a table."""
+    with processes() as (process,):
+        path = process.client.connection_pool.connection_kwargs["path"]
+        found = measure(path)
+    print(f"{'operation':<40}{'exchanges':>10}{'at most':>10}{'calls':>10}")
+    for name, trips in found.items():
+        print(f"{name:<40}{trips.exchanges:>10}{TARGETS[name]:>10}{trips.calls:>10}")
+
+
+if __name__ == "__main__":
+    main()
