@@ -1,9 +1,10 @@
 """Many joins and partials in one exchange."""
 
+import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from phonon.drivers.sync import Task
-from phonon.errors import PhononError
 from phonon.protocol.effects import Flow
 
 if TYPE_CHECKING:
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
     from phonon.engine import Engine
     from phonon.update import Update
+
+    #: An update whose session is to end, and what is called if that raises.
+    Ending = tuple[Update, Callable[[], None]]
 
 
 class Batch:
@@ -23,8 +27,10 @@ class Batch:
         self._engine = engine
         self._joins: dict[str, None] = {}
         self._dirty: dict[int, Update] = {}
-        self._endings: dict[int, Update] = {}
+        self._endings: dict[int, Ending] = {}
         self._depth = 0
+        self._outer: Batch | None = None
+        self._pid = 0
 
     def join(self, resource: str) -> None:
         """Become a member of a resource when the block ends."""
@@ -45,14 +51,27 @@ class Batch:
         self._dirty.pop(id(spent), None)
         self._dirty[id(update)] = update
 
-    def end(self, update: "Update") -> None:
-        """End the update's session when the block ends."""
+    def end(self, update: "Update", failed: Callable[[], None] | None = None) -> None:
+        """End the update's session when the block ends.
+
+        Args:
+            update: The update.
+            failed: Called if that raises.
+        """
         self._dirty.pop(id(update), None)
-        self._endings[id(update)] = update
+        self._endings[id(update)] = update, failed or (lambda: self._keep(update))
+
+    def close(self) -> list[Exception]:
+        """Send everything, and collect no more. Returns what went wrong."""
+        self._engine.local.batch = self._outer
+        return self._flush()
 
     def __enter__(self) -> Self:
         if self._depth == 0:
+            self._engine.ensure_alive()
+            self._outer = self._engine.batch
             self._engine.local.batch = self
+            self._pid = os.getpid()
         self._depth += 1
         return self
 
@@ -63,33 +82,42 @@ class Batch:
         traceback: "TracebackType | None",
     ) -> None:
         self._depth -= 1
-        if self._depth:
+        if self._depth or self._pid != os.getpid():  # forked inside the block: the parent's
             return
-        self._engine.local.batch = None
         try:
-            self._flush()
+            raise_together("not everything in the batch went well", self.close())
         except Exception as failure:
             if error is None:
                 raise
             error.add_note(f"phonon: and storing what the block had set failed: {failure}")
 
-    def _flush(self) -> None:
+    def _flush(self) -> list[Exception]:
         engine = self._engine
+        joins, dirty = self._joins, list(self._dirty.values())
+        endings = list(self._endings.values())
+        self._joins, self._dirty, self._endings = {}, {}, {}
+        if engine.stopped and not joins:
+            # stop() has ended what it knew of, so there may be nothing to complain about.
+            dirty = [update for update in dirty if update.has_unsent()]
+            endings = [ending for ending in endings if ending[0].has_unsent()]
+            if not dirty and not endings:
+                return []
         engine.ensure_alive()
         errors: list[Exception] = []
         unstored, engine.unstored = engine.unstored, []
         try:
-            store(engine, [*unstored, *self._dirty.values()], self._joins)
-        except* PhononError as group:
+            store(engine, [*unstored, *dirty], joins)
+        except ExceptionGroup as group:
             errors += group.exceptions
-        self._joins, self._dirty = {}, {}
-        endings = list(self._endings.values())
-        self._endings = {}
-        tasks = [engine.ending(update.resource_id, update) for update in endings]
-        engine.run_all(tasks)
-        for task in tasks:
-            errors += engine.errors_of(task)
-        raise_together("not everything in the batch went well", errors)
+        except BaseException:
+            for _, failed in endings:
+                failed()
+            raise
+        return errors + end_all(engine, endings)
+
+    def _keep(self, update: "Update") -> None:
+        if update.has_unsent():
+            self._engine.unstored.append(update)
 
 
 def raise_together(message: str, errors: list[Exception]) -> None:
@@ -100,6 +128,34 @@ def raise_together(message: str, errors: list[Exception]) -> None:
         raise ExceptionGroup(f"{message}: {len(errors)} errors", errors)
 
 
+def end_all(engine: "Engine", endings: "Sequence[Ending]") -> list[Exception]:
+    """End sessions together. Returns what went wrong."""
+    tasks = [engine.ending(update.resource_id, update) for update, _ in endings]
+    try:
+        engine.run_all(tasks)
+    except BaseException as error:
+        for _, failed in endings:
+            failed()
+        if isinstance(error, Exception):
+            return [error]
+        raise
+    errors: list[Exception] = []
+    interrupt: BaseException | None = None
+    for (_, failed), task in zip(endings, tasks, strict=True):
+        try:
+            raised = engine.errors_of(task)
+        except BaseException as error:  # noqa: BLE001 - raised when all have been looked at
+            interrupt = error
+            failed()
+            continue
+        if raised:
+            failed()
+            errors += raised
+    if interrupt is not None:
+        raise interrupt
+    return errors
+
+
 def store(engine: "Engine", updates: "list[Update]", joins: dict[str, None] | None = None) -> None:
     """Store what updates have unsent, merged per resource, and join resources, in one exchange.
 
@@ -107,14 +163,18 @@ def store(engine: "Engine", updates: "list[Update]", joins: dict[str, None] | No
         ExceptionGroup: Some could not be stored; they are kept for the next time.
     """
     per_resource: dict[tuple[str, type], Update] = {}
+    apart: list[Update] = []
     for update in updates:
         first = per_resource.setdefault((update.resource_id, type(update)), update)
         if first is not update:
-            first.refresh(update)
+            try:
+                first.refresh(update)
+            except Exception:  # noqa: BLE001 - merging raises again when the batch is executed
+                apart.append(update)
     stored = {resource for resource, _ in per_resource}
     storing: list[tuple[Update, Task[None]]] = [
         (update, Task(engine.keys.base(update.resource_id), _storing(engine, update)))
-        for update in per_resource.values()
+        for update in (*per_resource.values(), *apart)
     ]
     joining = [
         Task(base := engine.keys.base(resource), engine.joining(resource, base))
@@ -122,7 +182,12 @@ def store(engine: "Engine", updates: "list[Update]", joins: dict[str, None] | No
         if resource not in stored
     ]
     tasks: list[Task[Any]] = [*(task for _, task in storing), *joining]
-    engine.driver.run_all(tasks)
+    try:
+        engine.driver.run_all(tasks)
+    except BaseException:
+        # Interrupted (Ctrl-C): what had not begun is still here.
+        engine.unstored += [update for update, _ in storing if update.has_unsent()]
+        raise
     engine.unstored += [update for update, task in storing if task.error is not None]
     errors = [task.error for task in tasks if isinstance(task.error, Exception)]
     if errors:

@@ -3,13 +3,15 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from phonon.batch import raise_together
+from phonon.batch import end_all, raise_together
 from phonon.drivers.sync import LOCK_STEP
 from phonon.update import Update
 
 if TYPE_CHECKING:
+    from phonon.batch import Ending
     from phonon.engine import Engine
 
 U = TypeVar("U")
@@ -45,7 +47,8 @@ class LruCache(Generic[U]):
 
         Args:
             key: The update's key, usually the record's.
-            update: An `Update`, or anything with ``refresh``, ``is_expired`` and ``end_session``.
+            update: An `Update`, or anything with ``end_session``; to be merged it needs
+                ``refresh``, and without ``is_expired`` its session is never over by itself.
 
         Returns:
             True if the cache has grown, or would have but for an older entry that went; False if
@@ -61,13 +64,13 @@ class LruCache(Generic[U]):
             entry = self._entries.get(key)
             if entry is None:
                 self._entries[key] = update
-                if len(self._entries) > self.max_entries:
+                while len(self._entries) > self.max_entries:
                     out.append(self._entries.popitem(last=False))
                 answer: bool | None = True
                 self._register(update)
             else:
-                expired = entry.is_expired()  # type: ignore[attr-defined]  # duck-typed: see set
-                entry.refresh(update)  # type: ignore[attr-defined]
+                expired = _is_expired(entry)
+                entry.refresh(update)  # type: ignore[attr-defined]  # duck-typed: see set
                 if expired:
                     del self._entries[key]
                     out.append((key, entry))
@@ -91,7 +94,7 @@ class LruCache(Generic[U]):
         """
         with self._lock:
             entry = self._entries[key]
-            if not entry.is_expired():  # type: ignore[attr-defined]
+            if not _is_expired(entry):
                 self._entries.move_to_end(key)
                 return entry
             del self._entries[key]
@@ -148,11 +151,7 @@ class LruCache(Generic[U]):
             ExceptionGroup: What ending some of them raised; the others have been ended.
         """
         with self._lock:
-            keys = [
-                key
-                for key, entry in self._entries.items()
-                if entry.is_expired()  # type: ignore[attr-defined]
-            ]
+            keys = [key for key, entry in self._entries.items() if _is_expired(entry)]
         self._expire(keys)
 
     def get_last_failed(self) -> U | None:
@@ -209,37 +208,38 @@ class LruCache(Generic[U]):
     def _end(self, out: list[tuple[Hashable, U]]) -> list[Exception]:
         """End the sessions of entries that have left the cache. Returns what went wrong."""
         errors: list[Exception] = []
-        by_engine: dict[int, tuple[Engine, list[tuple[Hashable, U, Any]]]] = {}
+        by_engine: dict[Engine, list[Ending]] = {}
         for key, entry in out:
+            failed = partial(self._failed, key, entry)
             if isinstance(entry, Update):
                 engine = entry.process().engine
                 if engine.batch is not None:
-                    engine.batch.end(entry)
-                    continue
-                task = engine.ending(entry.resource_id, entry)
-                by_engine.setdefault(id(engine), (engine, []))[1].append((key, entry, task))
+                    engine.batch.end(entry, failed)
+                else:
+                    by_engine.setdefault(engine, []).append((entry, failed))
                 continue
             try:
                 entry.end_session()  # type: ignore[attr-defined]
             except Exception as error:  # noqa: BLE001 - collected, and raised by the caller
-                self._failed(key, entry)
+                failed()
                 errors.append(error)
-        for engine, ending in by_engine.values():
-            engine.run_all([task for _, _, task in ending])
-            for key, entry, task in ending:
-                raised = engine.errors_of(task)
-                if raised:
-                    self._failed(key, entry)
-                    errors += raised
+        for engine, endings in by_engine.items():
+            errors += end_all(engine, endings)
         return errors
 
     def _failed(self, key: Hashable, entry: U) -> None:
         self._last_failed = entry
         if isinstance(entry, Update) and entry.has_unsent():
-            # It never left this process: it is still ours to send.
+            # It never left this process: it is still ours to send. Not as the oldest, which would
+            # be the next to go, and fail again in place of all others.
             with self._lock:
-                newer = self._entries.pop(key, None)
+                newer = self._entries.get(key)
                 if isinstance(newer, Update):
                     entry.refresh(newer)
                 self._entries[key] = entry
-                self._entries.move_to_end(key, last=False)
+                self._entries.move_to_end(key)
+
+
+def _is_expired(entry: Any) -> bool:
+    is_expired = getattr(entry, "is_expired", None)
+    return is_expired is not None and is_expired()

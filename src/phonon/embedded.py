@@ -256,8 +256,10 @@ def _launch(folder: Path, deadline: float, *, persistent: bool) -> bool:
 
 
 def _read_line(pipe: IO[bytes], deadline: float) -> bytes:
+    readable = select.poll()  # `select` refuses descriptors above 1023
+    readable.register(pipe, select.POLLIN)
     line = b""
-    while not line.endswith(b"\n") and select.select([pipe], [], [], _left(deadline))[0]:
+    while not line.endswith(b"\n") and readable.poll(_left(deadline) * 1000):
         chunk = os.read(pipe.fileno(), 4096)
         if not chunk:
             break

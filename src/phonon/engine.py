@@ -387,6 +387,7 @@ class Engine:
                 self.name,
                 DEAD_AFTER * self.heartbeat_interval,
             )
+            self._renew_at = 0.0  # a server that has lost us may have lost what we hold
         try:
             self._renew()
         finally:

@@ -41,6 +41,7 @@ class Lock:
         self._process = process
         self._me: Participant | None = None
         self._holder = ""
+        self._thread = 0
         self._lost = threading.Event()
 
     def __repr__(self) -> str:
@@ -86,7 +87,12 @@ class Lock:
 
     def owned(self) -> bool:
         """Whether this object holds the lock, as far as the last heartbeat knows."""
-        return self.token is not None and not self._lost.is_set()
+        mine = self._me is self._process.engine.me  # after fork() it is the parent's
+        return mine and self.token is not None and not self._lost.is_set()
+
+    def owned_here(self) -> bool:
+        """Whether it was this thread that took it."""
+        return self._thread == threading.get_ident() and self.owned()
 
     def lose(self) -> None:
         """The heartbeat found that the lock is not ours any more."""
@@ -131,6 +137,7 @@ class Lock:
                 )
                 if answer.kind == "granted":
                     self._me, self._holder, self.token = me, holder, answer.number
+                    self._thread = threading.get_ident()
                     self._lost.clear()
                     process.engine.locks[holder] = self
                     queued = False

@@ -1,6 +1,7 @@
 """A process: an identity, a heartbeat, and what it holds."""
 
 import atexit
+import math
 import os
 import weakref
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class Process:
 
     Args:
         session_length: How long a membership lasts without a sign of life from its process,
-            seconds. The heartbeat renews it.
+            seconds; at least two heartbeat intervals. The heartbeat renews it.
         host: The server's host.
         port: The server's port.
         db: The server's database.
@@ -93,7 +94,7 @@ class Process:
             ("heartbeat_interval", heartbeat_interval),
             ("retry_timeout", retry_timeout),
         ):
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ConfigurationError(f"{name} is a number of seconds above 0, not {value!r}")
         if retry_timeout > MOST_RETRY_TIMEOUT:
             raise ConfigurationError(
@@ -105,6 +106,12 @@ class Process:
                 f"locks last {self.TTL:g} s and are renewed every {heartbeat_interval:g} s: make "
                 "heartbeat_interval shorter, or subclass Process with a longer TTL"
             )
+        if session_length < 2 * heartbeat_interval:
+            raise ConfigurationError(
+                f"memberships last {session_length:g} s and are renewed every "
+                f"{heartbeat_interval:g} s: make session_length at least twice heartbeat_interval"
+            )
+        keys = Keys(namespace)
         address = (host, port, db)
         settings = {"retry_timeout": retry_timeout, "longest_pause": self.RETRY_SLEEP}
         if client is not None:
@@ -120,7 +127,7 @@ class Process:
         self.engine = Engine(
             self,
             lease,
-            Keys(namespace),
+            keys,
             serializer or ExactSerializer(),
             retry,
             session_length=session_length,
@@ -271,13 +278,17 @@ class Process:
     def stop(self) -> None:
         """End the sessions that this process still holds, release its locks, and disappear.
 
-        A second call does nothing; anything else raises `ProcessStoppedError` afterwards.
+        A second call does nothing; anything else raises `ProcessStoppedError` afterwards. Inside
+        `batch` the block ends here. Let other threads finish their blocks first.
 
         Raises:
-            ExceptionGroup: Some sessions could not be ended. Their data is left to the survivors.
+            Exception: Some sessions could not be ended; several errors come as an ExceptionGroup.
+                What is on the server is left to the survivors.
         """
         _alive.discard(self)
-        raise_together("stopping left something undone", self.engine.stop())
+        batch = self.engine.batch
+        errors = batch.close() if batch is not None and not self.engine.stopped else []
+        raise_together("stopping left something undone", errors + self.engine.stop())
 
     def _registry(self, registry_key: str | None) -> bytes:
         if registry_key is None:

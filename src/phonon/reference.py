@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from phonon.errors import ConfigurationError
+from phonon.errors import ConfigurationError, PhononError
 from phonon.lock import Lock
 from phonon.protocol import references
 from phonon.protocol.effects import Execute, Flow, Outcome, T
@@ -53,7 +53,6 @@ class Reference:
         self.force_expiry = False
         self._process = process
         self._base = process.engine.keys.base(resource)
-        self._lock: Lock | None = None
         self._modifications: Mapping[bytes, int] | None = None
 
     def __repr__(self) -> str:
@@ -71,8 +70,7 @@ class Reference:
         """
         if shared:
             raise ConfigurationError("shared locks are not available yet: use an exclusive one")
-        self._lock = Lock(self._process, self.resource_key, self.block if block is None else block)
-        return self._lock
+        return Lock(self._process, self.resource_key, self.block if block is None else block)
 
     def count(self) -> int:
         """The number of processes that hold the resource, read atomically."""
@@ -134,7 +132,7 @@ class Reference:
 
         Args:
             callback: Called if this process is the last to let go. It runs under the resource's
-                lock, which is taken around the whole call unless this reference holds it. If it
+                lock, which is taken around the whole call unless this thread holds it. If it
                 raises, the process holds the resource again, as before the call, and the error is
                 passed on. It is called at most once: work that must survive a crash is an
                 `Update`.
@@ -157,25 +155,28 @@ class Reference:
         def run() -> Any:
             return call(*(args or ()), **(kwargs or {}))
 
-        if self._lock is not None and self._lock.owned():
+        locks = list(self._process.engine.locks.values())
+        if any(lock.base == self._base and lock.owned_here() for lock in locks):
             return self._leave(run)
-        # Not self.lock(): that one is the user's.
-        with Lock(self._process, self.resource_key, self.block if block is None else block):
+        with self.lock(block):
             return self._leave(run)
 
     def _leave(self, callback: Callable[[], Any] | None) -> bool:
         engine = self._process.engine
         if engine.batch is not None:
             engine.batch.join_now(self.resource_key, self._base)
-        leaving = engine.leaving(self.resource_key, self._base, None, force=self.force_expiry)
+        # An update of ours may have data that is nowhere else yet.
+        opener = engine.held.get(self.resource_key)
+        update = opener() if opener is not None else None
+        leaving = engine.leaving(self.resource_key, self._base, update, force=self.force_expiry)
         if callback is None:
             return engine.run(
-                self._base, leaving, lambda ended: engine.report(self._base, ended, None)
+                self._base, leaving, lambda ended: engine.report(self._base, ended, update)
             ).last
         ended, outcome = engine.run(
             self._base,
             self._with_callback(leaving, callback),
-            lambda result: engine.report(self._base, result[0], None),
+            lambda result: engine.report(self._base, result[0], update),
         )
         if outcome.error is not None:
             raise outcome.error
@@ -193,8 +194,12 @@ class Reference:
             if outcome.error is not None:
                 # As before the call: whoever raised may try again, or somebody else be the last.
                 me = self._process.engine.me
-                yield from references.join(me, self._base, ended.modifications)
-                self._process.engine.held.setdefault(self.resource_key)
+                try:
+                    yield from references.join(me, self._base, ended.modifications)
+                except PhononError as failure:
+                    outcome.error.add_note(f"phonon: and it is not held again: {failure}")
+                else:
+                    self._process.engine.held.setdefault(self.resource_key)
         return ended, outcome
 
     def _run(self, flow: Flow[T]) -> T:

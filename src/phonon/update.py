@@ -1,6 +1,7 @@
 """Updates: small messages about a key, merged wherever they arrive, executed once a session."""
 
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from decimal import Decimal
@@ -64,6 +65,8 @@ class Update:
     __home: Participant
     __lock: AbstractContextManager[Any]
     __emptied: bytes | None
+    __begun: float
+    __touched: float
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,8 +103,12 @@ class Update:
         elif init_cache:
             base = engine.keys.base(self.resource_id)
             engine.run(base, engine.storing(self, keep=False))
-        elif self.resource_id not in engine.held:
-            engine.join(self.resource_id, engine.keys.base(self.resource_id), self)
+        else:
+            opener = engine.held.get(self.resource_id)
+            if opener is None:
+                engine.join(self.resource_id, engine.keys.base(self.resource_id), self)
+            elif opener() is None:
+                engine.held[self.resource_id] = weakref.ref(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__qualname__} of {self.resource_id!r}: {self.doc!r}>"
@@ -176,21 +183,32 @@ class Update:
     def refresh(self, other: "Update") -> None:
         """Merge a newer update of the same record into this one, and extend the session.
 
+        A session that is over is not extended.
+
         Args:
             other: It is spent afterwards.
+
+        Raises:
+            ForkedError: This update is the parent process's.
         """
+        engine = self.__engine()
         with self.__lock:
-            if other.__has_unsent():  # noqa: SLF001 - another instance of this class
+            # An update that was changed and set in its cache again is not its own double.
+            if other is not self and other.__has_unsent():  # noqa: SLF001 - of this class
                 if self.__has_unsent():
                     self.merge(other)
                 else:
                     self.__adopt(other)
                 self.__unsent = True
-                other.__spent()  # noqa: SLF001 - another instance of this class
-            self.__touched = time.monotonic()
-        batch = self.__process.engine.batch
-        if batch is not None:
-            batch.replace(other, self)
+                other.__spent()  # noqa: SLF001 - of this class
+                opener = engine.held.get(self.resource_id)
+                if opener is not None and opener() is other:
+                    engine.held[self.resource_id] = weakref.ref(self)
+            now = time.monotonic()
+            if now - self.__touched < self.soft_session:  # a session that is over stays so
+                self.__touched = now
+        if engine.batch is not None:
+            engine.batch.replace(other, self)
 
     def is_expired(self) -> bool:
         """Whether the session is over: silent for too long, or just too long."""
@@ -220,6 +238,7 @@ class Update:
             return
         task = engine.ending(self.resource_id, self)
         engine.run_all([task])
+        self.begin_session()
         for error in engine.errors_of(task):
             raise error
 
@@ -239,6 +258,10 @@ class Update:
     def forced(self) -> bool:
         """Whether the end of the session does not wait for other processes."""
         return self.is_expired() or (self.__ref is not None and self.__ref.force_expiry)
+
+    def begin_session(self) -> None:
+        """Whatever comes after the end belongs to another session."""
+        self.__begun = self.__touched = time.monotonic()
 
     def has_unsent(self) -> bool:
         """Whether it has data that is not on the server."""
@@ -287,7 +310,7 @@ class Update:
             prefix = engine.prefixes[parts] = ".".join(escaped) + "."
         self.resource_id = f"{prefix}{self._id}"
         self.__lock = engine.stripes[hash(self.resource_id) % len(engine.stripes)]
-        self.__begun = self.__touched = time.monotonic()
+        self.begin_session()
 
     def __engine(self) -> "Engine":
         engine = self.__process.engine
@@ -341,7 +364,7 @@ class Update:
             self.doc = {}
         values = self.clear()
         if isinstance(values, dict):
-            vars(self).update(values)
+            self.__set(values)
         self.__unsent = False
         self.__mark()
 
@@ -355,7 +378,10 @@ class Update:
     def __has_unsent(self) -> bool:
         if self.__unsent:
             return True
-        return self.__emptied is not None and self.__dump() != self.__emptied
+        try:
+            return self.__emptied is not None and self.__dump() != self.__emptied
+        except NotStorableError:  # it was not so when it was emptied
+            return True
 
     def __spent(self) -> None:
         self.__unsent, self.__emptied = False, None
@@ -363,7 +389,7 @@ class Update:
     def __adopt(self, other: "Update") -> None:
         """Become what the other is. An empty update never merges: it need not have a zero."""
         self.spec, self.doc = other.spec, other.doc
-        vars(self).update(other.state())
+        self.__set(other.state())
 
     def _restore(self, process: "Process", content: list[Any]) -> None:
         """Become what was stored."""
@@ -372,7 +398,11 @@ class Update:
         self.hard_session, self.soft_session = HARD_SESSION, SOFT_SESSION
         self._attach(process)
         self.__unsent = True
-        vars(self).update(state)
+        self.__set(state)
+
+    def __set(self, attributes: dict[str, Any]) -> None:
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     def _execute(self, merged: Self, token: int) -> None:
         """Execute a merged record: in this instance, which has what its constructor gave it."""

@@ -449,7 +449,7 @@ def test_primary_that_dies_in_mid_work(make: Make, cluster: Cluster, namespace: 
         safe = {number for numbers in work.acknowledged for number in numbers.copy()}
         assert primary.replicates(f"{{={mark}}}")
         primary.kill()
-        wait_until(lambda: replica.ask("ROLE")[0] == "master")
+        wait_until(replica.is_primary)
         since = next(work.numbers)
         work.goes_on(100)
     primary.start()
@@ -470,7 +470,7 @@ def test_lock_is_waited_for_at_the_primary_that_came_after(
         wait_until(primary.waiters)
         assert primary.replicates(f"{{={name}}}")
         primary.kill()
-        wait_until(lambda: replica.ask("ROLE")[0] == "master")
+        wait_until(replica.is_primary)
         wait_until(replica.waiters)
         assert not waiting.done()
         primary.start()

@@ -382,14 +382,16 @@ def test_database_is_1_only_where_no_url_says_otherwise(
 
 @pytest.mark.parametrize("protocol", [2, 3])
 @pytest.mark.parametrize("decode", [False, True])
-def test_client_of_the_callers(make: Make, server: Redis, protocol: int, decode: bool) -> None:
+def test_client_of_the_callers(
+    node: Node, namespace: str, nothing_left: None, protocol: int, decode: bool
+) -> None:
     with redis.Redis(
-        unix_socket_path=server.socket, db=1, protocol=protocol, decode_responses=decode
+        port=node.port, password=SECRET, protocol=protocol, decode_responses=decode
     ) as client:
-        process = make(client=client)
-        assert process.client is client
-        use(process)
-        process.stop()
+        with Process(client=client, namespace=namespace) as process:
+            assert process.client is client
+            assert repr(process).endswith(f"at the client's server localhost:{node.port}>")
+            use(process)
         assert client.ping()
         assert client.connection_pool.connection_kwargs["decode_responses"] is decode
 
@@ -596,6 +598,7 @@ class TlsProxy:
                 self.threads[-1].start()
 
     def talk(self, client: socket.socket) -> None:
+        client.settimeout(5)  # redis-py 6 forgets to close what it does not trust
         with contextlib.suppress(OSError), client, socket.socket(socket.AF_UNIX) as server:
             server.connect(self.target)
             with self.context.wrap_socket(client, server_side=True) as outer:
@@ -621,7 +624,8 @@ class TlsProxy:
 def test_tls(server: Redis, namespace: str, tmp_path: Path) -> None:
     with contextlib.closing(TlsProxy(tmp_path, server.socket)) as proxy:
         place = f"rediss://localhost:{proxy.port}/1"
-        for url in (f"{place}?ssl_ca_certs={proxy.certificate}", f"{place}?ssl_cert_reqs=none"):
+        trusting = "ssl_cert_reqs=none&ssl_check_hostname=false"
+        for url in (f"{place}?ssl_ca_certs={proxy.certificate}", f"{place}?{trusting}"):
             with Process(url=url, namespace=namespace) as process:
                 use(process)
         with pytest.raises(ServerUnreachableError, match=r"(?i)certificate.verify.failed"):

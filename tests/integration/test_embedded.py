@@ -500,6 +500,15 @@ def test_locale_of_the_first_user_does_not_matter(
     assert "LOCALE" not in log  # Valkey 9.0 would not even start
 
 
+def test_many_open_files_do_not_matter(new_user: Users) -> None:
+    many = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+"""
+    assert ask(new_user(before=many).join(), "PING")
+
+
 def test_missing_package_is_named(new_user: Users) -> None:
     block = """
 class Blocker:

@@ -1,286 +1,741 @@
-"""A process's life: connecting, beating, stopping, forking, ending."""
+"""Processes: how they are made, what keeps them alive, and that nothing is left when they stop."""
 
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
+import contextlib
+import logging
 import threading
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import redis
 
 from conftest import Make, Redis, wait_until
-from phonon import ConflictFreeUpdate, LruCache, PhononError, Process
-from phonon.errors import ConfigurationError, ForkedError, LockLostError, ProcessStoppedError
-from phonon.process import _alive
+from phonon import LruCache, Process
+from phonon.drivers import connect
+from phonon.engine import Engine
+from phonon.errors import (
+    ConfigurationError,
+    LockLostError,
+    NotStorableError,
+    PhononError,
+    ProcessStoppedError,
+)
+from phonon.protocol.updates import RetryPolicy
+from samples import Tally, fresh, put
+
+Keys = Callable[[], set[str]]
 
 
-class Count(ConflictFreeUpdate):
-    executed: ClassVar[list[Any]] = []
+class Brisk(Process):
+    """Its locks do not outlast a test that waits for them."""
 
-    def execute(self) -> None:
-        self.executed.append(dict(self.doc))
+    TTL = 0.6
 
 
-def test_stop_ends_everything_and_leaves_nothing(make: Make, server: Redis, namespace: str) -> None:
-    process = make()
-    cache: LruCache[Count] = LruCache()
-    cache.set(1, Count(process, 1, doc={"n": 1}, init_cache=False))
-    loose = Count(process, 2, doc={"n": 2}, init_cache=False)
-    Count(process, 3, doc={"n": 3})
-    process.create_reference("x")
-    process.lock("y").acquire()
-    process.stop()
-    process.stop()
-    assert sorted(doc["n"] for doc in Count.executed) == [1, 2, 3]
-    Count.executed.clear()
+@pytest.fixture
+def admin(server: Redis) -> Iterator["redis.Redis"]:
     with server.client() as client:
-        left = [key.decode() for key in client.scan_iter(match=f"{namespace}:*", count=1000)]
-        assert all(key.endswith(":memory") for key in left), left
-        assert all(0 < client.pttl(key) <= 70_000 for key in left)
-    for use in (lambda: process.create_reference("x"), loose.cache, process.get_registry):
-        with pytest.raises(ProcessStoppedError):
-            use()
+        yield client
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_the_heart_beats_and_is_started_again(
-    make: Make, server: Redis, caplog: pytest.LogCaptureFixture
-) -> None:
-    process = make(heartbeat_interval=0.05)
-    client = server.client()
+@pytest.fixture
+def process_keys(admin: "redis.Redis", namespace: str) -> Keys:
+    """What is on the server about processes themselves."""
 
-    def deadline() -> float:
-        return float(client.zscore(process.heartbeat_hash_name, process.id) or 0)
+    def find() -> set[str]:
+        return {key.decode() for key in admin.scan_iter(match=f"{namespace}:{{[*@]*", count=1000)}
 
-    first = deadline()
-    wait_until(lambda: deadline() > first)
-
-    def die() -> None:
-        raise SystemExit
-
-    process.engine.beat = die  # type: ignore[method-assign]
-    wait_until(lambda: "has died" in caplog.text)
-    del process.engine.beat
-    process.create_reference("x")
-    second = deadline()
-    wait_until(lambda: deadline() > second)
-    client.close()
+    return find
 
 
-def test_a_beat_that_fails_is_logged_and_the_next_one_comes(
-    make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    process = make(heartbeat_interval=0.02)
-    beat = process.engine.beat
-    failures = [ZeroDivisionError("a bug"), None]
-
-    def fail_once() -> None:
-        if failure := failures.pop(0) if len(failures) > 1 else None:
-            raise failure
-        beat()
-        failures.clear()
-
-    process.engine.beat = fail_once  # type: ignore[method-assign]
-    wait_until(lambda: not failures)
-    assert "a bug" in caplog.text
-    process.engine.beat = beat  # type: ignore[method-assign]
+def now_ms(admin: "redis.Redis") -> int:
+    seconds, micros = admin.time()  # type: ignore[misc]
+    return int(seconds) * 1000 + int(micros) // 1000
 
 
-def test_a_membership_lasts_while_its_process_beats(make: Make) -> None:
-    living, silent = (make(session_length=0.4, heartbeat_interval=0.05) for _ in range(2))
-    silent.engine.beat = lambda: None  # type: ignore[method-assign]
-    here, there = living.create_reference("x"), silent.create_reference("x")
-    assert here.count() == 2
-    wait_until(lambda: here.count() == 1)
-    assert here.dereference(), "the other one's lease has run out"
-    assert not there.dereference()
+def deadline_ms(admin: "redis.Redis", process: Process) -> float:
+    return float(admin.zscore(process.heartbeat_hash_name, process.id) or 0)  # type: ignore[arg-type]
 
 
-def test_the_server_is_found_by_url_argument_and_environment(
-    server: Redis, namespace: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PHONON_URL", server.url)
-    with Process(namespace=namespace) as found, Process(namespace=namespace) as again:
-        assert found.client is again.client
-    with redis.Redis(unix_socket_path=server.socket, db=2) as client:
-        with Process(client=client, namespace=namespace) as process:
-            assert process.client is client
-            process.create_reference("x").dereference()
-        assert client.ping(), "it is the caller's"
+def threads_of(process: Process) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if process.id[:8] in thread.name]
+
+
+# Making one
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "words"),
     [
-        {"session_length": 0},
-        {"heartbeat_interval": -1},
-        {"heartbeat_interval": 60},
-        {"retry_timeout": 31},
-        {"url": "redis://localhost", "hosts": ["a:1"]},
-        {"url": "localhost:6379"},
-        {"url": "http://localhost"},
-        {"hosts": "localhost"},
-        {"client": "localhost"},
+        ({"session_length": 0}, "session_length is a number of seconds above 0, not 0"),
+        ({"session_length": float("nan")}, "session_length"),
+        ({"session_length": float("inf")}, "session_length"),
+        ({"heartbeat_interval": -1}, "heartbeat_interval"),
+        ({"heartbeat_interval": float("inf")}, "heartbeat_interval"),
+        ({"retry_timeout": 0}, "retry_timeout"),
+        ({"retry_timeout": 30.5}, "retry_timeout is 30 s at the most"),
+        ({"heartbeat_interval": 60}, "subclass Process with a longer TTL"),
+        ({"session_length": 5}, "make session_length at least twice heartbeat_interval"),
+        ({"hosts": ["a:1"]}, "give one of url= and hosts="),
+        ({"client": redis.Redis()}, "give one of client=, url= and hosts="),
     ],
 )
-def test_arguments_that_cannot_be_meant(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError):
+def test_an_argument_that_cannot_be_meant_is_refused(
+    options: dict[str, Any], words: str, server: Redis
+) -> None:
+    before = set(connect._shared), threading.active_count()
+    with pytest.raises(ConfigurationError, match=words) as raised:
+        Process(**{"url": server.url, **options})
+    assert isinstance(raised.value, ValueError)
+    assert isinstance(raised.value, PhononError)
+    assert (set(connect._shared), threading.active_count()) == before
+
+
+@pytest.mark.parametrize("hosts", ["a:1,b:2", []])
+def test_hosts_are_a_list(hosts: Any) -> None:
+    with pytest.raises(ConfigurationError, match='a list of "host:port"'):
+        Process(hosts=hosts)
+
+
+@pytest.mark.parametrize("fault", [{"namespace": 5}, {"serializer": 5}])
+def test_a_constructor_that_fails_keeps_no_connection(
+    fault: dict[str, Any], server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(engine: Engine) -> None:
+        raise TypeError(engine.serializer)
+
+    monkeypatch.setattr(Engine, "start", fail)
+    before = set(connect._shared)
+    with pytest.raises(TypeError):
+        Process(url=server.url + "&client_name=fails", **fault)
+    assert set(connect._shared) == before
+
+
+class FoundError(Exception):
+    """Says where a process would have connected."""
+
+
+@pytest.mark.parametrize(
+    ("options", "variable", "url"),
+    [
+        ({}, None, "redis://localhost:6379/1"),
+        ({}, "", "redis://localhost:6379/1"),
+        ({}, "redis://elsewhere/3", "redis://elsewhere/3"),
+        ({"host": "h", "port": 1, "db": 2}, "redis://elsewhere/3", "redis://h:1/2"),
+        ({"db": 0}, "redis://elsewhere/3", "redis://localhost:6379/0"),
+        ({"host": "::1"}, None, "redis://[::1]:6379/1"),
+        ({"url": "redis://u"}, "redis://elsewhere/3", "redis://u"),
+        ({"hosts": ["a:1", "b:2"]}, "redis://elsewhere/3", "redis+cluster://a:1,b:2"),
+    ],
+)
+def test_where_it_connects(
+    options: dict[str, Any], variable: str | None, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(url: str, *_: Any, **__: Any) -> None:
+        raise FoundError(url)
+
+    monkeypatch.setattr(connect, "connect_url", found)
+    if variable is None:
+        monkeypatch.delenv("PHONON_URL", raising=False)
+    else:
+        monkeypatch.setenv("PHONON_URL", variable)
+    with pytest.raises(FoundError) as raised:
         Process(**options)
+    assert raised.value.args == (url,)
 
 
-def test_registries_can_be_read_and_written(make: Make) -> None:
-    one, other = make(), make()
-    name = "{}%ключ\n"
-    one.create_reference(name)
-    assert one.get_registry() == [name] == other.get_registry(one.registry_key)
-    assert other.add_to_registry("x", one.registry_key) == 1
-    assert other.remove_from_registry("x", one.registry_key) == 1
-    assert one.remove_from_registry("x") == 0
+def test_the_arguments_of_the_original_are_positional(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(url: str, *_: Any, **__: Any) -> None:
+        raise FoundError(url)
+
+    monkeypatch.setattr(connect, "connect_url", found)
+    with pytest.raises(FoundError, match="redis://h:7/5"):
+        Process(900, "h", 7, 5, 10, True)
 
 
-def in_fork(task: Callable[[], None]) -> int:
-    """Run a task in a forked child; returns its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            task()
-        except BaseException:  # noqa: BLE001 - the child must not go on with the parent's tests
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def test_from_url(server: Redis, namespace: str) -> None:
+    with Brisk.from_url(server.url, namespace=namespace, heartbeat_interval=0.25) as process:
+        assert type(process) is Brisk
+        assert process.heartbeat_interval == 0.25
+        assert process.create_reference("x").count() == 1
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_is_somebody_else(make: Make) -> None:
-    process = make()
-    parent = process.id
-    reference = process.create_reference("x")
-    cache: LruCache[Count] = LruCache()
-    update = Count(process, 1, doc={"n": 1}, init_cache=False)
-    cache.set(1, update)
-    lock = process.lock("y")
-    lock.acquire()
-
-    def child() -> None:
-        assert process.id != parent
-        assert process.get_registry() == []
-        assert cache.size() == 0
-        for use in (update.cache, update.end_session):
-            with pytest.raises(ForkedError):
-                use()
-        with pytest.raises(LockLostError):
-            lock.release()
-        with pytest.raises(Process.AlreadyLocked):
-            process.lock("y", block=False).__enter__()
-        assert reference.count() == 1
-        assert not reference.dereference(), "it never was a member"
-        assert process.create_reference("x").count() == 2
-        process.stop()
-
-    assert in_fork(child) == 0
-    assert process.id == parent
-    assert reference.count() == 1
-    lock.release()
-    cache.expire_all()
-    assert Count.executed == [{"n": 1}]
-    Count.executed.clear()
+def test_the_variable_is_read(
+    server: Redis, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHONON_URL", server.url)
+    with Process(namespace=namespace) as process, server.client() as client:
+        assert client.exists(process.heartbeat_hash_name)
 
 
-def _in_worker(process_id: str, found: Any) -> None:
-    process = next(p for p in list(_alive) if p.id != process_id)
-    with process.lock("x"):
-        found.put(process.id)
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_client_of_the_users_is_used_and_left_open(
+    decode: bool, server: Redis, namespace: str
+) -> None:
+    sheet = fresh()
+    with redis.Redis(unix_socket_path=server.socket, db=1, decode_responses=decode) as client:
+        with Process(client=client, namespace=namespace) as process:
+            assert process.client is client
+            reference = process.create_reference("ключ")
+            assert [holder.id for holder in reference.holders()] == [process.id]
+            put(sheet, process, "ü", 2).end_session()
+        assert client.ping()
+    assert sheet.docs() == {"ü": {"n": 2}}
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_multiprocessing_with_fork(make: Make) -> None:
-    process = make()
-    context = multiprocessing.get_context("fork")
-    found = context.Queue()
-    worker = context.Process(target=_in_worker, args=(process.id, found))
-    worker.start()
-    worker.join(30)
-    assert worker.exitcode == 0
-    assert found.get(timeout=10) != process.id
+def test_it_says_who_it_is(make: Make, namespace: str, server: Redis) -> None:
+    one, two = make(), make()
+    assert one.id != two.id
+    assert one.namespace == namespace
+    assert one.id in repr(one)
+    assert server.socket in repr(one)
+    assert one.id in one.registry_key
+    assert one.registry_key != two.registry_key
+    assert one.heartbeat_hash_name == two.heartbeat_hash_name
 
 
-PROGRAM = """
-import sys, threading, time
-from phonon import ConflictFreeUpdate, Process
-
-class Count(ConflictFreeUpdate):
-    def execute(self):
-        print("executed", self.doc, flush=True)
-
-process = Process()
-update = Count(process, 1, doc={"n": 1})
-def work():
-    process.create_reference("thread").dereference()
-    sys.stdin.read()
-    print("thread", process.create_reference("thread").dereference(), flush=True)
-thread = threading.Thread(target=work)
-thread.start()
-print("ready", flush=True)
-"""
+def test_namespaces_do_not_see_each_other(make: Make, namespace: str) -> None:
+    one, two = make(), make(namespace=namespace + "-other")
+    here, there = one.create_reference("x"), two.create_reference("x")
+    assert (here.count(), there.count()) == (1, 1)
+    with here.lock(), there.lock(block=False):
+        pass
+    assert here.dereference()
+    assert there.count() == 1
 
 
-def start_program(server: Redis) -> "subprocess.Popen[str]":
-    program = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", PROGRAM],
-        env=os.environ | {"PHONON_URL": server.url},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert program.stdout
-    assert program.stdout.readline() == "ready\n"
-    return program
+def test_connections_are_shared_by_url_and_closed_by_the_last(
+    server: Redis, namespace: str, admin: "redis.Redis"
+) -> None:
+    name = f"shared-{namespace}"
+    url = f"{server.url}&client_name={name}"
+
+    def connections() -> int:
+        clients: list[dict[str, str]] = admin.client_list()  # type: ignore[assignment]
+        return sum(client["name"] == name for client in clients)
+
+    one, two = Process(url=url, namespace=namespace), Process(url=url, namespace=namespace)
+    assert one.client is two.client
+    assert connections() > 0
+    one.stop()
+    assert two.create_reference("x").count() == 1
+    assert connections() > 0
+    two.stop()
+    wait_until(lambda: connections() == 0)
+    with Process(url=url, namespace=namespace) as three:
+        assert three.client is not two.client
+        assert connections() > 0
 
 
-def test_the_end_of_the_interpreter_ends_sessions(own_server: Redis) -> None:
-    program = start_program(own_server)
-    output, _ = program.communicate("", timeout=30)
-    assert output.splitlines() == ["thread True", "executed {'n': 1}"]
-    assert program.returncode == 0
-    with own_server.client() as client:
-        assert all(key.endswith(b":memory") for key in client.keys("*"))
+# Stopping
 
 
-def test_what_a_killed_process_had_stored_is_still_there(own_server: Redis) -> None:
-    program = start_program(own_server)
-    program.send_signal(signal.SIGKILL)
-    program.communicate(timeout=30)
-    with own_server.client() as client:
-        assert client.llen("phonon:{=test.test.1}:partials") == 1
-        assert client.zcard("phonon:{=test.test.1}:members") == 1
-        [registry] = client.keys("*:holds")
-        assert b"phonon:{=test.test.1}" in client.hkeys(registry)
-
-
-def test_several_threads_share_a_process(make: Make) -> None:
+def test_stop_ends_what_it_holds(
+    make: Make, keys: Keys, process_keys: Keys, admin: "redis.Redis"
+) -> None:
+    sheet = fresh()
     process, other = make(), make()
-    other.create_reference("x")
-    failures: list[BaseException] = []
+    ours = process.create_reference("reference")
+    theirs = other.create_reference("reference")
+    ours.increment_times_modified()
+    lock = process.lock("lock")
+    assert lock.acquire()
+    cache: LruCache[Tally] = LruCache()
+    cache.set("cached", put(sheet, process, "cached", 1))
+    cache.set("cached", put(sheet, process, "cached", 2))
+    cache.set("uncached", put(sheet, process, "uncached", 4, init_cache=False))
+    loose = [
+        put(sheet, process, "stored", 8),
+        put(sheet, process, "loose", 16, init_cache=False),
+    ]
+    with process.batch():
+        loose.append(put(sheet, process, "batched", 32))
+        process.create_reference("joined in a batch")
+    assert sheet.written == []
 
-    def work() -> None:
-        try:
-            for _ in range(50):
-                reference = process.create_reference("x")
-                reference.increment_times_modified()
-                reference.dereference()
-        except PhononError as error:
-            failures.append(error)
+    process.stop()
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
+    assert sheet.docs() == {
+        "cached": {"n": 3},
+        "uncached": {"n": 4},
+        "stored": {"n": 8},
+        "loose": {"n": 16},
+        "batched": {"n": 32},
+    }
+    assert cache.size() == 0
+    assert {entry.process for entry in sheet.written} == {process.id}
+    assert theirs.count() == 1
+    with other.lock("lock", block=False):
+        pass
+    assert theirs.dereference()
+    other.stop()
+    assert {key.rpartition(":")[2] for key in keys()} == {"memory"}
+    assert all(admin.pttl(key) > 0 for key in admin.scan_iter(match=f"{process.namespace}:*"))  # type: ignore[operator]
+    assert process_keys() == set()
+    assert threads_of(process) == []
+
+
+def test_stop_keeps_data_that_was_changed_behind_our_back(make: Make) -> None:
+    sheet = fresh()
+    process = make()
+    update = put(sheet, process, "a", 1)
+    update.doc["n"] = 10  # doc was emptied when its content was stored
+    process.stop()
+    assert sheet.docs() == {"a": {"n": 11}}
+
+
+def test_an_update_takes_over_from_the_one_it_has_merged(make: Make) -> None:
+    sheet = fresh()
+    process = make()
+    older = put(sheet, process, "a", 1, init_cache=False)
+    newer = put(sheet, process, "a", 2, init_cache=False)
+    newer.refresh(older)
+    del older
+    process.stop()
+    assert sheet.docs() == {"a": {"n": 3}}
+
+
+def test_an_update_takes_over_from_one_that_is_gone(make: Make) -> None:
+    sheet = fresh()
+    process = make()
+    put(sheet, process, "a", 1)
+    kept = put(sheet, process, "a", 2, init_cache=False)
+    process.create_reference("test.test.b")
+    also_kept = put(sheet, process, "b", 4, init_cache=False)
+    process.stop()
+    assert sheet.docs() == {"a": {"n": 3}, "b": {"n": 4}}
+    assert not kept.has_unsent()
+    assert not also_kept.has_unsent()
+
+
+def test_stopping_twice_does_nothing(make: Make, process_keys: Keys) -> None:
+    process = make()
+    with process:
+        process.stop()
+        process.stop()
+    assert process_keys() == set()
+
+
+def test_many_threads_stop_it(make: Make, keys: Keys) -> None:
+    sheet = fresh()
+    process = make()
+    updates = [put(sheet, process, record) for record in range(50)]
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(process.stop) for _ in range(8)]:
+            future.result()
+    assert sheet.docs() == {record: {"n": 1} for record in range(50)}
+    assert not any(update.has_unsent() for update in updates)
+
+
+def test_nothing_works_after_stop(make: Make, keys: Keys) -> None:
+    sheet = fresh()
+    process = make()
+    reference = process.create_reference("x")
+    update = put(sheet, process, "u")
+    lock = process.lock("x")
+    cache: LruCache[Tally] = LruCache()
+    process.stop()
+    before = keys()
+
+    def in_a_batch() -> None:
+        with process.batch():
+            process.create_reference("y")
+
+    def update_in_a_batch() -> None:
+        with process.batch():
+            put(sheet, process, "v")
+
+    update.doc = {"n": 1}
+    attempts: list[Callable[[], object]] = [
+        lambda: process.create_reference("y"),
+        reference.count,
+        reference.holders,
+        reference.modified_by,
+        reference.get_times_modified,
+        reference.increment_times_modified,
+        reference.refresh_session,
+        reference.dereference,
+        lambda: reference.dereference(print),
+        reference.lock().__enter__,
+        lock.acquire,
+        lambda: put(sheet, process, "v"),
+        lambda: put(sheet, process, "v", init_cache=False),
+        lambda: cache.set("v", put(sheet, process, "v", init_cache=False)),
+        update.cache,
+        update.end_session,
+        update.force_expiry,
+        process.get_registry,
+        lambda: process.add_to_registry("y"),
+        lambda: process.remove_from_registry("x"),
+        process.flush,
+        in_a_batch,
+        update_in_a_batch,
+    ]
+    for attempt in attempts:
+        with pytest.raises(ProcessStoppedError, match="make a new Process"):
+            attempt()
+    assert keys() == before
+    assert sheet.docs() == {"u": {"n": 1}}
+    assert update.doc == {"n": 1}
+    assert threads_of(process) == []
+
+
+def test_an_entry_that_comes_too_late_stays_in_its_cache(make: Make) -> None:
+    sheet = fresh()
+    process, other = make(), make()
+    cache: LruCache[Tally] = LruCache()
+    update = put(sheet, process, "a")
+    process.stop()
+    update.doc = {"n": 5}
+    cache.set("a", update)
+    cache.set("b", put(sheet, other, "b", 7))
+    with pytest.raises(ExceptionGroup) as raised:
+        cache.expire_all()
+    assert [type(error) for error in raised.value.exceptions] == [ProcessStoppedError]
+    assert cache.size() == 1
+    assert update.doc == {"n": 5}
+    assert sheet.docs() == {"a": {"n": 1}, "b": {"n": 7}}
+
+
+def test_leaving_the_block_does_not_hide_the_users_error(make: Make) -> None:
+    class Fails(Tally):
+        def execute(self) -> None:
+            raise OSError("no database")
+
+    class UserError(Exception):
+        pass
+
+    with pytest.raises(UserError) as raised, make() as process:
+        put(Fails, process, "a")
+        raise UserError
+    assert any("no database" in note for note in raised.value.__notes__)
+
+
+def test_stop_says_what_it_left_undone(
+    make: Make, process_keys: Keys, admin: "redis.Redis", keys: Keys
+) -> None:
+    sheet = fresh()
+
+    class Fails(Tally):
+        def execute(self) -> None:
+            raise OSError(f"no database for {self._id}")
+
+    process = make()
+    put(Fails, process, "a")
+    put(Fails, process, "b")
+    put(sheet, process, "c")
+    with pytest.raises(ExceptionGroup, match="2 errors") as raised:
+        process.stop()
+    assert {str(error) for error in raised.value.exceptions} == {
+        "no database for a",
+        "no database for b",
+    }
+    assert sheet.docs() == {"c": {"n": 1}}
+    # Its batches are there, its registry names them, and it can be seen to be dead.
+    assert {"{=test.test.a}:batch", "{=test.test.b}:batch"} <= keys()
+    held = {key.decode() for key in admin.hkeys(process.registry_key)}  # type: ignore[union-attr]
+    assert held == {f"{process.namespace}:{{=test.test.{record}}}" for record in "ab"}
+    assert 0 < deadline_ms(admin, process) <= now_ms(admin)
+    process.stop()
+
+
+def test_stop_keeps_what_cannot_be_stored(make: Make) -> None:
+    sheet = fresh()
+    process = make()
+    cache: LruCache[Tally] = LruCache()
+    odd, even = put(sheet, process, "odd"), put(sheet, process, "even")
+    cache.set("odd", odd)
+    cache.set("even", even)
+    odd.doc["n"] = object()
+    with pytest.raises(ExceptionGroup) as raised:
+        process.stop()
+    assert {type(error) for error in raised.value.exceptions} == {NotStorableError}
+    assert "Sheet.doc['n']" in str(raised.value.exceptions[0])
+    assert sheet.docs() == {"even": {"n": 1}}
+    assert cache.size() == 1
+    assert cache._entries["odd"] is odd
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_stop_inside_a_batch_ends_it(make: Make, cached: bool, keys: Keys) -> None:
+    sheet = fresh()
+    process = make()
+    cache: LruCache[Tally] = LruCache()
+    with process.batch():
+        update = put(sheet, process, "a")
+        if cached:
+            cache.set("a", update)
+        process.create_reference("x")
+        process.stop()
+    assert sheet.docs() == {"a": {"n": 1}}
+    assert {key.rpartition(":")[2] for key in keys()} == {"memory"}
+
+
+def test_a_batch_that_another_thread_has_stopped(make: Make) -> None:
+    sheet = fresh()
+    process = make()
+    cache: LruCache[Tally] = LruCache()
+
+    def stop() -> None:
+        thread = threading.Thread(target=process.stop)
         thread.start()
-    for thread in threads:
         thread.join()
-    assert failures == []
-    assert other.create_reference("x").get_times_modified() == 400
+
+    with process.batch():
+        cache.set("a", put(sheet, process, "a"))
+        stop()
+    # Everything that was set in the block had been stored, and executed.
+    assert sheet.docs() == {"a": {"n": 1}}
+
+    process = make()
+    with pytest.raises(ProcessStoppedError), process.batch():
+        update = put(sheet, process, "b")
+        stop()
+    # Nobody could know of this one. It is not stored, and it is here.
+    assert update.doc == {"n": 1}
+    assert sheet.docs() == {"a": {"n": 1}}
+
+
+# The heartbeat
+
+
+def test_the_heartbeat_prolongs_its_life(make: Make, admin: "redis.Redis") -> None:
+    process = make(heartbeat_interval=0.02)
+    first = deadline_ms(admin, process)
+    assert first - now_ms(admin) <= 5 * 20
+    for _ in range(3):
+        last = deadline_ms(admin, process)
+        wait_until(lambda last=last: deadline_ms(admin, process) > last)
+
+
+def test_a_heartbeat_that_fails_is_not_the_last(
+    make: Make, admin: "redis.Redis", monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    failures = iter([ValueError("a bug"), KeyError("another")])
+    beat = Engine.beat
+
+    def failing(engine: Engine) -> None:
+        for error in failures:
+            raise error
+        beat(engine)
+
+    monkeypatch.setattr(Engine, "beat", failing)
+    process = make(heartbeat_interval=0.02)
+    first = deadline_ms(admin, process)
+    wait_until(lambda: deadline_ms(admin, process) > first)
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [
+        ValueError,
+        KeyError,
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_heart_that_stopped_is_started_again(
+    make: Make, admin: "redis.Redis", monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    beat = Engine.beat
+
+    def stop(_: Engine) -> None:
+        raise SystemExit  # which ends a thread without a word
+
+    monkeypatch.setattr(Engine, "beat", stop)
+    process = make(heartbeat_interval=0.02)
+    reference = process.create_reference("x")
+    wait_until(lambda: not threads_of(process))
+    assert f"the heartbeat thread of process {process.id} has died" in caplog.text
+    monkeypatch.setattr(Engine, "beat", beat)
+    last = deadline_ms(admin, process)
+    assert reference.count() == 1
+    wait_until(lambda: deadline_ms(admin, process) > last)
+    wait_until(lambda: deadline_ms(admin, process) > last + 20)
+    assert len(threads_of(process)) == 1
+
+
+def test_a_process_that_was_believed_dead_says_so(
+    make: Make, admin: "redis.Redis", caplog: Any
+) -> None:
+    process = make(heartbeat_interval=0.05)
+    admin.zadd(process.heartbeat_hash_name, {process.id: 1})
+    wait_until(lambda: "counted as dead" in caplog.text)
+    assert deadline_ms(admin, process) > now_ms(admin)
+
+
+def lease_ms(admin: "redis.Redis", process: Process, resource: str) -> float:
+    key = f"{process.namespace}:{{={resource}}}:members"
+    return float(admin.zscore(key, process.id) or 0)  # type: ignore[arg-type]
+
+
+def test_a_membership_outlives_its_length_while_the_heart_beats(
+    make: Make, admin: "redis.Redis", caplog: Any
+) -> None:
+    process = make(session_length=0.6, heartbeat_interval=0.1)
+    reference = process.create_reference("x")
+    update = fresh()(process, "u", doc={"n": 1})
+    first = lease_ms(admin, process, "x")
+    assert first - now_ms(admin) <= 600
+    wait_until(lambda: now_ms(admin) > first + 300)
+    assert reference.count() == update.ref.count() == 1
+    assert "expired" not in caplog.text
+
+
+def test_a_member_without_a_heartbeat_expires(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    beat = Engine.beat
+    silenced: list[Engine] = []
+    monkeypatch.setattr(Engine, "beat", lambda engine: engine in silenced or beat(engine))
+    silent, alive = (make(session_length=0.6, heartbeat_interval=0.1) for _ in range(2))
+    theirs, ours = silent.create_reference("x"), alive.create_reference("x")
+    silenced.append(silent.engine)
+    assert ours.count() == 2
+    wait_until(lambda: ours.count() == 1)
+    assert [holder.id for holder in ours.holders()] == [alive.id]
+    assert ours.dereference()
+    assert not theirs.dereference()
+
+
+def test_a_member_that_was_dropped_joins_again_when_its_heart_beats(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    beat = Engine.beat
+    silenced: list[Engine] = []
+    monkeypatch.setattr(Engine, "beat", lambda engine: engine in silenced or beat(engine))
+    silent, alive = make(session_length=0.4, heartbeat_interval=0.1), make()
+    theirs = silent.create_reference("x")
+    left = silent.create_reference("left")
+    silenced.append(silent.engine)
+    wait_until(lambda: theirs.count() == left.count() == 0)
+    for name in ("x", "left"):
+        assert alive.create_reference(name).dereference()
+    assert not left.dereference()
+    silenced.clear()
+    wait_until(lambda: theirs.count() == 1)
+    assert "the membership in 'x' had expired; it is renewed" in caplog.text
+    assert left.count() == 0
+    assert theirs.dereference()
+
+
+def test_a_held_lock_outlives_its_lease(
+    server: Redis, namespace: str, make: Make, admin: "redis.Redis"
+) -> None:
+    other = make()
+    with Brisk(url=server.url, namespace=namespace, heartbeat_interval=0.1) as process:
+        with process.lock("x") as lock:
+            key = f"{namespace}:{{=x}}:lock"
+            until = int(admin.hget(key, "until") or 0)  # type: ignore[arg-type]
+            assert 0 < until - now_ms(admin) <= 600
+            wait_until(lambda: now_ms(admin) > until + 300)
+            assert lock.owned()
+            with pytest.raises(Process.AlreadyLocked):
+                other.lock("x", block=False).__enter__()
+        with other.lock("x", block=False):
+            pass
+
+
+def test_a_lock_that_an_operator_deleted_is_reported_lost(
+    make: Make, admin: "redis.Redis", namespace: str
+) -> None:
+    process, other = make(heartbeat_interval=0.05), make()
+    with pytest.raises(LockLostError, match="the lock on 'x' was lost") as raised:
+        with process.lock("x") as lock:
+            assert lock.owned()
+            admin.delete(f"{namespace}:{{=x}}:lock")
+            wait_until(lambda: not lock.owned())
+            with other.lock("x", block=False):
+                pass
+    assert isinstance(raised.value, PhononError)
+    assert lock.token is None
+    # Its next holder has it, and keeps it.
+    with pytest.raises(LockLostError), process.lock("x"):
+        admin.delete(f"{namespace}:{{=x}}:lock")
+        assert other.lock("x", block=False).acquire()
+    with pytest.raises(Process.AlreadyLocked):
+        process.lock("x", block=False).__enter__()
+
+
+def test_a_lost_lock_does_not_hide_the_users_error(
+    process: Process, admin: "redis.Redis", namespace: str
+) -> None:
+    with pytest.raises(ZeroDivisionError) as raised, process.lock("x"):
+        admin.delete(f"{namespace}:{{=x}}:lock")
+        _ = 1 / 0
+    assert any("the lock on 'x' was lost" in note for note in raised.value.__notes__)
+
+
+# The registry
+
+
+def test_the_registry_names_what_it_may_be_responsible_for(make: Make) -> None:
+    process, other = make(), make()
+    assert process.get_registry() == []
+    names = ["", "}", "{a}", "a}b{c", "\n", "ключ", "%7D", "x" * 10_000, "\udc80"]
+    references = [process.create_reference(name) for name in names]
+    assert sorted(process.get_registry()) == sorted(names)
+    assert sorted(other.get_registry(process.registry_key)) == sorted(names)
+    assert other.get_registry() == []
+    for reference in references:
+        assert reference.dereference()
+    assert process.get_registry() == []
+    with process.lock("locked"):
+        assert process.get_registry() == ["locked"]
+    put(fresh(), process, "u")
+    assert process.get_registry() == ["test.test.u"]
+
+
+def test_the_registry_can_be_kept_by_hand(make: Make) -> None:
+    process, other = make(), make()
+    assert process.add_to_registry("x") == 1
+    assert process.add_to_registry("x") == 0
+    assert other.add_to_registry("y", process.registry_key) == 1
+    assert sorted(process.get_registry()) == ["x", "y"]
+    assert other.remove_from_registry("x", registry_key=process.registry_key) == 1
+    assert process.remove_from_registry("x") == 0
+    assert process.get_registry() == ["y"]
+
+
+# Examples of use
+
+
+def test_a_name_may_be_any_text(make: Make) -> None:
+    one, two = make(), make()
+    for name in ["", "}", "{a}", "a}b{c", "\n", "ключ", "x" * 10_000, "a:members", "%"]:
+        here, there = one.create_reference(name), two.create_reference(name)
+        with here.lock(), pytest.raises(Process.AlreadyLocked):
+            there.lock(block=False).__enter__()
+        assert (here.count(), here.dereference(), there.dereference()) == (2, False, True)
+
+
+def test_errors_in_the_log_name_no_root_logger(make: Make, caplog: Any) -> None:
+    class Fails(Tally):
+        def execute(self) -> None:
+            raise OSError("no database")
+
+    process = make(retry=RetryPolicy(attempts=1))
+    with pytest.raises(OSError, match="no database"):
+        put(Fails, process, "a").end_session()
+    assert {record.name for record in caplog.records} == {"phonon"}
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_a_process_that_nobody_holds_stops_beating(
+    make: Make, server: Redis, namespace: str, tmp_path: Path
+) -> None:
+    process = Process(url=server.url, namespace=namespace, heartbeat_interval=0.02)
+    lease = process.engine.lease
+    name = process.id[:8]
+    del process
+    wait_until(lambda: not any(name in thread.name for thread in threading.enumerate()))
+    lease.close()
+
+
+class Limits(Process):
+    """What a subclass may set."""
+
+    TTL: ClassVar[float] = 120.0
+
+
+def test_a_longer_lease_allows_slower_beats(make: Make, server: Redis, namespace: str) -> None:
+    with Limits(url=server.url, namespace=namespace, heartbeat_interval=100) as process:
+        with contextlib.closing(server.client()) as client, process.lock("x"):
+            until = int(client.hget(f"{namespace}:{{=x}}:lock", "until") or 0)  # type: ignore[arg-type]
+            assert 100_000 < until - now_ms(client) <= 120_000

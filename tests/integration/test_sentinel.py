@@ -136,9 +136,12 @@ def test_calls_go_on_after_a_failover(namespace: str) -> None:
     Ids.executed.clear()
     numbers = itertools.count()
     failed_over, end = threading.Event(), threading.Event()
-    with contextlib.closing(Watched(3)) as watched, ThreadPoolExecutor() as threads:
+    with contextlib.ExitStack() as stack:
+        watched = stack.enter_context(contextlib.closing(Watched(3)))
+        threads = stack.enter_context(ThreadPoolExecutor())
         url = f"redis+sentinel://{watched.addresses}/main/1"
-        workers = [Worker(Process(url=url, namespace=namespace), numbers) for _ in range(3)]
+        processes = [stack.enter_context(Process(url=url, namespace=namespace)) for _ in range(3)]
+        workers = [Worker(process, numbers) for process in processes]
         working = [threads.submit(worker.work, failed_over, end) for worker in workers]
 
         def have(count: int, ids: str) -> bool:
@@ -150,7 +153,7 @@ def test_calls_go_on_after_a_failover(namespace: str) -> None:
             safe = {number for worker in workers for number in worker.acknowledged.copy()}
             assert watched.primary.replicates()
             watched.primary.kill()
-            wait_until(lambda: watched.replica.ask("ROLE")[0] == "master")
+            wait_until(watched.replica.is_primary)
             failed_over.set()
             wait_until(lambda: have(200, "acknowledged_late"))
         finally:
@@ -166,16 +169,20 @@ def test_calls_go_on_after_a_failover(namespace: str) -> None:
 
 
 def test_who_waits_for_a_lock_waits_on_after_a_failover(namespace: str) -> None:
-    with contextlib.closing(Watched(1)) as watched, ThreadPoolExecutor() as threads:
+    with contextlib.ExitStack() as stack:
+        watched = stack.enter_context(contextlib.closing(Watched(1)))
+        threads = stack.enter_context(ThreadPoolExecutor())
         url = f"redis+sentinel://{watched.addresses}/main"
-        holder, waiter = (Process(url=url, namespace=namespace) for _ in range(2))
+        holder, waiter = (
+            stack.enter_context(Process(url=url, namespace=namespace)) for _ in range(2)
+        )
         lock, awaited = holder.lock("x"), waiter.lock("x")
         assert lock.acquire()
         waiting = threads.submit(awaited.acquire, timeout=60)
         wait_until(watched.primary.waiters)
         assert watched.primary.replicates()
         watched.primary.kill()
-        wait_until(lambda: watched.replica.ask("ROLE")[0] == "master")
+        wait_until(watched.replica.is_primary)
         wait_until(watched.replica.waiters)
         assert not waiting.done()
         assert lock.token is not None
@@ -185,8 +192,6 @@ def test_who_waits_for_a_lock_waits_on_after_a_failover(namespace: str) -> None:
         assert awaited.token is not None
         assert awaited.token > before
         awaited.release()
-        for process in (holder, waiter):
-            process.stop()
 
 
 def test_primary_that_is_no_primary_any_more(namespace: str) -> None:
@@ -200,8 +205,12 @@ def test_primary_that_is_no_primary_any_more(namespace: str) -> None:
         with Process(url=url, namespace=namespace) as process:
             reference = process.create_reference("x")
             wait_until(watched.fail_over)
-            while watched.primary.ask("ROLE")[0] == "master":
+
+            def over() -> bool:
                 reference.increment_times_modified()
+                return watched.replica.is_primary() and not watched.primary.is_primary()
+
+            wait_until(over)
             with process.batch():
                 for i in range(100):
                     process.create_reference(f"y{i}")

@@ -351,17 +351,30 @@ def _cluster_client(address: Address) -> "redis.RedisCluster":
     unknown = options.keys() - set(REDIS_ALLOWED_KEYS)
     if unknown:  # redis-py would go on without them, and some are for safety
         raise _unknown_option(address, unknown)
+    nodes: list[ClusterNode] = []
     try:
-        nodes = [ClusterNode(host, port) for host, port in address.nodes]
+        nodes += [ClusterNode(host, port) for host, port in address.nodes]
         return redis.RedisCluster(startup_nodes=nodes, **options)
+    except IndexError as error:  # from redis-py 5
+        _close(nodes)
+        raise unreachable(address.shown, RedisError("none of its nodes has slots")) from error
     except RedisClusterException as error:
+        _close(nodes)
         if "not enabled" in str(error):
             raise ConfigurationError(
                 f"{address.shown} is no cluster: connect with redis://host:port/database"
             ) from error
         raise unreachable(address.shown, error.__cause__ or error) from error
     except GONE as error:
+        _close(nodes)
         raise unreachable(address.shown, error) from error
+
+
+def _close(nodes: list[ClusterNode]) -> None:
+    """Close what a client that did not come about has opened; redis-py leaves it to the garbage."""
+    for node in nodes:
+        if node.redis_connection is not None:
+            node.redis_connection.close()
 
 
 def _sentinel_client(address: Address, stack: contextlib.ExitStack) -> "redis.Redis":

@@ -71,6 +71,14 @@ Effect = Call | Execute | Wait
 Flow = Generator[Effect, Any, T]
 
 
+#: A flow that asks for nothing, and costs no more than that.
+NOTHING: tuple[()] = ()
+
+
+def _once(call: Call) -> Flow[None]:
+    yield call
+
+
 class Participant:
     """A process, as the protocol sees it.
 
@@ -100,14 +108,12 @@ class Participant:
         """A call that may be repeated as it is: it only reads, or changes nothing twice."""
         return Call(step, base, (self.id, *args))
 
-    def hold(self, base: bytes) -> Iterable[Call]:
+    def hold(self, base: bytes) -> Iterable[Effect]:
         """Enter a resource into the registry, before a step that makes it ours."""
-        if self.colocated:
-            return ()
-        return (Call("hold", self.registry, (base,)),)
+        return NOTHING if self.colocated else _once(Call("hold", self.registry, (base,)))
 
-    def let_go(self, base: bytes, clear: int) -> Iterable[Call]:
+    def let_go(self, base: bytes, clear: int) -> Iterable[Effect]:
         """Clear the registry after a step that answered ``clear``: nothing there is ours."""
         if self.colocated or not clear:
-            return ()
-        return (Call("", self.registry, (b"HDEL", self.registry, base), keep=True),)
+            return NOTHING
+        return _once(Call("", self.registry, (b"HDEL", self.registry, base), keep=True))

@@ -1,0 +1,373 @@
+"""What a server refuses while we work: each error says what to do, and nothing is lost or doubled.
+
+What goes wrong when a connection is made is in test_connect.py.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import redis
+
+from conftest import Make, Redis, wait_until
+from phonon import LruCache, Process, Update
+from phonon.errors import (
+    ConnectionLostError,
+    ForeignKeyError,
+    PhononError,
+    ServerError,
+    ServerUnreachableError,
+)
+from phonon.protocol.keys import TYPES
+from phonon.protocol.updates import RetryPolicy
+from phonon.reference import Reference
+from proxy import Fault, Proxy
+
+#: So long that a test sees no heartbeat but those it makes.
+NO_BEAT = 50
+SOON = RetryPolicy(first_delay=0.01, longest_delay=0.01)
+executed: list[tuple[str, int]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_executed() -> None:
+    executed.clear()
+
+
+class Total(Update):
+    """Adds up numbers."""
+
+    def __init__(self, process: Process, record: str, n: int, **options: Any) -> None:
+        super().__init__(process, record, doc={"n": n}, **options)
+
+    def merge(self, other: Any) -> None:
+        self.doc = {"n": self.doc.get("n", 0) + other.doc.get("n", 0)}
+
+    def execute(self) -> None:
+        executed.append((self._id, self.doc["n"]))
+
+
+# A key of ours with somebody else's content
+
+
+@dataclass
+class Stage:
+    """Two processes and a resource, which is the record's too."""
+
+    process: Process
+    other: Process
+    called: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.update = Total(self.process, "record", 1, init_cache=False)
+        self.name = self.update.resource_id
+        self.reference: Reference = self.update.ref
+        self.lock = self.process.lock(self.name)
+        self.cache: LruCache[Total] = LruCache()
+
+
+@dataclass
+class Act:
+    """A public call: what comes before it, the call, and what it must have come to.
+
+    The call is made while a key is foreign, and again when it is so no more.
+    """
+
+    call: Callable[[Stage], Any]
+    before: Callable[[Stage], Any] = lambda _: None
+    total: int = 1
+
+
+def ended(stage: Stage) -> None:
+    stage.update.end_session()
+
+
+def stored(stage: Stage) -> None:
+    stage.update.cache()
+
+
+def shared(stage: Stage) -> None:
+    """Another process has left its partial, and we have new data."""
+    Total(stage.other, "record", 2).end_session()
+    stage.update.cache()
+    stage.update.refresh(Total(stage.process, "record", 4, init_cache=False))
+
+
+def cached(stage: Stage) -> None:
+    stage.cache.set("other", Total(stage.process, "other", 1, init_cache=False))
+    stage.cache.set("record", stage.update)
+
+
+def batch(stage: Stage) -> None:
+    with stage.process.batch():
+        if not stage.called:
+            stage.called.append(True)
+            Total(stage.process, "record", 2)
+            Total(stage.process, "other", 1)
+
+
+def ended_in_a_batch(stage: Stage) -> None:
+    with stage.process.batch():
+        if not stage.called:
+            stage.called.append(True)
+            Total(stage.process, "record", 2).end_session()
+
+
+def locked(stage: Stage) -> None:
+    if not stage.lock.owned():
+        assert stage.lock.acquire(block=False)
+
+
+ACTS: dict[str, Act] = {
+    "create_reference": Act(lambda stage: stage.process.create_reference(stage.name)),
+    "count": Act(lambda stage: stage.reference.count()),
+    "holders": Act(lambda stage: stage.reference.holders()),
+    "modified_by": Act(lambda stage: stage.reference.modified_by()),
+    "increment": Act(lambda stage: stage.reference.increment_times_modified()),
+    "update": Act(lambda stage: Total(stage.process, "record", 2, init_cache=True), total=3),
+    "cache": Act(stored),
+    "end_session": Act(ended),
+    "end_session after cache": Act(ended, stored),
+    "end_session of all": Act(ended, shared, total=7),
+    "dereference": Act(lambda stage: stage.reference.dereference(), stored),
+    "callback": Act(lambda stage: stage.reference.dereference(lambda: None), stored),
+    "expire_all": Act(lambda stage: stage.cache.expire_all(), cached),
+    "batch": Act(batch, total=3),
+    "end_session in a batch": Act(ended_in_a_batch, total=3),
+    "lock": Act(locked),
+    "unlock": Act(lambda stage: stage.lock.release(), locked),
+    "beat": Act(lambda stage: stage.process.engine.beat(), locked),
+    "stop": Act(lambda stage: stage.process.stop(), cached),
+}
+
+
+#: Calls that leave nothing to be called again.
+ONCE = {"stop", "expire_all", "update"}
+#: The lock is not given back and its object forgets it: for 60 s nobody has it.
+FORGOTTEN = {("unlock", ":queue"), ("unlock", ":waiting"), ("callback", ":waiting")}
+
+
+def meet(act: str, suffix: str, stage: Stage, client: "redis.Redis") -> bool:
+    """Make a call with a key in its way, and again without; returns whether it was refused."""
+    expect = ACTS[act]
+    expect.before(stage)
+    key = f"{stage.process.namespace}:{{={stage.name}}}{suffix}"
+    if not client.set(key, "somebody's", nx=True):
+        return False  # it is there already, and ours
+    refused = False
+    try:
+        expect.call(stage)
+    except* ServerError as group:
+        refused = True
+        error = group.exceptions[0]
+        assert key in str(error)
+        if suffix != ":batch":  # that one must not be there at all, whatever its type
+            assert isinstance(error, ForeignKeyError)
+            assert "holds a string where Phonon keeps a" in str(error)
+    assert client.get(key) == b"somebody's"
+    client.delete(key)
+    if refused and act not in ONCE:
+        expect.call(stage)
+    if refused and act == "update":
+        Total(stage.process, "record", 2)
+    if act != "stop":
+        finish(stage)
+        assert sum(n for record, n in executed if record == "record") == expect.total
+    return refused
+
+
+def finish(stage: Stage) -> None:
+    """End all sessions; what could not be stored is still here."""
+    stage.process.flush()
+    stage.cache.expire_all()
+    stage.process.engine.upkeep.retry_now()
+    stage.update.end_session()
+    stage.process.stop()
+    stage.other.stop()
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_foreign_key_is_named_and_nothing_is_lost(
+    server: Redis, make: Make, namespace: str, act: str, keys: Callable[[], set[str]]
+) -> None:
+    refused = set()
+    with server.client() as client:
+        for suffix in map(bytes.decode, TYPES):
+            if (act, suffix) in FORGOTTEN:
+                continue
+            executed.clear()
+            processes = [
+                make(namespace=f"{namespace}:{suffix}", heartbeat_interval=NO_BEAT, retry=SOON)
+                for _ in range(2)
+            ]
+            if meet(act, suffix, Stage(*processes), client):
+                refused.add(suffix)
+    assert refused
+    if act != "stop":
+        assert {key.rpartition(":")[2] for key in keys() if "{=" in key} <= {"memory"}
+
+
+@pytest.mark.xfail(strict=True, reason="Lock.release() forgets a lock that it could not release")
+@pytest.mark.parametrize(("act", "suffix"), FORGOTTEN)
+def test_a_lock_that_could_not_be_released_is_still_ours(
+    server: Redis, make: Make, act: str, suffix: str
+) -> None:
+    stage = Stage(*(make(heartbeat_interval=NO_BEAT, retry=SOON) for _ in range(2)))
+    stage.reference.block = False
+    with server.client() as client:
+        assert meet(act, suffix, stage, client)
+
+
+def test_a_foreign_registry_is_named(make: Make) -> None:
+    process = make(heartbeat_interval=NO_BEAT)
+    process.client.set(process.registry_key, "somebody's")
+    with pytest.raises(ForeignKeyError, match="holds a string where Phonon keeps a hash"):
+        process.create_reference("resource")
+    process.client.delete(process.registry_key)
+    assert process.create_reference("resource").dereference()
+
+
+def test_a_foreign_key_elsewhere_holds_nothing_up(make: Make, server: Redis) -> None:
+    """The session of one record ends although another one's cannot; what is kept goes on."""
+    process = make(heartbeat_interval=0.1, retry=SOON)
+    cache: LruCache[Total] = LruCache()
+    for record in "abc":
+        cache.set(record, Total(process, record, 1))
+    lock = process.lock("locked")
+    assert lock.acquire()
+    keys = [
+        f"{process.namespace}:{{=test.test.b}}:running",
+        f"{process.namespace}:{{=locked}}:members",
+    ]
+    with server.client() as client:
+        for key in keys:
+            client.set(key, "somebody's")
+        with pytest.raises(ExceptionGroup) as caught:
+            cache.expire_all()
+        assert [type(error) for error in caught.value.exceptions] == [ForeignKeyError]
+        assert sorted(executed) == [("a", 1), ("c", 1)]
+        # The lock cannot be renewed, but the rest of a heartbeat happens.
+        process.engine.unstored.append(Total(process, "d", 1, init_cache=False))
+        wait_until(lambda: not process.engine.unstored)
+        client.delete(*keys)
+    cache.expire_all()
+    assert lock.owned()
+    lock.release()
+    process.stop()
+    assert sorted(executed) == [("a", 1), ("b", 1), ("c", 1), ("d", 1)]
+
+
+# A server without memory
+
+
+def test_a_server_without_memory_stores_no_more_and_loses_nothing(
+    own_server: Redis, namespace: str
+) -> None:
+    with Process(url=own_server.url, namespace=namespace, heartbeat_interval=NO_BEAT) as process:
+        updates = {record: Total(process, record, 1) for record in "abc"}
+        for update in updates.values():
+            update.refresh(Total(process, update._id, 2, init_cache=False))
+        lock = process.lock("resource")
+        assert lock.acquire()
+        reference = process.create_reference("resource")
+        process.client.config_set("maxmemory", 1)
+        refused: dict[str, Callable[[], Any]] = {
+            "cache": updates["a"].cache,
+            "batch": lambda: store_in_a_batch(process, "d"),
+            "update": lambda: Total(process, "e", 1),
+            "create_reference": lambda: process.create_reference("other"),
+            "increment": reference.increment_times_modified,
+            "lock": process.lock("other").acquire,
+        }
+        for name, call in refused.items():
+            with pytest.raises((PhononError, ExceptionGroup)) as caught:
+                call()
+            for error in getattr(caught.value, "exceptions", [caught.value]):
+                assert isinstance(error, ServerError), name
+                assert "raise its maxmemory" in str(error), name
+        # What makes room, and what keeps us alive, goes on.
+        updates["b"].end_session()
+        assert executed == [("b", 3)]
+        process.engine.beat()
+        assert lock.owned()
+        lock.release()
+        assert reference.dereference()
+        process.client.config_set("maxmemory", 0)
+        updates["a"].cache()
+        process.flush()
+    assert sorted(executed) == [("a", 3), ("b", 3), ("c", 3), ("d", 1)]
+
+
+def store_in_a_batch(process: Process, record: str) -> None:
+    with process.batch():
+        Total(process, record, 1)
+
+
+# A server that is a replica for a while, or for long
+
+
+def test_a_replica_takes_nothing_and_nothing_is_lost(own_server: Redis, namespace: str) -> None:
+    options = {"url": own_server.url, "namespace": namespace, "heartbeat_interval": 0.1}
+    with Process(retry_timeout=0.1, **options) as process:
+        update = Total(process, "record", 1)
+        update.refresh(Total(process, "record", 2, init_cache=False))
+        process.client.replicaof("127.0.0.1", 1)
+        for call in (update.cache, update.end_session):
+            with pytest.raises(ConnectionLostError, match="read only|READONLY"):
+                call()
+        with pytest.raises(ServerUnreachableError, match="read only|READONLY"):
+            Process(**options)
+        process.client.replicaof("NO", "ONE")
+        wait_until(lambda: executed)
+        wait_until(lambda: not process.engine.driver.suspended)
+    assert executed == [("record", 3)]
+
+
+# A call that was kept, and is refused when the server is back
+
+
+@pytest.mark.parametrize("refusal", ["foreign key", "no memory"])
+def test_what_was_kept_and_is_refused_is_still_there(
+    own_server: Redis, namespace: str, refusal: str
+) -> None:
+    with closing(Proxy(own_server.socket)) as proxy, own_server.client() as client:
+        with Process(
+            url=proxy.url,
+            namespace=namespace,
+            heartbeat_interval=0.1,
+            retry_timeout=0.05,
+            retry=SOON,
+        ) as process:
+            cache: LruCache[Total] = LruCache()
+            cache.set("record", Total(process, "record", 1, init_cache=False))
+            proxy.strike(Fault.LOST_REQUEST, gone=True)
+            with pytest.raises(ExceptionGroup):
+                cache.expire_all()
+            assert cache.size() == 0
+            key = f"{namespace}:{{=test.test.record}}:running"
+            if refusal == "foreign key":
+                client.set(key, "somebody's")
+            else:
+                client.config_set("maxmemory", 1)
+            proxy.back()
+            if refusal == "foreign key":
+                wait_until(lambda: process.engine.unstored)
+                assert not executed
+                client.delete(key)
+            wait_until(lambda: not process.engine.unstored and not process.engine.driver.suspended)
+            client.config_set("maxmemory", 0)
+        assert executed == [("record", 1)]
+
+
+# All of them
+
+
+def test_every_error_is_one_of_ours_and_one_line(make: Make, server: Redis) -> None:
+    process = make(heartbeat_interval=NO_BEAT)
+    with server.client() as client:
+        client.set(f"{process.namespace}:{{=resource}}:members", "somebody's")
+    with pytest.raises(PhononError) as caught:
+        process.create_reference("resource")
+    assert "\n" not in str(caught.value)
