@@ -109,6 +109,8 @@ class Engine:
         self.local = threading.local()
         #: Updates that a batch could not store because the server was gone.
         self.unstored: list[Update] = []
+        #: Updates whose session could not be ended although its end had been kept.
+        self._unended: list[Update] = []
         #: Memberships that are to be renewed because they have expired.
         self._expired: set[str] = set()
         self.upkeep = Upkeep(self)
@@ -197,6 +199,7 @@ class Engine:
             lost = self.driver.resume()
             if lost is not None:
                 raise lost
+            errors += self._end_unended()
             try:
                 self._store_unstored()
             except ExceptionGroup as group:
@@ -285,8 +288,8 @@ class Engine:
 
         def failed(_: BaseException) -> None:
             # Its data is local again, and maybe nobody else holds it any more.
-            if update is not None and update.has_unsent():
-                self.unstored.append(update)
+            if update is not None:
+                self._unended.append(update)
 
         return Task(
             base,
@@ -376,6 +379,15 @@ class Engine:
         left, self.unstored = self.unstored, []
         store(self, left)
 
+    def _end_unended(self) -> list[Exception]:
+        unended, self._unended = self._unended, []
+        tasks = [self.ending(update.resource_id, update) for update in unended]
+        self.driver.run_all(tasks)
+        for update, task in zip(unended, tasks, strict=True):
+            if task.error is not None and not task.suspended:
+                self._unended.append(update)
+        return [error for task in tasks for error in self.errors_of(task)]
+
     # Upkeep
 
     def beat(self) -> None:
@@ -391,13 +403,15 @@ class Engine:
         try:
             self._renew()
         finally:
-            if self.driver.suspended or self.unstored or self._expired:
+            if self.driver.suspended or self.unstored or self._unended or self._expired:
                 self.upkeep.catch_up()
 
     def catch_up(self) -> None:
         """Go on with what could not be done while the server was gone. Batches may execute."""
         if self.driver.resume() is not None:
             return
+        for error in self._end_unended():
+            log.error("a session could still not be ended: %s", error)
         if self.unstored:
             self._store_unstored()
         expired, self._expired = self._expired, set()

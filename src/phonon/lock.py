@@ -1,11 +1,18 @@
 """The exclusive lock of a resource."""
 
+import contextlib
 import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from phonon.errors import AlreadyLockedError, LockLostError
+from phonon.errors import (
+    AlreadyLockedError,
+    ConnectionLostError,
+    LockLostError,
+    ProcessStoppedError,
+    ServerError,
+)
 from phonon.protocol import locks
 from phonon.protocol.effects import Participant
 from phonon.protocol.messages import Locked
@@ -68,17 +75,25 @@ class Lock:
 
         Raises:
             LockLostError: It was not held any more, or never was.
+            ServerError: The server refused; the lock is still held.
         """
         process, me, holder = self._process, self._me, self._holder
-        if self.token is None or me is None:
+        token, self.token = self.token, None
+        if token is None or me is None:
             raise LockLostError(f"the lock on {self.lock_key!r} is not held: acquire it first")
-        self.token = None
         process.engine.locks.pop(holder, None)
         if me is not process.engine.me:
             raise LockLostError(
                 f"the lock on {self.lock_key!r} was taken before fork() and is the parent's"
             )
-        if not process.engine.run(self.base, locks.release(me, self.base, holder)):
+        try:
+            released = process.engine.run(self.base, locks.release(me, self.base, holder))
+        except ServerError:
+            # It refused, so the lock is still ours: to be renewed, and to be released again.
+            process.engine.locks[holder] = self
+            self.token = token
+            raise
+        if not released:
             raise LockLostError(
                 f"the lock on {self.lock_key!r} was lost before it was released: its lease of "
                 f"{process.TTL} s ran out, or the server lost it; what it protected may have been "
@@ -130,8 +145,10 @@ class Lock:
         me, holder = process.engine.new_holder()
         queued = False
         try:
-            while True:
+            while not process.stopping:
                 left = deadline - time.monotonic() if block else 0.0
+                # Should no answer come, we may have the lock, or a place in line.
+                process.waiters[holder] = self.base
                 answer = process.engine.run(
                     self.base, locks.acquire(me, self.base, holder, self.lease_ms, queue=left > 0)
                 )
@@ -140,17 +157,28 @@ class Lock:
                     self._thread = threading.get_ident()
                     self._lost.clear()
                     process.engine.locks[holder] = self
-                    queued = False
+                    del process.waiters[holder]
                     return None
                 queued = queued or answer.kind == "wait"
+                if not queued:
+                    del process.waiters[holder]
                 if left <= 0:
                     return self._taken(answer, seconds if block else None)
-                pause = min(left, answer.number / 1000)
-                process.engine.run(self.base, locks.wait(self.base, holder, pause))
+                if not process.stopping:
+                    pause = min(left, answer.number / 1000)
+                    process.engine.run(self.base, locks.wait(self.base, holder, pause))
+            raise ProcessStoppedError(
+                f"process {process.id} was stopped, so nobody waits for {self.lock_key!r}: make a "
+                "new Process"
+            )
         finally:
-            if queued:
+            if holder in process.waiters:
                 # Whoever gives up must not stay in line: it would swallow the next wake-up.
-                process.engine.run(self.base, locks.release(me, self.base, holder))
+                try:
+                    with contextlib.suppress(ConnectionLostError):  # it goes on by itself
+                        process.engine.run(self.base, locks.release(me, self.base, holder))
+                finally:
+                    del process.waiters[holder]
 
     def _taken(self, answer: Locked, seconds: float | None) -> AlreadyLockedError:
         waited = "" if seconds is None else f" after {seconds:g} s of waiting"

@@ -3,6 +3,8 @@
 import atexit
 import math
 import os
+import threading
+import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -12,8 +14,8 @@ import phonon.lock
 from phonon.batch import Batch, raise_together
 from phonon.drivers import connect
 from phonon.engine import Engine, log
-from phonon.errors import AlreadyLockedError, ConfigurationError
-from phonon.protocol import library, processes
+from phonon.errors import AlreadyLockedError, ConfigurationError, PhononError
+from phonon.protocol import library, locks, processes
 from phonon.protocol.effects import Call
 from phonon.protocol.keys import Keys
 from phonon.protocol.updates import RetryPolicy
@@ -124,6 +126,10 @@ class Process:
         self.session_length = session_length
         self.heartbeat_interval = heartbeat_interval
         self.recover_failed_processes = recover_failed_processes
+        #: Locks that threads wait for: holder and resource.
+        self.waiters: dict[str, bytes] = {}
+        self.stopping = False
+        self._stop_lock = threading.RLock()
         self.engine = Engine(
             self,
             lease,
@@ -286,9 +292,33 @@ class Process:
                 What is on the server is left to the survivors.
         """
         _alive.discard(self)
-        batch = self.engine.batch
-        errors = batch.close() if batch is not None and not self.engine.stopped else []
-        raise_together("stopping left something undone", errors + self.engine.stop())
+        with self._stop_lock:
+            if self.engine.stopped:
+                return
+            self.stopping = True
+            batch = self.engine.batch
+            errors = batch.close() if batch is not None else []
+            try:
+                self._wake_waiters()
+            except PhononError as error:
+                errors.append(error)
+            errors += self.engine.stop()
+        raise_together("stopping left something undone", errors)
+
+    def _wake_waiters(self) -> None:
+        """Let nobody wait for a lock any more: it would stay in line, and come too late."""
+        for holder, base in list(self.waiters.items()):
+            self.engine.run(base, locks.wake(base, holder))
+        give_up = time.monotonic() + WAITERS_TIMEOUT
+        while self.waiters and time.monotonic() < give_up:
+            time.sleep(0.001)
+
+    def begin_after_fork(self) -> None:
+        """The child's copy is a process of its own. Locks may be held by threads of the parent."""
+        self.waiters = {}
+        self.stopping = False
+        self._stop_lock = threading.RLock()
+        self.engine.after_fork_in_child()
 
     def _registry(self, registry_key: str | None) -> bytes:
         if registry_key is None:
@@ -298,6 +328,8 @@ class Process:
 
 #: Half of what the server remembers operations for.
 MOST_RETRY_TIMEOUT = 30.0
+#: Seconds that `Process.stop` gives threads that wait for a lock to notice.
+WAITERS_TIMEOUT = 2.0
 
 
 def _url(url: str | None, hosts: Sequence[str] | None, address: tuple[str, int, int]) -> str:
@@ -328,7 +360,7 @@ def _stop_all() -> None:
 def _after_fork_in_child() -> None:
     connect.after_fork_in_child()
     for process in list(_alive):
-        process.engine.after_fork_in_child()
+        process.begin_after_fork()
 
 
 # After the non-daemon threads have ended, which may be using a process until then.

@@ -145,7 +145,7 @@ class Watched:
 
     def __init__(self, sentinels: int, password: str | None = None) -> None:
         with contextlib.ExitStack() as stack:
-            auth = [f"primaryauth {password}"] if password else []
+            auth = [f"masterauth {password}"] if password else []
             quick = ["repl-ping-replica-period 1", *auth]
             self.primary = Node(*quick, password=password)
             stack.callback(self.primary.close)

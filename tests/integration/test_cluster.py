@@ -494,7 +494,7 @@ def test_cluster_that_is_down_loses_nothing(make: Make, cluster: Cluster, namesp
                 lost += 1
                 break
         assert lost
-        with pytest.raises(ExceptionGroup) as failure, process.batch():  # noqa: PT012 - at its end
+        with pytest.raises(ExceptionGroup) as failure, process.batch():
             for key in range(30, 60):
                 Ids(process, key, doc={"ids": [10 + key]})
         assert failure.group_contains(ConnectionLostError)
@@ -536,7 +536,7 @@ def test_cluster_with_a_password(make: Make, cluster: Cluster, namespace: str) -
     place = cluster.url.partition("://")[2]
     try:
         for node in cluster.nodes:
-            node.ask("CONFIG SET", "requirepass", SECRET, "primaryauth", SECRET)
+            node.ask("CONFIG SET", "requirepass", SECRET, "masterauth", SECRET)
             node.password = SECRET
         for wrong in ("", ":wrong@", "nobody:x@"):
             with pytest.raises(AuthenticationError, match="put user and password into the URL"):
@@ -547,7 +547,7 @@ def test_cluster_with_a_password(make: Make, cluster: Cluster, namespace: str) -
         process.stop()
     finally:
         for node in cluster.nodes:
-            node.ask("CONFIG SET", "requirepass", "", "primaryauth", "")
+            node.ask("CONFIG SET", "requirepass", "", "masterauth", "")
             node.password = None
 
 

@@ -6,6 +6,7 @@ What goes wrong when a connection is made is in test_connect.py.
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -56,16 +57,22 @@ class Total(Update):
 class Stage:
     """Two processes and a resource, which is the record's too."""
 
-    process: Process
-    other: Process
+    make: Make
+    namespace: str
     called: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.update = Total(self.process, "record", 1, init_cache=False)
-        self.name = self.update.resource_id
-        self.reference: Reference = self.update.ref
+        options: dict[str, Any] = {"heartbeat_interval": NO_BEAT, "retry": SOON}
+        self.process: Process = self.make(namespace=self.namespace, **options)
+        self.other: Process = self.make(namespace=self.namespace, **options)
+        self.name = "test.test.record"
+        self.reference = Reference(self.process, self.name)  # which has not joined
         self.lock = self.process.lock(self.name)
         self.cache: LruCache[Total] = LruCache()
+
+    @cached_property
+    def update(self) -> Total:
+        return Total(self.process, "record", 1, init_cache=False)
 
 
 @dataclass
@@ -145,8 +152,8 @@ ACTS: dict[str, Act] = {
 
 #: Calls that leave nothing to be called again.
 ONCE = {"stop", "expire_all", "update"}
-#: The lock is not given back and its object forgets it: for 60 s nobody has it.
-FORGOTTEN = {("unlock", ":queue"), ("unlock", ":waiting"), ("callback", ":waiting")}
+#: Where the lock that cannot be released is forgotten.
+FORGOTTEN = [("unlock", ":queue"), ("unlock", ":waiting"), ("callback", ":waiting")]
 
 
 def meet(act: str, suffix: str, stage: Stage, client: "redis.Redis") -> bool:
@@ -154,20 +161,22 @@ def meet(act: str, suffix: str, stage: Stage, client: "redis.Redis") -> bool:
     expect = ACTS[act]
     expect.before(stage)
     key = f"{stage.process.namespace}:{{={stage.name}}}{suffix}"
-    if not client.set(key, "somebody's", nx=True):
-        return False  # it is there already, and ours
     refused = False
-    try:
+    if client.set(key, "somebody's", nx=True):  # otherwise it is there already, and ours
+        try:
+            expect.call(stage)
+        except* ServerError as group:
+            refused = True
+            error = group.exceptions[0]
+            assert key in str(error)
+            assert "\n" not in str(error)
+            if suffix != ":batch":  # that one must not be there at all, whatever its type
+                assert isinstance(error, ForeignKeyError)
+                assert "holds a string where Phonon keeps a" in str(error)
+        assert client.get(key) == b"somebody's"
+        client.delete(key)
+    else:
         expect.call(stage)
-    except* ServerError as group:
-        refused = True
-        error = group.exceptions[0]
-        assert key in str(error)
-        if suffix != ":batch":  # that one must not be there at all, whatever its type
-            assert isinstance(error, ForeignKeyError)
-            assert "holds a string where Phonon keeps a" in str(error)
-    assert client.get(key) == b"somebody's"
-    client.delete(key)
     if refused and act not in ONCE:
         expect.call(stage)
     if refused and act == "update":
@@ -188,7 +197,7 @@ def finish(stage: Stage) -> None:
     stage.other.stop()
 
 
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", sorted(ACTS.keys() - {"unlock"}))
 def test_a_foreign_key_is_named_and_nothing_is_lost(
     server: Redis, make: Make, namespace: str, act: str, keys: Callable[[], set[str]]
 ) -> None:
@@ -198,23 +207,18 @@ def test_a_foreign_key_is_named_and_nothing_is_lost(
             if (act, suffix) in FORGOTTEN:
                 continue
             executed.clear()
-            processes = [
-                make(namespace=f"{namespace}:{suffix}", heartbeat_interval=NO_BEAT, retry=SOON)
-                for _ in range(2)
-            ]
-            if meet(act, suffix, Stage(*processes), client):
+            if meet(act, suffix, Stage(make, f"{namespace}:{suffix[1:]}"), client):
                 refused.add(suffix)
     assert refused
     if act != "stop":
         assert {key.rpartition(":")[2] for key in keys() if "{=" in key} <= {"memory"}
 
 
-@pytest.mark.xfail(strict=True, reason="Lock.release() forgets a lock that it could not release")
 @pytest.mark.parametrize(("act", "suffix"), FORGOTTEN)
 def test_a_lock_that_could_not_be_released_is_still_ours(
-    server: Redis, make: Make, act: str, suffix: str
+    server: Redis, make: Make, namespace: str, act: str, suffix: str
 ) -> None:
-    stage = Stage(*(make(heartbeat_interval=NO_BEAT, retry=SOON) for _ in range(2)))
+    stage = Stage(make, namespace)
     stage.reference.block = False
     with server.client() as client:
         assert meet(act, suffix, stage, client)
@@ -309,16 +313,17 @@ def store_in_a_batch(process: Process, record: str) -> None:
 
 
 def test_a_replica_takes_nothing_and_nothing_is_lost(own_server: Redis, namespace: str) -> None:
-    options = {"url": own_server.url, "namespace": namespace, "heartbeat_interval": 0.1}
-    with Process(retry_timeout=0.1, **options) as process:
+    with Process(
+        url=own_server.url, namespace=namespace, heartbeat_interval=0.1, retry_timeout=0.1
+    ) as process:
         update = Total(process, "record", 1)
         update.refresh(Total(process, "record", 2, init_cache=False))
         process.client.replicaof("127.0.0.1", 1)
         for call in (update.cache, update.end_session):
-            with pytest.raises(ConnectionLostError, match="read only|READONLY"):
+            with pytest.raises(ConnectionLostError):
                 call()
-        with pytest.raises(ServerUnreachableError, match="read only|READONLY"):
-            Process(**options)
+        with pytest.raises(ServerUnreachableError, match="read only"):
+            Process(url=f"{own_server.url}&socket_timeout=9")
         process.client.replicaof("NO", "ONE")
         wait_until(lambda: executed)
         wait_until(lambda: not process.engine.driver.suspended)
@@ -330,7 +335,7 @@ def test_a_replica_takes_nothing_and_nothing_is_lost(own_server: Redis, namespac
 
 @pytest.mark.parametrize("refusal", ["foreign key", "no memory"])
 def test_what_was_kept_and_is_refused_is_still_there(
-    own_server: Redis, namespace: str, refusal: str
+    own_server: Redis, namespace: str, refusal: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with closing(Proxy(own_server.socket)) as proxy, own_server.client() as client:
         with Process(
@@ -353,21 +358,9 @@ def test_what_was_kept_and_is_refused_is_still_there(
                 client.config_set("maxmemory", 1)
             proxy.back()
             if refusal == "foreign key":
-                wait_until(lambda: process.engine.unstored)
+                wait_until(lambda: "a call that had been kept has failed" in caplog.text)
                 assert not executed
                 client.delete(key)
-            wait_until(lambda: not process.engine.unstored and not process.engine.driver.suspended)
+            wait_until(lambda: executed)  # to end a session makes room
             client.config_set("maxmemory", 0)
         assert executed == [("record", 1)]
-
-
-# All of them
-
-
-def test_every_error_is_one_of_ours_and_one_line(make: Make, server: Redis) -> None:
-    process = make(heartbeat_interval=NO_BEAT)
-    with server.client() as client:
-        client.set(f"{process.namespace}:{{=resource}}:members", "somebody's")
-    with pytest.raises(PhononError) as caught:
-        process.create_reference("resource")
-    assert "\n" not in str(caught.value)

@@ -1,11 +1,11 @@
 """Processes: how they are made, what keeps them alive, and that nothing is left when they stop."""
 
-import contextlib
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -51,12 +51,12 @@ def process_keys(admin: "redis.Redis", namespace: str) -> Keys:
 
 
 def now_ms(admin: "redis.Redis") -> int:
-    seconds, micros = admin.time()  # type: ignore[misc]
+    seconds, micros = admin.time()
     return int(seconds) * 1000 + int(micros) // 1000
 
 
 def deadline_ms(admin: "redis.Redis", process: Process) -> float:
-    return float(admin.zscore(process.heartbeat_hash_name, process.id) or 0)  # type: ignore[arg-type]
+    return float(admin.zscore(process.heartbeat_hash_name, process.id) or 0)
 
 
 def threads_of(process: Process) -> list[threading.Thread]:
@@ -213,7 +213,7 @@ def test_connections_are_shared_by_url_and_closed_by_the_last(
     url = f"{server.url}&client_name={name}"
 
     def connections() -> int:
-        clients: list[dict[str, str]] = admin.client_list()  # type: ignore[assignment]
+        clients: list[dict[str, str]] = admin.client_list()
         return sum(client["name"] == name for client in clients)
 
     one, two = Process(url=url, namespace=namespace), Process(url=url, namespace=namespace)
@@ -272,7 +272,7 @@ def test_stop_ends_what_it_holds(
     assert theirs.dereference()
     other.stop()
     assert {key.rpartition(":")[2] for key in keys()} == {"memory"}
-    assert all(admin.pttl(key) > 0 for key in admin.scan_iter(match=f"{process.namespace}:*"))  # type: ignore[operator]
+    assert all(admin.pttl(key) > 0 for key in admin.scan_iter(match=f"{process.namespace}:*"))
     assert process_keys() == set()
     assert threads_of(process) == []
 
@@ -435,7 +435,7 @@ def test_stop_says_what_it_left_undone(
     assert sheet.docs() == {"c": {"n": 1}}
     # Its batches are there, its registry names them, and it can be seen to be dead.
     assert {"{=test.test.a}:batch", "{=test.test.b}:batch"} <= keys()
-    held = {key.decode() for key in admin.hkeys(process.registry_key)}  # type: ignore[union-attr]
+    held = {key.decode() for key in admin.hkeys(process.registry_key)}
     assert held == {f"{process.namespace}:{{=test.test.{record}}}" for record in "ab"}
     assert 0 < deadline_ms(admin, process) <= now_ms(admin)
     process.stop()
@@ -501,13 +501,27 @@ def test_a_batch_that_another_thread_has_stopped(make: Make) -> None:
 # The heartbeat
 
 
+def membership_end_ms(admin: "redis.Redis", process: Process, resource: str) -> float:
+    key = f"{process.namespace}:{{={resource}}}:members"
+    return float(admin.zscore(key, process.id) or 0)
+
+
+def lease_end_ms(admin: "redis.Redis", process: Process, resource: str) -> int:
+    """Until when a lock is leased."""
+    return int(admin.hget(f"{process.namespace}:{{={resource}}}:lock", "until") or 0)
+
+
 def test_the_heartbeat_prolongs_its_life(make: Make, admin: "redis.Redis") -> None:
     process = make(heartbeat_interval=0.02)
     first = deadline_ms(admin, process)
     assert first - now_ms(admin) <= 5 * 20
+
+    def prolonged(last: float) -> bool:
+        return deadline_ms(admin, process) > last
+
     for _ in range(3):
         last = deadline_ms(admin, process)
-        wait_until(lambda last=last: deadline_ms(admin, process) > last)
+        wait_until(partial(prolonged, last))
 
 
 def test_a_heartbeat_that_fails_is_not_the_last(
@@ -562,18 +576,13 @@ def test_a_process_that_was_believed_dead_says_so(
     assert deadline_ms(admin, process) > now_ms(admin)
 
 
-def lease_ms(admin: "redis.Redis", process: Process, resource: str) -> float:
-    key = f"{process.namespace}:{{={resource}}}:members"
-    return float(admin.zscore(key, process.id) or 0)  # type: ignore[arg-type]
-
-
 def test_a_membership_outlives_its_length_while_the_heart_beats(
     make: Make, admin: "redis.Redis", caplog: Any
 ) -> None:
     process = make(session_length=0.6, heartbeat_interval=0.1)
     reference = process.create_reference("x")
     update = fresh()(process, "u", doc={"n": 1})
-    first = lease_ms(admin, process, "x")
+    first = membership_end_ms(admin, process, "x")
     assert first - now_ms(admin) <= 600
     wait_until(lambda: now_ms(admin) > first + 300)
     assert reference.count() == update.ref.count() == 1
@@ -621,8 +630,7 @@ def test_a_held_lock_outlives_its_lease(
     other = make()
     with Brisk(url=server.url, namespace=namespace, heartbeat_interval=0.1) as process:
         with process.lock("x") as lock:
-            key = f"{namespace}:{{=x}}:lock"
-            until = int(admin.hget(key, "until") or 0)  # type: ignore[arg-type]
+            until = lease_end_ms(admin, process, "x")
             assert 0 < until - now_ms(admin) <= 600
             wait_until(lambda: now_ms(admin) > until + 300)
             assert lock.owned()
@@ -636,14 +644,13 @@ def test_a_lock_that_an_operator_deleted_is_reported_lost(
     make: Make, admin: "redis.Redis", namespace: str
 ) -> None:
     process, other = make(heartbeat_interval=0.05), make()
-    with pytest.raises(LockLostError, match="the lock on 'x' was lost") as raised:
-        with process.lock("x") as lock:
-            assert lock.owned()
-            admin.delete(f"{namespace}:{{=x}}:lock")
-            wait_until(lambda: not lock.owned())
-            with other.lock("x", block=False):
-                pass
-    assert isinstance(raised.value, PhononError)
+    lock = process.lock("x")
+    with pytest.raises(LockLostError, match="the lock on 'x' was lost"), lock:
+        assert lock.owned()
+        admin.delete(f"{namespace}:{{=x}}:lock")
+        wait_until(lambda: not lock.owned())
+        with other.lock("x", block=False):
+            pass
     assert lock.token is None
     # Its next holder has it, and keeps it.
     with pytest.raises(LockLostError), process.lock("x"):
@@ -678,7 +685,8 @@ def test_the_registry_names_what_it_may_be_responsible_for(make: Make) -> None:
     assert process.get_registry() == []
     with process.lock("locked"):
         assert process.get_registry() == ["locked"]
-    put(fresh(), process, "u")
+    sheet = fresh()
+    put(sheet, process, "u")
     assert process.get_registry() == ["test.test.u"]
 
 
@@ -717,14 +725,17 @@ def test_errors_in_the_log_name_no_root_logger(make: Make, caplog: Any) -> None:
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
-def test_a_process_that_nobody_holds_stops_beating(
-    make: Make, server: Redis, namespace: str, tmp_path: Path
-) -> None:
+def test_a_process_that_nobody_holds_stops_beating(server: Redis, namespace: str) -> None:
     process = Process(url=server.url, namespace=namespace, heartbeat_interval=0.02)
     lease = process.engine.lease
-    name = process.id[:8]
+    (heart,) = threads_of(process)
     del process
-    wait_until(lambda: not any(name in thread.name for thread in threading.enumerate()))
+
+    def stopped() -> bool:
+        gc.collect()
+        return not heart.is_alive()
+
+    wait_until(stopped)
     lease.close()
 
 
@@ -734,8 +745,11 @@ class Limits(Process):
     TTL: ClassVar[float] = 120.0
 
 
-def test_a_longer_lease_allows_slower_beats(make: Make, server: Redis, namespace: str) -> None:
-    with Limits(url=server.url, namespace=namespace, heartbeat_interval=100) as process:
-        with contextlib.closing(server.client()) as client, process.lock("x"):
-            until = int(client.hget(f"{namespace}:{{=x}}:lock", "until") or 0)  # type: ignore[arg-type]
-            assert 100_000 < until - now_ms(client) <= 120_000
+def test_a_longer_lease_allows_slower_beats(
+    server: Redis, namespace: str, admin: "redis.Redis"
+) -> None:
+    with (
+        Limits(url=server.url, namespace=namespace, heartbeat_interval=100) as process,
+        process.lock("x"),
+    ):
+        assert 100_000 < lease_end_ms(admin, process, "x") - now_ms(admin) <= 120_000

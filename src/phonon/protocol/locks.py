@@ -1,8 +1,11 @@
 """Flows of the exclusive lock."""
 
 from phonon.protocol import messages
-from phonon.protocol.effects import Flow, Participant, Wait
+from phonon.protocol.effects import Call, Flow, Participant, Wait
 from phonon.protocol.messages import Locked
+
+#: How long a wake-up that nobody takes stays.
+WAKE_MS = 10_000
 
 
 def acquire(
@@ -32,6 +35,13 @@ def release(me: Participant, base: bytes, holder: str) -> Flow[bool]:
     answer = yield me.step("unlock", base, holder, keep=True)
     yield from me.let_go(base, answer[1])
     return bool(answer[0] == b"released")
+
+
+def wake(base: bytes, holder: str) -> Flow[None]:
+    """Wake a waiter out of turn, who will find out why."""
+    key = base + b":wake:" + holder.encode()
+    yield Call("", key, (b"RPUSH", key, b"1"))
+    yield Call("", key, (b"PEXPIRE", key, WAKE_MS))
 
 
 def wait(base: bytes, holder: str, timeout: float) -> Flow[bool]:

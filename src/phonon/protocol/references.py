@@ -1,6 +1,7 @@
 """Flows of membership: join, leave, count."""
 
 from collections.abc import Mapping
+
 from phonon.protocol.effects import Flow, Participant
 from phonon.protocol.messages import pairs
 
