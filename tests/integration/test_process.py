@@ -435,7 +435,7 @@ def test_stop_says_what_it_left_undone(
     assert sheet.docs() == {"c": {"n": 1}}
     # Its batches are there, its registry names them, and it can be seen to be dead.
     assert {"{=test.test.a}:batch", "{=test.test.b}:batch"} <= keys()
-    held = {key.decode() for key in admin.hkeys(process.registry_key)}
+    held = {key.decode() for key in admin.hkeys(process.registry_key) if isinstance(key, bytes)}
     assert held == {f"{process.namespace}:{{=test.test.{record}}}" for record in "ab"}
     assert 0 < deadline_ms(admin, process) <= now_ms(admin)
     process.stop()
