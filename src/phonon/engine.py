@@ -113,6 +113,8 @@ class Engine:
         self._unended: list[Update] = []
         #: Memberships that are to be renewed because they have expired.
         self._expired: set[str] = set()
+        #: Resources that a leave which went on by itself was the last to let go of.
+        self.untold: set[str] = set()
         self.upkeep = Upkeep(self)
         self._holders = itertools.count(1)
         self._renew_at = time.monotonic() + self.session_length / 3

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from phonon.errors import ConfigurationError, PhononError
+from phonon.errors import ConfigurationError, ConnectionLostError, PhononError
 from phonon.lock import Lock
 from phonon.protocol import references
 from phonon.protocol.effects import Execute, Flow, Outcome, T
 from phonon.protocol.updates import Ended
 
 if TYPE_CHECKING:
+    from phonon.engine import Engine
     from phonon.process import Process
+    from phonon.update import Update
 
 
 class Holder(NamedTuple):
@@ -170,9 +172,7 @@ class Reference:
         update = opener() if opener is not None else None
         leaving = engine.leaving(self.resource_key, self._base, update, force=self.force_expiry)
         if callback is None:
-            return engine.run(
-                self._base, leaving, lambda ended: engine.report(self._base, ended, update)
-            ).last
+            return self._told(engine, leaving, update)
         ended, outcome = engine.run(
             self._base,
             self._with_callback(leaving, callback),
@@ -181,6 +181,25 @@ class Reference:
         if outcome.error is not None:
             raise outcome.error
         return ended.last
+
+    def _told(self, engine: "Engine", leaving: Flow[Ended], update: "Update | None") -> bool:
+        given_up = False
+
+        def done(ended: Ended) -> None:
+            engine.report(self._base, ended, update)
+            if given_up and ended.last:
+                engine.untold.add(self.resource_key)
+
+        try:
+            last = engine.run(self._base, leaving, done).last
+        except ConnectionLostError:
+            # It goes on by itself. If it comes out that we were the last, the next call says so.
+            given_up = True
+            raise
+        if self.resource_key in engine.untold:
+            engine.untold.discard(self.resource_key)
+            return True
+        return last
 
     def _with_callback(
         self, leaving: Flow[Ended], callback: Callable[[], Any]

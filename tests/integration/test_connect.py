@@ -576,15 +576,16 @@ JuCEIJhZljd0P5h2eQJv/T+AmQSRRgLk2eWPSqwr
 """
 
 
-class TlsProxy:
-    """Speaks TLS for a server; the bundled one cannot."""
+class Proxy:
+    """An address that leads to a server, with TLS if it is given a certificate."""
 
-    def __init__(self, folder: Path, target: str) -> None:
-        self.certificate = folder / "certificate.pem"
-        self.certificate.write_text(CERTIFICATE)
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.load_cert_chain(self.certificate)
+    def __init__(self, target: Node, certificate: Path | None = None) -> None:
         self.target = target
+        self.context: ssl.SSLContext | None = None
+        if certificate is not None:
+            certificate.write_text(CERTIFICATE)
+            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.context.load_cert_chain(certificate)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.threads = [threading.Thread(target=self.serve)]
@@ -598,13 +599,16 @@ class TlsProxy:
                 self.threads[-1].start()
 
     def talk(self, client: socket.socket) -> None:
-        client.settimeout(5)  # redis-py 6 forgets to close what it does not trust
-        with contextlib.suppress(OSError), client, socket.socket(socket.AF_UNIX) as server:
-            server.connect(self.target)
-            with self.context.wrap_socket(client, server_side=True) as outer:
-                back = threading.Thread(target=self.copy, args=(server, outer))
+        address = ("127.0.0.1", self.target.port)
+        with contextlib.suppress(OSError), client, socket.create_connection(address) as server:
+            if self.context is not None:
+                client.settimeout(5)  # redis-py 6 forgets to close what it does not trust
+                client = self.context.wrap_socket(client, server_side=True)
+                client.settimeout(None)
+            with client:
+                back = threading.Thread(target=self.copy, args=(server, client))
                 back.start()
-                self.copy(outer, server)
+                self.copy(client, server)
                 server.shutdown(socket.SHUT_RDWR)
                 back.join()
 
@@ -621,17 +625,38 @@ class TlsProxy:
             thread.join()
 
 
-def test_tls(server: Redis, namespace: str, tmp_path: Path) -> None:
-    with contextlib.closing(TlsProxy(tmp_path, server.socket)) as proxy:
+def test_tls(tmp_path: Path) -> None:
+    certificate = tmp_path / "certificate.pem"
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(contextlib.closing(Node()))
+        proxy = stack.enter_context(contextlib.closing(Proxy(node, certificate)))
         place = f"rediss://localhost:{proxy.port}/1"
         trusting = "ssl_cert_reqs=none&ssl_check_hostname=false"
-        for url in (f"{place}?ssl_ca_certs={proxy.certificate}", f"{place}?{trusting}"):
-            with Process(url=url, namespace=namespace) as process:
+        for url in (f"{place}?ssl_ca_certs={certificate}", f"{place}?{trusting}"):
+            with Process(url=url) as process:
                 use(process)
         with pytest.raises(ServerUnreachableError, match=r"(?i)certificate.verify.failed"):
             Process(url=place)
         with pytest.raises(ServerUnreachableError, match="No such file"):
             Process(url=f"{place}?ssl_ca_certs=/nowhere")
+
+
+def test_address_that_leads_to_another_server_after_a_failover() -> None:
+    """Our connections still lead to the old one, which lives on as a replica."""
+    with contextlib.ExitStack() as stack:
+        old, new = (stack.enter_context(contextlib.closing(Node())) for _ in range(2))
+        new.ask("REPLICAOF", "127.0.0.1", old.port)
+        wait_until(lambda: new.ask("INFO", "replication")["master_link_status"] == "up")
+        proxy = stack.enter_context(contextlib.closing(Proxy(old)))
+        with Process(url=f"redis://127.0.0.1:{proxy.port}") as process:
+            reference = process.create_reference("x")
+            assert old.replicates()
+            proxy.target = new
+            new.ask("REPLICAOF", "NO", "ONE")
+            old.ask("REPLICAOF", "127.0.0.1", new.port)
+            reference.increment_times_modified()
+            assert reference.get_times_modified() == 1
+            assert old.errors("READONLY") > 0
 
 
 def test_more_waiting_threads_than_redis_py_has_connections(make: Make) -> None:

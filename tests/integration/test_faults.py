@@ -530,11 +530,6 @@ def test_what_is_kept_goes_on_by_itself(name: str, fault: Fault, world: World) -
 
 # Longer than retry_timeout
 
-#: Where a lock is left that nobody knows of, until its lease runs out.
-UNKNOWN_GRANT = pytest.mark.xfail(
-    strict=True, reason="Lock._acquire() does not release what it may have got without an answer"
-)
-
 
 @pytest.fixture
 def brief(world: World) -> World:
@@ -623,7 +618,7 @@ def test_sessions_that_end_in_a_batch_end_later(brief: World, point: int, fault:
     ("step", "fault"),
     [
         ("lock", Fault.LOST_REQUEST),
-        pytest.param("lock", Fault.LOST_REPLY, marks=UNKNOWN_GRANT),
+        ("lock", Fault.LOST_REPLY),
         ("leave", Fault.LOST_REQUEST),
         ("leave", Fault.LOST_REPLY),
         ("unlock", Fault.LOST_REQUEST),
@@ -664,7 +659,6 @@ def test_a_lock_is_free_again_when_its_holder_could_not_release_it(
     assert brief.sink.total("record") == 3
 
 
-@UNKNOWN_GRANT
 def test_a_lock_whose_grant_got_lost_is_free_again(brief: World) -> None:
     brief.proxy.strike_step(Fault.LOST_REPLY, "lock", gone=True)
     with pytest.raises(ConnectionLostError):
@@ -675,7 +669,6 @@ def test_a_lock_whose_grant_got_lost_is_free_again(brief: World) -> None:
         pass
 
 
-@pytest.mark.xfail(strict=True, reason="the answer to a leave that goes on by itself is dropped")
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name.lower())
 def test_whoever_asks_again_is_told_that_it_was_the_last(brief: World, fault: Fault) -> None:
     reference = brief.process.create_reference("resource")
@@ -1076,7 +1069,6 @@ def test_an_interrupt_when_woken_for_a_lock_wakes_the_next(world: World) -> None
     assert world.clean()
 
 
-@UNKNOWN_GRANT
 def test_an_interrupt_when_told_to_wait_for_a_lock_leaves_the_queue(world: World) -> None:
     with world.other.lock("resource"), interrupted(world.proxy, "lock"):
         world.process.lock("resource").acquire()
@@ -1086,7 +1078,6 @@ def test_an_interrupt_when_told_to_wait_for_a_lock_leaves_the_queue(world: World
     assert world.clean()
 
 
-@UNKNOWN_GRANT
 def test_an_interrupt_when_a_lock_is_granted_leaves_it_free(world: World) -> None:
     with interrupted(world.proxy, "lock"):
         world.process.lock("resource").acquire()
