@@ -65,6 +65,15 @@ def test_data_that_is_stored_is_not_sent_again(make: Make) -> None:
     assert docs() == [{"n": 11}]
 
 
+def test_an_update_that_was_merged_into_another_is_spent(make: Make) -> None:
+    process = make()
+    update, other = (Count(process, 1, doc={"n": n}, init_cache=False) for n in (1, 10))
+    update.refresh(other)
+    update.end_session()
+    other.end_session()
+    assert docs() == [{"n": 11}]
+
+
 def test_a_change_made_by_hand_after_storing_is_not_lost(make: Make) -> None:
     update = Count(make(), 1, doc={"n": 1})
     update.doc["n"] = 5
