@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,16 +21,23 @@ from phonon.batch import store
 from phonon.drivers.connect import Lease
 from phonon.drivers.sync import SyncDriver, Task
 from phonon.errors import (
+    BatchLostError,
+    DeclaredDeadError,
     LockLostError,
     PhononError,
     ProcessStoppedError,
+    ServerStateLostError,
+    UnknownClassError,
 )
 from phonon.partials import run_batch
-from phonon.protocol import processes, references, updates
+from phonon.protocol import processes, recovery, references, updates
 from phonon.protocol.effects import Flow, Participant, T
 from phonon.protocol.keys import Keys
+from phonon.protocol.processes import Beat
+from phonon.protocol.recovery import Recovered
 from phonon.protocol.updates import Ended, Failure, RetryPolicy, Runner
 from phonon.serializers import Serializer
+from phonon.takeover import take_over
 from phonon.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -41,8 +48,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("phonon")
 
-#: A process counts as dead after this many heartbeat intervals without a heartbeat.
-DEAD_AFTER = 5
+#: A process counts as dead after this many heartbeat intervals without a heartbeat. It is to be
+#: taken over from within five, and one more.
+DEAD_AFTER = 4
 #: Updates share this many locks; two updates that share one merely take turns.
 STRIPES = 64
 
@@ -68,6 +76,8 @@ class Engine:
         policy: What to do when ``execute`` fails.
         session_length: How long a membership lasts unless renewed, seconds.
         heartbeat_interval: Seconds between heartbeats.
+        recovers: Whether it takes over from dead processes.
+        on_error: Is told what there is no caller to raise it to.
     """
 
     def __init__(
@@ -80,6 +90,8 @@ class Engine:
         *,
         session_length: float,
         heartbeat_interval: float,
+        recovers: bool,
+        on_error: Callable[[Exception], object] | None,
     ) -> None:
         self._process = weakref.ref(process)
         self.lease = lease
@@ -88,19 +100,26 @@ class Engine:
         self.policy = policy
         self.session_length = session_length
         self.heartbeat_interval = heartbeat_interval
+        self.recovers = recovers
+        self.on_error = on_error
         self.caches: weakref.WeakSet[SessionCache] = weakref.WeakSet()
         self.stopped = False
         self.prefixes: dict[tuple[str, str], str] = {}
         self._begin()
 
     def _begin(self) -> None:
-        """A new identity, that holds nothing."""
-        self.me = Participant(
-            uuid.uuid4().hex,
-            self.keys,
-            int(self.session_length * 1000),
-            colocated=self.lease.server.colocated,
-        )
+        """A process of its own, that holds nothing."""
+        #: Updates and locks belong to it. A forked child has another one.
+        self.home = object()
+        #: The identity; another one when this one was declared dead.
+        self.me = self._new_identity()
+        self._changing = threading.Lock()
+        #: Ids under which this process was declared dead.
+        self._former: list[str] = []
+        #: Classes that others are left to execute, as far as it was said.
+        self._unknown: set[str] = set()
+        self._epoch = b""
+        self._troubles = 0
         self.driver = SyncDriver(self.lease.server)
         #: The resources this process is a member of, each with the update that opened it.
         self.held: dict[str, weakref.ref[Update] | None] = {}
@@ -128,15 +147,27 @@ class Engine:
         with self._starting:
             if self._started:
                 return
-            card: dict[str, str | int] = {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "start": f"{time.time():.3f}",
-                "version": metadata.version("phonon"),
-            }
-            self.driver.run(b"", processes.enrol(self.me, card, self._ttl_ms))
+            beat = self.driver.run(b"", processes.enrol(self.me, self._card(), self._ttl_ms))
+            self._epoch = beat.epoch
+            self._troubles = self.driver.server.troubles
             self.upkeep.start()
             self._started = True
+            if self.recovers:
+                self.upkeep.recover(beat.dead)
+
+    def _new_identity(self) -> Participant:
+        lease_ms = int(self.session_length * 1000)
+        colocated = self.lease.server.colocated
+        return Participant(uuid.uuid4().hex, self.keys, lease_ms, colocated=colocated)
+
+    @staticmethod
+    def _card() -> dict[str, str | int]:
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "start": f"{time.time():.3f}",
+            "version": metadata.version("phonon"),
+        }
 
     @property
     def _ttl_ms(self) -> int:
@@ -194,10 +225,12 @@ class Engine:
 
     def _end_everything(self) -> list[Exception]:
         errors: list[Exception] = []
+        self.upkeep.wind_down()
         for cache in list(self.caches):
             errors += cache.end_for(self)
         try:
             self.upkeep.join()
+            take_over(self, self._former, lambda: False)
             lost = self.driver.resume()
             if lost is not None:
                 raise lost
@@ -220,7 +253,7 @@ class Engine:
                 self.driver.run(b"", processes.resign(self.me))
             else:
                 # Batches that will not execute are for those who come after us: be seen to be dead.
-                self.driver.run(b"", processes.beat(self.me, 0))
+                self.driver.run(b"", processes.beat(self.me, 0, self._epoch))
         except PhononError as error:
             errors.append(error)
         return errors
@@ -251,7 +284,7 @@ class Engine:
 
     def joining(self, resource: str, base: bytes, update: "Update | None" = None) -> Flow[None]:
         """The flow of `join`."""
-        yield from references.join(self.me, base)
+        yield from self.living(lambda me: references.join(me, base))
         self.holds(resource, update)
 
     def holds(self, resource: str, update: "Update | None" = None) -> None:
@@ -261,9 +294,8 @@ class Engine:
 
     def storing(self, update: "Update", *, keep: bool = True) -> Flow[bool]:
         """Store what an update has unsent; it makes this process a member."""
-        stored = yield from updates.append(
-            self.me, self.keys.base(update.resource_id), update, keep=keep
-        )
+        base = self.keys.base(update.resource_id)
+        stored = yield from self.living(lambda me: updates.append(me, base, update, keep=keep))
         if stored:
             self.holds(update.resource_id, update)
         return stored
@@ -273,10 +305,11 @@ class Engine:
     ) -> Flow[Ended]:
         """Leave a resource, with an update's last data if there is one."""
         opener = self.held.pop(resource, None)
+        run, policy = self.runner(resource, update), self.policy
         try:
             return (
-                yield from updates.leave(
-                    self.me, base, self.runner(resource, update), self.policy, update, force=force
+                yield from self.living(
+                    lambda me: updates.leave(me, base, run, policy, update, force=force)
                 )
             )
         except PhononError:
@@ -307,34 +340,70 @@ class Engine:
     def report(self, base: bytes, ended: Ended, update: "Update | None") -> None:
         """See to what went wrong at the end of a session."""
         if ended.failures or ended.lost:
-            self._after(base, ended.failures, ended.lost, update)
+            self.after(base, ended.failures, ended.lost, update)
 
-    def _after(
+    def after(
         self,
         base: bytes,
-        failures: Sequence[Failure],
-        lost: Sequence[int],
-        update: "Update | None",
+        failures: Iterable[Failure],
+        lost: Iterable[int],
+        update: "Update | None" = None,
+        *,
+        background: bool = False,
     ) -> None:
+        """See to batches that failed, or were executed in vain.
+
+        Args:
+            base: Whose.
+            failures: Those that failed.
+            lost: The tokens of those that were taken over.
+            update: The update whose session ended here.
+            background: Whether there is no caller to raise the errors to.
+        """
         resource = self.keys.resource(base)
         for token in lost:
-            log.error(
-                "batch %d of %r was executed here, but another process has taken it over: this "
-                "one was believed dead; a sink that checks the token has it once",
-                token,
-                resource,
+            text = (
+                f"batch {token} of {resource!r} was executed here, but another process has taken "
+                "it over: this one was believed dead; a database that checks the token has it once"
             )
+            self.tell(BatchLostError(text, resource, token))
         for token, error, retry_in, fate in failures:
+            if fate == "entrusted":
+                self._entrusted(error)
+                continue
             if retry_in is not None:
                 self.upkeep.retry_in(retry_in, base, token, update)
             then = {
                 "retry": f"is tried again in {retry_in or 0:.1f} s",
-                "parked": "is parked",
+                "parked": "is parked: see Process.parked()",
                 "lost": "is another process's now",
             }[fate]
             text = f"batch {token} of {resource!r} failed and {then}"
             error.add_note(f"phonon: {text}; its data is kept")
             log.warning("%s: %s: %s", text, type(error).__name__, error)
+            if background and isinstance(error, Exception):
+                self._hook(error)
+
+    def _entrusted(self, error: BaseException) -> None:
+        """A batch was left to others. There may be very many of that kind: say so once."""
+        if isinstance(error, UnknownClassError) and error.class_name not in self._unknown:
+            self._unknown.add(error.class_name)
+            text = f"batches of {error.class_name} are left to a process that has imported it"
+            error.add_note(f"phonon: {text}; their data is kept")
+            log.warning("%s: %s", text, error)
+            self._hook(error)
+
+    def tell(self, error: Exception) -> None:
+        """Say what there is no caller to raise it to."""
+        log.error("%s", error)
+        self._hook(error)
+
+    def _hook(self, error: Exception) -> None:
+        if self.on_error is not None:
+            try:
+                self.on_error(error)
+            except Exception:
+                log.exception("on_error has raised")
 
     @staticmethod
     def errors_of(task: Task[Ended]) -> list[Exception]:
@@ -352,8 +421,20 @@ class Engine:
         """Take up a batch again that failed."""
         run = self.runner(self.keys.resource(base), update)
         task: Task[Any] = Task(base, updates.retry(self.me, base, token, run, self.policy))
-        task.done = lambda result: self._after(base, result[1], result[2], update)
+        task.done = lambda result: self.after(base, result[1], result[2], update, background=True)
         return task
+
+    def recovering(self, base: bytes, dead: str) -> Task[Recovered]:
+        """Take over what a dead process has left of a resource."""
+        run, policy = self.runner(self.keys.resource(base), None), self.policy
+
+        def done(recovered: Recovered) -> None:
+            if recovered.retry_in is not None and recovered.token is not None:
+                self.upkeep.retry_in(recovered.retry_in, base, recovered.token, None)
+            self.after(base, recovered.failures, recovered.lost, background=True)
+
+        flow = self.living(lambda me: recovery.recover(me, base, dead, run, policy))
+        return Task(base, flow, done)
 
     def new_holder(self) -> tuple[Participant, str]:
         """Name an acquisition of a lock."""
@@ -392,21 +473,93 @@ class Engine:
 
     # Upkeep
 
-    def beat(self) -> None:
-        """One heartbeat: say that we live, and renew what is ours."""
-        known = self.driver.run(b"", processes.beat(self.me, self._ttl_ms)).known
-        if not known:
-            log.warning(
-                "process %s had not been heard of for %g s and counted as dead; it goes on",
-                self.name,
-                DEAD_AFTER * self.heartbeat_interval,
+    def living(self, flow: Callable[[Participant], Flow[T]]) -> Flow[T]:
+        """A flow that begins again under a new id when it is refused as a dead process's."""
+        while True:
+            me = self.me
+            try:
+                return (yield from flow(me))
+            except DeclaredDeadError:
+                yield from self.be_reborn(me)
+
+    def be_reborn(self, old: Participant) -> Flow[None]:
+        """Take a new identity, unless another thread has done so. What is local is kept."""
+        if self.me is not old:
+            return
+        new = self._new_identity()
+        beat = yield from processes.enrol(new, self._card(), self._ttl_ms)
+        with self._changing:
+            changed = self.me is old
+            if changed:
+                self.me = new
+                self._former.append(old.id.decode())
+        if not changed:
+            yield from processes.resign(new)
+            return
+        self.tell(
+            DeclaredDeadError(
+                f"process {old.id.decode()} was silent for more than "
+                f"{DEAD_AFTER * self.heartbeat_interval:g} s and was declared dead: others take "
+                f"over its batches and locks. It goes on as {self.name} with all that is local"
             )
-            self._renew_at = 0.0  # a server that has lost us may have lost what we hold
+        )
+        locks, self.locks = self.locks, {}
+        for lock in list(locks.values()):
+            self._lose(lock)
+        self._epoch = beat.epoch
+        self._expired.update(self.held)
+        self.upkeep.catch_up()
+        if self.recovers:
+            self.upkeep.recover([old.id.decode(), *beat.dead])
+
+    def beat(self) -> float | None:
+        """One heartbeat: say that we live, renew what is ours, and look after the dead.
+
+        Returns:
+            Seconds until another process is dead unless it beats; None if there is none.
+        """
+        beat = self._beat(outage=self._troubles != self.driver.server.troubles)
+        if beat.kind == "dead" and self._troubles != self.driver.server.troubles:
+            # It was not we who were silent: the server was not to be reached.
+            beat = self._beat(outage=True)
+        self._troubles = self.driver.server.troubles
+        if beat.kind == "dead":
+            self.driver.run(b"", self.be_reborn(self.me))
+        elif beat.kind == "forgotten":
+            self._start_over(beat)
         try:
             self._renew()
         finally:
             if self.driver.suspended or self.unstored or self._unended or self._expired:
                 self.upkeep.catch_up()
+            if self.recovers:
+                self.upkeep.recover(beat.dead)
+        return beat.next_death
+
+    def _beat(self, *, outage: bool) -> Beat:
+        begun = time.monotonic()
+        try:
+            return self.driver.run(
+                b"", processes.beat(self.me, self._ttl_ms, self._epoch, outage=outage)
+            )
+        finally:
+            if time.monotonic() - begun > self.heartbeat_interval:
+                self._troubles = -1  # it stood still, if it did not refuse
+
+    def _start_over(self, beat: Beat) -> None:
+        """The server has come back without its data."""
+        self._epoch = beat.epoch
+        self.driver.run(b"", processes.enrol(self.me, self._card(), self._ttl_ms))
+        self._renew_at = 0.0
+        self.tell(
+            ServerStateLostError(
+                f"{self.driver.server.address} has lost its data. What was stored there and not "
+                "yet written to the database is lost, unless it is restored from a backup; "
+                f"process {self.name} registers again, renews its {len(self.held)} memberships, "
+                f"and has lost its {len(self.locks)} locks. A server with appendonly yes, or "
+                "Process(durability=...), keeps its data"
+            )
+        )
 
     def catch_up(self) -> None:
         """Go on with what could not be done while the server was gone. Batches may execute."""
@@ -457,12 +610,16 @@ class Engine:
     def _renewed(self, base: bytes, holders: Sequence[str], member: bool, *owned: bool) -> None:
         for holder, mine in zip(holders, owned, strict=True):
             lock = self.locks.get(holder)
-            if lock is not None and not mine:
-                lock.lose()
+            if lock is not None and not mine and not lock.lost:
+                self._lose(lock)
         resource = self.keys.resource(base)
         if not member and resource in self.held:
             log.warning("the membership in %r had expired; it is renewed", resource)
             self._expired.add(resource)
+
+    def _lose(self, lock: "Lock") -> None:
+        lock.lose()
+        self.tell(LockLostError(f"the lock on {lock.lock_key!r} is lost: {lock!r}"))
 
     def _rejoining(self, resource: str) -> Flow[None]:
         # Left meanwhile, by another thread? Then it stays left.

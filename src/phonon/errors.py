@@ -15,6 +15,11 @@
     ├── EmbeddedServerError                  the bundled server could not be started
     ├── AlreadyLockedError                   a lock is held by somebody else
     ├── LockLostError                        a lock that was ours is ours no longer
+    ├── BatchLostError                       a batch was executed here, and taken over meanwhile
+    ├── BatchRunningError                    a parked batch cannot run while another one does
+    ├── BatchMissingError (LookupError)      there is no such parked batch
+    ├── DeclaredDeadError                    the process counted as dead, and is another one now
+    ├── ServerStateLostError                 the server has come back without its data
     ├── StaleOperationError                  the server saw a later operation before this one
     ├── UnknownClassError                    a batch of a class that is not imported here
     ├── ProcessStoppedError                  ``stop()`` was called
@@ -76,6 +81,49 @@ class LockLostError(PhononError):
     """A lock that was held is held no longer: it expired, or the server lost it."""
 
 
+class BatchLostError(PhononError):
+    """A batch was executed here, but another process had taken it over.
+
+    This process was silent for too long and was declared dead. The new owner executes the batch
+    under the same token: a database that checks the token has it once, any other may have it
+    twice. It is not raised, since nobody can undo what was executed, but logged and handed to the
+    process's ``on_error``.
+
+    Attributes:
+        resource: Whose batch.
+        token: Which.
+    """
+
+    def __init__(self, message: str, resource: str = "", token: int = 0) -> None:
+        super().__init__(message)
+        self.resource = resource
+        self.token = token
+
+
+class BatchRunningError(PhononError):
+    """A parked batch cannot be replayed while another batch of its resource is executed."""
+
+
+class BatchMissingError(PhononError, LookupError):
+    """There is no such parked batch: it was replayed or discarded, or there never was one."""
+
+
+class DeclaredDeadError(PhononError):
+    """The process was silent for too long and counts as dead; survivors take over.
+
+    The process itself notices, goes on under a new id, and repeats what was refused. So this is
+    logged and handed to the process's ``on_error``, and raised only where an object is bound to
+    the old id.
+    """
+
+
+class ServerStateLostError(PhononError):
+    """The server has come back without its data; see the message for what that concerns.
+
+    It is logged and handed to the process's ``on_error``. Local data is kept.
+    """
+
+
 class StaleOperationError(PhononError):
     """The server has seen a later operation of this process on this resource.
 
@@ -85,7 +133,15 @@ class StaleOperationError(PhononError):
 
 
 class UnknownClassError(PhononError):
-    """A batch belongs to an ``Update`` class that this process has not imported."""
+    """A batch belongs to an ``Update`` class that this process has not imported.
+
+    Attributes:
+        class_name: The class's qualified name.
+    """
+
+    def __init__(self, message: str, class_name: str = "") -> None:
+        super().__init__(message)
+        self.class_name = class_name
 
 
 class ProcessStoppedError(PhononError):

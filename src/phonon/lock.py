@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 from phonon.errors import (
     AlreadyLockedError,
     ConnectionLostError,
+    DeclaredDeadError,
     LockLostError,
     ProcessStoppedError,
     ServerError,
@@ -47,12 +48,15 @@ class Lock:
         self.lease_ms = int(process.TTL * 1000)
         self._process = process
         self._me: Participant | None = None
+        self._home: object = None
         self._holder = ""
         self._thread = 0
         self._lost = threading.Event()
 
     def __repr__(self) -> str:
         state = f"held, token {self.token}" if self.token is not None else "not held"
+        if self.lost:
+            state = f"lost, token {self.token}"
         return f"<phonon.Lock {self.lock_key!r} of process {self._process.id}: {state}>"
 
     def acquire(self, block: bool | None = None, timeout: float | None = None) -> bool:
@@ -82,7 +86,7 @@ class Lock:
         if token is None or me is None:
             raise LockLostError(f"the lock on {self.lock_key!r} is not held: acquire it first")
         process.engine.locks.pop(holder, None)
-        if me is not process.engine.me:
+        if self._home is not process.engine.home:
             raise LockLostError(
                 f"the lock on {self.lock_key!r} was taken before fork() and is the parent's"
             )
@@ -108,6 +112,11 @@ class Lock:
     def owned_here(self) -> bool:
         """Whether it was this thread that took it."""
         return self._thread == threading.get_ident() and self.owned()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the heartbeat found that the lock is not ours any more."""
+        return self._lost.is_set()
 
     def lose(self) -> None:
         """The heartbeat found that the lock is not ours any more."""
@@ -149,11 +158,19 @@ class Lock:
                 left = deadline - time.monotonic() if block else 0.0
                 # Should no answer come, we may have the lock, or a place in line.
                 process.waiters[holder] = self.base
-                answer = process.engine.run(
-                    self.base, locks.acquire(me, self.base, holder, self.lease_ms, queue=left > 0)
-                )
+                try:
+                    answer = process.engine.run(
+                        self.base,
+                        locks.acquire(me, self.base, holder, self.lease_ms, queue=left > 0),
+                    )
+                except DeclaredDeadError:
+                    process.engine.run(self.base, process.engine.be_reborn(me))
+                    del process.waiters[holder]
+                    me, holder = process.engine.new_holder()
+                    continue
                 if answer.kind == "granted":
                     self._me, self._holder, self.token = me, holder, answer.number
+                    self._home = process.engine.home
                     self._thread = threading.get_ident()
                     self._lost.clear()
                     process.engine.locks[holder] = self

@@ -26,6 +26,11 @@ def register(cls: "type[Update]") -> None:
     _classes[_name(cls)] = cls
 
 
+def is_known(class_name: str) -> bool:
+    """Whether a class of that qualified name is imported here."""
+    return class_name in _classes
+
+
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -69,7 +74,8 @@ def rebuild(engine: "Engine", resource: str, partial: bytes, where: str) -> "Upd
     if cls is None:
         raise UnknownClassError(
             f"{place} belongs to {name}, which is not imported in this process: import it, so that "
-            "its batches can be executed here"
+            "its batches can be executed here",
+            name,
         )
     try:
         content = engine.serializer.loads(body)

@@ -6,21 +6,27 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import phonon.lock
+from phonon import parked
 from phonon.batch import Batch, raise_together
 from phonon.drivers import connect
+from phonon.drivers.server import Durability
 from phonon.engine import Engine, log
 from phonon.errors import AlreadyLockedError, ConfigurationError, PhononError
+from phonon.parked import Parked
 from phonon.protocol import library, locks, processes
 from phonon.protocol.effects import Call
 from phonon.protocol.keys import Keys
 from phonon.protocol.updates import RetryPolicy
 from phonon.reference import Reference
 from phonon.serializers import ExactSerializer, Serializer
+
+if TYPE_CHECKING:
+    from phonon.update import Update
 
 #: Read where no address is given.
 URL_VARIABLE = "PHONON_URL"
@@ -33,8 +39,10 @@ class Process:
 
     Several may live in one interpreter; each counts for itself. It connects when it is made, and
     beats from then on in a daemon thread. Use it in a ``with`` block, or call `stop`: both end the
-    sessions it still holds. A process that ends without (``kill -9``) is declared dead after five
-    heartbeat intervals.
+    sessions it still holds. A process that ends without (``kill -9``) is declared dead after four
+    heartbeat intervals without a sign of life, and the others take over what it held and finish
+    what it had begun. One that was only paused for so long goes on under a new id: it keeps what
+    is local, and has lost its locks and the batches that it was executing.
 
     After ``os.fork`` the child's copy becomes a process of its own, with a new id, that holds
     nothing; what the parent had made stays the parent's.
@@ -46,7 +54,8 @@ class Process:
         port: The server's port.
         db: The server's database.
         heartbeat_interval: Seconds between two heartbeats.
-        recover_failed_processes: Whether this process takes over what dead ones have left.
+        recover_failed_processes: Whether this process takes over what dead ones have left: when
+            it starts, and after every heartbeat.
         hosts: Nodes of a cluster, ``"host:port"`` each, instead of ``host`` and ``port``.
         url: Where the server is, instead of those: ``redis://``, ``rediss://``, ``unix://``,
             ``redis+cluster://``, ``redis+sentinel://`` or ``embedded://``.
@@ -55,6 +64,10 @@ class Process:
         serializer: How partials are encoded; the same in all processes.
         retry: What happens to a batch whose ``execute`` fails.
         retry_timeout: Seconds to go on repeating a call that is not answered, 30 at the most.
+        durability: What a server must have done with data before a call that stores it returns.
+        on_error: Called, from any thread, with every error that there is no caller to raise it
+            to: a `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`,
+            or what ``execute`` raised in the background. All of them are logged as well.
 
     If nothing says where the server is, the environment variable ``PHONON_URL`` does, or it is
     ``redis://localhost:6379/1``.
@@ -90,6 +103,8 @@ class Process:
         serializer: Serializer | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - immutable
         retry_timeout: float = 15.0,
+        durability: Durability | None = None,
+        on_error: Callable[[Exception], object] | None = None,
     ) -> None:
         for name, value in (
             ("session_length", session_length),
@@ -115,7 +130,11 @@ class Process:
             )
         keys = Keys(namespace)
         address = (host, port, db)
-        settings = {"retry_timeout": retry_timeout, "longest_pause": self.RETRY_SLEEP}
+        settings: dict[str, Any] = {
+            "retry_timeout": retry_timeout,
+            "longest_pause": self.RETRY_SLEEP,
+            "durability": durability,
+        }
         if client is not None:
             if url or hosts:
                 raise ConfigurationError("give one of client=, url= and hosts=")
@@ -138,6 +157,8 @@ class Process:
             retry,
             session_length=session_length,
             heartbeat_interval=heartbeat_interval,
+            recovers=recover_failed_processes,
+            on_error=on_error,
         )
         try:
             self.engine.start()
@@ -192,7 +213,7 @@ class Process:
 
     @property
     def registry_key(self) -> str:
-        """The key of the hash of resources that this process may be responsible for."""
+        """The key of the sorted set of resources that this process may be responsible for."""
         return self.engine.me.registry.decode("utf-8", "surrogatepass")
 
     @property
@@ -258,7 +279,7 @@ class Process:
             1 if it was not there yet.
         """
         key = self._registry(registry_key)
-        call = Call("hold", key, (self.engine.keys.base(resource),))
+        call = Call("hold", key, (self.engine.keys.base(resource), self.engine.me.id))
         return int(self.engine.run(b"", processes.single(call)))
 
     def remove_from_registry(self, resource: str, registry_key: str | None = None) -> int:
@@ -268,7 +289,7 @@ class Process:
             1 if it was there.
         """
         key = self._registry(registry_key)
-        call = Call("", key, (b"HDEL", key, self.engine.keys.base(resource)))
+        call = Call("", key, (b"ZREM", key, self.engine.keys.base(resource)))
         return int(self.engine.run(b"", processes.single(call)))
 
     def get_registry(self, registry_key: str | None = None) -> list[str]:
@@ -280,6 +301,44 @@ class Process:
         key = self._registry(registry_key)
         bases = self.engine.run(b"", processes.registry(self.engine.me, key))
         return [self.engine.keys.resource(base) for base in bases]
+
+    def parked(self) -> list[Parked]:
+        """The batches that were given up on after so many failed attempts, of all processes.
+
+        They stay until somebody replays or discards them. Meanwhile their resources go on.
+        """
+        return parked.find(self.engine)
+
+    def look(self, resource: str, token: int) -> list["Update"]:
+        """What is in a parked batch: its partials as updates, in the order they were stored in.
+
+        Raises:
+            BatchMissingError: There is no such parked batch.
+            UndecodableError: It cannot be read.
+            UnknownClassError: Its class is not imported here.
+        """
+        return parked.look(self.engine, resource, token)
+
+    def replay(self, resource: str, token: int) -> None:
+        """Execute a parked batch after all, here and now.
+
+        It gets a new token, so that a database that has seen later ones accepts it. If it fails
+        again, it is tried and parked like any other.
+
+        Raises:
+            BatchMissingError: There is no such parked batch.
+            BatchRunningError: Another batch of the resource is being executed.
+            Exception: What ``execute`` raised.
+        """
+        parked.replay(self.engine, resource, token)
+
+    def discard(self, resource: str, token: int) -> None:
+        """Delete a parked batch, with its data.
+
+        Raises:
+            BatchMissingError: There is no such parked batch.
+        """
+        parked.discard(self.engine, resource, token)
 
     def stop(self) -> None:
         """End the sessions that this process still holds, release its locks, and disappear.

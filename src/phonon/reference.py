@@ -88,9 +88,9 @@ class Reference:
 
     def increment_times_modified(self) -> None:
         """Count that this process modified the resource."""
-        me = self._process.engine.me
-        self._run(references.modify(me, self._base))
-        self._process.engine.held.setdefault(self.resource_key)
+        engine = self._process.engine
+        self._run(engine.living(lambda me: references.modify(me, self._base)))
+        engine.held.setdefault(self.resource_key)
 
     def get_times_modified(self) -> int:
         """How often the resource was modified in this session, by all processes.
@@ -212,13 +212,15 @@ class Reference:
             self._modifications = None
             if outcome.error is not None:
                 # As before the call: whoever raised may try again, or somebody else be the last.
-                me = self._process.engine.me
+                engine = self._process.engine
                 try:
-                    yield from references.join(me, self._base, ended.modifications)
+                    yield from engine.living(
+                        lambda me: references.join(me, self._base, ended.modifications)
+                    )
                 except PhononError as failure:
                     outcome.error.add_note(f"phonon: and it is not held again: {failure}")
                 else:
-                    self._process.engine.held.setdefault(self.resource_key)
+                    engine.held.setdefault(self.resource_key)
         return ended, outcome
 
     def _run(self, flow: Flow[T]) -> T:

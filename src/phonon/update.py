@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from phonon import partials
 from phonon.errors import ForkedError, NotStorableError
-from phonon.protocol.effects import Participant
 from phonon.reference import Reference
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Update:
     resource_id: str
     __process: "Process"
     __ref: Reference | None
-    __home: Participant
+    __home: object
     __lock: AbstractContextManager[Any]
     __emptied: bytes | None
     __begun: float
@@ -300,7 +299,7 @@ class Update:
         """What every instance has, however it came to be."""
         engine = process.engine
         self.__process = process
-        self.__home = engine.me
+        self.__home = engine.home
         self.__ref = None
         self.__emptied = None
         prefix = engine.prefixes.get((self.database, self.collection))
@@ -314,7 +313,7 @@ class Update:
 
     def __engine(self) -> "Engine":
         engine = self.__process.engine
-        if self.__home is not engine.me:
+        if self.__home is not engine.home:
             raise ForkedError(
                 f"{self!r} was made before fork() and belongs to the parent process: make updates "
                 "in the process that handles the message"

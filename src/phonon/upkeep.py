@@ -1,7 +1,8 @@
 """The background threads of a process.
 
-One beats, one tries failed batches again, and one goes on with what was under way when the server
-went: the user's code runs in the latter two, for as long as it likes, and the heart beats on.
+One beats, one tries failed batches again, one goes on with what was under way when the server went,
+and one takes over from dead processes: the user's code runs in these, for as long as it likes, and
+the heart beats on.
 """
 
 import contextlib
@@ -11,15 +12,20 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from phonon.errors import ServerUnreachableError
+from phonon.takeover import take_over
 
 if TYPE_CHECKING:
     from phonon.engine import Engine
     from phonon.update import Update
 
 log = logging.getLogger("phonon")
+
+#: Seconds after another process's deadline at which to look after it.
+DEATH_GRACE = 0.01
 
 
 def _join(thread: threading.Thread | None, timeout: float | None = None) -> None:
@@ -45,6 +51,9 @@ class Upkeep:
         self._beating: threading.Thread | None = None
         self._retrying: threading.Thread | None = None
         self._catching_up: threading.Thread | None = None
+        self._recovering: threading.Thread | None = None
+        self._dead: dict[str, None] = {}
+        self._leaving = threading.Event()
         self._order = itertools.count()
         self._due: list[tuple[float, int, bytes, int, Update | None]] = []
         self._changed = threading.Condition()
@@ -59,13 +68,19 @@ class Upkeep:
     def stop(self) -> None:
         """End the threads. One that is in the middle of something is waited for, for a while."""
         self._stopping.set()
+        self._leaving.set()
         with self._changed:
             self._changed.notify_all()
         for thread in (self._beating, self._retrying):
             _join(thread, timeout=2.0)
 
+    def wind_down(self) -> None:
+        """Take no more over from dead processes than is in hand already."""
+        self._leaving.set()
+
     def join(self) -> None:
-        """Wait until it has been tried to go on with what was under way when the server went."""
+        """Wait until that is done, and what was under way when the server went has been tried."""
+        _join(self._recovering)
         _join(self._catching_up)
 
     def catch_up(self) -> None:
@@ -77,6 +92,19 @@ class Upkeep:
             # As with a retry.
             with contextlib.suppress(RuntimeError):
                 self._catching_up.start()
+
+    def recover(self, dead: Iterable[str]) -> None:
+        """Take over from dead processes. Called by the heartbeat."""
+        with self._changed:
+            self._dead.update(dict.fromkeys(dead))
+            if not self._dead or self._leaving.is_set() or self._recovering is not None:
+                return
+            self._recovering = threading.Thread(
+                target=self._recover, name=f"phonon-recovery-{self._name}", daemon=True
+            )
+            # As with a retry.
+            with contextlib.suppress(RuntimeError):
+                self._recovering.start()
 
     def retry_in(self, seconds: float, base: bytes, token: int, update: "Update | None") -> None:
         """Try a batch again later."""
@@ -113,14 +141,18 @@ class Upkeep:
 
     def _keep_beating(self) -> None:
         complained = False
-        while not self._stopping.wait(self._interval):
+        pause = self._interval
+        while not self._stopping.wait(pause):
+            pause = self._interval
             engine = self._engine()
             if engine is None:
                 return
             # Whatever goes wrong, the next beat comes: a process that has stopped beating is
             # taken for dead while it works.
             try:
-                engine.beat()
+                next_death = engine.beat()
+                if next_death is not None:  # to be there when it comes
+                    pause = min(pause, next_death + DEATH_GRACE)
             except ServerUnreachableError as error:
                 if not complained:
                     log.warning("no heartbeat: %s", error)
@@ -140,6 +172,22 @@ class Upkeep:
                 engine.catch_up()
         except Exception:
             log.exception("process %s could not do all that was left to do", self._name)
+
+    def _recover(self) -> None:
+        while True:
+            engine = self._engine()
+            with self._changed:
+                if engine is None or not self._dead or self._leaving.is_set():
+                    self._recovering = None
+                    return
+                dead, self._dead = self._dead, {}
+            try:
+                take_over(engine, dead, self._leaving.is_set)
+            except ServerUnreachableError as error:
+                log.warning("process %s takes over later: %s", self._name, error)
+            except Exception:
+                log.exception("process %s could not take over", self._name)
+            del engine
 
     def _retry(self) -> None:
         while True:

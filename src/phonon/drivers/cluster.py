@@ -74,6 +74,7 @@ class ClusterServer(Server):
         for pool in dict.fromkeys(self._owners):
             try:
                 self._load(pool)
+                self._check_durability(pool)
                 loaded += 1
             except GONE as error:
                 failure = error
@@ -104,7 +105,7 @@ class ClusterServer(Server):
         shares: dict[Pool, list[int]] = {}
         for i in indices:
             shares.setdefault(owners[key_slot(calls[i].base)], []).append(i)
-        errors, failure = self._send(shares, words, replies)
+        errors, failure = self._send(calls, shares, words, replies)
         moved: dict[int, Pool] = {}
         for pool, wrong in errors.items():
             try:
@@ -121,7 +122,11 @@ class ClusterServer(Server):
         return failure
 
     def _send(
-        self, shares: dict[Pool, list[int]], words: list[tuple[Any, ...]], replies: list[Any]
+        self,
+        calls: Sequence[Call],
+        shares: dict[Pool, list[int]],
+        words: list[tuple[Any, ...]],
+        replies: list[Any],
     ) -> tuple[dict[Pool, list[int]], BaseException | None]:
         """Send each node its share before any answer is read: they work side by side.
 
@@ -136,7 +141,9 @@ class ClusterServer(Server):
             # the client limits their number.
             for pool in sorted(shares, key=id):
                 try:
-                    posted.append((pool, self._post(pool, words, shares[pool])))
+                    confirm = self._wants_confirmation(calls, shares[pool])
+                    connection = self._post(pool, words, shares[pool], confirm=confirm)
+                    posted.append((pool, connection))
                 except GONE as error:
                     failure = error
                 except ResponseError as error:  # while connecting: it will not pass
@@ -145,7 +152,10 @@ class ClusterServer(Server):
             while posted:
                 pool, connection = posted.pop()
                 try:
-                    errors[pool] = self._read(pool, connection, shares[pool], replies)
+                    confirm = self._wants_confirmation(calls, shares[pool])
+                    errors[pool] = self._read(
+                        pool, connection, shares[pool], replies, confirm=confirm
+                    )
                 except GONE as error:
                     failure = error
         except BaseException:

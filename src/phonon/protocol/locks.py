@@ -20,7 +20,7 @@ def acquire(
         lease_ms: How long the grant lasts unless renewed.
         queue: Whether to wait in line if it is taken.
     """
-    yield from me.hold(base)
+    yield from me.hold(base, lock=True)
     locked = messages.locked((yield me.step("lock", base, holder, lease_ms, int(queue))))
     yield from me.let_go(base, locked.clear)
     return locked

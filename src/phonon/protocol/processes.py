@@ -2,20 +2,27 @@
 
 from typing import Any, NamedTuple
 
+from phonon.errors import ServerError
 from phonon.protocol.effects import Call, Flow, Participant
+
+#: The fields of a process's card.
+CARD = ("host", "pid", "start", "version")
 
 
 class Beat(NamedTuple):
     """The answer to a heartbeat.
 
     Attributes:
-        known: Whether the process was alive until now.
-        now_ms: The server's clock.
+        kind: "alive"; "dead" if the process was silent for too long and has to go on under
+            another id; "forgotten" if the server has lost its data and knows nobody any more.
+        epoch: Names the server's data: another one means that it was lost.
+        next_death: Seconds until another process is dead unless it beats; None if there is none.
         dead: Ids of processes whose deadline has passed.
     """
 
-    known: bool
-    now_ms: int
+    kind: str
+    epoch: bytes
+    next_death: float | None
     dead: list[str]
 
 
@@ -24,18 +31,32 @@ def enrol(me: Participant, card: dict[str, str | int], ttl_ms: int) -> Flow[Beat
     words = [word for pair in card.items() for word in pair]
     key = me.keys.card(me.id)
     yield Call("", key, (b"HSET", key, *words))
-    return (yield from beat(me, ttl_ms))
+    return (yield from beat(me, ttl_ms, b""))
 
 
-def beat(me: Participant, ttl_ms: int) -> Flow[Beat]:
-    """Prolong this process's life."""
-    answer = yield me.plain("beat", me.keys.processes, ttl_ms)
-    return Beat(bool(answer[0]), answer[1], [dead.decode() for dead in answer[2:]])
+def beat(me: Participant, ttl_ms: int, epoch: bytes, *, outage: bool = False) -> Flow[Beat]:
+    """Prolong this process's life.
+
+    Args:
+        me: The process.
+        ttl_ms: How long it counts as alive from now on.
+        epoch: What the last beat answered; empty in the first one.
+        outage: Whether the last beat failed because the server was not to be reached. If nobody
+            else could beat either, that is no reason to take anybody for dead.
+    """
+    answer = yield me.plain("beat", me.keys.processes, ttl_ms, epoch, int(outage))
+    kind, found, _, next_death, *dead = answer
+    return Beat(
+        kind.decode(),
+        found,
+        next_death / 1000 if next_death >= 0 else None,
+        [process_id.decode() for process_id in dead],
+    )
 
 
 def resign(me: Participant) -> Flow[None]:
     """Disappear, leaving nothing behind."""
-    yield Call("", me.keys.processes, (b"ZREM", me.keys.processes, me.id))
+    yield me.plain("resign", me.keys.processes)
     card = me.keys.card(me.id)
     yield Call("", card, (b"DEL", card))
 
@@ -43,7 +64,7 @@ def resign(me: Participant) -> Flow[None]:
 def registry(me: Participant, key: bytes | None = None) -> Flow[list[bytes]]:
     """The bases of all that a process may be responsible for: this one, or whose key it is."""
     key = key or me.registry
-    return list((yield Call("", key, (b"HKEYS", key))))
+    return list((yield Call("", key, (b"ZRANGE", key, 0, -1))))
 
 
 def single(call: Call) -> Flow[Any]:
@@ -68,14 +89,13 @@ def stay(me: Participant, process_id: str, base: bytes) -> Flow[Stay]:
     card = me.keys.card(process_id.encode())
     values = yield Call("", card, (b"HMGET", card, *CARD))
     registry = me.keys.registry(process_id.encode())
-    since = yield Call("", registry, (b"HGET", registry, base))
+    try:
+        since = yield Call("", registry, (b"ZSCORE", registry, base))
+    except ServerError:  # it has died since, and there is a tombstone
+        since = 0
     known = {
         name: value.decode("utf-8", "replace")
         for name, value in zip(CARD, values, strict=True)
         if value is not None
     }
-    return Stay(known, int(since or 0))
-
-
-#: The fields of a process's card.
-CARD = ("host", "pid", "start", "version")
+    return Stay(known, abs(int(float(since or 0))))

@@ -1,17 +1,16 @@
 """Flows of partials and batches: store, end a session, execute, retry."""
 
+import random
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from phonon.errors import PhononError, UndecodableError, UnknownClassError
-from phonon.protocol import messages
+from phonon.protocol import heirs, messages, parking
 from phonon.protocol.effects import Execute, Flow, Participant
 from phonon.protocol.messages import Batch, Ran
 
 #: Partials fetched at a time, where a batch has more than came with it.
 PIECE = 1000
-#: As much of an error's text as is kept with a batch, characters.
-ERROR_LENGTH = 4000
 
 
 class Parcel(Protocol):
@@ -31,23 +30,25 @@ class RetryPolicy(NamedTuple):
         attempts: How often it is tried before it is parked.
         first_delay: Seconds before the second attempt; each further one waits twice as long.
         longest_delay: Seconds; the delays grow no further.
+        jitter: The share of a delay, 0 to 1, up to which it is shortened at random, so that what
+            failed together is not tried again together.
+        crashes: How many processes may die while they execute it; with one more it is parked, so
+            that a batch that kills its process does not kill all of them in turn.
     """
 
     attempts: int = 8
     first_delay: float = 1.0
     longest_delay: float = 300.0
+    jitter: float = 0.5
+    crashes: int = 10
 
     def delay(self, failed: int) -> float:
-        """Seconds to wait after the given number of failed attempts."""
+        """Seconds to wait after the given number of failed attempts, at the most."""
         return float(min(self.longest_delay, self.first_delay * 2 ** min(failed - 1, 60)))
 
-    def verdict(self, error: BaseException, failed: int) -> tuple[float, int]:
-        """The delay before the next attempt, seconds, and how many attempts this error is worth."""
-        if isinstance(error, UndecodableError):
-            return 0.0, 1  # it will not become readable: park it
-        if isinstance(error, UnknownClassError):
-            return self.longest_delay, 1 << 30  # no fault of the batch
-        return self.delay(failed), self.attempts
+    def pause(self, failed: int) -> float:
+        """Seconds to wait after the given number of failed attempts."""
+        return self.delay(failed) * (1 - self.jitter * random.random())  # noqa: S311 - no secret
 
 
 class Failure(NamedTuple):
@@ -57,7 +58,7 @@ class Failure(NamedTuple):
         token: Which.
         error: Why.
         retry_in: Seconds until its owner tries again; None if it is parked or somebody else's.
-        fate: retry, parked or lost.
+        fate: retry, parked, entrusted or lost.
     """
 
     token: int
@@ -109,7 +110,7 @@ def append(me: Participant, base: bytes, parcel: Parcel, *, keep: bool = True) -
         return False
     try:
         yield from me.hold(base)
-        yield me.step("append", base, me.lease_ms, partial, keep=keep)
+        yield me.step("append", base, me.lease_ms, partial, keep=keep, stores=True)
     except PhononError:
         parcel.put_back(partial)
         raise
@@ -138,7 +139,8 @@ def leave(
     partial = parcel.take() if parcel else None
     try:
         yield from me.hold(base)
-        answer = yield me.step("leave", base, int(force), me.lease_ms, partial or b"", keep=True)
+        args = (int(force), me.lease_ms, partial or b"")
+        answer = yield me.step("leave", base, *args, keep=True, stores=partial is not None)
     except PhononError:
         if parcel is not None and partial is not None:
             parcel.put_back(partial)  # it was refused
@@ -170,7 +172,7 @@ def execute(
             ran, failure = yield from _attempt(me, base, batch, run, policy)
         except PhononError as error:
             # We are its owner and nobody else takes it up while we live.
-            again_in = policy.delay(batch.attempt + 1)
+            again_in = policy.pause(batch.attempt + 1)
             failures.append(Failure(batch.token, error, again_in, "retry"))
             return executed, failures, lost
         if failure is not None:
@@ -193,16 +195,32 @@ def _attempt(
     outcome = yield Execute(lambda: run(batch))
     if outcome.error is None:
         return messages.ran((yield me.step("complete", base, batch.token, keep=True))), None
+    error = outcome.error
+    if isinstance(error, UnknownClassError):
+        ran = yield from heirs.entrust(me, base, batch, heirs.heir(error.class_name))
+        return ran, Failure(batch.token, error, None, ran.kind)
     failed = batch.attempt + 1
-    delay, attempts = policy.verdict(outcome.error, failed)
-    text = f"{type(outcome.error).__name__}: {outcome.error}"[:ERROR_LENGTH]
-    encoded = text.encode("utf-8", "backslashreplace")
-    ran = messages.ran(
-        (yield me.step("fail", base, batch.token, encoded, int(delay * 1000), attempts, keep=True))
-    )
-    fate = "parked" if ran.kind == "again" else ran.kind
-    again_in = delay if fate == "retry" else None
-    return ran, Failure(batch.token, outcome.error, again_in, fate)
+    # What cannot be read will not become readable.
+    if isinstance(error, UndecodableError) or failed >= policy.attempts:
+        return (yield from park(me, base, batch, error))
+    pause = policy.pause(failed)
+    args = (batch.token, parking.text_of(error), int(pause * 1000), policy.attempts)
+    ran = messages.ran((yield me.step("fail", base, *args, keep=True)))
+    return ran, Failure(batch.token, error, pause if ran.kind == "retry" else None, ran.kind)
+
+
+def park(
+    me: Participant, base: bytes, batch: Batch, error: BaseException
+) -> Flow[tuple[Ran, Failure]]:
+    """Put a batch of ours aside, so that it does not hold up what came after."""
+    yield from parking.index(me, base)
+    args = (batch.token, parking.text_of(error), 0, 0)
+    ran = messages.ran((yield me.step("fail", base, *args, keep=True)))
+    if ran.kind == "lost":
+        return ran, Failure(batch.token, error, None, "lost")
+    # Somebody may have found the index idle meanwhile.
+    yield from parking.index(me, base)
+    return ran, Failure(batch.token, error, None, "parked")
 
 
 def _fetch_rest(me: Participant, base: bytes, batch: Batch) -> Flow[bool]:
@@ -229,7 +247,7 @@ def retry(
         ran = messages.ran((yield me.step("resume", base, token, keep=True)))
     except PhononError as error:
         return 0, [Failure(token, error, policy.longest_delay, "retry")], []
-    if ran.batch is None:
+    if ran.batch is None:  # another process has it now
         yield from me.let_go(base, ran.clear)
-        return 0, [], [token]
+        return 0, [], []
     return (yield from execute(me, base, ran.batch, run, policy))
