@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("phonon")
 
+#: What is logged: who, how many resources, from whom, how many batches.
+TAKEN_OVER = (
+    "process %s has taken over %d resources from %s, which is dead, and executed %d of its batches"
+)
+
 
 def take_over(engine: "Engine", dead: Iterable[str], enough: Callable[[], bool]) -> None:
     """Release what dead processes held, and execute what they have left.
@@ -55,8 +60,7 @@ def _take_over(engine: "Engine", dead: str, enough: Callable[[], bool]) -> None:
                 batches += task.result.executed
     if resources:
         log.warning(
-            "process %s has taken over %d resources from %s, which is dead, and executed %d of "
-            "its batches",
+            TAKEN_OVER,
             engine.name,
             resources,
             dead,
