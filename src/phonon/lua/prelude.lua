@@ -29,7 +29,7 @@ end
 local SUFFIXES = {
   members = ':members', modified = ':modified', partials = ':partials', running = ':running',
   batch = ':batch', parked = ':parked', lock = ':lock', queue = ':queue', waiting = ':waiting',
-  memory = ':memory', fence = ':fence',
+  shared = ':shared', sharers = ':sharers', memory = ':memory', fence = ':fence',
 }
 local Keys = {
   __index = function(r, name)
@@ -110,7 +110,8 @@ local function let_go(r, nothing_else)
   local pcall = redis.pcall
   if not nothing_else and (type(pcall('ZSCORE', r.members, r.pid)) == 'string'
     or pcall('HGET', r.running, 'owner') == r.pid
-    or pcall('HGET', r.lock, 'pid') == r.pid) then
+    or pcall('HGET', r.lock, 'pid') == r.pid
+    or type(pcall('HGET', r.sharers, '@' .. r.pid)) == 'string') then
     return 0
   end
   if r.registry then

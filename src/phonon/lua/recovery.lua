@@ -1,10 +1,5 @@
 -- Taking over what a dead process has left of a resource.
 
--- A holder or waiter of a lock is named '<process id>/<number>'.
-local function is_of(pid, holder)
-  return string.sub(holder, 1, #pid + 1) == pid .. '/'
-end
-
 -- A process that is paused between the two calls that an operation takes on a cluster may go on
 -- with the second one after its death: the resource itself has to know that it is dead.
 local FENCE_MS = 24 * 3600 * 1000
@@ -17,6 +12,8 @@ local FENCE_MS = 24 * 3600 * 1000
 step('recover', function(r, args)
   local dead = args[3]
   local held = lock_of(r)
+  sharers_of(r)
+  local sharers = call('ZRANGE', r.shared, 0, -1)
   local running = call('HMGET', r.running, 'owner', 'token', 'retry_at')
   local total = call('LLEN', r.partials)
   call('HLEN', r.modified)
@@ -34,12 +31,18 @@ step('recover', function(r, args)
     call('PEXPIRE', r.fence, FENCE_MS)
   end
   call('ZREM', r.members, dead)
-  local in_the_way = held[4] == dead
+  local in_the_way = held[1] and process_of(held[1]) == dead
   if in_the_way then
     call('DEL', r.lock)
   end
+  for _, holder in ipairs(sharers) do
+    if process_of(holder) == dead then
+      drop_sharer(r, holder)
+      in_the_way = true
+    end
+  end
   for _, holder in ipairs(waiters) do
-    if is_of(dead, holder) then
+    if process_of(holder) == dead then
       quit_queue(r, holder)
       in_the_way = in_the_way or not held[1]
     end

@@ -76,7 +76,7 @@ step('leave', function(r, args)
   local force, partial = args[3] == '1', args[5]
   local running, total, modified = false, 0, {}
   -- Most often there is nothing but members, and one look tells.
-  local bare = partial == '' and call('EXISTS', r.partials, r.running, r.lock, r.modified) == 0
+  local bare = partial == '' and call('EXISTS', r.partials, r.running, r.lock, r.sharers, r.modified) == 0
   if not bare then
     running = call('HGET', r.running, 'token')
     total = call('LLEN', r.partials)

@@ -1,6 +1,6 @@
 """Flows of membership: join, leave, count."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from phonon.protocol.effects import Flow, Participant
 from phonon.protocol.messages import pairs
@@ -41,11 +41,17 @@ def modified(me: Participant, base: bytes) -> Flow[dict[bytes, int]]:
     return pairs((yield me.plain("modified", base)))
 
 
-def renew(me: Participant, base: bytes, lock_lease_ms: int, holders: list[str]) -> Flow[list[bool]]:
+def renew(me: Participant, base: bytes, locks: Sequence[tuple[str, int]]) -> Flow[list[bool]]:
     """Prolong the membership and the locks held on a resource.
+
+    Args:
+        me: The process.
+        base: The resource.
+        locks: Holders, and how long each one's lease is from now on, milliseconds.
 
     Returns:
         Whether this process still is a member, then for each holder whether it has its lock.
     """
-    answer = yield me.plain("renew", base, me.lease_ms, lock_lease_ms, *holders)
+    words = [word for lock in locks for word in lock]
+    answer = yield me.plain("renew", base, me.lease_ms, *words)
     return [bool(flag) for flag in answer]
