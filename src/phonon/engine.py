@@ -4,7 +4,6 @@ The public objects are thin: they build a flow and hand it to the engine of thei
 here is public.
 """
 
-import contextlib
 import itertools
 import logging
 import os
@@ -23,14 +22,13 @@ from phonon.drivers.sync import SyncDriver, Task
 from phonon.errors import (
     BatchLostError,
     DeclaredDeadError,
-    LockLostError,
     PhononError,
     ProcessStoppedError,
     ServerStateLostError,
     UnknownClassError,
 )
 from phonon.partials import run_batch
-from phonon.protocol import processes, recovery, references, updates
+from phonon.protocol import locks, processes, recovery, references, updates
 from phonon.protocol.effects import Flow, Participant, T
 from phonon.protocol.keys import Keys
 from phonon.protocol.processes import Beat
@@ -42,7 +40,7 @@ from phonon.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from phonon.batch import Batch
-    from phonon.lock import Lock
+    from phonon.lock import Grant
     from phonon.process import Process
     from phonon.update import Update
 
@@ -51,6 +49,10 @@ log = logging.getLogger("phonon")
 #: A process counts as dead after this many heartbeat intervals without a heartbeat. It is to be
 #: taken over from within five, and one more.
 DEAD_AFTER = 4
+#: Seconds after another process's deadline at which to look after it.
+DEATH_GRACE = 0.01
+#: How often a lock is renewed within its lease.
+RENEWALS = 3
 #: Goes on while the machine sleeps, where there is such a clock.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 #: Updates share this many locks; two updates that share one merely take turns.
@@ -126,7 +128,8 @@ class Engine:
         self.driver = SyncDriver(self.lease.server)
         #: The resources this process is a member of, each with the update that opened it.
         self.held: dict[str, weakref.ref[Update] | None] = {}
-        self.locks: dict[str, Lock] = {}
+        #: What its threads have locked, by holder.
+        self.grants: dict[str, Grant] = {}
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
         self.local = threading.local()
         #: Updates that a batch could not store because the server was gone.
@@ -150,7 +153,7 @@ class Engine:
         with self._starting:
             if self._started:
                 return
-            begun = time.clock_gettime(_CLOCK)
+            begun = self.clock()
             beat = self.driver.run(b"", processes.enrol(self.me, self._card(), self._ttl_ms))
             self._lives_until = begun + self._ttl_ms / 1000
             self._epoch = beat.epoch
@@ -215,7 +218,12 @@ class Engine:
 
         Counted from before the last heartbeat, so this ends earlier than on the server.
         """
-        return time.clock_gettime(_CLOCK) < self._lives_until
+        return self.clock() < self._lives_until
+
+    @staticmethod
+    def clock() -> float:
+        """Seconds, from a clock that is never set."""
+        return time.clock_gettime(_CLOCK)
 
     @property
     def wanted_by(self) -> "Process | None":
@@ -257,9 +265,7 @@ class Engine:
                 self._store_unstored()
             except ExceptionGroup as group:
                 errors += group.exceptions
-            for lock in list(self.locks.values()):
-                with contextlib.suppress(LockLostError):
-                    lock.release()
+            self._release_all()
             # The server's word, not our memory: it names all that we may be responsible for.
             held = set(self.driver.run(b"", processes.registry(self.me)))
             held.update(self.keys.base(resource) for resource in list(self.held))
@@ -275,6 +281,18 @@ class Engine:
         except PhononError as error:
             errors.append(error)
         return errors
+
+    def _release_all(self) -> None:
+        grants, self.grants = self.grants, {}
+        tasks = [
+            Task(grant.lock.base, locks.release(grant.me, grant.lock.base, grant.wish.holder))
+            for grant in grants.values()
+        ]
+        self.driver.run_all(tasks)
+        for grant, task in zip(grants.values(), tasks, strict=True):
+            if task.error is not None:
+                raise task.error
+            grant.lost = True
 
     def _leave_all(self, resources: Sequence[str]) -> list[Exception]:
         tasks: list[Task[Ended]] = []
@@ -505,7 +523,7 @@ class Engine:
         if self.me is not old:
             return
         new = self._new_identity()
-        begun = time.clock_gettime(_CLOCK)
+        begun = self.clock()
         beat = yield from processes.enrol(new, self._card(), self._ttl_ms)
         with self._changing:
             changed = self.me is old
@@ -523,23 +541,22 @@ class Engine:
                 f"over its batches and locks. It goes on as {self.name} with all that is local"
             )
         )
-        locks, self.locks = self.locks, {}
-        for lock in list(locks.values()):
-            self._lose(lock)
+        for grant in list(self.grants.values()):
+            grant.lock.lose(grant)
         self._epoch = beat.epoch
         self._expired.update(self.held)
         self.upkeep.catch_up()
         if self.recovers:
             self.upkeep.recover([old.id.decode(), *beat.dead])
 
-    def beat(self) -> float | None:
+    def beat(self) -> float:
         """One heartbeat: say that we live, renew what is ours, and look after the dead.
 
         Returns:
-            Seconds until another process is dead unless it beats; None if there is none.
+            Seconds until the next one, at the most.
         """
         me = self.me
-        begun = time.clock_gettime(_CLOCK)
+        begun = self.clock()
         beat = self._beat(me, outage=self._troubles != self.driver.server.troubles)
         if beat.kind == "dead" and self._troubles != self.driver.server.troubles:
             # It was not we who were silent: the server was not to be reached.
@@ -558,7 +575,16 @@ class Engine:
                 self.upkeep.catch_up()
             if self.recovers:
                 self.upkeep.recover(beat.dead)
-        return beat.next_death
+        pauses = [grant.lock.lease / RENEWALS for grant in list(self.grants.values())]
+        if beat.next_death is not None:
+            pauses.append(beat.next_death + DEATH_GRACE)
+        return min(pauses, default=self.heartbeat_interval)
+
+    def holds_lock(self, grant: "Grant") -> None:
+        """Renew a lock from now on."""
+        self.grants[grant.wish.holder] = grant
+        if grant.lock.lease < RENEWALS * self.heartbeat_interval:
+            self.upkeep.rouse()
 
     def _beat(self, me: Participant, *, outage: bool) -> Beat:
         begun = time.monotonic()
@@ -579,7 +605,7 @@ class Engine:
                 f"{self.driver.server.address} has lost its data. What was stored there and not "
                 "yet written to the database is lost, unless it is restored from a backup; "
                 f"process {self.name} registers again, renews its {len(self.held)} memberships, "
-                f"and has lost its {len(self.locks)} locks. A server with appendonly yes, or "
+                f"and has lost its {len(self.grants)} locks. A server with appendonly yes, or "
                 "Process(durability=...), keeps its data"
             )
         )
@@ -601,28 +627,33 @@ class Engine:
                 self._expired.add(resource)
 
     def _renew(self) -> None:
+        now = self.clock()
         by_base = self._to_renew()
-        lease_ms = max((lock.lease_ms for lock in list(self.locks.values())), default=0)
         # Renewing changes nothing that counts in order, so it waits for nobody's turn: the heart
         # must neither starve beside busy threads nor go on with their kept flows.
         tasks = [
-            Task(b"renew " + base, references.renew(self.me, base, lease_ms, holders))
-            for base, holders in by_base.items()
+            Task(
+                b"renew " + base,
+                references.renew(
+                    self.me, base, [(grant.wish.holder, grant.lease_ms(now)) for grant in grants]
+                ),
+            )
+            for base, grants in by_base.items()
         ]
         self.driver.run_all(tasks)
-        for task, (base, holders) in zip(tasks, by_base.items(), strict=True):
+        for task, (base, grants) in zip(tasks, by_base.items(), strict=True):
             if task.error is None:
-                self._renewed(base, holders, *task.result)
+                self._renewed(base, now, grants, *task.result)
         for task in tasks:
             if task.error is not None:
                 self._renew_at = 0.0
                 raise task.error
 
-    def _to_renew(self) -> dict[bytes, list[str]]:
+    def _to_renew(self) -> "dict[bytes, list[Grant]]":
         """The locks that are held, by resource, and now and then all memberships."""
-        by_base: dict[bytes, list[str]] = {}
-        for holder, lock in list(self.locks.items()):
-            by_base.setdefault(lock.base, []).append(holder)
+        by_base: dict[bytes, list[Grant]] = {}
+        for grant in list(self.grants.values()):
+            by_base.setdefault(grant.lock.base, []).append(grant)
         now = time.monotonic()
         if now >= self._renew_at:
             self._renew_at = now + self.session_length / 3
@@ -630,19 +661,18 @@ class Engine:
                 by_base.setdefault(self.keys.base(resource), [])
         return by_base
 
-    def _renewed(self, base: bytes, holders: Sequence[str], member: bool, *owned: bool) -> None:
-        for holder, mine in zip(holders, owned, strict=True):
-            lock = self.locks.get(holder)
-            if lock is not None and not mine and not lock.lost:
-                self._lose(lock)
+    def _renewed(
+        self, base: bytes, asked: float, grants: "Sequence[Grant]", member: bool, *owned: bool
+    ) -> None:
+        for grant, mine in zip(grants, owned, strict=True):
+            if mine:
+                grant.until = max(grant.until, asked + grant.wish.lease_ms / 1000)
+            elif grant.wish.holder in self.grants:  # else it was released meanwhile
+                grant.lock.lose(grant)
         resource = self.keys.resource(base)
         if not member and resource in self.held:
             log.warning("the membership in %r had expired; it is renewed", resource)
             self._expired.add(resource)
-
-    def _lose(self, lock: "Lock") -> None:
-        lock.lose()
-        self.tell(LockLostError(f"the lock on {lock.lock_key!r} is lost: {lock!r}"))
 
     def _rejoining(self, resource: str) -> Flow[None]:
         # Left meanwhile, by another thread? Then it stays left.

@@ -1,6 +1,7 @@
 """Locks: exclusive and shared access to a resource, and semaphores."""
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -25,6 +26,8 @@ from phonon.protocol.messages import Locked
 
 if TYPE_CHECKING:
     from phonon.process import Process
+
+log = logging.getLogger("phonon")
 
 
 class LockHolder(NamedTuple):
@@ -385,8 +388,8 @@ class Lock:
         if self.on_lost is not None:
             try:
                 self.on_lost(self)
-            except Exception:  # noqa: BLE001 - the user's
-                engine.complain("on_lost has raised")
+            except Exception:
+                log.exception("on_lost of %r has raised", self)
 
     def _renew(self, grant: Grant, lease_ms: int) -> None:
         engine = self.process.engine
@@ -401,7 +404,7 @@ class Lock:
         engine = self.process.engine
         return engine.run(b"lockers " + self.base, locks.lockers(engine.me, self.base))
 
-    def _again(self, block: bool) -> bool:  # noqa: FBT001 - internal
+    def _again(self, block: bool) -> bool:
         """Whether this thread has the lock and may take it once more."""
         for grant in list(self.process.engine.grants.values()):
             if grant.lock.base != self.base or not grant.is_here:
@@ -429,10 +432,8 @@ class Lock:
 
     def granted(self, grant: Grant) -> None:
         """It is ours now."""
-        engine = self.process.engine
         self._grants.append(grant)
-        engine.grants[grant.wish.holder] = grant
-        engine.upkeep.beat_within(self.lease / 3)
+        self.process.engine.holds_lock(grant)
 
 
 class Acquiring:
@@ -484,7 +485,9 @@ class Acquiring:
                     continue
                 if answer.kind == "granted":
                     until = asked + self._lock.lease
-                    self._lock.granted(Grant(self._lock, self._wish, self._me, answer.number, until))
+                    self._lock.granted(
+                        Grant(self._lock, self._wish, self._me, answer.number, until)
+                    )
                     del process.waiters[self._wish.holder]
                     return None
                 queued = queued or answer.kind == "wait"

@@ -241,14 +241,31 @@ class Process:
             reference.refresh_session()
         return reference
 
-    def lock(self, lock_key: str, block: bool = True) -> "phonon.lock.Lock":
+    def lock(
+        self, lock_key: str, block: bool = True, shared: bool = False, **options: Any
+    ) -> "phonon.lock.Lock":
         """A lock on a resource, for a ``with`` block.
 
         Args:
             lock_key: The resource's name, any text.
             block: Whether to wait if it is taken.
+            shared: Whether to share it with others who do.
+            options: ``reentrant``, ``lease`` and ``on_lost``, see `Lock`.
         """
-        return phonon.lock.Lock(self, lock_key, block)
+        return phonon.lock.Lock(self, lock_key, block, shared=shared, **options)
+
+    def semaphore(
+        self, name: str, places: int, block: bool = True, **options: Any
+    ) -> "phonon.lock.Semaphore":
+        """A semaphore, for a ``with`` block: so many hold it at the same time.
+
+        Args:
+            name: Its name, any text.
+            places: How many may hold it; the same for all who use it.
+            block: Whether to wait if all places are taken.
+            options: ``lease`` and ``on_lost``, see `Lock`.
+        """
+        return phonon.lock.Semaphore(self, name, places, block, **options)
 
     def batch(self) -> Batch:
         """Collect what this thread does, and send it together when the ``with`` block ends.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from phonon.errors import ConfigurationError, ConnectionLostError, PhononError
+from phonon.errors import ConnectionLostError, PhononError
 from phonon.lock import Lock
 from phonon.protocol import references
 from phonon.protocol.effects import Execute, Flow, Outcome, T
@@ -60,19 +60,16 @@ class Reference:
     def __repr__(self) -> str:
         return f"<phonon.Reference {self.resource_key!r} of process {self._process.id}>"
 
-    def lock(self, block: bool | None = None, shared: bool = False) -> Lock:
+    def lock(self, block: bool | None = None, shared: bool = False, **options: Any) -> Lock:
         """A lock on the resource, for a ``with`` block.
 
         Args:
             block: Whether to wait if it is taken. None: as the reference was told to.
-            shared: Not available yet.
-
-        Raises:
-            ConfigurationError: ``shared`` was asked for.
+            shared: Whether to share it with others who do.
+            options: ``reentrant``, ``lease`` and ``on_lost``, see `Lock`.
         """
-        if shared:
-            raise ConfigurationError("shared locks are not available yet: use an exclusive one")
-        return Lock(self._process, self.resource_key, self.block if block is None else block)
+        block = self.block if block is None else block
+        return Lock(self._process, self.resource_key, block, shared=shared, **options)
 
     def count(self) -> int:
         """The number of processes that hold the resource, read atomically."""
@@ -157,8 +154,11 @@ class Reference:
         def run() -> Any:
             return call(*(args or ()), **(kwargs or {}))
 
-        locks = list(self._process.engine.locks.values())
-        if any(lock.base == self._base and lock.owned_here() for lock in locks):
+        grants = list(self._process.engine.grants.values())
+        if any(
+            grant.lock.base == self._base and grant.is_here and not grant.lock.shared
+            for grant in grants
+        ):
             return self._leave(run)
         with self.lock(block):
             return self._leave(run)

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("phonon")
 
-#: Seconds after another process's deadline at which to look after it.
-DEATH_GRACE = 0.01
-
 
 def _join(thread: threading.Thread | None, timeout: float | None = None) -> None:
     if thread is not None and thread.is_alive() and thread is not threading.current_thread():
@@ -48,6 +45,7 @@ class Upkeep:
         self._interval = engine.heartbeat_interval
         self._name = engine.name[:8]
         self._stopping = threading.Event()
+        self._roused = threading.Event()
         self._beating: threading.Thread | None = None
         self._retrying: threading.Thread | None = None
         self._catching_up: threading.Thread | None = None
@@ -68,6 +66,7 @@ class Upkeep:
     def stop(self) -> None:
         """End the threads. One that is in the middle of something is waited for, for a while."""
         self._stopping.set()
+        self._roused.set()
         self._leaving.set()
         with self._changed:
             self._changed.notify_all()
@@ -77,6 +76,10 @@ class Upkeep:
     def wind_down(self) -> None:
         """Take no more over from dead processes than is in hand already."""
         self._leaving.set()
+
+    def rouse(self) -> None:
+        """Beat now: there is something that cannot wait for the next time."""
+        self._roused.set()
 
     def join(self) -> None:
         """Wait until that is done, and what was under way when the server went has been tried."""
@@ -142,7 +145,11 @@ class Upkeep:
     def _keep_beating(self) -> None:
         complained = False
         pause = self._interval
-        while not self._stopping.wait(pause):
+        while True:
+            self._roused.wait(pause)
+            if self._stopping.is_set():
+                return
+            self._roused.clear()
             pause = self._interval
             engine = self._engine()
             if engine is None:
@@ -150,9 +157,7 @@ class Upkeep:
             # Whatever goes wrong, the next beat comes: a process that has stopped beating is
             # taken for dead while it works.
             try:
-                next_death = engine.beat()
-                if next_death is not None:  # to be there when it comes
-                    pause = min(pause, next_death + DEATH_GRACE)
+                pause = min(pause, engine.beat())
             except ServerUnreachableError as error:
                 if not complained:
                     log.warning("no heartbeat: %s", error)
