@@ -323,6 +323,11 @@ class Engine:
         yield from self.living(lambda me: references.join(me, base))
         self.holds(resource, update)
 
+    def meeting(self, resource: str, base: bytes, parties: int) -> Flow[None]:
+        """Join a session of known parties."""
+        yield from self.living(lambda me: references.meet(me, base, parties))
+        self.holds(resource)
+
     def holds(self, resource: str, update: "Update | None" = None) -> None:
         """Note a membership, and which update `stop` has to end it with."""
         if self.held.get(resource) is None:

@@ -221,21 +221,27 @@ class Process:
         """The key of the sorted set of all processes, by the end of their lives unless renewed."""
         return self.engine.keys.processes.decode("utf-8", "surrogatepass")
 
-    def create_reference(self, resource: str, block: bool = True) -> Reference:
+    def create_reference(
+        self, resource: str, block: bool = True, parties: int | None = None
+    ) -> Reference:
         """Become a member of a resource.
 
-        Inside `batch` the membership begins when the block ends.
+        Inside `batch` the membership begins when the block ends, unless ``parties`` is given.
 
         Args:
             resource: The resource's name, any text.
             block: Whether the reference's locks wait by default.
+            parties: How many different processes are to hold the resource, where that is known:
+                nobody is told that it is the last before so many have come, so that the first
+                one to finish is not taken for the last while others have not begun. A process
+                that has died counts as one that has left. The same for all.
 
         Raises:
             ConnectionLostError: The server does not answer.
         """
-        reference = Reference(self, resource, block)
+        reference = Reference(self, resource, block, parties)
         batch = self.engine.batch
-        if batch is not None:
+        if batch is not None and parties is None:
             batch.join(resource)
         else:
             reference.refresh_session()

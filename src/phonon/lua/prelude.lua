@@ -29,7 +29,7 @@ end
 local SUFFIXES = {
   members = ':members', modified = ':modified', partials = ':partials', running = ':running',
   batch = ':batch', parked = ':parked', lock = ':lock', queue = ':queue', waiting = ':waiting',
-  shared = ':shared', sharers = ':sharers', memory = ':memory', fence = ':fence',
+  parties = ':parties', shared = ':shared', sharers = ':sharers', memory = ':memory', fence = ':fence',
 }
 local Keys = {
   __index = function(r, name)

@@ -4,7 +4,7 @@
 -- with the second one after its death: the resource itself has to know that it is dead.
 local FENCE_MS = 24 * 3600 * 1000
 
--- recover(pid, op, dead id, '1' if it died): drop a dead member, free its lock, and take over its
+-- recover(pid, op, dead id, '1' if it died, lease_ms): drop a dead member, free its lock, and take over its
 -- batch, under the same token, or that of the session of which it was the last member.
 -- answers {'run', 0, token, crashes, attempt, count, partials}   crashes: owners that have died
 --         {'later', 0, token, ms}    the batch has failed before; the next attempt is due then
@@ -17,6 +17,7 @@ step('recover', function(r, args)
   local running = call('HMGET', r.running, 'owner', 'token', 'retry_at')
   local total = call('LLEN', r.partials)
   call('HLEN', r.modified)
+  call('HLEN', r.parties)
   call('ZCARD', r.members)
   local waiters = call('ZRANGE', r.queue, 0, -1)
   call('ZCARD', r.waiting)
@@ -51,8 +52,13 @@ step('recover', function(r, args)
     wake_next(r)
   end
   local ended = remaining(r) == 0
-  if ended then
+  if call('EXISTS', r.parties) == 1 then
+    wake_parties(r)
+  end
+  if ended and not is_incomplete(r, args[5]) then
     call('DEL', r.modified)
+  end
+  if ended then
     if running[1] and total > 0 then
       call('HSET', r.running, 'due', total)
     end

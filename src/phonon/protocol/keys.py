@@ -70,6 +70,7 @@ TYPES = {
     b":batch": "list",
     b":parked": "hash",
     b":lock": "hash",
+    b":parties": "hash",
     b":shared": "zset",
     b":sharers": "hash",
     b":queue": "zset",

@@ -72,7 +72,7 @@ def recover(
     registry = me.keys.registry(dead.encode())
     died = heirs.inherits(dead) is None
     yield from me.hold(base)
-    answer = yield me.step("recover", base, dead, int(died), keep=True)
+    answer = yield me.step("recover", base, dead, int(died), me.lease_ms, keep=True)
     kind = answer[0]
     if kind == b"free" and heirs.inherits(answer[2].decode()):
         # Whoever left it to its heir may have died before it could say so.
