@@ -4,8 +4,10 @@ The public objects are thin: they build a flow and hand it to the engine of thei
 here is public.
 """
 
+import contextlib
 import itertools
 import logging
+import math
 import os
 import socket
 import threading
@@ -539,15 +541,13 @@ class Engine:
         if not changed:
             yield from processes.resign(new)
             return
-        self.tell(
-            DeclaredDeadError(
-                f"process {old.id.decode()} was silent for more than "
-                f"{DEAD_AFTER * self.heartbeat_interval:g} s and was declared dead: others take "
-                f"over its batches and locks. It goes on as {self.name} with all that is local"
-            )
+        error = DeclaredDeadError(
+            f"process {old.id.decode()} was silent for more than "
+            f"{DEAD_AFTER * self.heartbeat_interval:g} s and was declared dead: others take "
+            f"over its batches and locks. It goes on as {self.name} with all that is local"
         )
-        for grant in list(self.grants.values()):
-            grant.lock.lose(grant)
+        # Those of the new identity, which other threads may have taken already, are not lost.
+        self._lose([grant for grant in list(self.grants.values()) if grant.me is old], error)
         self._epoch = beat.epoch
         self._expired.update(self.held)
         self.upkeep.catch_up()
@@ -580,10 +580,14 @@ class Engine:
                 self.upkeep.catch_up()
             if self.recovers:
                 self.upkeep.recover(beat.dead)
-        pauses = [grant.lock.lease / RENEWALS for grant in list(self.grants.values())]
-        if beat.next_death is not None:
-            pauses.append(beat.next_death + DEATH_GRACE)
-        return min(pauses, default=self.heartbeat_interval)
+        if beat.next_death is None:
+            return self.heartbeat_interval
+        return beat.next_death + DEATH_GRACE
+
+    def soonest(self) -> float:
+        """Seconds until locks have to be renewed, whether or not the last beat went well."""
+        leases = [grant.wish.lease_ms for grant in list(self.grants.values())]
+        return min(leases, default=math.inf) / 1000 / RENEWALS
 
     def holds_lock(self, grant: "Grant") -> None:
         """Renew a lock from now on."""
@@ -632,23 +636,20 @@ class Engine:
                 self._expired.add(resource)
 
     def _renew(self) -> None:
-        now = self.clock()
         by_base = self._to_renew()
         # Renewing changes nothing that counts in order, so it waits for nobody's turn: the heart
         # must neither starve beside busy threads nor go on with their kept flows.
         tasks = [
-            Task(
-                b"renew " + base,
-                references.renew(
-                    self.me, base, [(grant.wish.holder, grant.lease_ms(now)) for grant in grants]
-                ),
-            )
-            for base, grants in by_base.items()
+            Task(b"renew " + base, self._renewing(base, grants)) for base, grants in by_base.items()
         ]
         self.driver.run_all(tasks)
+        lost: list[Grant] = []
         for task, (base, grants) in zip(tasks, by_base.items(), strict=True):
             if task.error is None:
-                self._renewed(base, now, grants, *task.result)
+                member, *owned = task.result
+                lost += [grant for grant, mine in zip(grants, owned, strict=True) if not mine]
+                self._renewed(base, member=member)
+        self._lose(lost)
         for task in tasks:
             if task.error is not None:
                 self._renew_at = 0.0
@@ -666,14 +667,37 @@ class Engine:
                 by_base.setdefault(self.keys.base(resource), [])
         return by_base
 
-    def _renewed(
-        self, base: bytes, asked: float, grants: "Sequence[Grant]", member: bool, *owned: bool
-    ) -> None:
-        for grant, mine in zip(grants, owned, strict=True):
+    def _renewing(self, base: bytes, grants: "Sequence[Grant]") -> Flow[list[bool]]:
+        now = self.clock()
+        wanted = [(grant.wish.holder, grant.lease_ms(now)) for grant in grants]
+        renewed = yield from references.renew(self.me, base, wanted)
+        for grant, mine in zip(grants, renewed[1:], strict=True):
             if mine:
-                grant.until = max(grant.until, asked + grant.wish.lease_ms / 1000)
-            elif grant.wish.holder in self.grants:  # else it was released meanwhile
-                grant.lock.lose(grant)
+                grant.until = max(grant.until, now + grant.wish.lease_ms / 1000)
+        return renewed
+
+    def _lose(self, grants: "Sequence[Grant]", *errors: Exception) -> None:
+        """These locks are not ours any more, because of those errors.
+
+        The user's code that is told may take its time, and use this process: not in the heart's
+        thread, nor in the middle of a flow.
+        """
+        if not grants and not errors:
+            return
+        for grant in grants:
+            grant.lost = True
+
+        def tell() -> None:
+            for error in errors:
+                self.tell(error)
+            for grant in grants:
+                grant.lock.lose(grant)  # does nothing if it was released meanwhile
+
+        # The interpreter starts no threads while it ends.
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=tell, name=f"phonon-lost-{self.name[:8]}", daemon=True).start()
+
+    def _renewed(self, base: bytes, *, member: bool) -> None:
         resource = self.keys.resource(base)
         if not member and resource in self.held:
             log.warning("the membership in %r had expired; it is renewed", resource)

@@ -31,7 +31,7 @@ An exception that the user's own ``merge``, ``execute`` or callback raises is pa
 
 from typing import Any
 
-from redis.exceptions import LockNotOwnedError
+from redis.exceptions import LockError, LockNotOwnedError
 
 
 class PhononError(Exception):
@@ -78,8 +78,10 @@ class EmbeddedServerError(PhononError):
     """The bundled server is not installed, or it could not be started."""
 
 
-class AlreadyLockedError(PhononError):
+class AlreadyLockedError(PhononError, LockError):
     """A lock is held by somebody else, and waiting was not wanted or took too long.
+
+    Code that was written for redis-py's locks catches it as its `LockError`.
 
     Attributes:
         holder: Who holds it, a `phonon.lock.LockHolder`, as far as it is known.

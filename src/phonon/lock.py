@@ -20,7 +20,7 @@ from phonon.errors import (
     ServerError,
 )
 from phonon.protocol import locks, references
-from phonon.protocol.effects import Participant
+from phonon.protocol.effects import Flow, Participant
 from phonon.protocol.locks import Wish
 from phonon.protocol.messages import Locked
 
@@ -61,7 +61,7 @@ class Grant:
         me: The identity that has it. Another one could not release it.
         home: Whose process it is: a forked child has another one.
         token: Its fencing token.
-        thread: Who took it.
+        thread: Who took it. Not its number, which another thread may get when it has ended.
         until: When its lease is over unless renewed, by the local clock. It was read before the
             grant was asked for, so it is earlier than on the server.
         depth: How often its thread has taken it.
@@ -76,7 +76,7 @@ class Grant:
         self.me = me
         self.home = lock.process.engine.home
         self.token = token
-        self.thread = threading.get_ident()
+        self.thread = threading.current_thread()
         self.until = until
         self.depth = 1
         self.lost = False
@@ -92,7 +92,7 @@ class Grant:
     @property
     def is_here(self) -> bool:
         """Whether it was this thread that took it."""
-        return self.thread == threading.get_ident() and self.is_ours
+        return self.thread is threading.current_thread() and self.is_ours
 
     def lease_ms(self, now: float) -> int:
         """How long it is to last from now on: its lease, or longer if it was extended."""
@@ -145,6 +145,7 @@ class Lock:
         self.on_lost = on_lost
         self.base = self._base_of(process, lock_key)
         self._places = 0
+        #: What was acquired through this object: a grant as often as it was taken.
         self._grants: list[Grant] = []
 
     @staticmethod
@@ -217,28 +218,29 @@ class Lock:
             LockLostError: It was not held any more, or never was.
             ServerError: The server refused; the lock is still held.
         """
-        grant = self._grant
-        if grant is None:
-            raise LockLostError(f"the lock on {self.lock_key!r} is not held: acquire it first")
+        grant = self._take_out()
         engine = self.process.engine
-        if grant.depth > 1:
-            grant.depth -= 1
-            return
-        self._grants.remove(grant)
-        engine.grants.pop(grant.wish.holder, None)
         if grant.home is not engine.home:
             raise LockLostError(
                 f"the lock on {self.lock_key!r} was taken before fork() and is the parent's"
             )
+        if grant.lost:
+            raise self._lost(grant)
+        grant.depth -= 1
+        if grant.depth:
+            return
         holder = grant.wish.holder
+        engine.grants.pop(holder, None)
         try:
             released = engine.run(self.base, locks.release(grant.me, self.base, holder))
         except ServerError:
             # It refused, so the lock is still ours: to be renewed, and to be released again.
+            grant.depth += 1
             engine.grants[holder] = grant
             self._grants.append(grant)
             raise
         if not released:
+            self._tell(grant)
             raise self._lost(grant)
 
     def extend(self, additional_time: float | None = None, replace_ttl: bool = False) -> bool:
@@ -253,17 +255,21 @@ class Lock:
 
         Raises:
             LockLostError: It is not held any more.
+            ConfigurationError: ``additional_time`` is not above 0.
         """
+        if additional_time is not None and not 0 < additional_time < math.inf:
+            raise ConfigurationError(
+                f"additional_time is a number of seconds above 0, not {additional_time!r}"
+            )
         grant = self._held()
-        now = self.process.engine.clock()
-        left = max(0.0, grant.until - now)
-        if additional_time is None:
-            seconds = self.lease
-        elif replace_ttl:
-            seconds = additional_time
-        else:
-            seconds = left + additional_time
-        self._renew(grant, int(seconds * 1000))
+
+        def lease_ms(now: float) -> int:
+            if additional_time is None:
+                return grant.wish.lease_ms
+            left = 0.0 if replace_ttl else max(0.0, grant.until - now)
+            return math.ceil((left + additional_time) * 1000)
+
+        self._renew(grant, lease_ms)
         return True
 
     def reacquire(self) -> bool:
@@ -277,7 +283,7 @@ class Lock:
             LockLostError: It is not, or never was.
         """
         grant = self._held()
-        self._renew(grant, grant.lease_ms(self.process.engine.clock()))
+        self._renew(grant, grant.lease_ms)
 
     # To look at
 
@@ -356,11 +362,20 @@ class Lock:
     @property
     def _grant(self) -> Grant | None:
         """This thread's grant; another thread's, if it has none: any thread may release a lock."""
-        here = threading.get_ident()
+        here = threading.current_thread()
         for grant in reversed(self._grants):
-            if grant.thread == here:
+            if grant.thread is here:
                 return grant
         return self._grants[-1] if self._grants else None
+
+    def _take_out(self) -> Grant:
+        while True:
+            grant = self._grant
+            if grant is None:
+                raise LockLostError(f"the lock on {self.lock_key!r} is not held: acquire it first")
+            with contextlib.suppress(ValueError):  # another thread was faster
+                self._grants.remove(grant)
+                return grant
 
     def _held(self) -> Grant:
         grant = self._grant
@@ -373,32 +388,28 @@ class Lock:
     def _lost(self, grant: Grant) -> LockLostError:
         return LockLostError(
             f"the lock on {self.lock_key!r} (token {grant.token}) was lost before it was released: "
-            f"its lease of {self.lease:g} s ran out, the server lost it, or it was taken over; "
-            "what it protected may have been changed by another holder since"
+            f"its lease of {self.lease:g} s ran out, the server lost it, its process was stopped, "
+            "or it was taken over; what it protected may have been changed by another holder since"
         )
 
     def lose(self, grant: Grant) -> None:
         """It was found that the lock is not ours any more: say so, once."""
-        if grant.lost:
-            return
+        if self.process.engine.grants.pop(grant.wish.holder, None) is not None:
+            self._tell(grant)
+
+    def _tell(self, grant: Grant) -> None:
         grant.lost = True
-        engine = self.process.engine
-        engine.grants.pop(grant.wish.holder, None)
-        engine.tell(self._lost(grant))
+        self.process.engine.tell(self._lost(grant))
         if self.on_lost is not None:
             try:
                 self.on_lost(self)
             except Exception:
                 log.exception("on_lost of %r has raised", self)
 
-    def _renew(self, grant: Grant, lease_ms: int) -> None:
-        engine = self.process.engine
-        now = engine.clock()
-        renewing = references.renew(grant.me, self.base, [(grant.wish.holder, lease_ms)])
-        if not engine.run(b"renew " + self.base, renewing)[1]:
+    def _renew(self, grant: Grant, lease_ms: "Callable[[float], int]") -> None:
+        if not self.process.engine.run(b"renew " + self.base, renewing(self, grant, lease_ms)):
             self.lose(grant)
             raise self._lost(grant)
-        grant.until = now + lease_ms / 1000
 
     def _lockers(self) -> locks.Lockers:
         engine = self.process.engine
@@ -411,10 +422,11 @@ class Lock:
                 continue
             if self.reentrant and (self.shared or not grant.lock.shared):
                 grant.depth += 1
-                if grant not in self._grants:
-                    self._grants.append(grant)
+                self._grants.append(grant)
                 return True
-            if block and not (self.shared and grant.lock.shared):
+            # Shared twice would go well until somebody waits for it exclusively in between. The
+            # places of a semaphore are another matter: whoever wants two takes two.
+            if block and not self._places:
                 raise DeadlockError(
                     f"this thread holds {self.lock_key!r} already and would wait for itself: "
                     "release it first, or make the lock with reentrant=True"
@@ -434,6 +446,19 @@ class Lock:
         """It is ours now."""
         self._grants.append(grant)
         self.process.engine.holds_lock(grant)
+
+
+def renewing(lock: Lock, grant: Grant, lease_ms: "Callable[[float], int]") -> Flow[bool]:
+    """Prolong a lease by hand; the result is whether the lock is still ours.
+
+    It takes turns with the heartbeat, so that the later one to be sent knows of the earlier.
+    """
+    now = lock.process.engine.clock()
+    ms = lease_ms(now)
+    renewed = yield from references.renew(grant.me, lock.base, [(grant.wish.holder, ms)])
+    if renewed[1]:
+        grant.until = now + ms / 1000
+    return bool(renewed[1])
 
 
 class Acquiring:
@@ -456,7 +481,7 @@ class Acquiring:
         self._wish = Wish(
             lock.base,
             holder + "s" * lock.shared,
-            int(lock.lease * 1000),
+            math.ceil(lock.lease * 1000),
             threading.current_thread().name,
             self._places,
         )

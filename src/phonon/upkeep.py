@@ -168,6 +168,7 @@ class Upkeep:
                 if complained:
                     log.warning("the heartbeat of process %s is back", self._name)
                 complained = False
+            pause = min(pause, engine.soonest())
             del engine
 
     def _catch_up(self) -> None:

@@ -98,7 +98,8 @@ local function wake(r, waiter)
   if type(redis.pcall('RPUSH', r.base .. ':wake:' .. waiter, '1')) == 'number' then
     call('PEXPIRE', r.base .. ':wake:' .. waiter, WAITER_MS)
   end
-  call('ZADD', r.waiting, r.now + WOKEN_MS, waiter)
+  -- It is not given more time each time it is woken: it may have died.
+  call('ZADD', r.waiting, 'LT', r.now + WOKEN_MS, waiter)
 end
 
 -- Wake whoever can go in now: the first waiter, and if it shares those behind it that share too,
@@ -123,6 +124,9 @@ local function grant(r, holder, lease_ms, thread)
   local token = next_token(r, 0)
   local text = string.format('%.0f', token)
   if is_shared(holder) then
+    if call('EXISTS', r.shared) == 0 then
+      call('DEL', r.sharers) -- left of some whose other key was deleted or evicted
+    end
     call('ZADD', r.shared, r.now + lease_ms, holder)
     call('HSET', r.sharers, holder, text .. ' ' .. r.now .. ' ' .. thread)
     call('HINCRBY', r.sharers, '@' .. r.pid, 1)
@@ -182,6 +186,10 @@ step('lock', function(r, args)
     if call('EXISTS', r.queue) == 1 then
       quit_queue(r, holder)
     end
+    if limit and sharers + 1 < limit then
+      -- There are places left. Whoever is next may have come for one before it was its turn.
+      wake_next(r, limit - sharers - 1)
+    end
     return grant(r, holder, lease_ms, thread)
   end
   -- Taken, or free but promised to the waiter that was woken for it.
@@ -195,6 +203,7 @@ step('lock', function(r, args)
   end
   call('ZADD', r.waiting, r.now + WAITER_MS, holder)
   call('ZADD', r.queue, 'NX', r.micros, holder)
+  call('DEL', r.base .. ':wake:' .. holder) -- earlier ones: what they told of, it has seen by now
   call('PEXPIRE', r.queue, WAITER_MS + JANITOR_MS)
   call('PEXPIRE', r.waiting, WAITER_MS + JANITOR_MS)
   return { 'wait', let_go(r), math.max(1, math.min(free_in, WAITER_MS / 2)), owner, since, by }
