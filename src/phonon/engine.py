@@ -51,6 +51,8 @@ log = logging.getLogger("phonon")
 #: A process counts as dead after this many heartbeat intervals without a heartbeat. It is to be
 #: taken over from within five, and one more.
 DEAD_AFTER = 4
+#: Goes on while the machine sleeps, where there is such a clock.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 #: Updates share this many locks; two updates that share one merely take turns.
 STRIPES = 64
 
@@ -119,6 +121,7 @@ class Engine:
         #: Classes that others are left to execute, as far as it was said.
         self._unknown: set[str] = set()
         self._epoch = b""
+        self._lives_until = 0.0
         self._troubles = 0
         self.driver = SyncDriver(self.lease.server)
         #: The resources this process is a member of, each with the update that opened it.
@@ -147,13 +150,20 @@ class Engine:
         with self._starting:
             if self._started:
                 return
+            begun = time.clock_gettime(_CLOCK)
             beat = self.driver.run(b"", processes.enrol(self.me, self._card(), self._ttl_ms))
+            self._lives_until = begun + self._ttl_ms / 1000
             self._epoch = beat.epoch
             self._troubles = self.driver.server.troubles
             self.upkeep.start()
             self._started = True
             if self.recovers:
                 self.upkeep.recover(beat.dead)
+
+    @property
+    def claim_ms(self) -> int:
+        """How long what a survivor has in hand is left to it: until it would be dead itself."""
+        return min(recovery.CLAIM_MS, self._ttl_ms)
 
     def _new_identity(self) -> Participant:
         lease_ms = int(self.session_length * 1000)
@@ -205,6 +215,19 @@ class Engine:
         return process
 
     @property
+    def surely_lives(self) -> bool:
+        """Whether it is sure, without asking, that nobody can have declared this process dead.
+
+        Counted from before the last heartbeat, so this ends earlier than on the server.
+        """
+        return time.clock_gettime(_CLOCK) < self._lives_until
+
+    @property
+    def wanted_by(self) -> "Process | None":
+        """The public object, if anybody still has it."""
+        return self._process()
+
+    @property
     def name(self) -> str:
         """The process's id."""
         return self.me.id.decode()
@@ -243,7 +266,7 @@ class Engine:
                 with contextlib.suppress(LockLostError):
                     lock.release()
             # The server's word, not our memory: it names all that we may be responsible for.
-            held = set(self.driver.run(b"", processes.registry(self.me)))
+            held = set(self.driver.run(b"", self.living(processes.registry)))
             held.update(self.keys.base(resource) for resource in list(self.held))
             errors += self._leave_all([self.keys.resource(base) for base in held])
             errors += self.upkeep.retry_now()
@@ -487,12 +510,14 @@ class Engine:
         if self.me is not old:
             return
         new = self._new_identity()
+        begun = time.clock_gettime(_CLOCK)
         beat = yield from processes.enrol(new, self._card(), self._ttl_ms)
         with self._changing:
             changed = self.me is old
             if changed:
                 self.me = new
                 self._former.append(old.id.decode())
+                self._lives_until = begun + self._ttl_ms / 1000
         if not changed:
             yield from processes.resign(new)
             return
@@ -518,14 +543,21 @@ class Engine:
         Returns:
             Seconds until another process is dead unless it beats; None if there is none.
         """
-        beat = self._beat(outage=self._troubles != self.driver.server.troubles)
+        me = self.me
+        begun = time.clock_gettime(_CLOCK)
+        beat = self._beat(me, outage=self._troubles != self.driver.server.troubles)
         if beat.kind == "dead" and self._troubles != self.driver.server.troubles:
             # It was not we who were silent: the server was not to be reached.
-            beat = self._beat(outage=True)
+            beat = self._beat(me, outage=True)
         self._troubles = self.driver.server.troubles
+        if beat.kind == "forgotten" and self.driver.run(b"", processes.is_buried(me)):
+            # Nothing is lost: whoever took over from us has gone, and with the last one the epoch.
+            beat = beat._replace(kind="dead")
         if beat.kind == "dead":
-            self.driver.run(b"", self.be_reborn(self.me))
-        elif beat.kind == "forgotten":
+            self.driver.run(b"", self.be_reborn(me))
+        else:
+            self._lives_until = begun + self._ttl_ms / 1000
+        if beat.kind == "forgotten":
             self._start_over(beat)
         try:
             self._renew()
@@ -536,12 +568,11 @@ class Engine:
                 self.upkeep.recover(beat.dead)
         return beat.next_death
 
-    def _beat(self, *, outage: bool) -> Beat:
+    def _beat(self, me: Participant, *, outage: bool) -> Beat:
         begun = time.monotonic()
         try:
-            return self.driver.run(
-                b"", processes.beat(self.me, self._ttl_ms, self._epoch, outage=outage)
-            )
+            beat = processes.beat(me, self._ttl_ms, self._epoch, outage=outage)
+            return self.driver.run(b"", beat)
         finally:
             if time.monotonic() - begun > self.heartbeat_interval:
                 self._troubles = -1  # it stood still, if it did not refuse

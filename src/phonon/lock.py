@@ -105,9 +105,13 @@ class Lock:
             )
 
     def owned(self) -> bool:
-        """Whether this object holds the lock, as far as the last heartbeat knows."""
-        mine = self._me is self._process.engine.me  # after fork() it is the parent's
-        return mine and self.token is not None and not self._lost.is_set()
+        """Whether this object holds the lock, as far as the last heartbeat knows.
+
+        False as well once that is so long ago that others may have taken the lock over.
+        """
+        engine = self._process.engine
+        mine = self._me is engine.me  # after fork() it is the parent's
+        return mine and self.token is not None and not self._lost.is_set() and engine.surely_lives
 
     def owned_here(self) -> bool:
         """Whether it was this thread that took it."""

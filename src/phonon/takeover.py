@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("phonon")
 
+#: What is logged: who, how many resources, from whom, how many batches.
+TAKEN_OVER = (
+    "process %s has taken over %d resources from %s, which is dead, and executed %d of its batches"
+)
+
 
 def take_over(engine: "Engine", dead: Iterable[str], enough: Callable[[], bool]) -> None:
     """Release what dead processes held, and execute what they have left.
@@ -28,6 +33,8 @@ def take_over(engine: "Engine", dead: Iterable[str], enough: Callable[[], bool])
         ConnectionLostError: The server does not answer.
     """
     for process_id in dead:
+        if process_id == engine.name:
+            continue  # paused while it took this id: the next beat tells, and then it has another
         class_name = heirs.inherits(process_id)
         if class_name is None or is_known(class_name):
             _take_over(engine, process_id, enough)
@@ -36,7 +43,7 @@ def take_over(engine: "Engine", dead: Iterable[str], enough: Callable[[], bool])
 def _take_over(engine: "Engine", dead: str, enough: Callable[[], bool]) -> None:
     resources = batches = 0
     while not enough():
-        claim = engine.driver.run(b"recovery", recovery.claim(engine.me, dead))
+        claim = engine.driver.run(b"recovery", recovery.claim(engine.me, dead, engine.claim_ms))
         if not claim.bases:
             # Should others still have some in hand, they will bury it.
             if not claim.left:
@@ -55,8 +62,7 @@ def _take_over(engine: "Engine", dead: str, enough: Callable[[], bool]) -> None:
                 batches += task.result.executed
     if resources:
         log.warning(
-            "process %s has taken over %d resources from %s, which is dead, and executed %d of "
-            "its batches",
+            TAKEN_OVER,
             engine.name,
             resources,
             dead,

@@ -176,8 +176,9 @@ class Upkeep:
     def _recover(self) -> None:
         while True:
             engine = self._engine()
+            process = engine.wanted_by if engine else None  # it is needed until we are done
             with self._changed:
-                if engine is None or not self._dead or self._leaving.is_set():
+                if not engine or not process or not self._dead or self._leaving.is_set():
                     self._recovering = None
                     return
                 dead, self._dead = self._dead, {}
@@ -187,7 +188,7 @@ class Upkeep:
                 log.warning("process %s takes over later: %s", self._name, error)
             except Exception:
                 log.exception("process %s could not take over", self._name)
-            del engine
+            del engine, process
 
     def _retry(self) -> None:
         while True:
