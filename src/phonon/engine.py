@@ -533,6 +533,7 @@ class Engine:
             self._lose(lock)
         self._epoch = beat.epoch
         self._expired.update(self.held)
+        self.upkeep.drop_retries()
         self.upkeep.catch_up()
         if self.recovers:
             self.upkeep.recover([old.id.decode(), *beat.dead])

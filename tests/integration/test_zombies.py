@@ -11,7 +11,7 @@ from member import BEAT, Crew, Entry, Member, Refused
 from nodes import Cluster
 
 from conftest import Redis, wait_until
-from phonon import LruCache, Process
+from phonon import LruCache, Process, RetryPolicy, Update
 from phonon.engine import Engine
 from phonon.errors import DeclaredDeadError, LockLostError
 from phonon.protocol.effects import Call
@@ -467,3 +467,30 @@ def test_an_outage_is_nobodys_death(how: str, namespace: str, tmp_path: Path) ->
             process.stop()
     finally:
         server.close()
+
+
+def test_the_next_attempt_at_a_batch_is_left_to_whoever_took_it_over(
+    server: Redis, namespace: str
+) -> None:
+    """Two attempts at once would count twice, and one may park what the other has written."""
+    attempts: list[int | None] = []
+
+    class Flaky(Update):
+        def merge(self, other: Any) -> None:
+            raise NotImplementedError
+
+        def execute(self) -> None:
+            attempts.append(self.token)
+            if len(attempts) == 1:
+                raise OSError("the database is down")
+
+    retry = RetryPolicy(first_delay=60, jitter=0)
+    process = Process(url=server.url, namespace=namespace, retry=retry)
+    with pytest.raises(OSError, match="the database is down"):
+        Flaky(process, 1, doc={}).end_session()
+    engine = process.engine
+    engine.driver.run(b"", engine.be_reborn(engine.me))
+    assert engine.upkeep.retry_now() == []
+    assert len(attempts) == 1
+    process.stop()
+    assert attempts == [attempts[0]] * 2, "it took it over from itself, token and all"

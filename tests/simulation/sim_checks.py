@@ -137,7 +137,7 @@ class Witness:
         if isinstance(answer, Exception):
             return type(answer).__name__
         if isinstance(answer, list) and answer and isinstance(answer[0], bytes):
-            return "" if call.step in {"", "fetch"} else answer[0].decode()
+            return answer[0].decode() if call.numbered or call.step == "beat" else ""
         return ""
 
     @staticmethod

@@ -12,7 +12,7 @@ from sim_scenarios import LARGE, SCENARIOS
 
 THOROUGH = int(os.environ.get("PHONON_TEST_SIMULATIONS", "0")) >= 10_000
 #: Of each large scenario so many interleavings, if not all.
-SOME = 500
+SOME = 300
 
 HOW = pytest.mark.parametrize("colocated", [True, False], ids=["server", "cluster"])
 

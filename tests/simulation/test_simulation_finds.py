@@ -8,7 +8,7 @@ from sim_checks import Violation
 from sim_explorer import Explorer
 from sim_link import Link
 from sim_random import run_random
-from sim_scenarios import SCENARIOS
+from sim_scenarios import LARGE, SCENARIOS
 
 from conftest import Redis
 from phonon.protocol import heirs, messages, parking, recovery, updates
@@ -142,7 +142,7 @@ MUTATIONS = {
 def check(link: Link, guarantees: str) -> None:
     with pytest.raises(Violation) as found:
         for name in SMALL:
-            Explorer(link, SCENARIOS[name]).run(300)
+            Explorer(link, {**SCENARIOS, **LARGE}[name]).run(300)
         run_random(link, "finds", SCHEDULES)
     message = str(found.value)
     assert message.partition(":")[0] in guarantees.split(), message
