@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test chaos lint bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(VENV)/.installed ## run the main job on real data with an embedded serve
 test: $(VENV)/.installed ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
+chaos: $(VENV)/.installed ## kill workers by the hundred, and check that nothing is lost
+	$(BIN)/python -m pytest -m chaos -rP $(ARGS) tests/chaos
+
 lint: $(VENV)/.installed ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,6 +35,7 @@ lint: $(VENV)/.installed ## check style and types
 bench: $(VENV)/.installed ## measure against bare Redis and peers
 	$(BIN)/python benchmarks/round_trips.py
 	$(BIN)/python benchmarks/references.py
+	$(BIN)/python benchmarks/takeover.py
 
 docs: $(VENV)/.installed ## run the examples in README.md and docs/
 	$(BIN)/python -m pytest tests/fundamentals/test_documentation.py

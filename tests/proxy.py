@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -274,14 +274,3 @@ class Proxy:
             plan, number = self._plan, len(self.steps)
             self.steps.append(step)
         return plan(number, step)
-
-
-@contextmanager
-def proxies(upstreams: Iterable[str]) -> Iterator[list[Proxy]]:
-    """A proxy for each of the sockets."""
-    with contextlib.ExitStack() as stack:
-        made = []
-        for upstream in upstreams:
-            made.append(Proxy(upstream))
-            stack.callback(made[-1].close)
-        yield made

@@ -165,6 +165,11 @@ class Engine:
             if self.recovers:
                 self.upkeep.recover(beat.dead)
 
+    @property
+    def claim_ms(self) -> int:
+        """How long what a survivor has in hand is left to it: until it would be dead itself."""
+        return min(recovery.CLAIM_MS, self._ttl_ms)
+
     def _new_identity(self) -> Participant:
         lease_ms = int(self.session_length * 1000)
         colocated = self.lease.server.colocated
@@ -269,7 +274,7 @@ class Engine:
                 errors += group.exceptions
             self._release_all()
             # The server's word, not our memory: it names all that we may be responsible for.
-            held = set(self.driver.run(b"", processes.registry(self.me)))
+            held = set(self.driver.run(b"", self.living(processes.registry)))
             held.update(self.keys.base(resource) for resource in list(self.held))
             errors += self._leave_all([self.keys.resource(base) for base in held])
             errors += self.upkeep.retry_now()
@@ -550,6 +555,7 @@ class Engine:
         self._lose([grant for grant in list(self.grants.values()) if grant.me is old], error)
         self._epoch = beat.epoch
         self._expired.update(self.held)
+        self.upkeep.drop_retries()
         self.upkeep.catch_up()
         if self.recovers:
             self.upkeep.recover([old.id.decode(), *beat.dead])
@@ -567,6 +573,9 @@ class Engine:
             # It was not we who were silent: the server was not to be reached.
             beat = self._beat(me, outage=True)
         self._troubles = self.driver.server.troubles
+        if beat.kind == "forgotten" and self.driver.run(b"", processes.is_buried(me)):
+            # Nothing is lost: whoever took over from us has gone, and with the last one the epoch.
+            beat = beat._replace(kind="dead")
         if beat.kind == "dead":
             self.driver.run(b"", self.be_reborn(me))
         else:

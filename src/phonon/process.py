@@ -321,8 +321,8 @@ class Process:
         Args:
             registry_key: Another process's `registry_key`; None for this one's.
         """
-        key = self._registry(registry_key)
-        bases = self.engine.run(b"", processes.registry(self.engine.me, key))
+        key = registry_key.encode("utf-8", "surrogatepass") if registry_key is not None else None
+        bases = self.engine.run(b"", self.engine.living(lambda me: processes.registry(me, key)))
         return [self.engine.keys.resource(base) for base in bases]
 
     def parked(self) -> list[Parked]:

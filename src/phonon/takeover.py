@@ -33,6 +33,8 @@ def take_over(engine: "Engine", dead: Iterable[str], enough: Callable[[], bool])
         ConnectionLostError: The server does not answer.
     """
     for process_id in dead:
+        if process_id == engine.name:
+            continue  # paused while it took this id: the next beat tells, and then it has another
         class_name = heirs.inherits(process_id)
         if class_name is None or is_known(class_name):
             _take_over(engine, process_id, enough)
@@ -41,7 +43,7 @@ def take_over(engine: "Engine", dead: Iterable[str], enough: Callable[[], bool])
 def _take_over(engine: "Engine", dead: str, enough: Callable[[], bool]) -> None:
     resources = batches = 0
     while not enough():
-        claim = engine.driver.run(b"recovery", recovery.claim(engine.me, dead))
+        claim = engine.driver.run(b"recovery", recovery.claim(engine.me, dead, engine.claim_ms))
         if not claim.bases:
             # Should others still have some in hand, they will bury it.
             if not claim.left:

@@ -123,6 +123,11 @@ class Upkeep:
                     self._retrying.start()
             self._changed.notify_all()
 
+    def drop_retries(self) -> None:
+        """Try no batch again: they were another identity's, and whoever takes over does."""
+        with self._changed:
+            self._due = []
+
     def retry_now(self) -> list[Exception]:
         """Try all failed batches once more, due or not. Returns what went wrong."""
         engine = self._engine()

@@ -96,6 +96,12 @@ class Node:
         with self.client() as client:
             return client.execute_command(*words)
 
+    def clients(self) -> list[dict[str, str]]:
+        """Who is connected, the one who asks included: no other nodes."""
+        with self.client() as client:
+            found: list[dict[str, str]] = client.client_list(_type="normal")
+        return found
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Let it hang."""
@@ -287,6 +293,10 @@ class Cluster:
     @property
     def url(self) -> str:
         return "redis+cluster://" + ",".join(node.address for node in self.nodes[:3])
+
+    def connections(self) -> int:
+        """How many clients are connected to the nodes, besides who asks."""
+        return sum(len(node.clients()) - 1 for node in self.nodes)
 
     def scan(self, pattern: str) -> set[str]:
         """All keys of the primaries that match."""

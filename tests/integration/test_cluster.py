@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import pytest
 import redis
-from nodes import Cluster, slot_of
+from nodes import Cluster, Node, slot_of
 
 import phonon
 from conftest import wait_until
@@ -220,9 +220,9 @@ def watch(server: ClusterServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def recorded(name: str) -> Callable[..., Any]:
         original = getattr(server, f"_{name}")
 
-        def record(*args: Any) -> Any:
+        def record(*args: Any, **options: Any) -> Any:
             steps.append(name)
-            return original(*args)
+            return original(*args, **options)
 
         return record
 
@@ -244,11 +244,14 @@ def test_interrupted_pipelines_leave_no_answers_to_others(
         original = there._read
 
         def interrupted(
-            *args: Any, left: Iterator[int] = left, original: Callable[..., Any] = original
+            *args: Any,
+            left: Iterator[int] = left,
+            original: Callable[..., Any] = original,
+            **options: Any,
         ) -> Any:
             if next(left) == 0:
                 raise KeyboardInterrupt
-            return original(*args)
+            return original(*args, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(there, "_read", interrupted)
@@ -523,30 +526,46 @@ def test_cluster_that_is_down_loses_nothing(make: Make, cluster: Cluster, namesp
     assert left(cluster, namespace) == set()
 
 
-def test_hosts_and_nodes_that_are_not_there(make: Make, cluster: Cluster, namespace: str) -> None:
+def test_hosts_and_nodes_that_are_not_there(cluster: Cluster, namespace: str) -> None:
     address = cluster.nodes[2].address
     with Process(hosts=[address], namespace=namespace) as process:
         assert process.create_reference("x").dereference()
         assert repr(process).endswith(f"at redis+cluster://{address}>")
+        assert cluster.connections() >= 3
     with Process(hosts=["127.0.0.1:1", address], namespace=namespace) as process:
         assert process.create_reference("x").dereference()
+    wait_until(lambda: cluster.connections() == 0)
 
 
-@pytest.mark.parametrize("options", [{}, {"protocol": 2, "decode_responses": True}])
-def test_client_of_the_callers(make: Make, cluster: Cluster, options: dict[str, Any]) -> None:
-    with redis.RedisCluster(host="127.0.0.1", port=cluster.nodes[0].port, **options) as client:
-        process = make(client=client)
-        assert process.client is client
-        cache: LruCache[Ids] = LruCache()
-        for number in range(90):
-            cache.set(number % 30, Ids(process, number % 30, doc={"ids": [number]}))
-        with process.lock("x"):
-            assert not process.lock("x").acquire(timeout=0.01)
-        reference = process.create_reference("x")
-        assert [holder.pid for holder in reference.holders()] == [os.getpid()]
-        process.stop()
+CLIENTS: list[Callable[[Node], "redis.RedisCluster"]] = [
+    lambda node: redis.RedisCluster(host="127.0.0.1", port=node.port),
+    lambda node: redis.RedisCluster.from_url(f"redis://{node.address}"),
+    lambda node: redis.RedisCluster("127.0.0.1", node.port, protocol=2, decode_responses=True),
+]
+
+
+@pytest.mark.parametrize("connect", CLIENTS)
+def test_client_of_the_callers(
+    cluster: Cluster, namespace: str, connect: Callable[[Node], "redis.RedisCluster"]
+) -> None:
+    with connect(cluster.nodes[0]) as client:
+        assert client.ping(target_nodes=client.ALL_NODES)
+        before = cluster.connections()
+        with Process(client=client, namespace=namespace) as process:
+            assert process.client is client
+            cache: LruCache[Ids] = LruCache()
+            for number in range(90):
+                cache.set(number % 30, Ids(process, number % 30, doc={"ids": [number]}))
+            with process.lock("x"):
+                assert not process.lock("x").acquire(timeout=0.01)
+            reference = process.create_reference("x")
+            assert [holder.pid for holder in reference.holders()] == [os.getpid()]
+            assert cluster.connections() > before
         assert Ids.executed == Counter(range(90))
-        assert client.ping()
+        wait_until(lambda: cluster.connections() == before)
+        assert client.ping(target_nodes=client.ALL_NODES)
+        for node in client.get_nodes():  # redis-py leaves them open if it was given a URL
+            client.get_redis_connection(node).connection_pool.disconnect()
 
 
 def test_cluster_with_a_password(make: Make, cluster: Cluster, namespace: str) -> None:

@@ -30,11 +30,12 @@ from phonon.cli.rows import Rejections
 from phonon.cli.server import private_server
 from phonon.cli.sink import Sink, create, sessions
 from phonon.cli.sums import Sums
+from proxy import Proxy, nothing
 
 PROGRAM = [sys.executable, "-m", "phonon"]
 TIMEOUT = 100
-# Less to start than the default, where that is not what the test is about.
-TWO = ("--workers", "2")
+# Less to start and to wait for than by default, where that is not what the test is about.
+TWO = ("--workers", "2", "--no-kill")
 
 # Counted by awk: flights, miles, airports, worst delay, minutes in the air.
 N14228 = (
@@ -129,6 +130,15 @@ def alive(pid: int) -> bool:
     return True
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process lives; one that nobody has waited for does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
 @contextlib.contextmanager
 def supervised(folder: Path) -> Iterator[Callable[[], bool]]:
     """Tells whether a folder's embedded server is there, also when the folder is not."""
@@ -176,7 +186,7 @@ def totals(database: Path) -> dict[str, tuple[Any, ...]]:
 
 def test_the_flights_are_exact(run: Runs, tmp_path: Path) -> None:
     path = tmp_path / "flights.db"
-    done = run("demo", "--database", str(path))
+    done = run("demo", "--no-kill", "--database", str(path))
     assert done.returncode == 0, done.stderr
     assert "3,148 of 3,148 keys equal" in done.stdout
     assert value(done.stdout, "messages") == "26,849"
@@ -215,7 +225,8 @@ def test_own_rows(run: Runs, tmp_path: Path, workers: str) -> None:
     source, path = tmp_path / "sales.csv", tmp_path / "sales.db"
     source.write_text(SALES)
     done = run("demo", "--input", str(source), "--key", "who", "--sum", "amount", "--sum", "count",
-               "--sum", "amount", "--workers", workers, "--database", str(path))  # fmt: skip
+               "--sum", "amount", "--workers", workers, "--no-kill",
+               "--database", str(path))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "3 of 3 keys equal" in done.stdout
     assert totals(path) == SALES_TOTALS
@@ -241,7 +252,7 @@ def test_own_json_lines_packed_on_standard_input(run: Runs, tmp_path: Path) -> N
 
 
 def test_rows_are_counted_without_sums(run: Runs) -> None:
-    done = run("demo", "--input", "-", "--key", "who", stdin=SALES)
+    done = run("demo", *TWO, "--input", "-", "--key", "who", stdin=SALES)
     assert done.returncode == 0, done.stderr
     assert "3 of 3 keys equal" in done.stdout
 
@@ -347,7 +358,7 @@ def test_the_first_twenty_differences_are_listed(monkeypatch: pytest.MonkeyPatch
     differences = [Difference(f"k{i:02}", (1, i), (1, -i)) for i in range(1, 26)]
     rejections = Rejections()
     report.show(
-        report.Outcome("title", 9, rejections, 3, 3, 0, 1.0, 30, differences), ["rows", "sum"]
+        report.Outcome("title", 9, 0, rejections, 3, 3, 0, 1.0, 30, differences), ["rows", "sum"]
     )
     text = out.getvalue()
     assert "5 of 30 keys equal" in text
@@ -478,18 +489,161 @@ def test_its_own_server_is_waited_for(run: Runs, error: type[BaseException] | No
         assert not still_there()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_worker_that_dies_ends_it_all(
-    run: Runs, server: Redis, start: Callable[..., Running], number: signal.Signals
+# Workers that die
+
+
+def test_one_is_killed_and_taken_over(run: Runs, tmp_path: Path) -> None:
+    path = tmp_path / "flights.db"
+    done = run("demo", "--database", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "3,148 of 3,148 keys equal" in done.stdout
+    epitaph = r"worker 2 \(pid \d+\) was killed by SIGKILL"
+    assert re.search(epitaph + r"; it had acknowledged 1,500 messages", done.stderr)
+    assert re.search(r"all of worker 2 is taken over, \d+\.\d s after its death", done.stderr)
+    assert re.search(epitaph + r" after +│ 1,500 messages", done.stdout)
+    left = int(value(done.stdout, "open sessions that it left").replace(",", ""))
+    assert left > 500
+    taken = re.findall(r"^│ +taken over by worker (\d) +│ +(\S+) │$", done.stdout, re.MULTILINE)
+    assert {number for number, _ in taken} <= {"1", "3", "4"}
+    assert sum(int(count.replace(",", "")) for _, count in taken) == left
+    assert re.search(r"all taken over after +│ +\d+\.\d s", done.stdout)
+    assert "dealt again" not in done.stdout
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT sum(flights) FROM aircraft").fetchone() == (26849,)
+
+
+def test_keys_that_only_the_dead_one_held_are_written(run: Runs, tmp_path: Path) -> None:
+    """Of ten rows each worker gets every second one; it is killed with its keys in hand."""
+    path = tmp_path / "x.db"
+    rows = "k\n" + "".join(f"k{i}\n" for i in range(10))
+    done = run("demo", "--workers", "2", "--input", "-", "--key", "k", "--database", str(path),
+               stdin=rows)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "10 of 10 keys equal" in done.stdout
+    assert value(done.stdout, "open sessions that it left") == "5"
+    assert value(done.stdout, "taken over by worker 1") == "5"
+    assert totals(path) == {f"k{i}": (1,) for i in range(10)}
+
+
+def test_a_single_worker_is_not_killed(run: Runs) -> None:
+    done = run("demo", "--workers", "1", "--input", "-", "--key", "who", stdin=SALES)
+    assert done.returncode == 0, done.stderr
+    assert "a single worker is not killed" in done.stderr
+    assert "SIGKILL" not in done.stdout
+
+
+def test_one_without_work_is_killed_all_the_same(run: Runs) -> None:
+    done = run("demo", "--workers", "2", "--input", "-", "--key", "who", stdin="who\nann\n")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 keys equal" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_dies_by_itself_is_taken_over(
+    run: Runs, server: Redis, start: Callable[..., Running], tmp_path: Path, number: signal.Signals
 ) -> None:
-    running = start("--key", "who", "--url", server.url, rows=SALES + "ann,1,1\n" * 3000)
+    path = tmp_path / "x.db"
+    running = start("--key", "who", "--url", server.url, "--database", str(path))
     os.kill(running.workers[1], number)
+    status, out, errors = running.end()
+    assert status == 0, errors
+    assert "3 of 3 keys equal" in out
+    how = "was killed by SIGKILL" if number == signal.SIGKILL else f"exit status {128 + number}"
+    assert how in out
+    assert re.search(rf"worker 2 \(pid {running.workers[1]}\) .*{how}", errors)
+    assert "Traceback" not in errors
+    assert totals(path) == {"ann": (3,), "bob": (2,), "eve": (1,)}
+    assert list(run.temporary.iterdir()) == []
+    with server.client() as client:
+        namespaces = client.scan_iter(match="phonon-demo-*")
+        assert [key for key in namespaces if client.ttl(key) < 0] == []
+
+
+def test_what_a_dead_worker_never_looked_at_is_dealt_again(start: Callable[..., Running]) -> None:
+    running = start("--key", "who", rows="who\nann\n")
+    os.kill(running.workers[1], signal.SIGSTOP)
+    assert running.popen.stdin is not None
+    running.popen.stdin.write("ann\n" * 4000)
+    running.popen.stdin.flush()
+    os.kill(running.workers[1], signal.SIGKILL)
+    status, out, errors = running.end()
+    assert status == 0, errors
+    assert "1 of 1 keys equal" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_leave_finishes_what_it_has_in_hand(
+    own_server: Redis, start: Callable[..., Running], tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "x.db"
+    rows = [f"k{i % 70}\n" for i in range(5_000)]
+    proxy = Proxy(own_server.socket)
+    try:
+        arguments = ("--key", "who", "--url", proxy.url, "--database", str(path))
+        running = start(*arguments, rows="who\n" + rows[0])
+        append = 0
+
+        def leave_at(step: str) -> None:
+            nonlocal append
+            append += step == "append"
+            if append == 200 and step == "append":
+                os.kill(running.workers[1], number)
+
+        proxy.on_reply = leave_at
+        assert running.popen.stdin is not None
+        running.popen.stdin.write("".join(rows[1:]))
+        status, out, errors = running.end()
+    finally:
+        proxy.close()
+    assert status == 0, errors
+    assert "70 of 70 keys equal" in out
+    assert f"exit status {128 + number}" in out
+    # Nothing was left to take over: its sessions had ended when it left.
+    assert "taken over by" not in out
+    assert sum(rows for (rows,) in totals(path).values()) == 5_000
+
+
+def test_what_was_stored_but_not_acknowledged_counts_twice_and_is_found(
+    own_server: Redis, start: Callable[..., Running]
+) -> None:
+    proxy = Proxy(own_server.socket)
+    try:
+        running = start("--key", "who", "--url", proxy.url, rows="who\nk0\n")
+        other, victim = running.workers
+        os.kill(other, signal.SIGSTOP)  # so that it is the victim that stores
+
+        def kill_at(step: str) -> None:
+            if step == "append":
+                proxy.on_reply = nothing
+                os.kill(victim, signal.SIGKILL)
+                os.kill(other, signal.SIGCONT)
+
+        proxy.on_reply = kill_at
+        assert running.popen.stdin is not None
+        running.popen.stdin.write("".join(f"k{i % 20}\n" for i in range(1, 1100)))
+        running.popen.stdin.flush()
+        wait_until(lambda: not is_running(victim))
+        status, out, errors = running.end()
+    finally:
+        proxy.close()
+    assert status == 1, errors
+    assert "A worker died with 500 messages unacknowledged" in out
+    assert "at-least-once" in out
+    assert value(out, "unacknowledged messages, dealt again") == "500"
+
+
+def test_when_all_workers_have_died_it_ends(
+    run: Runs, server: Redis, start: Callable[..., Running]
+) -> None:
+    running = start("--key", "who", "--url", server.url)
+    for worker in running.workers:
+        os.kill(worker, signal.SIGKILL)
     status, out, errors = running.end()
     assert status == 1
     assert out == ""
     last = errors.splitlines()[-1]
-    assert last.startswith(f"phonon: worker 2 (pid {running.workers[1]}) ")
-    assert "before its work was done" in last
+    assert re.match(r"phonon: worker \d \(pid \d+\) was killed by SIGKILL", last)
+    assert "no other worker is left" in last
     assert "Traceback" not in errors
     assert list(run.temporary.iterdir()) == []
     with server.client() as client:
@@ -531,10 +685,11 @@ def test_workers_do_not_outlive_a_demo_that_was_killed(
 # On a terminal, and around
 
 
-def test_the_display_on_a_terminal(run: Runs) -> None:
+@pytest.mark.parametrize("arguments", [TWO, ("--workers", "2")])
+def test_the_display_on_a_terminal(run: Runs, arguments: tuple[str, ...]) -> None:
     leader, terminal = pty.openpty()
     popen = subprocess.Popen(
-        [*PROGRAM, "demo", "--input", "-", "--key", "who", "--workers", "2"],
+        [*PROGRAM, "demo", "--input", "-", "--key", "who", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=terminal,
@@ -557,16 +712,17 @@ def test_the_display_on_a_terminal(run: Runs) -> None:
     os.close(leader)
     assert popen.returncode == 0
     assert re.search(rb"worker 1 .*pid \d+.* messages .* sessions written", shown)
+    assert (b"was killed by SIGKILL" in shown) == (arguments is not TWO)
     assert shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h") == 1  # the cursor is back
     assert out.startswith("standard input, added up per 'who'")
     assert "\x1b" not in out
 
 
 def test_lines_of_text_where_there_is_no_terminal(run: Runs) -> None:
-    done = run("demo", "--input", "-", "--key", "who", stdin=SALES)
+    done = run("demo", "--no-kill", "--input", "-", "--key", "who", stdin=SALES)
     first, second = done.stderr.splitlines()
     assert re.fullmatch(r"4 worker processes on a server of their own, their pids: [\d, ]+", first)
-    assert "read to its end" in second
+    assert "6 messages acknowledged" in second
     assert "\x1b" not in done.stderr + done.stdout
 
 
@@ -575,6 +731,7 @@ def test_help_and_version(run: Runs) -> None:
     assert "demo" in run("--help").stdout
     text = run("demo", "--help").stdout
     options = {"--workers", "--url", "--input", "--key", "--sum", "--max-entries", "--database"}
+    options |= {"--kill"}
     assert options <= set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE))
     assert "PHONON_URL" in text
     assert "\n    phonon demo --workers 8" in text

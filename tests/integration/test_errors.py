@@ -16,6 +16,7 @@ from conftest import Make, Redis, wait_until
 from phonon import LruCache, Process, Update
 from phonon.errors import (
     ConnectionLostError,
+    DeclaredDeadError,
     ForeignKeyError,
     PhononError,
     ServerError,
@@ -227,7 +228,7 @@ def test_a_lock_that_could_not_be_released_is_still_ours(
 def test_a_foreign_registry_is_named(make: Make) -> None:
     process = make(heartbeat_interval=NO_BEAT)
     process.client.set(process.registry_key, "somebody's")
-    with pytest.raises(ForeignKeyError, match="holds a string where Phonon keeps a hash"):
+    with pytest.raises(ForeignKeyError, match="holds a string where Phonon keeps a zset"):
         process.create_reference("resource")
     process.client.delete(process.registry_key)
     assert process.create_reference("resource").dereference()
@@ -364,3 +365,19 @@ def test_what_was_kept_and_is_refused_is_still_there(
             wait_until(lambda: executed)  # to end a session makes room
             client.config_set("maxmemory", 0)
         assert executed == [("record", 1)]
+
+
+def test_an_on_error_that_raises_does_no_harm(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(error: Exception) -> None:
+        told.append(type(error))
+        raise ValueError("a bug")
+
+    told: list[type[Exception]] = []
+    process = make(heartbeat_interval=0.05, on_error=fail)
+    first = process.id
+    reference = process.create_reference("x")
+    process.client.zadd(process.heartbeat_hash_name, {first: 1})
+    wait_until(lambda: process.id != first)
+    wait_until(lambda: "on_error has raised" in caplog.text)
+    assert told == [DeclaredDeadError]
+    wait_until(lambda: [holder.id for holder in reference.holders()] == [process.id])

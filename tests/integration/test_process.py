@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import redis
@@ -435,7 +435,8 @@ def test_stop_says_what_it_left_undone(
     assert sheet.docs() == {"c": {"n": 1}}
     # Its batches are there, its registry names them, and it can be seen to be dead.
     assert {"{=test.test.a}:batch", "{=test.test.b}:batch"} <= keys()
-    held = {key.decode() for key in admin.hkeys(process.registry_key) if isinstance(key, bytes)}
+    found = cast("list[bytes]", admin.zrange(process.registry_key, 0, -1))
+    held = {key.decode() for key in found}
     assert held == {f"{process.namespace}:{{=test.test.{record}}}" for record in "ab"}
     assert 0 < deadline_ms(admin, process) <= now_ms(admin)
     process.stop()
@@ -571,8 +572,11 @@ def test_a_process_that_was_believed_dead_says_so(
     make: Make, admin: "redis.Redis", caplog: Any
 ) -> None:
     process = make(heartbeat_interval=0.05)
-    admin.zadd(process.heartbeat_hash_name, {process.id: 1})
-    wait_until(lambda: "counted as dead" in caplog.text)
+    first = process.id
+    admin.zadd(process.heartbeat_hash_name, {first: 1})
+    wait_until(lambda: f"process {first} was silent for more than 0.2 s" in caplog.text)
+    assert process.id != first
+    assert f"It goes on as {process.id}" in caplog.text
     assert deadline_ms(admin, process) > now_ms(admin)
 
 
@@ -593,7 +597,10 @@ def test_a_member_without_a_heartbeat_expires(make: Make, monkeypatch: pytest.Mo
     beat = Engine.beat
     silenced: list[Engine] = []
     monkeypatch.setattr(Engine, "beat", lambda engine: engine in silenced or beat(engine))
-    silent, alive = (make(session_length=0.6, heartbeat_interval=0.1) for _ in range(2))
+    silent, alive = (
+        make(session_length=0.6, heartbeat_interval=0.1, recover_failed_processes=False)
+        for _ in range(2)
+    )
     theirs, ours = silent.create_reference("x"), alive.create_reference("x")
     silenced.append(silent.engine)
     assert ours.count() == 2
@@ -604,20 +611,12 @@ def test_a_member_without_a_heartbeat_expires(make: Make, monkeypatch: pytest.Mo
 
 
 def test_a_member_that_was_dropped_joins_again_when_its_heart_beats(
-    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    make: Make, admin: "redis.Redis", caplog: Any
 ) -> None:
-    beat = Engine.beat
-    silenced: list[Engine] = []
-    monkeypatch.setattr(Engine, "beat", lambda engine: engine in silenced or beat(engine))
-    silent, alive = make(session_length=0.4, heartbeat_interval=0.1), make()
-    theirs = silent.create_reference("x")
-    left = silent.create_reference("left")
-    silenced.append(silent.engine)
-    wait_until(lambda: theirs.count() == left.count() == 0)
-    for name in ("x", "left"):
-        assert alive.create_reference(name).dereference()
-    assert not left.dereference()
-    silenced.clear()
+    process = make(session_length=0.4, heartbeat_interval=0.1)
+    theirs, left = process.create_reference("x"), process.create_reference("left")
+    assert left.dereference()
+    admin.delete(f"{process.namespace}:{{=x}}:members")
     wait_until(lambda: theirs.count() == 1)
     assert "the membership in 'x' had expired; it is renewed" in caplog.text
     assert left.count() == 0

@@ -24,6 +24,10 @@ class StaleError(Exception):
     """An operation came after a later one of the same process."""
 
 
+class DeadError(Exception):
+    """A process that was declared dead was about to become responsible for something."""
+
+
 @dataclass
 class Batch:
     token: int
@@ -33,7 +37,8 @@ class Batch:
     attempt: int = 0
     due: int | None = None
     error: bytes | None = None
-    retry_at: int = 0
+    retry_at: int | None = None
+    crashes: int | None = None
 
 
 @dataclass
@@ -60,6 +65,7 @@ class Model:
     arrived: dict[bytes, int] = field(default_factory=dict)  # waiter -> when it came
     awaited: dict[bytes, int] = field(default_factory=dict)  # waiter -> until when it counts
     registries: dict[bytes, int] = field(default_factory=dict)  # process id -> holds it since
+    fence: set[bytes] = field(default_factory=set)  # the dead, where registries are elsewhere
     memory: dict[bytes, tuple[int, Answer]] = field(default_factory=dict)
     given: int | None = None  # the token in the server's answer
 
@@ -87,7 +93,7 @@ class Model:
             return answer
         batch = self.batch
         if batch is None or not self.owns(pid, answer[2]):
-            return [b"lost", *answer[1:]]
+            return [b"lost", self.clear(pid), *answer[2:]]
         return [*answer, batch.attempt, len(batch.partials), batch.partials[:FIRST_PARTIALS]]
 
     def fresh(self, spare: int = SPARE_TOKENS) -> int:
@@ -111,6 +117,8 @@ class Model:
         return 1
 
     def hold(self, pid: bytes) -> None:
+        if pid in self.fence:
+            raise DeadError
         self.registries.setdefault(pid, self.now)
 
     # -- membership
@@ -199,9 +207,77 @@ class Model:
         return self.next_batch(pid, b"parked")
 
     def resume(self, pid: bytes, token: int) -> Answer:
-        if not self.owns(pid, token):
+        batch = self.batch
+        if batch is None or not self.owns(pid, token):
             return [b"lost", self.clear(pid)]
+        batch.retry_at = None
         return [b"run", 0, token]
+
+    def entrust(self, pid: bytes, token: int, heir: bytes) -> Answer:
+        batch = self.batch
+        if batch is None or not self.owns(pid, token):
+            return [b"lost", self.clear(pid)]
+        batch.owner, batch.retry_at = heir, None
+        return [b"entrusted", self.clear(pid)]
+
+    def replay(self, pid: bytes, token: int) -> Answer:
+        if token not in self.parked:
+            return [b"missing", self.clear(pid)]
+        if self.batch:
+            return [b"busy", self.clear(pid)]
+        self.hold(pid)
+        partials, _ = self.parked.pop(token)
+        self.batch = Batch(self.fresh(), pid, partials, self.now)
+        return [b"run", 0, self.batch.token]
+
+    def discard(self, pid: bytes, token: int) -> Answer:
+        found = self.parked.pop(token, None)
+        return [b"discarded" if found else b"missing", self.clear(pid)]
+
+    # -- taking over
+
+    def free_lock_of(self, dead: bytes) -> None:
+        was_held = self.grant is not None
+        in_the_way = self.grant is not None and self.grant.pid == dead
+        if in_the_way:
+            self.grant = None
+        for holder in [holder for holder in self.arrived if holder.startswith(dead + b"/")]:
+            self.quit_queue(holder)
+            in_the_way = in_the_way or not was_held
+        if in_the_way:
+            self.wake_next()
+
+    def take_over(self, pid: bytes, batch: Batch, died: int) -> Answer:
+        batch.owner = pid
+        due_in = (batch.retry_at or 0) - self.now
+        if due_in > 0:
+            return [b"later", 0, batch.token, due_in]
+        batch.crashes = (batch.crashes or 0) + died
+        return [b"run", 0, batch.token, batch.crashes]
+
+    def recover(self, pid: bytes, dead: bytes, died: int, *registry: bytes) -> Answer:
+        self.expire_grant()
+        batch = self.batch
+        owned = batch is not None and batch.owner == dead
+        if owned or (batch is None and self.partials):
+            self.hold(pid)
+        if not registry:
+            self.fence.add(dead)
+        elif owned or batch is None or not batch.owner.startswith(b"class:"):
+            self.registries.pop(dead, None)
+        self.members.pop(dead, None)
+        self.free_lock_of(dead)
+        self.members = {who: self.members[who] for who in self.live()}
+        ended = not self.members
+        if ended:
+            self.modified.clear()
+            if batch and self.partials:
+                batch.due = len(self.partials)
+        if batch is not None and owned:
+            return self.take_over(pid, batch, died)
+        if ended and self.partials and batch is None:
+            return [b"run", 0, self.start(pid, len(self.partials)), 0]
+        return [b"free", self.clear(pid), batch.owner if batch else b""]
 
     # -- the lock
 
@@ -218,6 +294,11 @@ class Model:
             self.quit_queue(holder)
         return min(self.arrived, key=lambda holder: (self.arrived[holder], holder), default=None)
 
+    def wake_next(self) -> None:
+        first = self.first_waiter()
+        if first:
+            self.awaited[first] = self.now + WOKEN_MS
+
     def lock(self, pid: bytes, holder: bytes, lease: int, queue: int) -> Answer:
         self.expire_grant()
         if self.grant and self.grant.holder == holder:
@@ -226,8 +307,9 @@ class Model:
         if self.grant:
             free_in, owner, since = self.grant.until, self.grant.pid, self.grant.since
         elif first in (None, holder):
-            self.quit_queue(holder)
             self.hold(pid)
+            self.quit_queue(holder)
+            self.registries[pid] = self.now  # whoever has a lock comes first, since the last one
             self.grant = Grant(holder, pid, self.fresh(spare=0), self.now + lease, self.now)
             return [b"granted", 0, self.grant.token]
         else:
@@ -248,9 +330,7 @@ class Model:
         if mine:
             self.grant = None
         if not self.grant:
-            first = self.first_waiter()
-            if first:
-                self.awaited[first] = self.now + WOKEN_MS
+            self.wake_next()
         return [b"released" if mine else b"lost", self.clear(pid)]
 
     def renew(self, pid: bytes, lease: int, lock_lease: int, *holders: bytes) -> Answer:
@@ -276,6 +356,7 @@ class Model:
             "partials": self.partials,
             "queue": self.arrived,
             "waiting": self.awaited,
+            "fence": self.fence,
             "parked": {token: entry for token, (_, entry) in self.parked.items()},
         }
         keys |= {f"parked:{token}": partials for token, (partials, _) in self.parked.items()}
@@ -288,8 +369,8 @@ class Model:
             }
             if batch.due is not None:
                 running[b"due"] = batch.due
-            if batch.error is not None:
-                running |= {b"error": batch.error, b"retry_at": batch.retry_at}
+            facts = {b"error": batch.error, b"retry_at": batch.retry_at, b"crashes": batch.crashes}
+            running |= {name: fact for name, fact in facts.items() if fact is not None}
             keys |= {"running": running, "batch": batch.partials}
         if grant:
             keys["lock"] = {

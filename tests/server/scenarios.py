@@ -161,6 +161,78 @@ def unlock_lost(p: Make) -> Ready:
     return a, "unlock", (b"a/1",)
 
 
+def recover_run(p: Make) -> Ready:
+    a = p("a")
+    a.append(b"1")
+    return p("b"), "recover", _dead(a)
+
+
+def recover_run_its_batch(p: Make) -> Ready:
+    a = p("a")
+    a.batch(b"1")
+    return p("b"), "recover", _dead(a)
+
+
+def recover_later(p: Make) -> Ready:
+    a = p("a")
+    a.fail(a.batch(), delay=60_000)
+    return p("b"), "recover", _dead(a)
+
+
+def recover_free(p: Make) -> Ready:
+    a, b = p("a"), p("b")
+    a.append(b"1")
+    a.lock()
+    b.join()
+    b.lock(queue=True)
+    return b, "recover", _dead(a)
+
+
+def _dead(process: Process) -> tuple[Any, ...]:
+    registry = (process.registry,) if process.colocated else ()
+    return (process.id, 1, *registry)
+
+
+def entrusted(p: Make) -> Ready:
+    heir = p("class:C")
+    heir.enter()
+    a = p("a")
+    return a, "entrust", (a.batch(), heir.id)
+
+
+def entrust_lost(p: Make) -> Ready:
+    return p("a"), "entrust", (p("b").batch(), b"class:C")
+
+
+def _parked(p: Make) -> int:
+    a = p("a")
+    token = a.batch()
+    a.fail(token, most=1)
+    return token
+
+
+def replay_run(p: Make) -> Ready:
+    return p("b"), "replay", (_parked(p),)
+
+
+def replay_busy(p: Make) -> Ready:
+    token = _parked(p)
+    p("a").batch()
+    return p("b"), "replay", (token,)
+
+
+def replay_missing(p: Make) -> Ready:
+    return p("b"), "replay", (_parked(p) + 1,)
+
+
+def discarded(p: Make) -> Ready:
+    return p("b"), "discard", (_parked(p),)
+
+
+def discard_missing(p: Make) -> Ready:
+    return p("b"), "discard", (_parked(p) + 1,)
+
+
 #: By "step kind", and what is special.
 SCENARIOS: dict[str, Callable[[Make], Ready]] = {
     "join joined": joined,
@@ -188,6 +260,17 @@ SCENARIOS: dict[str, Callable[[Make], Ready]] = {
     "lock busy": lock_busy,
     "unlock released": unlock_released,
     "unlock lost": unlock_lost,
+    "recover run": recover_run,
+    "recover run (its own batch)": recover_run_its_batch,
+    "recover later": recover_later,
+    "recover free": recover_free,
+    "entrust entrusted": entrusted,
+    "entrust lost": entrust_lost,
+    "replay run": replay_run,
+    "replay busy": replay_busy,
+    "replay missing": replay_missing,
+    "discard discarded": discarded,
+    "discard missing": discard_missing,
 }
 
 

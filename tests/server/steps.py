@@ -57,6 +57,14 @@ class Key(NamedTuple):
     expires: int
 
 
+def settled(dump: dict[str, Key]) -> dict[str, Key]:
+    """What a call has changed that came again: anything but the time when the memory expires."""
+    return {
+        name: key._replace(expires=0) if name == "{=x}:memory" else key
+        for name, key in dump.items()
+    }
+
+
 def _content(kind: bytes, raw: Any) -> Any:
     if kind == b"hash":
         return dict(zip(raw[::2], raw[1::2], strict=True))
@@ -138,8 +146,15 @@ class Lab:
             for key, expires, kind, raw in found
         }
 
-    def beat(self, name: str, ttl_ms: int = LEASE) -> Answer:
-        return list(self.call("beat", 1, self.keys.processes, name, ttl_ms))
+    def beat(
+        self, name: str, ttl_ms: int = LEASE, epoch: bytes = b"", *, outage: bool = False
+    ) -> Answer:
+        """The first beat; or, with the epoch that the last one answered, a later one."""
+        return list(self.call("beat", 1, self.keys.processes, name, ttl_ms, epoch, int(outage)))
+
+    def tombstone(self, process: "Process") -> None:
+        """Bury a process of which nothing is left."""
+        assert self.call("bury", 1, process.registry, 3_600_000) == 1
 
     def alive(self) -> Answer:
         return list(self.call("alive", 1, self.keys.processes))
@@ -181,20 +196,20 @@ class Process:
 
     def do(self, step: str, *args: Any) -> Answer:
         """What a flow does: the call, and in a cluster the registry before and after it."""
-        self.hold()
+        self.hold(lock=step == "lock")
         return self.let_go(self.send(self.command(step, *args)))
 
     def again(self) -> Answer:
         """The last call once more, as if its reply had been lost."""
         return self.send(self.sent)
 
-    def hold(self) -> None:
+    def hold(self, *, lock: bool = False) -> None:
         if not self.colocated:
-            self.lab.call("hold", 1, self.registry, self.base)
+            self.lab.call("hold", 1, self.registry, self.base, self.id, int(lock))
 
     def let_go(self, answer: Answer) -> Answer:
-        if not self.colocated and answer[1]:
-            self.lab.client.hdel(self.registry, self.base)
+        if not self.colocated and answer[1] == 1:
+            self.lab.client.zrem(self.registry, self.base)
         return answer
 
     def ask(self, step: str, *args: Any) -> Any:
@@ -203,7 +218,7 @@ class Process:
 
     def holds(self) -> bool:
         """Whether its registry names the resource."""
-        return bool(self.lab.client.hexists(self.registry, self.base))
+        return self.lab.client.zscore(self.registry, self.base) is not None
 
     def join(self, lease: int = LEASE, **put_back: int) -> Answer:
         return self.do("join", lease, *(word for pair in put_back.items() for word in pair))
@@ -225,6 +240,27 @@ class Process:
 
     def resume(self, token: int) -> Answer:
         return self.do("resume", token)
+
+    def recover(self, dead: "Process", *, died: bool = True) -> Answer:
+        registry = (dead.registry,) if self.colocated else ()
+        answer = self.do("recover", dead.id, int(died), *registry)
+        if not self.colocated:
+            self.lab.client.zrem(dead.registry, self.base)
+        return answer
+
+    def entrust(self, token: int, heir: "Process") -> Answer:
+        heir.enter()
+        return self.do("entrust", token, heir.id)
+
+    def enter(self) -> None:
+        """Write its registry, as somebody else does for an heir."""
+        self.lab.call("hold", 1, self.registry, self.base, self.id)
+
+    def replay(self, token: int) -> Answer:
+        return self.do("replay", token)
+
+    def discard(self, token: int) -> Answer:
+        return self.do("discard", token)
 
     def fetch(self, token: int, first: int, last: int) -> Answer:
         return list(self.ask("fetch", token, first, last))

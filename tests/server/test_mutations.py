@@ -56,8 +56,15 @@ MUTATIONS = {
     "leave starts a batch beside the running one": Mutation(
         "  if running then\n    -- Batches", "  if false then\n    -- Batches"
     ),
-    "leave does not note what is due": Mutation("call('HSET', r.running, 'due', total)", ""),
-    "modifications outlive the session": Mutation("call('DEL', r.modified)", ""),
+    "leave does not note what is due": Mutation(
+        "-- Batches run one after the other: the running one's owner takes these when it is done.\n"
+        "    call('HSET', r.running, 'due', total)",
+        "",
+    ),
+    "modifications outlive the session": Mutation(
+        "if left == 0 and #modified > 0 then\n    call('DEL', r.modified)",
+        "if false then",
+    ),
     "append does not join": Mutation("  enter(r, args[3])\n  call('RPUSH'", "  call('RPUSH'"),
     "append stores at the wrong end": Mutation(
         "call('RPUSH', r.partials, args[4])", "call('LPUSH', r.partials, args[4])"
@@ -88,12 +95,12 @@ MUTATIONS = {
         "  call('HSET', r.memory, 'token', string.format('%.0f', token + spare))\n", ""
     ),
     "the registry is not written": Mutation(
-        "  if r.registry then\n    call(", "  if false then\n    call("
+        "  if r.registry then\n    enter_registry(", "  if false then\n    enter_registry("
     ),
     "the registry is cleared while a batch is owned": Mutation(
         "    or pcall('HGET', r.running, 'owner') == r.pid\n", ""
     ),
-    "the registry is not cleared": Mutation("    pcall('HDEL', r.registry, r.base)", ""),
+    "the registry is not cleared": Mutation("    pcall('ZREM', r.registry, r.base)", ""),
     "the memory does not expire": Mutation("call('PEXPIRE', r.memory, ", "math.max("),
     "partials expire": Mutation(
         "return STORED", "call('PEXPIRE', r.partials, 3600000)\n  return STORED"
@@ -107,6 +114,71 @@ MUTATIONS = {
     ),
     "unlock frees the lock of another": Mutation(
         "local mine = held[1] == holder\n  if", "local mine = held[1]\n  if"
+    ),
+    "recover leaves the dead member": Mutation("  call('ZREM', r.members, dead)\n", ""),
+    "recover does not free the lock": Mutation(
+        "  if in_the_way then\n    call('DEL', r.lock)\n  end\n", ""
+    ),
+    "recover leaves the dead in line": Mutation(
+        "    if is_of(dead, holder) then", "    if false then"
+    ),
+    "recover does not wake the next": Mutation(
+        "  if in_the_way then\n    wake_next(r)", "  if false then\n    wake_next(r)"
+    ),
+    "recover does not claim the batch": Mutation(
+        "    call('HSET', r.running, 'owner', r.pid)\n    local token", "    local token"
+    ),
+    "recover claims anybody's batch": Mutation(
+        "  if running[1] == dead then\n    call('HSET'", "  if running[1] then\n    call('HSET'"
+    ),
+    "recover gives the batch another token": Mutation(
+        "local token, due_in = tonumber(running[2])",
+        "local token, due_in = tonumber(running[2]) + 1",
+    ),
+    "recover starts a batch beside the running one": Mutation(
+        "  if ended and total > 0 and not running[1] then", "  if ended and total > 0 then"
+    ),
+    "recover starts a batch of a session that goes on": Mutation(
+        "  if ended and total > 0 and not running[1] then", "  if total > 0 and not running[1] then"
+    ),
+    "recover forgets what is due": Mutation(
+        "    if running[1] and total > 0 then\n", "    if false then\n"
+    ),
+    "recover does not wait for the next attempt": Mutation(
+        "    if due_in > 0 then", "    if false then"
+    ),
+    "recover does not count the death": Mutation(
+        "call('HINCRBY', r.running, 'crashes', args[4])",
+        "tonumber(call('HGET', r.running, 'crashes') or 0)",
+    ),
+    "recover does not enter its own registry": Mutation(
+        "    hold(r)\n  end\n  if not r.registry then", "  end\n  if not r.registry then"
+    ),
+    "recover leaves the dead one's registry": Mutation(
+        "    redis.pcall('ZREM', args[5], r.base)", "    local _ = r"
+    ),
+    "the dead are not fenced off": Mutation("    call('SADD', r.fence, dead)\n", ""),
+    "the fence is not looked at": Mutation(
+        "elseif call('SISMEMBER', r.fence, r.pid) == 1 then", "elseif false then"
+    ),
+    "the fence does not expire": Mutation("    call('PEXPIRE', r.fence, FENCE_MS)\n", ""),
+    "resume leaves the time of the next attempt": Mutation(
+        "  call('LLEN', r.batch)\n  call('HDEL', r.running, 'retry_at')\n",
+        "  call('LLEN', r.batch)\n",
+    ),
+    "entrust does not ask who owns the batch": Mutation(
+        "step('entrust', function(r, args)\n  if not owns(r, args[3]) then",
+        "step('entrust', function(r, args)\n  if false then",
+    ),
+    "replay starts a batch beside the running one": Mutation(
+        "  if call('EXISTS', r.running, r.batch) > 0 then", "  if false then"
+    ),
+    "replay takes the old token": Mutation(
+        "  return { 'run', 0, run(r) }\nend)", "  run(r)\n  return { 'run', 0, args[3] * 1 }\nend)"
+    ),
+    "discard deletes the list only": Mutation(
+        "local parked = call('HDEL', r.parked, args[3])",
+        "local parked = call('HEXISTS', r.parked, args[3])",
     ),
 }
 

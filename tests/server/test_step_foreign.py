@@ -19,6 +19,13 @@ NEEDS = {
     "resume": ("memory", "running"),
     "lock": ("memory", "lock"),
     "unlock": ("memory", "lock", "queue", "waiting"),
+    "recover": (
+        *("memory", "members", "modified", "running", "partials"),
+        *("lock", "queue", "waiting"),
+    ),
+    "entrust": ("memory", "running"),
+    "replay": ("memory", "parked"),
+    "discard": ("memory", "parked"),
 }
 FOREIGN = Key(b"somebody else's", -1)
 

@@ -15,6 +15,7 @@ from steps import Answer, Command, Key, Lab
 MEMORY_MS = 70_000
 # The longest that anything stays which expires by itself.
 LONGEST_MS = 100_000
+DAY_MS = 24 * 3600 * 1000
 # Fields that are no numbers.
 TEXTS = (b"owner", b"error", b"holder", b"pid")
 
@@ -47,6 +48,8 @@ class Witness:
         self.completed: list[tuple[int, list[bytes]]] = []
         #: The process that was given a batch which it has not ended, and the batch's token.
         self.executing: dict[bytes, int] = {}
+        #: Partials of parked batches that were deleted.
+        self.discarded: list[list[bytes]] = []
 
     def look(self) -> None:
         """Read everything there is."""
@@ -66,7 +69,7 @@ class Witness:
     def registered(self, pid: bytes) -> int:
         """Since when a process's registry names the resource; 0 if it does not."""
         holds = self.keys.get("{@" + pid.decode() + "}:holds")
-        return int(holds.content.get(self.base, 0)) if holds else 0
+        return abs(holds.content.get(self.base, 0)) if holds else 0
 
     # -- what the processes are told
 
@@ -75,18 +78,35 @@ class Witness:
         self.event += 1
         step, kind = command.step, answer[0]
         members, batch = self.dict_at("members"), self.list_at("batch")
+        if step == "discard" and kind == b"discarded":
+            self.discarded.append(self.list_at(f"parked:{command.args[0]}"))
         self.look()
         if step in ("append", "leave") and command.args[-1]:
             self.stored[command.args[-1]] = self.event
         if step == "leave":
             self.note_leave(pid, command, answer, members)
         if step in ("complete", "fail") and kind in (b"done", b"parked", b"again"):
-            if self.executing.pop(pid, None) != command.args[0]:
-                raise Violation(f"G5: {pid!r} ended a batch that was not its own: {command}")
-            if step == "complete":
-                self.completed.append((command.args[0], batch))
-        if kind in (b"run", b"again") and step != "resume":
+            self.note_end(pid, command, batch)
+        if step == "entrust" and kind == b"entrusted":
+            self.executing = {command.args[1]: self.executing.pop(pid)}
+        if step == "recover" and not self.dict_at("members"):
+            self.session_ended = self.event
+        if step == "recover" and command.args[0] in self.executing:
+            self.note_takeover(pid, command, answer)
+        elif kind in (b"run", b"again") and step != "resume":
             self.note_start(pid, answer[2])
+
+    def note_end(self, pid: bytes, command: Command, batch: list[bytes]) -> None:
+        if self.executing.pop(pid, None) != command.args[0]:
+            raise Violation(f"G5: {pid!r} ended a batch that was not its own: {command}")
+        if command.step == "complete":
+            self.completed.append((command.args[0], batch))
+
+    def note_takeover(self, pid: bytes, command: Command, answer: Answer) -> None:
+        token = self.executing.pop(command.args[0])
+        if answer[0] not in (b"run", b"later") or answer[2] != token:
+            raise Violation(f"G8: {pid!r} did not take over {token}, but was told {answer}")
+        self.executing = {pid: token}
 
     def note_leave(
         self, pid: bytes, command: Command, answer: Answer, members: dict[bytes, int]
@@ -137,6 +157,7 @@ class Witness:
     def check_partials(self) -> None:
         places = [self.list_at("partials"), self.list_at("batch"), *self.parked()]
         places += [partials for _, partials in self.completed]
+        places += self.discarded
         everywhere = Counter(itertools.chain.from_iterable(places))
         if everywhere != Counter(list(self.stored)):
             raise Violation(f"G3, G4: {dict(everywhere)} is there of {sorted(self.stored)}")
@@ -168,6 +189,9 @@ class Witness:
             if suffix in ("lock", "queue", "waiting", "wake", "memory"):
                 if not 0 < left <= LONGEST_MS:
                     raise Violation(f"{name} expires in {left} ms")
+            elif suffix == "fence":
+                if not LONGEST_MS < left <= DAY_MS:
+                    raise Violation(f"{name} expires in {left} ms")
             elif key.expires != -1:
                 raise Violation(f"G3: {name} expires by itself, in {left} ms")
 
@@ -193,12 +217,13 @@ class Witness:
     def check_end(self) -> None:
         """Check what is left when everybody has left and every batch is executed."""
         self.look()
-        done = list(itertools.chain(*(p for _, p in self.completed), *self.parked()))
+        executed = [partials for _, partials in self.completed]
+        done = list(itertools.chain(*executed, *self.parked(), *self.discarded))
         if Counter(done) != Counter(list(self.stored)):
             raise Violation(f"G3: {sorted(self.stored)} was stored, {sorted(done)} executed")
         tokens = [token for token, _ in self.completed]
         if tokens != sorted(tokens):
             raise Violation(f"G5: batches were completed in the order {tokens}")
         left = {name for name in self.keys if ":parked" not in name}
-        if left != {"{=x}:memory"}:
+        if left - {"{=x}:fence"} != {"{=x}:memory"}:
             raise Violation(f"G11: {left} stays behind")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import redis
-from model import Model, StaleError, Violation
-from steps import Answer, Command, Lab, Process
+from model import DeadError, Model, StaleError, Violation
+from steps import Answer, Command, Lab, Process, settled
 from witness import MEMORY_MS, Witness, expect
 
 from phonon.protocol.keys import Keys
@@ -61,7 +61,10 @@ WEIGHTS = {
     "repeat": 3,
     "stale": 2,
     "late": 2,
-    "take_over": 3,
+    "take_over": 4,
+    "entrust": 2,
+    "replay": 2,
+    "discard": 1,
     "forget": 1,
 }
 #: How many variants of a move there are.
@@ -102,7 +105,12 @@ class World:
         self.lab = lab
         self.colocated = colocated
         namespace = f"{lab.namespace}.{next(self._numbers)}"
-        keys = Keys(namespace)
+        keys = self.keys = Keys(namespace)
+        self.names = itertools.count(2)
+        #: Registries of those that went on under another id.
+        self.former: list[bytes] = []
+        #: Stands for a class that none of them has.
+        self.heir = Process(lab, "class:C", "x", keys, colocated=colocated)
         self.actors = [
             Actor(Process(lab, name, "x", keys, colocated=colocated)) for name in "abcd"[:processes]
         ]
@@ -146,7 +154,12 @@ class World:
                 self.unlock(actor, Move("unlock", who, thread))
             self.leave(actor, Move("leave", who, 2))
         while self.witness.executing:
+            if self.heir.id in self.witness.executing:
+                self.recover(self.actors[0], self.heir, "answered")
             self.complete(self.actors[0], Move("complete", 0, 1))
+        # What names too much: those that nobody comes back to in this world.
+        self.lab.client.delete(self.heir.registry, *self.former)
+        self.model.registries.pop(self.heir.id, None)
         for who, actor in enumerate(self.actors):
             # Clears what a batch that was lost has left in its registry.
             self.leave(actor, Move("leave", who, 2))
@@ -158,6 +171,7 @@ class World:
         """Nothing: the move that others shrink to."""
 
     def join(self, actor: Actor, move: Move) -> None:
+        self.settle(actor)  # it may have to take another name
         put_back = (actor.process.id, 2) if move.what % 4 == 0 else ()
         self.call(actor, move.fate, "join", LEASES[move.what % 2], *put_back)
 
@@ -195,11 +209,13 @@ class World:
         return actor, earlier[-1] if earlier and move.what == VARIANTS - 1 else actor.token
 
     def lock(self, actor: Actor, move: Move) -> None:
+        self.settle(actor)  # it may have to take another name
         holder = b"%s/%d" % (actor.process.id, move.what % 2)
         lease, queue = LEASES[move.what % 3 == 0], int(move.what % 4 != 0)
         self.call(actor, move.fate, "lock", holder, lease, queue)
 
     def unlock(self, actor: Actor, move: Move) -> None:
+        self.settle(actor)  # it may have to take another name
         self.call(actor, move.fate, "unlock", b"%s/%d" % (actor.process.id, move.what % 2))
 
     def renew(self, actor: Actor, move: Move) -> None:
@@ -229,19 +245,37 @@ class World:
         if actor.given_up:
             self.deliver(actor, actor.given_up.pop(move.what % len(actor.given_up)))
 
-    def take_over(self, actor: Actor, _move: Move) -> None:
-        """Recovery, which is not a step yet: the batch's owner was declared dead."""
-        batch, process = self.model.batch, actor.process
-        if batch is None or batch.owner == process.id:
-            return
-        self.settle(actor)
-        self.lab.call("hold", 1, process.registry, self.base)
-        self.lab.client.hset(f"{self.base.decode()}:running", "owner", process.id.decode())
-        self.model.hold(process.id)
-        self.witness.executing = {process.id: batch.token}
-        batch.owner = process.id
-        actor.token = batch.token
-        self.check()
+    def take_over(self, actor: Actor, move: Move) -> None:
+        """Another process was declared dead; mostly the one that has the batch, or its heir."""
+        others = [each.process for each in self.actors if each is not actor]
+        dead = others[move.what % len(others)]
+        batch = self.model.batch
+        if batch and move.what % 4:
+            owners = [other for other in (*others, self.heir) if other.id == batch.owner]
+            dead = owners[0] if owners else dead
+        self.recover(actor, dead, move.fate)
+
+    def recover(self, actor: Actor, dead: Process, fate: str) -> None:
+        died = int(dead is not self.heir)
+        registry = (dead.registry,) if self.colocated else ()
+        self.call(actor, fate, "recover", dead.id, died, *registry)
+
+    def entrust(self, actor: Actor, move: Move) -> None:
+        actor, token = self.executor(actor, move)
+        self.heir.enter()
+        self.model.registries.setdefault(self.heir.id, self.lab.now)
+        self.call(actor, move.fate, "entrust", token, self.heir.id)
+
+    def replay(self, actor: Actor, move: Move) -> None:
+        self.call(actor, move.fate, "replay", self.parked(actor, move))
+
+    def discard(self, actor: Actor, move: Move) -> None:
+        self.call(actor, move.fate, "discard", self.parked(actor, move))
+
+    def parked(self, actor: Actor, move: Move) -> int:
+        """A parked batch, if there is one; now and then one that is not."""
+        tokens = sorted(self.model.parked)
+        return tokens[move.what % len(tokens)] if tokens and move.what % 5 else actor.token
 
     def forget(self, _actor: Actor, _move: Move) -> None:
         """Nothing happens for so long that the memory expires, and no call is under way."""
@@ -254,6 +288,22 @@ class World:
         self.model.memory.clear()
         self.check()
 
+    def be_reborn(self, actor: Actor) -> None:
+        """Go on under another id, as a process does that was declared dead.
+
+        Its threads give back what they have locked under the old one, and wait no more.
+        """
+        for thread in range(2):
+            process = actor.process
+            command = process.command("unlock", b"%s/%d" % (process.id, thread))
+            process.let_go(self.deliver(actor, command))
+        self.former.append(actor.process.registry)
+        name = f"{actor.process.id.decode()[0]}{next(self.names)}"
+        actor.process = Process(self.lab, name, "x", self.keys, colocated=self.colocated)
+        actor.pending = None
+        actor.delivered.clear()
+        actor.given_up.clear()
+
     # -- calls
 
     def tick(self, ms: int) -> None:
@@ -265,8 +315,8 @@ class World:
         """A process makes a call, after it has got the answer of its last one."""
         self.settle(actor)
         command = actor.process.command(step, *args)
-        if step not in ("complete", "fail", "resume", "unlock"):
-            actor.process.hold()
+        if step not in ("complete", "fail", "resume", "unlock", "entrust", "discard"):
+            actor.process.hold(lock=step == "lock")
         if fate == "given up" and step not in ("join", "append", "modify"):
             fate = "request lost"  # only these are ever given up
         if fate == "answered":
@@ -285,8 +335,11 @@ class World:
             self.receive(actor, self.deliver(actor, command))
 
     def receive(self, actor: Actor, answer: Answer) -> None:
+        if answer[0] == b"dead":
+            self.be_reborn(actor)
+            return
         actor.process.let_go(answer)
-        if answer[0] in (b"run", b"again"):
+        if answer[0] in (b"run", b"again", b"later"):
             actor.token = answer[2]
 
     def deliver(self, actor: Actor, command: Command) -> Answer:
@@ -303,13 +356,15 @@ class World:
             expected = self.model.apply(pid, command, token)
         except StaleError:
             expected = [b"stale"]
+        except DeadError:
+            expected = [b"dead"]
         expect(f"{command} of {pid!r}", answer, expected)
         self.seen[f"{command.step} {answer[0].decode()}"] += 1
-        if first_time:
+        if first_time and answer != [b"dead"]:
             actor.delivered.append(command)
             self.witness.note(pid, command, answer)
         self.check()
-        if not first_time and self.witness.keys != before:
+        if not first_time and settled(self.witness.keys) != settled(before):
             raise Violation(f"G4: {command} of {pid!r} came again and changed something")
         return answer
 
@@ -317,6 +372,8 @@ class World:
         try:
             answer = process.send(command)
         except redis.ResponseError as error:
+            if "PHONONDEAD" in str(error):
+                return [b"dead"]
             if "PHONONSTALE" not in str(error):
                 raise Violation(f"{command} of {process.id!r}: {error}") from error
             return [b"stale"]

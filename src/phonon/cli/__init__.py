@@ -1,7 +1,9 @@
 """The command line program, ``phonon`` or ``python -m phonon``.
 
 `app` has the commands. `demo` is the one to begin with: it reads rows (`rows`), deals them out to
-worker processes (`pool`, `worker`), and checks (`check`) what they have written (`sink`).
+worker processes (`broker`, `pool`, `worker`), kills one of them (`deaths`), and checks (`check`)
+what they have written (`sink`). `chaos` has them killed all the time (`killer`, `proxy`), and
+audits every single message (`numbered`, `ledger`).
 """
 
 import sys

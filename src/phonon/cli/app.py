@@ -1,12 +1,15 @@
 """The commands and their options."""
 
+import secrets
 import sys
 from typing import Any
 
 import click
 
+from phonon.cli import chaos as chaos_
 from phonon.cli import demo as demo_
 from phonon.cli.errors import InputError, WorkerError
+from phonon.cli.signals import Interrupted
 from phonon.errors import PhononError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
@@ -22,7 +25,7 @@ class _Commands(click.Group):
             status, text = 2, str(error)
         except WorkerError as error:
             status, text = 1, str(error)
-        except demo_.Interrupted as interrupted:
+        except Interrupted as interrupted:
             status, text = interrupted.status, str(interrupted)
         click.echo(f"phonon: {text}", err=True)
         sys.exit(status)
@@ -82,6 +85,13 @@ def phonon() -> None:
     help="The SQLite file to write to and keep; it must not be there yet.  [default: a temporary "
     "one]",
 )
+@click.option(
+    "--kill/--no-kill",
+    default=True,
+    show_default=True,
+    help="Kill the second worker with SIGKILL while it holds open sessions, and let the others "
+    "take them over. A single worker is not killed.",
+)
 def demo(
     workers: int,
     url: str | None,
@@ -90,6 +100,7 @@ def demo(
     sums: tuple[str, ...],
     max_entries: int,
     database: str | None,
+    kill: bool,
 ) -> None:
     """Add up a stream of messages in many processes, and check the result.
 
@@ -98,6 +109,14 @@ def demo(
     worker merges what it gets in a cache; the partial results of all of them meet on the server;
     whoever is the last to end a key's session writes it, with one upsert, into SQLite. In the end
     every figure there is compared with that of a plain loop in one process.
+
+    Meanwhile one worker is killed. The others notice after two seconds without a heartbeat (it
+    beats every half second here), take over the sessions that it had open, and the figures must be
+    exact all the same. It is killed when it has just acknowledged what it was given: nothing
+    acknowledged is ever lost or doubled. A worker that dies by itself, or by your hand, is taken
+    over likewise, and the messages that it has not acknowledged are dealt to others, as every
+    broker does. Those that it had stored nevertheless count twice then, and the check says so: what
+    is not acknowledged is there at least once.
 
     A row that cannot be used (no key, no number, broken CSV or JSON, not UTF-8) is counted as
     rejected and shown with the reason. Sums are exact: numbers are added as the decimals they are
@@ -111,8 +130,8 @@ def demo(
       tail -n 100000 events.jsonl | phonon demo --input - --key user
 
     \b
-    Exit status: 0 if every figure is equal; 1 if not, or if a worker has died; 2 if the input, an
-    option or the server cannot be used.
+    Exit status: 0 if every figure is equal; 1 if not, if a worker gave up, or if all have died;
+    2 if the input, an option or the server cannot be used.
     """  # noqa: D301 - click wants the control character, in front of what it must not wrap
     if input_ is None and (key is not None or sums):
         raise click.UsageError(
@@ -127,5 +146,77 @@ def demo(
                 f"--sum {column}: SQLite does not tell upper case from lower case in the names of "
                 "columns; add these up one after the other"
             )
-    options = demo_.Options(workers, url, input_, key or "", sums, max_entries, database)
+    options = demo_.Options(workers, url, input_, key or "", sums, max_entries, database, kill)
     sys.exit(demo_.run(options))
+
+
+@phonon.command()
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=2),
+    default=4,
+    show_default=True,
+    help="Worker processes; for each that is killed another one is started.",
+)
+@click.option(
+    "--seconds",
+    metavar="S",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End after so many seconds.  [default: 20, unless --kills is given]",
+)
+@click.option("--kills", metavar="K", type=click.IntRange(min=1), help="End after so many kills.")
+@click.option(
+    "--seed",
+    metavar="N",
+    type=int,
+    help="Whom it strikes and when is chosen by chance; the same number chooses the same, but the "
+    "workers are never in the same state twice.  [default: another one each time]",
+)
+@click.option("--cut", is_flag=True, help="Also cut all connections to the server, now and then.")
+@click.option(
+    "--restart-server",
+    is_flag=True,
+    help="Also kill the server with SIGKILL, now and then, and start it again. Workers then wait "
+    "until data is on its disk before they acknowledge.",
+)
+@click.option("--verbose", is_flag=True, help="Show every death, and what the workers log.")
+def chaos(
+    workers: int,
+    seconds: float | None,
+    kills: int | None,
+    seed: int | None,
+    cut: bool,
+    restart_server: bool,
+    verbose: bool,
+) -> None:
+    """Kill and pause workers all the time, and check that nothing is lost or doubled.
+
+    The workers add up the flights of `phonon demo`, over and over, on a server of their own. Some
+    three times a second one of them is killed with SIGKILL, and others are stopped for so long
+    that they are believed dead and taken over, and then go on. In the end SQLite is audited.
+
+    Every message has a number, and every row of the database keeps the numbers of all messages
+    that were added to it. What was acknowledged must be there exactly once. What a worker had not
+    acknowledged when it was killed is dealt again under another number; the old one may be there
+    or not, since nobody can know whether it was stored: with a real broker such a message is there
+    at least once. The figures of every key must be those of a plain loop over the messages that
+    are there, so none is there in part.
+
+    \b
+    Examples:
+      phonon chaos
+      phonon chaos --kills 200 --cut --restart-server --seed 1
+
+    \b
+    Exit status: 0 if nothing acknowledged was lost, nothing doubled, no figure is wrong, nothing
+    parked, and nothing left on the server; 1 if not, or if a worker gave up; 2 if an option
+    cannot be used or the server cannot be started.
+    """  # noqa: D301 - see demo
+    if seconds is None and kills is None:
+        seconds = 20.0
+    if seed is None:
+        seed = secrets.randbelow(1_000_000)
+        click.echo(f"--seed {seed}", err=True)
+    options = chaos_.Options(workers, seconds, kills, seed, cut, restart_server, verbose)
+    sys.exit(chaos_.run(options))

@@ -1,7 +1,6 @@
 """``phonon demo``: a stream of rows, many workers, one write a session, and the check of it all."""
 
 import contextlib
-import signal
 import sqlite3
 import tempfile
 import time
@@ -10,23 +9,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from types import FrameType
 
 from phonon import Process
 from phonon.cli import report, sink
+from phonon.cli.broker import Broker
 from phonon.cli.check import Check, FlightsCheck, SumsCheck, compare, read
+from phonon.cli.deaths import INTERVAL, Watch, takers
 from phonon.cli.errors import InputError
 from phonon.cli.flights import Flights
 from phonon.cli.jobs import Job, Message
-from phonon.cli.pool import Pool
-from phonon.cli.report import Display, Outcome
+from phonon.cli.pool import Pool, Worker
+from phonon.cli.report import Display, Lost, Outcome
 from phonon.cli.rows import Rows, open_rows
 from phonon.cli.server import forgetting, private_server
+from phonon.cli.signals import interruptible
 from phonon.cli.sums import Sums
 from phonon.cli.wire import Setup
 
-#: Messages that a worker is sent, stores and acknowledges together.
-LIST = 500
+#: The worker that is killed, counted from 0, and after how many lists at the earliest.
+VICTIM, KILL_AFTER = 1, 3
 
 FLIGHTS = "data/flights-2013-01.csv.gz"
 
@@ -42,6 +43,7 @@ class Options:
     sums: tuple[str, ...]
     max_entries: int
     database: str | None
+    kill: bool
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,6 @@ class Task:
     check: Check
 
 
-class Interrupted(BaseException):
-    """The user, or the system, wants the demo to end.
-
-    Attributes:
-        status: The exit status that says so.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}; the workers have left")
-        self.status = 128 + number
-
-
 def run(options: Options) -> int:
     """Run the demo.
 
@@ -82,12 +72,12 @@ def run(options: Options) -> int:
     Raises:
         InputError: The input or an option cannot be used.
         PhononError: The server cannot be used.
-        WorkerError: A worker has ended before its time.
+        WorkerError: A worker has given up, or none is left.
         Interrupted: By a signal.
     """
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        enter(_interruptible())
+        enter(interruptible())
         task = enter(_task(options))
         folder = Path(enter(tempfile.TemporaryDirectory(prefix="phonon-demo-")))
         url = options.url or enter(private_server(folder))
@@ -100,62 +90,102 @@ def run(options: Options) -> int:
         if options.url:
             enter(forgetting(process))
         setup = Setup(task.job, url, namespace, path, options.max_entries)
-        outcome = _check(task, database, *_work(task, setup, options))
+        run = _Run(task, process, options)
+        run.work(setup)
+        outcome = run.outcome(database)
         report.show(outcome, list(task.job.table.figures))
         return 1 if outcome.differences else 0
 
 
-def _work(task: Task, setup: Setup, options: Options) -> tuple[Pool, int, float]:
-    """Let the workers work. Returns them, the number of messages, and the seconds it took."""
-    server = "the server that you named" if options.url else "a server of their own"
-    with Display(task.rows) as display, Pool(setup, options.workers, display) as pool:
-        display.started(pool.workers, server)
-        begun = time.monotonic()
-        messages = _deal(task, pool)
-        display.ending()
-        pool.finish()
-        return pool, messages, time.monotonic() - begun
+class _Run:
+    """The workers at their work."""
 
+    def __init__(self, task: Task, process: Process, options: Options) -> None:
+        self._task = task
+        self._options = options
+        self._watch = Watch(process)
+        self._display = Display(task.rows, self._watch)
+        self._victim: Worker | None = None
+        self._seconds = 0.0
 
-def _deal(task: Task, pool: Pool) -> int:
-    """Deal the messages out, one to each worker in turn, as a broker would."""
-    count = 0
-    lists: list[list[Message]] = [[] for _ in pool.workers]
-    for message in task.rows:
-        task.check.see(message)
-        turn = count % len(lists)
-        count += 1
-        lists[turn].append(message)
-        if len(lists[turn]) == LIST:
-            pool.send(pool.workers[turn], lists[turn])
-            lists[turn] = []
-    for worker, rest in zip(pool.workers, lists, strict=True):
-        if rest:
-            pool.send(worker, rest)
-    return count
+    def work(self, setup: Setup) -> None:
+        """Deal out all messages, and let the workers write what has come together."""
+        options = self._options
+        server = "the server that you named" if options.url else "a server of their own"
+        with self._display, Pool(setup, options.workers, self._display) as pool:
+            self._pool = pool
+            self._display.started(pool.workers, server)
+            begun = time.monotonic()
+            self._choose_victim()
+            self._broker = Broker(pool)
+            for message in self._task.rows:
+                self._task.check.see(message)
+                self._broker.deal(message)
+                self._kill(KILL_AFTER)
+            self._broker.deal_rest()
+            self._broker.wait()
+            self._kill(1)
+            self._wait_for_takeover()
+            self._display.ending()
+            pool.finish()
+            self._seconds = time.monotonic() - begun
 
+    def _choose_victim(self) -> None:
+        if not self._options.kill:
+            return
+        if len(self._pool.workers) > VICTIM:
+            self._victim = self._pool.workers[VICTIM]
+        else:
+            self._display.log("a single worker is not killed: nobody would be left to take over")
 
-def _check(
-    task: Task, database: sqlite3.Connection, pool: Pool, messages: int, seconds: float
-) -> Outcome:
-    rejections = task.rows.rejections
-    if not messages:
-        reasons = ", ".join(rejections.reasons)
-        raise InputError(
-            f"{task.rows.text.name}: none of its {rejections.total:,} rows can be used: {reasons}"
+    def _kill(self, after: int) -> None:
+        """Kill the victim, once it has acknowledged so many lists.
+
+        Everything that it was given is acknowledged then, so the totals must be exact. Of a list
+        that it had in hand nobody would know whether it was stored.
+        """
+        victim = self._victim
+        if victim is None or victim.progress.lists + len(victim.unacknowledged) < after:
+            return
+        self._victim = None
+        while victim.unacknowledged:
+            self._pool.listen()
+        if not victim.fate:  # it may have died by itself
+            self._pool.kill(victim)
+
+    def _wait_for_takeover(self) -> None:
+        """The last member of a key's session may be one that is dead."""
+        if not self._watch.done:
+            self._display.taking_over()
+        while not self._watch.done:
+            self._pool.listen(INTERVAL)
+            self._display.look()
+            self._broker.wait()
+
+    def outcome(self, database: sqlite3.Connection) -> Outcome:
+        """Compare what is in the database with what ought to be there."""
+        task, workers = self._task, self._pool.workers
+        rejections = task.rows.rejections
+        if not self._broker.count:
+            reasons = ", ".join(rejections.reasons)
+            raise InputError(
+                f"{task.rows.text.name}: none of its {rejections.total:,} rows can be used: "
+                f"{reasons}"
+            )
+        expected, found = task.check.totals(), read(database, task.job)
+        return Outcome(
+            title=task.title,
+            messages=self._broker.count,
+            redealt=self._broker.redealt,
+            rejections=rejections,
+            sessions=sink.sessions(database, task.job.table),
+            writes=sum(worker.progress.writes for worker in workers),
+            repeats=sum(worker.progress.repeats for worker in workers),
+            seconds=self._seconds,
+            keys=len(expected.keys() | found.keys()),
+            differences=compare(expected, found),
+            lost=[Lost(death, takers(death, workers)) for death in self._watch.deaths],
         )
-    expected, found = task.check.totals(), read(database, task.job)
-    return Outcome(
-        title=task.title,
-        messages=messages,
-        rejections=rejections,
-        sessions=sink.sessions(database, task.job.table),
-        writes=sum(worker.progress.writes for worker in pool.workers),
-        repeats=sum(worker.progress.repeats for worker in pool.workers),
-        seconds=seconds,
-        keys=len(expected.keys() | found.keys()),
-        differences=compare(expected, found),
-    )
 
 
 @contextlib.contextmanager
@@ -173,28 +203,3 @@ def _task(options: Options) -> Iterator[Task]:
     ):
         title = "Flights out of New York in January 2013, added up per aircraft"
         yield Task(title, job, rows, FlightsCheck(path))
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turn the first signal into `Interrupted`. Further ones do not disturb the tidying up."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        del frame
-        for ours in before:
-            signal.signal(ours, signal.SIG_IGN)
-        raise Interrupted(number)
-
-    # nohup, say, has reasons to ignore one.
-    before = {
-        number: handler
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
-    }
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -44,9 +44,12 @@ class FlightUpdate(Update):
 
     def execute(self) -> None:
         """Write the session to the database."""
+        Sink.current.write(self._id, self.row(), self.token)
+
+    def row(self) -> tuple[Any, ...]:
+        """The columns of the table."""
         airports = json.dumps(sorted(self.airports))
-        figures = (self.flights, self.miles, airports, self.worst_delay, self.air_minutes)
-        Sink.current.write(self._id, figures, self.token)
+        return self.flights, self.miles, airports, self.worst_delay, self.air_minutes
 
     def state(self) -> dict[str, Any]:
         """The figures."""

@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from phonon.cli.check import Difference
+from phonon.cli.deaths import Death, Watch
+from phonon.cli.jobs import Message
 from phonon.cli.pool import Worker
 from phonon.cli.rows import Rejections, Rows
 
@@ -29,10 +31,12 @@ class Display:
 
     Args:
         rows: The input.
+        watch: Looks on as survivors take over from the dead.
     """
 
-    def __init__(self, rows: Rows[Any]) -> None:
+    def __init__(self, rows: Rows[Any], watch: Watch) -> None:
         self._rows = rows
+        self._watch = watch
         self._console = Console(stderr=True, soft_wrap=True)
         self._workers: Sequence[Worker] = ()
         self._phase = "starting"
@@ -66,15 +70,41 @@ class Display:
         pids = ", ".join(str(worker.pid) for worker in workers)
         self._enter("reading", f"{len(workers)} worker processes on {server}, their pids: {pids}")
 
+    def taking_over(self) -> None:
+        """All messages have been dealt, and somebody who died has not been taken over yet."""
+        self._enter("waiting for the takeover", f"input read to its end; {self._counts()}")
+
     def ending(self) -> None:
-        """All messages have been dealt."""
-        self._enter("ending sessions", f"input read to its end; {self._counts()}")
+        """All messages have been dealt, and the dead taken over."""
+        self._enter("ending sessions", f"ending all sessions; {self._counts()}")
 
     def progressed(self, workers: Sequence[Worker]) -> None:
         """A worker has done something."""
         self._workers = workers
+        self.look()
         if time.monotonic() - self._said > LINE_INTERVAL:
             self._say(self._counts())
+
+    def acknowledged(self, messages: list[Message]) -> None:
+        """Do nothing: the counts say it."""
+
+    def died(self, worker: Worker) -> None:
+        """A worker has ended before its time."""
+        death = self._watch.died(worker)
+        left = sum(map(len, worker.unacknowledged))
+        rest = f", and {left:,} messages unacknowledged, which are dealt again" if left else ""
+        self.log(
+            f"{worker.name} {worker.fate}; it had acknowledged {worker.progress.messages:,} "
+            f"messages and held {death.sessions:,} open sessions{rest}"
+        )
+
+    def look(self) -> None:
+        """Say of whom all has been taken over."""
+        for death in self._watch.look():
+            self.log(
+                f"all of worker {death.worker.number} is taken over, {death.seconds:.1f} s after "
+                "its death"
+            )
 
     def log(self, text: str) -> None:
         """Something happened that one should know of."""
@@ -116,8 +146,22 @@ class Display:
                 f"[dim]pid {worker.pid}",
                 f"{worker.progress.messages:,} messages",
                 f"{worker.progress.writes:,} sessions written",
+                Text(worker.fate, style="red"),
             )
         return Group(head, body, Text(self._counts(), style="bold"))
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker that has ended before its time.
+
+    Attributes:
+        death: Its death.
+        takers: Who has taken over how many of its sessions.
+    """
+
+    death: Death
+    takers: dict[Worker, int]
 
 
 @dataclass(frozen=True)
@@ -127,6 +171,7 @@ class Outcome:
     Attributes:
         title: Of what.
         messages: Messages dealt, each to one worker.
+        redealt: Messages dealt once more, because a worker ended without acknowledging them.
         rejections: Rows that made no message.
         sessions: Sessions that are in the database.
         writes: Upserts by which they came there.
@@ -134,10 +179,12 @@ class Outcome:
         seconds: From the first message until the last session was written.
         keys: Keys in the database or in the plain loop.
         differences: Those whose figures are not equal.
+        lost: Workers that have ended before their time.
     """
 
     title: str
     messages: int
+    redealt: int
     rejections: Rejections
     sessions: int
     writes: int
@@ -145,6 +192,7 @@ class Outcome:
     seconds: float
     keys: int
     differences: Sequence[Difference]
+    lost: Sequence[Lost] = ()
 
 
 def show(outcome: Outcome, figures: Sequence[str]) -> None:
@@ -167,6 +215,11 @@ def show(outcome: Outcome, figures: Sequence[str]) -> None:
     style = "bold red" if outcome.differences else "bold green"
     console.print(Text.assemble("SQLite against a plain loop in one process: ", (verdict, style)))
     if outcome.differences:
+        if outcome.redealt:
+            console.print(
+                f"A worker died with {outcome.redealt:,} messages unacknowledged. They were dealt "
+                "again, and those that it had stored count twice: that is at-least-once."
+            )
         _show_differences(console, outcome.differences, figures)
 
 
@@ -182,6 +235,20 @@ def _lines(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield "messages per write", f"{outcome.messages / max(outcome.writes, 1):,.1f}"
     yield "messages per second", f"{outcome.messages / outcome.seconds:,.0f}"
     yield "seconds", f"{outcome.seconds:.1f}"
+    for lost in outcome.lost:
+        yield from _lost_lines(lost)
+    if outcome.redealt:
+        yield "unacknowledged messages, dealt again", f"{outcome.redealt:,}"
+
+
+def _lost_lines(lost: Lost) -> Iterator[tuple[str, str]]:
+    death, worker = lost.death, lost.death.worker
+    yield f"{worker.name} {worker.fate} after", f"{worker.progress.messages:,} messages"
+    yield "  open sessions that it left", f"{death.sessions:,}"
+    for taker, sessions in lost.takers.items():
+        yield f"  taken over by worker {taker.number}", f"{sessions:,}"
+    if death.seconds is not None:
+        yield "  all taken over after", f"{death.seconds:.1f} s"
 
 
 def _show_differences(

@@ -3,13 +3,15 @@
 import contextlib
 import fcntl
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 from urllib.parse import quote
 
 import redis
 
-from phonon import PhononError, Process
+from phonon import PhononError, Process, embedded
 from phonon import _embedded_supervisor as supervisor
 
 #: Seconds for the server to stop; its folder is removed then.
@@ -26,14 +28,62 @@ def private_server(folder: Path) -> Iterator[str]:
     try:
         yield f"embedded://{quote(str(folder))}"
     finally:
-        # It goes when its last user has left; until then it writes into the folder. See the table
-        # in phonon._embedded_supervisor for the lock that says so.
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(folder / "phonon-server", os.O_RDONLY)
-            try:
-                supervisor.try_lock(descriptor, fcntl.LOCK_EX, STOP_TIMEOUT)
-            finally:
-                os.close(descriptor)
+        _wait_until_stopped(folder)
+
+
+def _wait_until_stopped(folder: Path) -> None:
+    # It goes when its last user has left; until then it writes into the folder. See the table
+    # in phonon._embedded_supervisor for the lock that says so.
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(folder / "phonon-server", os.O_RDONLY)
+        try:
+            supervisor.try_lock(descriptor, fcntl.LOCK_EX, STOP_TIMEOUT)
+        finally:
+            os.close(descriptor)
+
+
+class MortalServer:
+    """An embedded server that nobody else uses and that can be killed; a context manager.
+
+    What it has answered to is in its append-only file, on the disk.
+
+    Args:
+        folder: A private folder, to be removed afterwards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._hold: embedded.EmbeddedServer | None = None
+        self._pid = 0
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._hold is not None:
+            self._hold.close()
+        _wait_until_stopped(self._folder)
+
+    @property
+    def socket(self) -> str:
+        """The path of its socket; the same after every start."""
+        assert self._hold is not None  # noqa: S101 - for the type checker
+        return self._hold.socket_path
+
+    def restart(self) -> None:
+        """Kill it with SIGKILL, and start it again with the data it has saved."""
+        os.kill(self._pid, signal.SIGKILL)
+        self._start()
+
+    def _start(self) -> None:
+        # A new hold before the old one is let go of: the last to do so would stop it.
+        old, self._hold = self._hold, embedded.start(self._folder)
+        if old is not None:
+            old.close()
+        with redis.Redis(unix_socket_path=self.socket) as client:
+            self._pid = int(client.info("server")["process_id"])
+            client.config_set("appendfsync", "always")
 
 
 @contextlib.contextmanager

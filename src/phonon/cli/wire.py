@@ -1,12 +1,16 @@
-"""What the demo and its workers tell each other, over one pair of sockets a worker.
+"""What a program and its workers tell each other, over one pair of sockets a worker.
 
-The demo sends a `Setup`, then lists of messages, and None when there are no more. A worker
+The program sends a `Setup`, then lists of messages, and None when there are no more. A worker
 acknowledges a list when all of it is on the server.
 """
 
 from dataclasses import dataclass
 
 from phonon.cli.jobs import Job
+from phonon.drivers.server import Durability
+
+#: Seconds between two heartbeats of a worker: short, so that a takeover can be watched.
+HEARTBEAT = 0.5
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,9 @@ class Setup:
         namespace: This run's.
         database: The SQLite file.
         max_entries: The size of the worker's cache, keys.
+        heartbeat: Seconds between two heartbeats.
+        durability: What the server must have done with data before it is acknowledged.
+        patience: Seconds for which a server that is not there at the start is tried again.
     """
 
     job: Job
@@ -26,11 +33,20 @@ class Setup:
     namespace: str
     database: str
     max_entries: int
+    heartbeat: float = HEARTBEAT
+    durability: Durability | None = None
+    patience: float = 0.0
 
 
 @dataclass(frozen=True)
 class Ready:
-    """From a worker: it is connected."""
+    """From a worker: it is connected.
+
+    Attributes:
+        process: The id of its `phonon.Process`.
+    """
+
+    process: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class Progress:
         messages: Messages acknowledged.
         writes: Sessions written to the database.
         repeats: Sessions that were there already, and were skipped.
+        reborn: How often it was believed dead, and went on under a new id.
         done: Whether all its sessions have ended and it has left.
     """
 
@@ -49,7 +66,23 @@ class Progress:
     messages: int = 0
     writes: int = 0
     repeats: int = 0
+    reborn: int = 0
     done: bool = False
+
+
+@dataclass(frozen=True)
+class TookOver:
+    """From a worker: it has seen to what a dead one had left.
+
+    Attributes:
+        dead: The id of the dead one's `phonon.Process`.
+        sessions: The resources that it has released.
+        batches: Of these, how many had a batch that fell to this worker, which has executed it.
+    """
+
+    dead: str
+    sessions: int
+    batches: int
 
 
 @dataclass(frozen=True)

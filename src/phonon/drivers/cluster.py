@@ -89,7 +89,7 @@ class ClusterServer(Server):
         """Close the connections, but not the client."""
         super().close()
         for node in self._nodes.values():
-            node.close()
+            node.connection_pool.disconnect()
 
     def _pool_of(self, key: bytes) -> Pool:
         return self._owners[key_slot(key)]

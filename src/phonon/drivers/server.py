@@ -391,7 +391,7 @@ class Server:
     ) -> list[int]:
         """Read the answers to calls; returns which of them are errors."""
         errors: list[int] = []
-        unsafe = False
+        safe = not confirm
         try:
             for i in indices:
                 try:
@@ -399,22 +399,37 @@ class Server:
                 except ResponseError as error:
                     replies[i] = error
                     errors.append(i)
-            if confirm and self.durability is not None:
-                if not connection.can_read(self.durability.timeout + WAIT_GRACE):
-                    raise RedisTimeoutError("no confirmation that data is safe")  # noqa: TRY301
-                reply = connection.read_response(disable_decoding=True)
-                unsafe = not self.durability.is_reached(reply)
+            safe = safe or self._is_safe(connection)
         except BaseException:
             # Replies may still be on their way: nobody must read them for his own.
             self._drop(pool, connection)
+            for i in errors:
+                if is_passing(replies[i]) or "unction not found" in str(replies[i]):
+                    replies[i] = UNANSWERED
             raise
+        finally:
+            if not safe:
+                # Repeating them changes nothing, and asks for the confirmation once more.
+                for i in indices:
+                    if i not in errors:
+                        replies[i] = UNANSWERED
         self._idle.setdefault(pool, []).append(connection)
-        if unsafe:
-            # Repeating them changes nothing, and asks for the confirmation once more.
-            for i in indices:
-                replies[i] = UNANSWERED
+        if not safe:
+            self._sift(pool, errors, replies)
             raise RedisTimeoutError(f"data is not as safe as {self.durability} demands")
         return errors
+
+    def _is_safe(self, connection: Any) -> bool:
+        """Read whether what was stored is as safe as it has to be."""
+        if self.durability is None:
+            return True
+        if not connection.can_read(self.durability.timeout + WAIT_GRACE):
+            raise RedisTimeoutError("no confirmation that data is safe")
+        try:
+            reply = connection.read_response(disable_decoding=True)
+        except ResponseError:  # the append-only file was switched off, or it is no primary now
+            return False
+        return self.durability.is_reached(reply)
 
     def _sift(self, pool: Any, errors: Sequence[int], replies: list[Any]) -> None:
         """Mark the calls whose errors will pass as unanswered, and do what that takes."""

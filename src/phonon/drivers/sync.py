@@ -317,6 +317,9 @@ class SyncDriver:
                 for task in tasks:
                     if task.effect is None:
                         task.advance()
+                        if task.effect is None and task.error is None:
+                            # It had nothing to ask for, but may have been meant to wait for that.
+                            task.error = blocked.get(task.base)
                 self._put_off(tasks, blocked)
                 self._drive(tasks, owned)
             finally:

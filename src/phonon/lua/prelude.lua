@@ -141,6 +141,12 @@ local function deliver(r, answer)
   return delivered
 end
 
+-- Let the memory live on. It covers tokens that were handed out faster than the clock goes.
+local function push_expiry(r)
+  local lead = r.lead or lead_of(r, tonumber(call('HGET', r.memory, 'token') or 0))
+  call('PEXPIRE', r.memory, math.max(MEMORY_MS, lead) + PUSH_MS)
+end
+
 -- A process's last operation on a resource: '<number> <ms> <packed answer>', where ms is when it
 -- last pushed the memory's expiry.
 local function recall(r)
@@ -159,6 +165,9 @@ local function recall(r)
   if r.op < last then
     return redis.error_reply('PHONONSTALE operation ' .. r.number .. ' came after ' .. last)
   end
+  -- WAIT and WAITAOF wait for what their own connection has written last. A repeat may come over
+  -- another one than the call did, so it has to write as well, for them to mean what it answers.
+  push_expiry(r)
   return cmsgpack.unpack(string.sub(record, pushed_end + 1))
 end
 
@@ -193,8 +202,7 @@ local function remember(r, answer)
   local record = r.number .. ' ' .. (push and r.now or r.pushed_text) .. ' ' .. pack(answer)
   local new = call('HSET', r.memory, r.pid, record)
   if push then
-    local lead = r.lead or lead_of(r, tonumber(call('HGET', r.memory, 'token') or 0))
-    call('PEXPIRE', r.memory, math.max(MEMORY_MS, lead) + PUSH_MS)
+    push_expiry(r)
     if new == 1 and call('HLEN', r.memory) % 32 == 0 then
       prune(r)
     end

@@ -4,8 +4,12 @@
 -- with the second one after its death: the resource itself has to know that it is dead.
 local FENCE_MS = 24 * 3600 * 1000
 
--- recover(pid, op, dead id, '1' if it died, lease_ms): drop a dead member, free its lock, and take over its
--- batch, under the same token, or that of the session of which it was the last member.
+-- recover(pid, op, dead id, '1' if it died, lease_ms [, the dead one's registry, if it is on this
+--         server [, the heir that was listed]]):
+-- drop a dead member, free its locks, and take over its batch, under the same token, or that of the
+-- session of which it was the last member. Its registry forgets the resource in the same moment:
+-- should it only have been paused, and go on before it is buried, it enters the resource anew.
+-- (Not if another heir has the batch: the caller lists that one, and then calls again.)
 -- answers {'run', 0, token, crashes, attempt, count, partials}   crashes: owners that have died
 --         {'later', 0, token, ms}    the batch has failed before; the next attempt is due then
 --         {'free', clear, owner}     nothing for the caller to execute; owner: who has a batch, or ''
@@ -16,6 +20,7 @@ step('recover', function(r, args)
   local sharers = call('ZRANGE', r.shared, 0, -1)
   local running = call('HMGET', r.running, 'owner', 'token', 'retry_at')
   local total = call('LLEN', r.partials)
+  call('LLEN', r.batch)
   call('HLEN', r.modified)
   call('HLEN', r.parties)
   call('ZCARD', r.members)
@@ -32,6 +37,10 @@ step('recover', function(r, args)
     call('PEXPIRE', r.fence, FENCE_MS)
   end
   call('ZREM', r.members, dead)
+  local owner = running[1] or ''
+  if args[6] and (owner == dead or owner == args[7] or string.sub(owner, 1, 6) ~= 'class:') then
+    redis.pcall('ZREM', args[6], r.base)  -- a tombstone names nothing
+  end
   local in_the_way = held[1] and process_of(held[1]) == dead
   if in_the_way then
     call('DEL', r.lock)

@@ -5,9 +5,11 @@ their results, so that one text of it serves threads, asyncio and the tests' sch
 """
 
 from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from phonon.errors import ServerError
 from phonon.protocol.keys import Keys
 
 T = TypeVar("T")
@@ -82,6 +84,15 @@ def _once(call: Call) -> Flow[None]:
     yield call
 
 
+def clear(registry: bytes, base: bytes) -> Flow[None]:
+    """Take a resource out of a registry.
+
+    If its process was buried meanwhile there is a tombstone, and nothing to be taken out.
+    """
+    with suppress(ServerError):
+        yield Call("", registry, (b"ZREM", registry, base), keep=True)
+
+
 class Participant:
     """A process, as the protocol sees it.
 
@@ -119,8 +130,8 @@ class Participant:
             return NOTHING
         return _once(Call("hold", self.registry, (base, self.id, int(lock))))
 
-    def let_go(self, base: bytes, clear: int) -> Iterable[Effect]:
-        """Clear the registry after a step that answered ``clear``: nothing there is ours."""
-        if self.colocated or not clear:
+    def let_go(self, base: bytes, nothing_left: int) -> Iterable[Effect]:
+        """Clear the registry after a step that answered that nothing there is ours."""
+        if self.colocated or not nothing_left:
             return NOTHING
-        return _once(Call("", self.registry, (b"ZREM", self.registry, base), keep=True))
+        return clear(self.registry, base)

@@ -5,7 +5,7 @@ dead from the start, so whoever knows the class recovers what it was left as fro
 """
 
 from phonon.protocol import messages
-from phonon.protocol.effects import Call, Flow, Participant
+from phonon.protocol.effects import Call, Flow, Participant, clear
 from phonon.protocol.messages import Batch, Ran
 
 _PREFIX = "class:"
@@ -28,10 +28,14 @@ def entrust(me: Participant, base: bytes, batch: Batch, heir: bytes) -> Flow[Ran
     naming the resource: who recovers that finds the heir there, and lists it.
     """
     yield Call("hold", me.keys.registry(heir), (base, heir))
-    answer = yield me.step("entrust", base, batch.token, heir, keep=True)
+    call = me.step("entrust", base, batch.token, heir, keep=True)
+    call.registry = None  # the step must not clear it
+    answer = yield call
     if answer[0] == b"entrusted":
         yield from announce(me, heir)
-    return messages.ran(answer)
+    if answer[1]:
+        yield from clear(me.registry, base)
+    return messages.ran(answer)._replace(clear=0)
 
 
 def announce(me: Participant, heir: bytes) -> Flow[None]:

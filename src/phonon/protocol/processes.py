@@ -2,9 +2,11 @@
 
 from typing import Any, NamedTuple
 
-from phonon.errors import ServerError
+from phonon.errors import DeclaredDeadError, ServerError
 from phonon.protocol.effects import Call, Flow, Participant
 
+#: What a registry holds once its process is dead and all it was responsible for is taken over.
+TOMBSTONE = b"dead"
 #: The fields of a process's card.
 CARD = ("host", "pid", "start", "version")
 
@@ -27,11 +29,12 @@ class Beat(NamedTuple):
 
 
 def enrol(me: Participant, card: dict[str, str | int], ttl_ms: int) -> Flow[Beat]:
-    """Say who this process is, then that it lives."""
+    """Say that this process lives, then who it is: a card is cleared up with its process."""
     words = [word for pair in card.items() for word in pair]
     key = me.keys.card(me.id)
+    first = yield from beat(me, ttl_ms, b"")
     yield Call("", key, (b"HSET", key, *words))
-    return (yield from beat(me, ttl_ms, b""))
+    return first
 
 
 def beat(me: Participant, ttl_ms: int, epoch: bytes, *, outage: bool = False) -> Flow[Beat]:
@@ -55,16 +58,36 @@ def beat(me: Participant, ttl_ms: int, epoch: bytes, *, outage: bool = False) ->
 
 
 def resign(me: Participant) -> Flow[None]:
-    """Disappear, leaving nothing behind."""
-    yield me.plain("resign", me.keys.processes)
+    """Disappear, leaving nothing behind: the list last, which has others look after the rest."""
     card = me.keys.card(me.id)
     yield Call("", card, (b"DEL", card))
+    yield me.plain("resign", me.keys.processes)
 
 
 def registry(me: Participant, key: bytes | None = None) -> Flow[list[bytes]]:
-    """The bases of all that a process may be responsible for: this one, or whose key it is."""
+    """The bases of all that a process may be responsible for: this one, or whose key it is.
+
+    Raises:
+        DeclaredDeadError: It is this one, and there is a tombstone.
+    """
     key = key or me.registry
-    return list((yield Call("", key, (b"ZRANGE", key, 0, -1))))
+    try:
+        return list((yield Call("", key, (b"ZRANGE", key, 0, -1))))
+    except ServerError:
+        if (yield Call("", key, (b"GET", key))) != TOMBSTONE:
+            raise
+    if key == me.registry:
+        raise DeclaredDeadError(f"process {me.id.decode()} was declared dead")
+    return []
+
+
+def is_buried(me: Participant) -> Flow[bool]:
+    """Whether this process was declared dead, and all it was responsible for is taken over."""
+    try:
+        yield from registry(me)
+    except DeclaredDeadError:
+        return True
+    return False
 
 
 def single(call: Call) -> Flow[Any]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from phonon.errors import PhononError
 from phonon.protocol import heirs, updates
-from phonon.protocol.effects import Call, Flow, Participant
+from phonon.protocol.effects import Call, Flow, Participant, clear
 from phonon.protocol.messages import Batch
 from phonon.protocol.updates import Failure, RetryPolicy, Runner
 
@@ -54,10 +54,10 @@ class Recovered(NamedTuple):
     lost: Iterable[int] = ()
 
 
-def claim(me: Participant, dead: str) -> Flow[Claim]:
+def claim(me: Participant, dead: str, claim_ms: int = CLAIM_MS) -> Flow[Claim]:
     """Take resources of a dead process in hand."""
     registry = me.keys.registry(dead.encode())
-    left, *bases = yield Call("claim", registry, (CHUNK, CLAIM_MS))
+    left, *bases = yield Call("claim", registry, (CHUNK, claim_ms))
     return Claim(max(left, 0), bases)
 
 
@@ -72,12 +72,23 @@ def recover(
     registry = me.keys.registry(dead.encode())
     died = heirs.inherits(dead) is None
     yield from me.hold(base)
-    answer = yield me.step("recover", base, dead, int(died), me.lease_ms, keep=True)
-    kind = answer[0]
-    if kind == b"free" and heirs.inherits(answer[2].decode()):
+    here = (registry,) if me.colocated else ()
+    args = (base, dead, int(died), me.lease_ms, *here)
+    answer = yield me.step("recover", *args, keep=True)
+    while answer[0] == b"free" and heirs.inherits(answer[2].decode()) is not None:
         # Whoever left it to its heir may have died before it could say so.
-        yield from heirs.announce(me, answer[2])
-    yield Call("", registry, (b"ZREM", registry, base), keep=True)
+        listed = answer[2]
+        yield from heirs.announce(me, listed)
+        if not me.colocated:
+            break
+        # Only now the dead one's registry may forget it.
+        answer = yield me.step("recover", *args, listed, keep=True)
+        if answer[2:] == [listed]:
+            break
+    if not me.colocated:
+        # A cluster's resource knows its dead: none of them can have entered it anew meanwhile.
+        yield from clear(registry, base)
+    kind = answer[0]
     if kind == b"later":
         return Recovered(answer[2], answer[3] / 1000)
     if kind != b"run":
@@ -108,7 +119,8 @@ def bury(me: Participant, dead: str) -> Flow[bool]:
         return (yield from heirs.dismiss(me, process_id))
     if not (yield Call("bury", registry, (TOMBSTONE_MS,))):
         return False
-    yield Call("resign", me.keys.processes, (process_id,))
+    # The list last: nobody would come for the card of one that is not listed any more.
     card = me.keys.card(process_id)
     yield Call("", card, (b"DEL", card))
+    yield Call("resign", me.keys.processes, (process_id,))
     return True

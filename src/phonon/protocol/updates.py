@@ -206,6 +206,10 @@ def _attempt(
     pause = policy.pause(failed)
     args = (batch.token, parking.text_of(error), int(pause * 1000), policy.attempts)
     ran = messages.ran((yield me.step("fail", base, *args, keep=True)))
+    if ran.kind in {"parked", "again"}:
+        # Another attempt of ours was counted meanwhile: a retry beside the takeover from ourselves.
+        yield from parking.index(me, base)
+        return ran, Failure(batch.token, error, None, "parked")
     return ran, Failure(batch.token, error, pause if ran.kind == "retry" else None, ran.kind)
 
 

@@ -1,0 +1,259 @@
+"""``phonon chaos``: workers that are killed, paused and cut off all the time, and the check."""
+
+import contextlib
+import itertools
+import random
+import sqlite3
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from phonon import Process
+from phonon.cli import chaos_report, sink
+from phonon.cli.chaos_report import Outcome, Watcher
+from phonon.cli.check import read
+from phonon.cli.deaths import INTERVAL, TIMEOUT
+from phonon.cli.demo import FLIGHTS
+from phonon.cli.errors import WorkerError
+from phonon.cli.jobs import Job, Message
+from phonon.cli.killer import Killer
+from phonon.cli.ledger import Ledger
+from phonon.cli.numbered import Numbered
+from phonon.cli.pool import WINDOW, Pool, Worker
+from phonon.cli.proxy import Proxy
+from phonon.cli.rows import open_rows
+from phonon.cli.server import MortalServer
+from phonon.cli.signals import interruptible
+from phonon.cli.wire import Setup
+from phonon.drivers.server import Durability
+
+#: Messages that a worker is sent, stores and acknowledges together.
+LIST = 100
+#: Keys in a worker's cache: far fewer than there are, so that sessions end all the time.
+MAX_ENTRIES = 1000
+#: Seconds between two heartbeats. Who is silent for four of them is taken over from.
+HEARTBEAT = 0.25
+#: Seconds for which a new worker tries to reach a server that is being started again.
+PATIENCE = 15.0
+NAMESPACE = "phonon-chaos"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user wants; see ``phonon chaos --help``."""
+
+    workers: int
+    seconds: float | None
+    kills: int | None
+    seed: int
+    cut: bool
+    restart_server: bool
+    verbose: bool = False
+
+
+def run(options: Options, job: Job | None = None) -> int:
+    """Let workers work and be struck, and audit what is left.
+
+    Args:
+        options: What the user wants.
+        job: What the workers do, instead of the right thing; its messages end with a number.
+
+    Returns:
+        The exit status: 0 if nothing was lost, doubled or left behind, else 1.
+
+    Raises:
+        PhononError: The server cannot be started.
+        WorkerError: A worker has given up, or there is something that nobody takes over.
+        Interrupted: By a signal.
+    """
+    job = job or Numbered()
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(interruptible())
+        folder = Path(enter(tempfile.TemporaryDirectory(prefix="phonon-chaos-")))
+        server = enter(MortalServer(folder))
+        proxy = enter(Proxy(folder / "p", server.socket))
+        process = enter(
+            Process(
+                url=f"unix://{server.socket}?db=1",
+                namespace=NAMESPACE,
+                recover_failed_processes=False,
+            )
+        )
+        path = str(folder / "chaos.sqlite3")
+        database = enter(sink.create(path, job.table))
+        setup = Setup(
+            job,
+            f"unix://{proxy.path}?db=1",
+            NAMESPACE,
+            path,
+            MAX_ENTRIES,
+            HEARTBEAT,
+            Durability() if options.restart_server else None,
+            PATIENCE,
+        )
+        chaos = _Chaos(options, process)
+        chaos.work(setup, proxy if options.cut else None, server)
+        outcome = chaos.outcome(database, job)
+        chaos_report.show(outcome)
+        return 0 if outcome.exact else 1
+
+
+class _Chaos:
+    """One run.
+
+    Args:
+        options: What the user wants.
+        process: One of the same namespace, to look with.
+    """
+
+    def __init__(self, options: Options, process: Process) -> None:
+        self._options = options
+        self._process = process
+        self._ledger = Ledger()
+        self._watcher = Watcher(self._ledger, verbose=options.verbose)
+        self._messages = itertools.cycle(_flights())
+        self._again: deque[list[Message]] = deque()
+        self._redealt = 0
+        self._seconds = 0.0
+
+    def work(self, setup: Setup, proxy: Proxy | None, server: MortalServer) -> None:
+        """Strike while the workers work; then let them finish."""
+        options = self._options
+        with self._watcher, Pool(setup, options.workers, self._watcher) as pool:
+            self._pool = pool
+            self._watcher.started(pool.workers)
+            chance = random.Random(options.seed)  # noqa: S311 - a schedule, no secret
+            mortal = server if options.restart_server else None
+            self._killer = Killer(chance, pool, setup.heartbeat, proxy, mortal)
+            self._watcher.strikes = self._killer.strikes
+            begun = time.monotonic()
+            try:
+                while not self._is_over(time.monotonic() - begun):
+                    self._replace()
+                    self._killer.strike()
+                    self._replace()
+                    self._deal()
+                    pool.listen(min(INTERVAL, self._killer.pause()))
+            finally:
+                self._killer.retire()  # a worker that is paused cannot leave
+            self._finish()
+            self._seconds = time.monotonic() - begun
+
+    def _is_over(self, seconds: float) -> bool:
+        options = self._options
+        return (options.seconds is not None and seconds >= options.seconds) or (
+            options.kills is not None and self._killer.strikes.kills >= options.kills
+        )
+
+    def _replace(self) -> None:
+        """Start a new worker for each that has died."""
+        living = sum(not worker.fate for worker in self._pool.workers)
+        for _ in range(self._options.workers - living):
+            self._pool.start()
+
+    def _deal(self) -> None:
+        """Give every worker what it has room for."""
+        for worker in self._able():
+            while len(worker.unacknowledged) < WINDOW and not worker.fate:
+                self._take_back()
+                if self._again:
+                    messages = self._again.popleft()
+                else:
+                    fresh = itertools.islice(self._messages, LIST)
+                    messages = [self._ledger.enter(message) for message in fresh]
+                self._pool.send(worker, messages)
+
+    def _able(self) -> list[Worker]:
+        """Those who take messages. What is sent to one that is paused could fill the pipe."""
+        ready = [worker for worker in self._pool.workers if worker.process and not worker.fate]
+        return [worker for worker in ready if not self._killer.is_paused(worker)]
+
+    def _take_back(self) -> None:
+        """Take what was not acknowledged, to deal it again under other numbers."""
+        while self._pool.orphans:
+            orphans = self._pool.orphans.popleft()
+            self._redealt += len(orphans)
+            self._again.append([self._ledger.again(message) for message in orphans])
+
+    def _finish(self) -> None:
+        """Have all acknowledged and all taken over, and end the workers."""
+        pool = self._pool
+        self._watcher.finishing()
+        give_up = time.monotonic() + TIMEOUT
+        while self._is_unfinished():
+            if time.monotonic() > give_up:
+                listed = self._process.client.zcard(self._process.heartbeat_hash_name)
+                lists = sum(len(worker.unacknowledged) for worker in pool.alive)
+                raise WorkerError(
+                    f"{TIMEOUT:g} s after the last strike {lists + len(self._again)} lists are "
+                    f"still not acknowledged, or not all of the dead taken over: {listed} "
+                    f"processes are listed, and {len(pool.alive) + 1} live"
+                )
+            self._replace()
+            for worker in self._able():
+                self._take_back()
+                if self._again and len(worker.unacknowledged) < WINDOW:
+                    pool.send(worker, self._again.popleft())
+            pool.listen(INTERVAL)
+        pool.finish()
+
+    def _is_unfinished(self) -> bool:
+        pool, process = self._pool, self._process
+        living = [worker for worker in pool.workers if not worker.fate]
+        if pool.orphans or self._again or len(living) < self._options.workers:
+            return True
+        if any(worker.unacknowledged or not worker.process for worker in living):
+            return True
+        # The dead are listed until all of them is taken over. We are listed as well.
+        return int(process.client.zcard(process.heartbeat_hash_name)) != len(living) + 1
+
+    def outcome(self, database: sqlite3.Connection, job: Job) -> Outcome:
+        """Audit what is left in the database and on the server."""
+        workers = self._pool.workers
+        takeovers = [takeover for worker in workers for takeover in worker.takeovers]
+        return Outcome(
+            seconds=self._seconds,
+            strikes=self._killer.strikes,
+            died=self._watcher.deaths - self._killer.strikes.kills,
+            dealt=len(self._ledger),
+            redealt=self._redealt,
+            verdict=self._ledger.audit(read(database, job)),
+            sessions=sink.sessions(database, job.table),
+            taken_over=sum(takeover.sessions for takeover in takeovers),
+            batches=sum(takeover.batches for takeover in takeovers),
+            reborn=sum(worker.progress.reborn for worker in workers),
+            repeats=sum(worker.progress.repeats for worker in workers),
+            parked=len(self._process.parked()),
+            leftovers=self._leftovers(),
+        )
+
+    def _leftovers(self) -> list[str]:
+        """Keys that do not go by themselves, but for those of the process that looks."""
+        process = self._process
+        client = process.client
+        own = {
+            process.registry_key,
+            process.heartbeat_hash_name,
+            f"{process.heartbeat_hash_name}:epoch",
+            process.engine.keys.card(process.id.encode()).decode(),
+        }
+        names = [key.decode() for key in client.scan_iter(match=f"{NAMESPACE}:*", count=1000)]
+        left = [name for name in names if name not in own and client.ttl(name) < 0]
+        dead = client.zrange(process.heartbeat_hash_name, 0, -1)
+        return left + [
+            f"process {other.decode()}" for other in dead if other.decode() != process.id
+        ]
+
+
+def _flights() -> list[Message]:
+    """The messages: all of them, again and again."""
+    job = Numbered()
+    with (
+        resources.as_file(resources.files("phonon") / FLIGHTS) as path,
+        open_rows(str(path), job.columns, job.message) as rows,
+    ):
+        return list(rows)

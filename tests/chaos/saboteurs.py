@@ -1,0 +1,75 @@
+"""Jobs that do the wrong thing, to see that the audit notices. Workers import them by name."""
+
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
+
+from phonon import Process, Update
+from phonon.cli.flights import FlightUpdate
+from phonon.cli.jobs import Message
+from phonon.cli.numbered import Numbered, NumberedUpdate
+from phonon.cli.sink import Table
+
+_chance = random.SystemRandom()
+_born = time.monotonic()
+
+
+class UncheckedTable(Table):
+    """Adds whatever comes, whether or not its token was there before."""
+
+    @property
+    def upsert(self) -> str:
+        return super().upsert.partition(" WHERE excluded.token >")[0]
+
+
+class DyingUpdate(NumberedUpdate):
+    """Its worker, if young, is killed when it has written, before it could say so."""
+
+    def execute(self) -> None:
+        super().execute()
+        if time.monotonic() - _born < 0.6 and _chance.random() < 0.01:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class ForgetfulUpdate(NumberedUpdate):
+    """Merging loses what others have contributed, now and then."""
+
+    def merge(self, other: FlightUpdate) -> None:
+        if _chance.random() < 0.9:
+            super().merge(other)
+
+
+class TornUpdate(NumberedUpdate):
+    """Merging counts a flight twice, under one number."""
+
+    def merge(self, other: FlightUpdate) -> None:
+        super().merge(other)
+        self.flights += 1
+
+
+@dataclass(frozen=True)
+class Dying(Numbered):
+    def update(self, process: Process, message: Message) -> Update:
+        return DyingUpdate(process, message)
+
+
+@dataclass(frozen=True)
+class Careless(Dying):
+    @property
+    def table(self) -> Table:
+        table = super().table
+        return UncheckedTable(table.name, table.key, table.figures)
+
+
+@dataclass(frozen=True)
+class Forgetful(Numbered):
+    def update(self, process: Process, message: Message) -> Update:
+        return ForgetfulUpdate(process, message)
+
+
+@dataclass(frozen=True)
+class Torn(Numbered):
+    def update(self, process: Process, message: Message) -> Update:
+        return TornUpdate(process, message)

@@ -1,0 +1,188 @@
+"""The scenarios whose interleavings are all explored."""
+
+from collections.abc import Generator
+from typing import Any
+
+from sim_explorer import Scenario, Script
+from sim_world import DEAF, RAISES, SimProcess
+
+Steps = Generator[Any, Any, None]
+
+
+def stores(p: SimProcess) -> Steps:
+    yield from p.append(p.world.base("x"))
+
+
+def leaves(p: SimProcess) -> Steps:
+    yield from p.leave(p.world.base("x"))
+
+
+def stores_and_leaves(p: SimProcess) -> Steps:
+    yield from p.append(p.world.base("x"))
+    yield from p.leave(p.world.base("x"))
+
+
+def leaves_with_data(p: SimProcess) -> Steps:
+    """Its data goes to the server with the leave."""
+    yield from p.join(p.world.base("x"))
+    p.add(p.world.base("x"))
+    yield from p.leave(p.world.base("x"))
+
+
+def comes_and_goes(p: SimProcess) -> Steps:
+    yield from p.join(p.world.base("x"))
+    yield from p.leave(p.world.base("x"))
+
+
+def locks(p: SimProcess) -> Steps:
+    yield from p.lock(p.world.base("x"))
+
+
+def watches(_: SimProcess) -> Steps:
+    """Does nothing but take over."""
+    return
+    yield
+
+
+def _each(script: Script, names: str) -> dict[str, Script]:
+    return dict.fromkeys(names, script)
+
+
+#: By name. All their interleavings are explored, as on one server and as in a cluster.
+SCENARIOS = {
+    "two leavers with partials": Scenario(_each(stores_and_leaves, "ab"), kinds=(DEAF,)),
+    "three leavers": Scenario(_each(leaves_with_data, "abc"), faults=0),
+    "leaver and newcomer": Scenario(
+        {"a": leaves, "b": stores_and_leaves},
+        before=(("a", stores),),
+        kinds=(DEAF, RAISES),
+    ),
+    "leaver and newcomer, two faults": Scenario(
+        {"a": leaves, "b": stores_and_leaves},
+        before=(("a", stores),),
+        kinds=(DEAF, RAISES),
+        faults=2,
+    ),
+    "executor dies, newcomer": Scenario(
+        {"b": stores_and_leaves},
+        before=(("a", stores_and_leaves),),
+        kinds=("kill",),
+        victims=("a",),
+    ),
+    "executor dies, two survivors": Scenario(
+        {"b": watches, "c": watches},
+        before=(("a", stores_and_leaves),),
+        kinds=("kill",),
+        victims=("a",),
+    ),
+    "a zombie completes": Scenario(
+        {"b": watches},
+        before=(("a", stores_and_leaves),),
+        kinds=("pause",),
+        victims=("a",),
+    ),
+    "a member dies": Scenario(
+        {"a": stores, "b": leaves},
+        before=(("b", stores),),
+        kinds=("kill",),
+        victims=("a",),
+    ),
+    "a member is paused": Scenario(
+        {"a": stores, "b": watches},
+        kinds=("pause",),
+        victims=("a",),
+    ),
+    "the last member dies": Scenario(
+        {"a": stores_and_leaves, "b": watches},
+        kinds=("kill",),
+        victims=("a",),
+    ),
+    "lock holder has died": Scenario({"b": locks}, before=(("a", locks),), dead="a", faults=0),
+    "lock holder is paused": Scenario(
+        {"b": watches}, before=(("a", locks),), kinds=("pause",), victims=("a",)
+    ),
+    "three want a lock": Scenario(_each(locks, "abc"), faults=0),
+    "recovery dies": Scenario(
+        {"b": watches, "c": watches},
+        before=(("a", stores_and_leaves),),
+        dead="a",
+        kinds=("kill",),
+        victims=("b",),
+    ),
+    "a batch of an unknown class": Scenario(
+        {"b": leaves, "c": watches},
+        before=(("a", stores), ("b", stores), ("a", leaves)),
+        labels={"a": ("L", ("K",)), "b": ("K", ("K",)), "c": ("L", ("K", "L"))},
+        kinds=("kill",),
+        victims=("b",),
+    ),
+}
+
+#: Larger ones: some of their interleavings, and all of them if one asks for that.
+LARGE = {
+    "an answer is lost, then a pause": Scenario(
+        {"a": leaves, "b": watches},
+        before=(("a", stores),),
+        kinds=("pause", DEAF),
+        victims=("a",),
+        faults=2,
+    ),
+    "executor and newcomer, any fault": Scenario(
+        {"b": stores_and_leaves},
+        before=(("a", stores_and_leaves),),
+        kinds=("kill", "pause", DEAF, RAISES),
+        victims=("a", "b"),
+    ),
+    "a zombie completes, and beats": Scenario(
+        {"b": watches},
+        before=(("a", stores_and_leaves),),
+        kinds=("pause",),
+        victims=("a",),
+        beats=True,
+    ),
+    "a zombie completes, others come and go": Scenario(
+        {"b": comes_and_goes},
+        before=(("a", stores_and_leaves),),
+        kinds=("pause",),
+        victims=("a",),
+        beats=True,
+    ),
+    "a member dies or is paused": Scenario(
+        {"a": stores, "b": stores_and_leaves},
+        kinds=("kill", "pause"),
+        victims=("a",),
+    ),
+    "lock holder dies": Scenario(
+        {"b": locks}, before=(("a", locks),), kinds=("kill",), victims=("a",)
+    ),
+    "lock holder has died, two want it": Scenario(
+        _each(locks, "bc"), before=(("a", locks),), dead="a", faults=0
+    ),
+    "lock holder is paused, another one waits": Scenario(
+        {"b": locks}, before=(("a", locks),), kinds=("pause",), victims=("a",)
+    ),
+    "lock holder or waiter dies or is paused": Scenario(
+        _each(locks, "ab"), kinds=("kill", "pause"), victims=("a",)
+    ),
+    "recovery is paused": Scenario(
+        {"b": watches, "c": watches},
+        before=(("a", stores_and_leaves),),
+        dead="a",
+        kinds=("pause",),
+        victims=("b",),
+    ),
+    "recovery dies or is paused": Scenario(
+        {"b": watches, "c": watches},
+        before=(("a", stores_and_leaves),),
+        kinds=("kill", "pause"),
+        victims=("a", "b"),
+        faults=2,
+    ),
+    "an unknown class, death or pause": Scenario(
+        {"b": leaves, "c": watches},
+        before=(("a", stores), ("b", stores), ("a", leaves)),
+        labels={"a": ("L", ("K",)), "b": ("K", ("K",)), "c": ("L", ("K", "L"))},
+        kinds=("kill", "pause"),
+        victims=("b",),
+    ),
+}

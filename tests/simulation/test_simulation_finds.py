@@ -1,0 +1,238 @@
+"""The simulation finds faults: each of these is put into the library or a flow, and must show."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pytest
+from sim_checks import Violation
+from sim_explorer import Explorer
+from sim_link import Link
+from sim_random import run_random
+from sim_scenarios import LARGE, SCENARIOS
+
+from conftest import Redis
+from phonon.protocol import heirs, messages, parking, recovery, updates
+from phonon.protocol.effects import NOTHING, Call, Effect, Execute, Flow, Participant
+from phonon.protocol.library import text
+from phonon.protocol.recovery import Recovered
+from phonon.protocol.updates import RetryPolicy, Runner
+
+#: What is tried: these scenarios, then so many random schedules.
+SMALL = ("a zombie completes", "an answer is lost, then a pause", "leaver and newcomer")
+SCHEDULES = 600
+
+
+class Mutation(NamedTuple):
+    """A fault: ``old``, which occurs once in the library's text, becomes ``new``."""
+
+    old: str
+    new: str
+    guarantees: str
+
+
+MUTATIONS = {
+    "complete does not ask who owns the batch": Mutation(
+        "step('complete', function(r, args)\n  if not owns(r, args[3]) then",
+        "step('complete', function(r, args)\n  if false then",
+        "G9",
+    ),
+    "fail does not ask who owns the batch": Mutation(
+        "  local token = args[3]\n  if not owns(r, token) then",
+        "  local token = args[3]\n  if call('EXISTS', r.running) == 0 then",
+        "G9",
+    ),
+    "a batch is owned under any token": Mutation(" and running[2] == token", "", "G9"),
+    "operation numbers are not remembered": Mutation(
+        "          remember(r, answer)",
+        "          call('PEXPIRE', r.memory, MEMORY_MS)",
+        "G4 G2 G9",
+    ),
+    "a repeat is done once more": Mutation(
+        "if r.op > last then", "if r.op >= last then", "G4 G2 G9"
+    ),
+    "a late call is answered": Mutation("if r.op < last then", "if false then", "G4"),
+    "a repeat delivers a batch that was taken over": Mutation(
+        "if running[1] ~= r.pid or tonumber(running[2]) ~= answer[3] then",
+        "if not running[1] then",
+        "G3 G4 G5 G6 G9",
+    ),
+    "the batch is deleted when it is delivered": Mutation(
+        "  delivered[#answer + 3] = call('LRANGE', r.batch, 0, FIRST_PARTIALS - 1)",
+        "  delivered[#answer + 3] = call('LRANGE', r.batch, 0, FIRST_PARTIALS - 1)\n"
+        "  call('DEL', r.batch)",
+        "G3 G6",
+    ),
+    "the registry is not written": Mutation(
+        "  if r.registry then\n    enter_registry(", "  if false then\n    enter_registry(", "G8"
+    ),
+    "the registry is cleared while a batch is owned": Mutation(
+        "    or pcall('HGET', r.running, 'owner') == r.pid\n", "", "G8"
+    ),
+    "a tombstone is ignored": Mutation(
+        "  if redis.pcall('GET', registry) == TOMBSTONE then\n    refuse_the_dead(pid)\n  end\n"
+        "  error(added)",
+        "  return 0",
+        "G8",
+    ),
+    "a resource does not know its dead": Mutation("call('SADD', r.fence, dead)", "", "G8 G3"),
+    "recover forgets the batch": Mutation(
+        "  if running[1] == dead then\n    call('HSET'", "  if false then\n    call('HSET'", "G3 G5"
+    ),
+    "recover starts with a new token": Mutation(
+        "    local token, due_in = tonumber(running[2]),",
+        "    call('HSET', r.running, 'token', string.format('%.0f', next_token(r, SPARE_TOKENS)))\n"
+        "    running[2] = call('HGET', r.running, 'token')\n"
+        "    local token, due_in = tonumber(running[2]),",
+        "G6",
+    ),
+    "recover does not drop the member": Mutation("call('ZREM', r.members, dead)", "", "G1 G8"),
+    "recover does not free the lock": Mutation(
+        "  if in_the_way then\n    call('DEL', r.lock)",
+        "  if false then\n    call('DEL', r.lock)",
+        "G8 G13",
+    ),
+    "recover does not start the batch of the dead": Mutation(
+        "  if ended and total > 0 and not running[1] then", "  if false then", "G3"
+    ),
+    "recover forgets what is due": Mutation(
+        "    if running[1] and total > 0 then\n      call('HSET', r.running, 'due', total)",
+        "    if false then\n      call('HSET', r.running, 'due', total)",
+        "G3",
+    ),
+    "leave starts a batch beside the running one": Mutation(
+        "  if running then\n    -- Batches", "  if false then\n    -- Batches", "G3 G5"
+    ),
+    "leave does not note what is due": Mutation(
+        "    call('HSET', r.running, 'due', total)\n    return { 'deferred'",
+        "    return { 'deferred'",
+        "G3",
+    ),
+    "complete takes the newcomers too": Mutation(
+        "start(r, tonumber(due), call('LLEN', r.partials))",
+        "start(r, call('LLEN', r.partials), call('LLEN', r.partials))",
+        "G7",
+    ),
+    "complete does not start what is due": Mutation(
+        "if due and tonumber(due) > 0 then", "if false then", "G3"
+    ),
+    "append does not join": Mutation(
+        "  enter(r, args[3])\n  call('RPUSH'", "  call('RPUSH'", "G1 G2"
+    ),
+    "tokens are not remembered": Mutation(
+        "  call('HSET', r.memory, 'token', string.format('%.0f', token + spare))\n",
+        "  token = math.floor(r.micros / 1e9)\n",
+        "G6",
+    ),
+    "a lock is granted beside another": Mutation(
+        "if not held[1] and (not first or first == holder) then",
+        "if not first or first == holder then",
+        "G13",
+    ),
+    "unlock wakes nobody": Mutation(
+        "  if mine or not held[1] then\n    wake_next(r)",
+        "  if false then\n    wake_next(r)",
+        "G13",
+    ),
+    "the dead are not buried under a stone": Mutation(
+        "  call('SET', registry, TOMBSTONE, 'PX', args[1])", "", "G8 G3"
+    ),
+}
+
+
+def check(link: Link, guarantees: str) -> None:
+    with pytest.raises(Violation) as found:
+        for name in SMALL:
+            Explorer(link, {**SCENARIOS, **LARGE}[name]).run(300)
+        run_random(link, "finds", SCHEDULES)
+    message = str(found.value)
+    assert message.partition(":")[0] in guarantees.split(), message
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_faults_of_the_library(server: Redis, name: str) -> None:
+    old, new, guarantees = MUTATIONS[name]
+    body = text()
+    assert body.count(old) == 1, "the library has changed: adapt the mutation"
+    link = Link(server.socket, body.replace(old, new))
+    try:
+        check(link, guarantees)
+    finally:
+        link.close()
+
+
+# -- faults of the flows
+
+
+def holds_nothing(_: Participant, __: bytes, *, lock: bool = False) -> Iterable[Effect]:
+    return NOTHING
+
+
+def lets_go_always(me: Participant, base: bytes, _: int) -> Iterable[Effect]:
+    return NOTHING if me.colocated else clears(me.registry, base)
+
+
+def clears(registry: bytes, base: bytes) -> Flow[None]:
+    yield Call("", registry, (b"ZREM", registry, base), keep=True)
+
+
+_recover = recovery.recover
+
+
+def releases_first(
+    me: Participant, base: bytes, dead: str, run: Runner, policy: RetryPolicy
+) -> Flow[Recovered]:
+    """The dead one's registry is cleared before the resource is recovered."""
+    registry = me.keys.registry(dead.encode())
+    yield Call("", registry, (b"ZREM", registry, base))
+    return (yield from _recover(me, base, dead, run, policy))
+
+
+def buries_at_once(me: Participant, dead: str) -> Flow[bool]:
+    """A dead process is struck off the list before its registry is empty."""
+    yield Call("resign", me.keys.processes, (dead.encode(),))
+    return False
+
+
+def never_completes(me: Participant, base: bytes, batch: Any, run: Runner, _: RetryPolicy) -> Any:
+    """A batch is completed before it is executed."""
+    ran = messages.ran((yield me.step("complete", base, batch.token, keep=True)))
+    yield Execute(lambda: run(batch))
+    return ran, None
+
+
+def claims_nothing(me: Participant, dead: str) -> Flow[recovery.Claim]:
+    yield Call("claim", me.keys.registry(dead.encode()), (0, 0))
+    return recovery.Claim(0, [])
+
+
+def announces_nothing(_: Participant, __: bytes) -> Flow[None]:
+    return
+    yield
+
+
+def indexes_nothing(_: Participant, __: bytes) -> Flow[None]:
+    return
+    yield
+
+
+FLOWS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
+    "in a cluster the registry is not written first": (Participant, "hold", holds_nothing, "G8"),
+    "in a cluster the registry is always cleared": (Participant, "let_go", lets_go_always, "G8"),
+    "the dead registry is cleared before the step": (recovery, "recover", releases_first, "G8 G3"),
+    "the dead are struck off, but not recovered": (recovery, "bury", buries_at_once, "G8 G3 G11"),
+    "a batch is completed before it is executed": (updates, "_attempt", never_completes, "G3"),
+    "nothing of the dead is claimed": (recovery, "claim", claims_nothing, "G8 G3 G11"),
+    "heirs are not listed": (heirs, "announce", announces_nothing, "G3 G8"),
+    "parked batches are not indexed": (parking, "index", indexes_nothing, "G3 G11"),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_faults_of_the_flows(server: Redis, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    where, what, instead, guarantees = FLOWS[name]
+    monkeypatch.setattr(where, what, instead)
+    link = Link(server.socket)
+    try:
+        check(link, guarantees)
+    finally:
+        link.close()
