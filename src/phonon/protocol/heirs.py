@@ -24,24 +24,18 @@ def inherits(process_id: str) -> str | None:
 def entrust(me: Participant, base: bytes, batch: Batch, heir: bytes) -> Flow[Ran]:
     """Leave a batch of ours to an heir.
 
-    Its registry is written and it is listed after that: whoever works the registry off at the same
-    time would clear what was written before. Dying in between leaves our registry naming the
-    resource: who recovers that finds the heir there, and does the rest.
+    Its registry is written before, and it is listed after. Dying in between leaves our registry
+    naming the resource: who recovers that finds the heir there, and lists it.
     """
+    yield Call("hold", me.keys.registry(heir), (base, heir))
     call = me.step("entrust", base, batch.token, heir, keep=True)
     call.registry = None  # the step must not clear it
     answer = yield call
     if answer[0] == b"entrusted":
-        yield from inherit(me, base, heir)
+        yield from announce(me, heir)
     if answer[1]:
         yield from clear(me.registry, base)
     return messages.ran(answer)._replace(clear=0)
-
-
-def inherit(me: Participant, base: bytes, heir: bytes) -> Flow[None]:
-    """See to it that what an heir was left is found."""
-    yield Call("hold", me.keys.registry(heir), (base, heir), keep=True)
-    yield from announce(me, heir)
 
 
 def announce(me: Participant, heir: bytes) -> Flow[None]:

@@ -77,7 +77,7 @@ def recover(
     while answer[0] == b"free" and heirs.inherits(answer[2].decode()) is not None:
         # Whoever left it to its heir may have died before it could say so.
         listed = answer[2]
-        yield from heirs.inherit(me, base, listed)
+        yield from heirs.announce(me, listed)
         if not me.colocated:
             break
         # Only now the dead one's registry may forget it.
@@ -87,9 +87,6 @@ def recover(
     if not me.colocated:
         # A cluster's resource knows its dead: none of them can have entered it anew meanwhile.
         yield from clear(registry, base)
-        if not died and answer[0] == b"free":
-            # An heir is no such one: it may have been left a batch before it was cleared.
-            answer = yield me.step("recover", base, dead, int(died), keep=True)
     kind = answer[0]
     if kind == b"later":
         return Recovered(answer[2], answer[3] / 1000)
