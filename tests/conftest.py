@@ -1,5 +1,6 @@
 """Real servers for tests, each test in a namespace of its own."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -106,18 +107,17 @@ Make = Callable[..., Process]
 @pytest.fixture
 def make(server: Redis, namespace: str) -> Iterator[Make]:
     """Makes processes on the common server, and stops those that the test has not stopped."""
-    made: list[Process] = []
+    with contextlib.ExitStack() as stack:
 
-    def make_process(**options: Any) -> Process:
-        options.setdefault("namespace", namespace)
-        if not {"url", "client"} & options.keys():
-            options["url"] = server.url
-        made.append(Process(**options))
-        return made[-1]
+        def make_process(**options: Any) -> Process:
+            options.setdefault("namespace", namespace)
+            if not {"url", "client"} & options.keys():
+                options["url"] = server.url
+            process = Process(**options)
+            stack.callback(process.stop)
+            return process
 
-    yield make_process
-    for process in made:
-        process.stop()
+        yield make_process
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from typing import Any, ClassVar, NamedTuple
 
-from phonon import Process, Update
+from phonon import Process, Update, partials
 
 
 class Written(NamedTuple):
@@ -43,6 +43,11 @@ def fresh() -> type[Tally]:
         written: ClassVar[list[Written]] = []
 
     return Sheet
+
+
+def forget(kind: type[Update]) -> None:
+    """As if this process had not imported a class."""
+    del partials._classes[f"{kind.__module__}.{kind.__qualname__}"]
 
 
 def put(kind: type[Tally], process: Process, record: Any, n: int = 1, **options: Any) -> Tally:

@@ -1,6 +1,5 @@
 """Partials: how an update's content travels, and how a batch of them is executed."""
 
-import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
@@ -18,7 +17,8 @@ FORMAT = 1
 #: _id, database, collection, spec, doc, state
 CONTENT_LENGTH = 6
 
-_classes: "weakref.WeakValueDictionary[str, type[Update]]" = weakref.WeakValueDictionary()
+#: For ever: a class that nobody refers to any more may still have data on the server.
+_classes: "dict[str, type[Update]]" = {}
 
 
 def register(cls: "type[Update]") -> None:

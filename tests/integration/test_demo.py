@@ -620,7 +620,7 @@ def test_what_was_stored_but_not_acknowledged_counts_twice_and_is_found(
 
         proxy.on_reply = kill_at
         assert running.popen.stdin is not None
-        running.popen.stdin.write("".join(f"k{i % 20}\n" for i in range(1, 1100)))
+        running.popen.stdin.write("".join(f"k{i % 20}\n" for i in range(1, 1000)))
         running.popen.stdin.flush()
         wait_until(lambda: not is_running(victim))
         status, out, errors = running.end()

@@ -26,7 +26,7 @@ from phonon import (
     Update,
 )
 from phonon.errors import NotStorableError, UndecodableError, UnknownClassError
-from samples import Sluice, Tally, Written, fresh, put
+from samples import Sluice, Tally, Written, forget, fresh, put
 
 SOON = RetryPolicy(attempts=3, first_delay=0.01, longest_delay=0.02)
 
@@ -930,10 +930,10 @@ def test_a_class_that_is_not_known_here_is_left_to_those_who_know_it(
     make: Make, admin: "redis.Redis", caplog: Any
 ) -> None:
     process = make(heartbeat_interval=0.05)
-    update = put(fresh(), process, "a", 1)
+    unknown = fresh()
+    put(unknown, process, "a", 1)
     reference = process.create_reference("test.test.a")
-    del update
-    gc.collect()
+    forget(unknown)
     assert reference.dereference() is True
     base = process.engine.keys.base("test.test.a")
     assert "samples.fresh.<locals>.Sheet, which is not imported in this process" in caplog.text
@@ -949,14 +949,18 @@ def test_a_class_that_is_not_known_here_is_left_to_those_who_know_it(
 
 def test_an_unknown_class_is_an_error_where_a_session_ends(make: Make) -> None:
     process = make(retry=RetryPolicy(longest_delay=3600))
-    sheet = fresh()
-    put(fresh(), process, "a", 1)
-    name = f"{sheet.__module__}.{sheet.__qualname__}"
-    known = phonon.partials._classes.pop(name)
+    unknown = fresh()
+    put(unknown, process, "a", 1)
+    forget(unknown)
     with pytest.raises(UnknownClassError, match="import it, so that its batches can be executed"):
         put(Tally, process, "a", 1).end_session()
-    phonon.partials._classes[name] = known
+
+
+def test_a_class_that_nobody_holds_any_more_is_still_known(process: Process) -> None:
+    written = put(fresh(), process, "a", 1).written
+    gc.collect()
     process.stop()
+    assert [entry.doc for entry in written] == [{"n": 1}]
 
 
 def test_anything_that_can_be_pickled_with_the_signed_serializer(
