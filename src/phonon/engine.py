@@ -484,9 +484,10 @@ class Engine:
         flow = self.living(lambda me: recovery.recover(me, base, dead, run, policy))
         return Task(base, flow, done)
 
-    def new_holder(self) -> tuple[Participant, str]:
-        """Name an acquisition of a lock."""
-        return self.me, f"{self.name}/{next(self._holders)}"
+    def new_holder(self, *, shared: bool = False, places: int = 0) -> tuple[Participant, str]:
+        """Name an acquisition of a lock; see `locks.name_of`."""
+        me, number = self.me, next(self._holders)
+        return me, locks.name_of(me.id.decode(), number, shared=shared, places=places)
 
     def stays(self, process_ids: Sequence[str], base: bytes) -> list[processes.Stay]:
         """Where processes run, and since when they hold a resource."""

@@ -466,7 +466,7 @@ class Acquiring:
 
     Args:
         lock: Which.
-        places: See `Wish`.
+        places: How many may share it at the same time; 0 if any number may.
     """
 
     def __init__(self, lock: Lock, places: int) -> None:
@@ -476,15 +476,10 @@ class Acquiring:
         self._begin()
 
     def _begin(self) -> None:
-        self._me, holder = self._process.engine.new_holder()
         lock = self._lock
-        self._wish = Wish(
-            lock.base,
-            holder + "s" * lock.shared,
-            math.ceil(lock.lease * 1000),
-            threading.current_thread().name,
-            self._places,
-        )
+        self._me, holder = self._process.engine.new_holder(shared=lock.shared, places=self._places)
+        lease_ms = math.ceil(lock.lease * 1000)
+        self._wish = Wish(lock.base, holder, lease_ms, threading.current_thread().name)
 
     def run(self, seconds: float | None) -> AlreadyLockedError | None:
         """Take the lock, or say why not.

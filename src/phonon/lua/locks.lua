@@ -1,6 +1,7 @@
 -- The lock of a resource, exclusive or shared, and the semaphore: lock, unlock, renew, lockers.
--- A holder is one acquisition, '<process id>/<number>' or, of a shared one, '<process id>/<number>s'.
--- So two threads of a process exclude each other too, and a name tells what its owner is waiting for.
+-- A holder is one acquisition, named '<process id>/<number>', so that two threads of a process
+-- exclude each other too. The name tells what is wanted, also of those who wait: an 's' follows the
+-- number of a shared one, and the number of places where those are limited: '<process id>/12s5'.
 
 -- How long a waiter stays in the queue without asking again.
 local WAITER_MS = 10000
@@ -10,7 +11,12 @@ local WOKEN_MS = 2000
 local JANITOR_MS = 60000
 
 local function is_shared(holder)
-  return string.sub(holder, -1) == 's'
+  return string.find(holder, 's%d*$') ~= nil
+end
+
+-- How many may share it; nil if any number may.
+local function places_of(holder)
+  return tonumber(string.match(holder, 's(%d+)$'))
 end
 
 local function process_of(holder)
@@ -69,11 +75,11 @@ end
 -- Whoever waits in front of a holder and cannot go in together with it: the waiter, and until when
 -- it counts as alive. To a shared holder that is an exclusive one; to an exclusive one, anybody;
 -- where the places are limited, anybody as well.
-local function waiter_in_front(r, holder, limit)
+local function waiter_in_front(r, holder)
   if not anybody_waits(r) then
     return nil
   end
-  local together = is_shared(holder) and not limit
+  local together = is_shared(holder) and not places_of(holder)
   local first = 0
   while true do
     local waiters = call('ZRANGE', r.queue, first, first + 99)
@@ -103,17 +109,20 @@ local function wake(r, waiter)
 end
 
 -- Wake whoever can go in now: the first waiter, and if it shares those behind it that share too,
--- up to the first that does not. places: how many may go in where they are limited.
-local function wake_next(r, places)
+-- up to the first that does not, or as many as there are places left.
+local function wake_next(r)
   if not anybody_waits(r) then
     return
   end
-  local free = sharers_of(r) == 0
-  for i, waiter in ipairs(call('ZRANGE', r.queue, 0, (places or 100) - 1)) do
+  local sharers = sharers_of(r)
+  for i, waiter in ipairs(call('ZRANGE', r.queue, 0, 99)) do
     if not is_shared(waiter) then
-      if i == 1 and free then
+      if i == 1 and sharers == 0 then
         wake(r, waiter)
       end
+      return
+    end
+    if i + sharers > (places_of(waiter) or math.huge) then
       return
     end
     wake(r, waiter)
@@ -157,14 +166,13 @@ local function somebody(r, held)
   return first[1], tonumber(first[2]), tonumber(since or r.now), thread or ''
 end
 
--- lock(pid, op, holder, lease_ms, '1' to queue up when it is taken, thread, places or '0')
+-- lock(pid, op, holder, lease_ms, '1' to queue up when it is taken, thread)
 -- answers {'granted', 0, token}
 --         {'wait', clear, ms until it is worth asking again, holder, since ms, thread}
 --         {'busy', clear, ms the holder's lease still runs, holder, since ms, thread}
 step('lock', function(r, args)
   local holder, lease_ms, thread = args[3], tonumber(args[4]), args[6] or ''
-  local places = tonumber(args[7] or 0)
-  local limit = places > 0 and places
+  local places = places_of(holder)
   local held = lock_of(r)
   local sharers = sharers_of(r)
   if held[1] == holder then
@@ -176,21 +184,21 @@ step('lock', function(r, args)
   end
   local free = not held[1]
   if is_shared(holder) then
-    free = free and (not limit or sharers < limit)
+    free = free and sharers < (places or math.huge)
   else
     free = free and sharers == 0
   end
-  local first, first_until = waiter_in_front(r, holder, limit)
+  local first, first_until = waiter_in_front(r, holder)
   if free and not first then
     hold(r, true)
     if call('EXISTS', r.queue) == 1 then
       quit_queue(r, holder)
     end
-    if limit and sharers + 1 < limit then
-      -- There are places left. Whoever is next may have come for one before it was its turn.
-      wake_next(r, limit - sharers - 1)
+    local granted = grant(r, holder, lease_ms, thread)
+    if places then
+      wake_next(r) -- whoever is next may have come for one of the places before it was its turn
     end
-    return grant(r, holder, lease_ms, thread)
+    return granted
   end
   -- Taken, or free but promised to the waiter that was woken for it.
   local owner, free_at, since, by = somebody(r, held)

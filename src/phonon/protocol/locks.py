@@ -15,18 +15,15 @@ class Wish(NamedTuple):
 
     Attributes:
         base: The resource, or the semaphore.
-        holder: Names this acquisition: ``<process id>/<number>``, with an ``s`` behind it if it
-            is a shared one.
+        holder: Names this acquisition; see `name_of`.
         lease_ms: How long the grant lasts unless renewed.
         thread: Who in the process wants it, for others to read.
-        places: How many may share it at the same time; 0 if any number may.
     """
 
     base: bytes
     holder: str
     lease_ms: int
     thread: str = ""
-    places: int = 0
 
 
 class Locker(NamedTuple):
@@ -54,6 +51,18 @@ class Lockers(NamedTuple):
     waiters: list[str]
 
 
+def name_of(process_id: str, number: int, *, shared: bool = False, places: int = 0) -> str:
+    """How a holder or waiter is called, which tells the server what it wants.
+
+    Args:
+        process_id: Whose it is.
+        number: A number that the process has used for no other.
+        shared: Whether it shares the lock with others who do.
+        places: How many may share it at the same time; 0 if any number may.
+    """
+    return f"{process_id}/{number}{'s' * shared}{places or ''}"
+
+
 def process_of(holder: str) -> str:
     """The id of the process that a holder or waiter belongs to."""
     return holder.rpartition("/")[0]
@@ -61,7 +70,7 @@ def process_of(holder: str) -> str:
 
 def is_shared(holder: str) -> bool:
     """Whether a holder shares the lock, or a waiter wants to."""
-    return holder.endswith("s")
+    return "s" in holder.rpartition("/")[2]
 
 
 def acquire(me: Participant, wish: Wish, *, queue: bool) -> Flow[Locked]:
@@ -74,7 +83,7 @@ def acquire(me: Participant, wish: Wish, *, queue: bool) -> Flow[Locked]:
     """
     base = wish.base
     yield from me.hold(base, lock=True)
-    args = (wish.holder, wish.lease_ms, int(queue), wish.thread, wish.places)
+    args = (wish.holder, wish.lease_ms, int(queue), wish.thread)
     locked = messages.locked((yield me.step("lock", base, *args)))
     yield from me.let_go(base, locked.clear)
     return locked
