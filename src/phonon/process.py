@@ -248,7 +248,14 @@ class Process:
         return reference
 
     def lock(
-        self, lock_key: str, block: bool = True, shared: bool = False, **options: Any
+        self,
+        lock_key: str,
+        block: bool = True,
+        shared: bool = False,
+        *,
+        reentrant: bool = False,
+        lease: float | None = None,
+        on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
     ) -> "phonon.lock.Lock":
         """A lock on a resource, for a ``with`` block.
 
@@ -256,12 +263,28 @@ class Process:
             lock_key: The resource's name, any text.
             block: Whether to wait if it is taken.
             shared: Whether to share it with others who do.
-            options: ``reentrant``, ``lease`` and ``on_lost``, see `Lock`.
+            reentrant: Whether the thread that has it may take it again.
+            lease: Seconds that it lasts unless renewed. None: `TTL`.
+            on_lost: Called with the lock, from any thread, once it is found to be lost.
         """
-        return phonon.lock.Lock(self, lock_key, block, shared=shared, **options)
+        return phonon.lock.Lock(
+            self,
+            lock_key,
+            block,
+            shared=shared,
+            reentrant=reentrant,
+            lease=lease,
+            on_lost=on_lost,
+        )
 
     def semaphore(
-        self, name: str, places: int, block: bool = True, **options: Any
+        self,
+        name: str,
+        places: int,
+        block: bool = True,
+        *,
+        lease: float | None = None,
+        on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
     ) -> "phonon.lock.Semaphore":
         """A semaphore, for a ``with`` block: so many hold it at the same time.
 
@@ -269,9 +292,10 @@ class Process:
             name: Its name, any text.
             places: How many may hold it; the same for all who use it.
             block: Whether to wait if all places are taken.
-            options: ``lease`` and ``on_lost``, see `Lock`.
+            lease: Seconds that a place lasts unless renewed. None: `TTL`.
+            on_lost: Called with the semaphore, from any thread, once a place is found to be lost.
         """
-        return phonon.lock.Semaphore(self, name, places, block, **options)
+        return phonon.lock.Semaphore(self, name, places, block, lease=lease, on_lost=on_lost)
 
     def batch(self) -> Batch:
         """Collect what this thread does, and send it together when the ``with`` block ends.

@@ -76,16 +76,32 @@ class Reference:
     def __repr__(self) -> str:
         return f"<phonon.Reference {self.resource_key!r} of process {self._process.id}>"
 
-    def lock(self, block: bool | None = None, shared: bool = False, **options: Any) -> Lock:
+    def lock(
+        self,
+        block: bool | None = None,
+        shared: bool = False,
+        *,
+        reentrant: bool = False,
+        lease: float | None = None,
+        on_lost: Callable[[Lock], object] | None = None,
+    ) -> Lock:
         """A lock on the resource, for a ``with`` block.
 
         Args:
             block: Whether to wait if it is taken. None: as the reference was told to.
             shared: Whether to share it with others who do.
-            options: ``reentrant``, ``lease`` and ``on_lost``, see `Lock`.
+            reentrant: Whether the thread that has it may take it again.
+            lease: Seconds that it lasts unless renewed. None: `Process.TTL`.
+            on_lost: Called with the lock, from any thread, once it is found to be lost.
         """
-        block = self.block if block is None else block
-        return Lock(self._process, self.resource_key, block, shared=shared, **options)
+        return self._process.lock(
+            self.resource_key,
+            self.block if block is None else block,
+            shared,
+            reentrant=reentrant,
+            lease=lease,
+            on_lost=on_lost,
+        )
 
     def count(self) -> int:
         """The number of processes that hold the resource, read atomically."""
