@@ -54,7 +54,7 @@ DEAD_AFTER = 4
 #: Seconds after another process's deadline at which to look after it.
 DEATH_GRACE = 0.01
 #: How often a lock is renewed within its lease.
-RENEWALS = 3
+RENEWALS = 4
 #: Goes on while the machine sleeps, where there is such a clock.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 #: Updates share this many locks; two updates that share one merely take turns.
@@ -602,8 +602,7 @@ class Engine:
     def holds_lock(self, grant: "Grant") -> None:
         """Renew a lock from now on."""
         self.grants[grant.wish.holder] = grant
-        if grant.lock.lease < RENEWALS * self.heartbeat_interval:
-            self.upkeep.rouse()
+        self.upkeep.beat_in(grant.lock.lease / RENEWALS)
 
     def _beat(self, me: Participant, *, outage: bool) -> Beat:
         begun = time.monotonic()

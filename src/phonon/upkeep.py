@@ -9,6 +9,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 import weakref
@@ -45,7 +46,9 @@ class Upkeep:
         self._interval = engine.heartbeat_interval
         self._name = engine.name[:8]
         self._stopping = threading.Event()
-        self._roused = threading.Event()
+        self._beat_due = threading.Condition()
+        #: When the next beat is due at the latest.
+        self._beat_at = math.inf
         self._beating: threading.Thread | None = None
         self._retrying: threading.Thread | None = None
         self._catching_up: threading.Thread | None = None
@@ -66,8 +69,8 @@ class Upkeep:
     def stop(self) -> None:
         """End the threads. One that is in the middle of something is waited for, for a while."""
         self._stopping.set()
-        self._roused.set()
         self._leaving.set()
+        self.beat_in(0.0)
         with self._changed:
             self._changed.notify_all()
         for thread in (self._beating, self._retrying):
@@ -77,9 +80,21 @@ class Upkeep:
         """Take no more over from dead processes than is in hand already."""
         self._leaving.set()
 
-    def rouse(self) -> None:
-        """Beat now: there is something that cannot wait for the next time."""
-        self._roused.set()
+    def beat_in(self, seconds: float) -> None:
+        """Beat by then, if not earlier."""
+        due = time.monotonic() + seconds
+        if due < self._beat_at:
+            with self._beat_due:
+                self._beat_at = min(due, self._beat_at)
+                self._beat_due.notify()
+
+    def _wait_for_beat(self, seconds: float) -> None:
+        """Wait for so long, or for less if somebody says so meanwhile, or has since the last."""
+        with self._beat_due:
+            self._beat_at = min(time.monotonic() + seconds, self._beat_at)
+            while (left := self._beat_at - time.monotonic()) > 0:
+                self._beat_due.wait(left)
+            self._beat_at = math.inf
 
     def join(self) -> None:
         """Wait until that is done, and what was under way when the server went has been tried."""
@@ -151,10 +166,9 @@ class Upkeep:
         complained = False
         pause = self._interval
         while True:
-            self._roused.wait(pause)
+            self._wait_for_beat(pause)
             if self._stopping.is_set():
                 return
-            self._roused.clear()
             pause = self._interval
             engine = self._engine()
             if engine is None:
