@@ -24,7 +24,7 @@ import pytest
 from conftest import Redis, wait_until
 from phonon import Process
 
-SECONDS = float(os.environ.get("PHONON_KILL_SECONDS", "20"))
+SECONDS = float(os.environ.get("PHONON_KILL_SECONDS", "8"))
 PROCESSES, THREADS = 8, 4
 #: Four of them are a death: long enough for a busy machine, so that nobody is taken for dead.
 HEARTBEAT = 0.75
@@ -169,7 +169,7 @@ def test_locks_of_processes_that_are_killed(
         wait_until(lambda: entries() > PROCESSES, 60)
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
-            pause = time.monotonic() + choices.uniform(0.1, 1.2)
+            pause = time.monotonic() + choices.uniform(0.2, 1.8)
             wait_until(partial(passed, pause))
             crowd.kill(choices.randrange(PROCESSES))
             crowd.add()
@@ -185,7 +185,8 @@ def test_locks_of_processes_that_are_killed(
         assert crowd.end() == [0] * PROCESSES
         assert database.execute("SELECT text FROM trouble").fetchall() == []
         check_order(database.execute("SELECT shared, token FROM entry ORDER BY id").fetchall())
-        assert killed > SECONDS / 3
+        assert killed > SECONDS / 4
+        print("entries", before, "killed", killed)  # noqa: T201 - as above
         assert before > SECONDS * 5, "they stood still"
     with server.client() as client:
         left = set(client.scan_iter(f"{namespace}:{{=x}}:*", count=1000))

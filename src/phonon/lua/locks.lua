@@ -7,6 +7,9 @@
 local WAITER_MS = 10000
 -- How long a waiter that was woken may take to come for the lock before the next one has it.
 local WOKEN_MS = 2000
+-- How long a wake-up may lie there. Whoever waits takes it at once; a waiter that has died, or lost
+-- its connection, does not.
+local UNTAKEN_MS = 200
 -- Keys of locks expire this long after their last lease, should nobody be left to delete them.
 local JANITOR_MS = 60000
 
@@ -61,22 +64,36 @@ local function quit_queue(r, holder)
   call('DEL', r.base .. ':wake:' .. holder)
 end
 
--- Forget waiters that have not asked again in time. Answers whether any are left.
-local function anybody_waits(r)
+-- Since when the wake-up of a waiter lies there; nil if none does.
+local function woken_at(r, waiter)
+  local time = redis.pcall('LINDEX', r.base .. ':wake:' .. waiter, 0)
+  return type(time) == 'string' and tonumber(time)
+end
+
+-- Forget waiters that have not asked again in time, and those in front that have not noticed that
+-- they were woken, except one that is asking now. Answers whether any are left.
+local function anybody_waits(r, asking)
   if call('EXISTS', r.queue) == 0 then
     return false
   end
   for _, holder in ipairs(call('ZRANGEBYSCORE', r.waiting, '-inf', r.now)) do
     quit_queue(r, holder)
   end
-  return call('EXISTS', r.queue) == 1
+  while true do
+    local first = call('ZRANGE', r.queue, 0, 0)[1]
+    local woken = first and woken_at(r, first)
+    if not woken or first == asking or r.now - woken <= UNTAKEN_MS then
+      return first ~= nil
+    end
+    quit_queue(r, first)
+  end
 end
 
 -- Whoever waits in front of a holder and cannot go in together with it: the waiter, and until when
 -- it counts as alive. To a shared holder that is an exclusive one; to an exclusive one, anybody;
 -- where the places are limited, anybody as well.
 local function waiter_in_front(r, holder)
-  if not anybody_waits(r) then
+  if not anybody_waits(r, holder) then
     return nil
   end
   local together = is_shared(holder) and not places_of(holder)
@@ -101,7 +118,7 @@ end
 
 local function wake(r, waiter)
   -- A wake-up that cannot be delivered does no harm: the waiter asks again by itself, later.
-  if type(redis.pcall('RPUSH', r.base .. ':wake:' .. waiter, '1')) == 'number' then
+  if type(redis.pcall('RPUSH', r.base .. ':wake:' .. waiter, r.now)) == 'number' then
     call('PEXPIRE', r.base .. ':wake:' .. waiter, WAITER_MS)
   end
   -- It is not given more time each time it is woken: it may have died.
@@ -203,7 +220,11 @@ step('lock', function(r, args)
   -- Taken, or free but promised to the waiter that was woken for it.
   local owner, free_at, since, by = somebody(r, held)
   if free or not owner then
-    owner, free_at, since, by = first, first_until, r.now, ''
+    if first_until > r.now + WOKEN_MS then
+      wake_next(r) -- whoever was woken in its place has not come
+    end
+    local woken = woken_at(r, first)
+    owner, free_at, since, by = first, woken and woken + UNTAKEN_MS + 1 or first_until, r.now, ''
   end
   local free_in = free_at - r.now
   if args[5] ~= '1' then
