@@ -16,6 +16,7 @@ def test_a_free_lock_is_granted(lab: Lab) -> None:
         b"token": b"%d" % token,
         b"until": b"%d" % (lab.now + LEASE),
         b"since": b"%d" % lab.now,
+        b"thread": b"main",
     }
     assert a.unlock() == [b"released", 1]
 
@@ -32,8 +33,10 @@ def test_a_taken_lock_is_busy_for_all_others(lab: Lab) -> None:
     a.lock()
     since = lab.now
     lab.advance(100)
-    assert b.lock() == [b"busy", 1, LEASE - 100, b"a", since]
-    assert a.lock(thread=2) == [b"busy", 0, LEASE - 100, b"a", since], "two threads exclude too"
+    assert b.lock() == [b"busy", 1, LEASE - 100, b"a/1", since, b"main"]
+    assert a.lock(name=2) == [b"busy", 0, LEASE - 100, b"a/1", since, b"main"], (
+        "two threads exclude too"
+    )
     assert not {"{=x}:queue", "{=x}:waiting"} & lab.dump().keys(), "who does not wait, leaves"
 
 
@@ -49,14 +52,14 @@ def test_waiters_get_the_lock_in_the_order_they_came(lab: Lab) -> None:
     a, b, c = (lab.process(name) for name in "abc")
     since = lab.now
     a.lock()
-    assert b.lock(queue=True) == [b"wait", 1, WAITER_MS // 2, b"a", since]
+    assert b.lock(queue=True) == [b"wait", 1, WAITER_MS // 2, b"a/1", since, b"main"]
     lab.advance(1)
-    assert c.lock(queue=True) == [b"wait", 1, WAITER_MS // 2, b"a", since]
+    assert c.lock(queue=True) == [b"wait", 1, WAITER_MS // 2, b"a/1", since, b"main"]
     assert a.unlock() == [b"released", 1]
     assert lab.dump()["{=x}:wake:b/1"].content == [b"1"]
     assert "{=x}:wake:c/1" not in lab.dump()
-    assert c.lock(queue=True) == [b"wait", 1, WOKEN_MS, b"b", lab.now], "it is promised to b"
-    assert a.lock() == [b"busy", 1, WOKEN_MS, b"b", lab.now]
+    assert c.lock(queue=True) == [b"wait", 1, WOKEN_MS, b"b/1", lab.now, b""], "it is promised to b"
+    assert a.lock() == [b"busy", 1, WOKEN_MS, b"b/1", lab.now, b""]
     assert b.lock(queue=True)[0] == b"granted"
     assert "{=x}:wake:b/1" not in lab.dump(), "the wake-up is used"
     b.unlock()
@@ -68,16 +71,16 @@ def test_waiters_get_the_lock_in_the_order_they_came(lab: Lab) -> None:
 
 def test_a_waiter_is_told_to_ask_when_the_lease_ends(lab: Lab) -> None:
     a, b = lab.process("a"), lab.process("b")
-    a.do("lock", b"a/1", 1_200, 0)
+    a.do("lock", b"a/1", 1_200, 0, b"main")
     lab.advance(200)
-    assert b.lock(queue=True) == [b"wait", 1, 1_000, b"a", lab.now - 200]
+    assert b.lock(queue=True) == [b"wait", 1, 1_000, b"a/1", lab.now - 200, b"main"]
 
 
 def test_a_lease_that_runs_out_frees_the_lock(lab: Lab) -> None:
     a, b = lab.process("a"), lab.process("b")
     token = a.lock()[2]
     lab.advance(LEASE - 1)
-    assert b.lock() == [b"busy", 1, 1, b"a", lab.now - LEASE + 1]
+    assert b.lock() == [b"busy", 1, 1, b"a/1", lab.now - LEASE + 1, b"main"]
     lab.advance(1)
     kind, _, next_token = b.lock()
     assert kind == b"granted"
@@ -176,7 +179,7 @@ def test_what_belongs_to_locks_expires_by_itself(lab: Lab) -> None:
 def test_renew_prolongs_membership_and_locks(lab: Lab) -> None:
     a = lab.process("a")
     a.join()
-    a.lock(thread=1)
+    a.lock(name=1)
     lab.advance(LEASE - 1)
     assert a.renew(1, 2) == [1, 1, 0]
     lab.advance(LEASE - 1)

@@ -191,7 +191,8 @@ step('lock', function(r, args)
   local holder, lease_ms, thread = args[3], tonumber(args[4]), args[6] or ''
   local places = places_of(holder)
   local held = lock_of(r)
-  local sharers = sharers_of(r)
+  local others = call('EXISTS', r.shared, r.queue) > 0 -- most often there is nobody
+  local sharers = others and sharers_of(r) or 0
   if held[1] == holder then
     return { 'granted', 0, tonumber(held[3]) }
   end
@@ -205,10 +206,13 @@ step('lock', function(r, args)
   else
     free = free and sharers == 0
   end
-  local first, first_until = waiter_in_front(r, holder)
+  local first, first_until
+  if others then
+    first, first_until = waiter_in_front(r, holder)
+  end
   if free and not first then
     hold(r, true)
-    if call('EXISTS', r.queue) == 1 then
+    if others then
       quit_queue(r, holder)
     end
     local granted = grant(r, holder, lease_ms, thread)
@@ -243,9 +247,10 @@ end)
 step('unlock', function(r, args)
   local holder = args[3]
   local held = lock_of(r)
-  sharers_of(r)
+  local others = call('EXISTS', r.shared, r.queue, r.waiting) > 0 -- most often there is nobody
   local mine = held[1] == holder
-  if call('EXISTS', r.queue, r.waiting) > 0 then
+  if others then
+    sharers_of(r)
     call('ZCARD', r.waiting)
     quit_queue(r, holder)
   end
@@ -254,7 +259,7 @@ step('unlock', function(r, args)
   elseif is_shared(holder) then
     mine = drop_sharer(r, holder) == 1
   end
-  if mine or not held[1] then
+  if others and (mine or not held[1]) then
     wake_next(r)
   end
   return { mine and 'released' or 'lost', let_go(r) }
