@@ -15,6 +15,7 @@ FIRST_PARTIALS = 128
 SPARE_TOKENS = 1023
 WAITER_MS = 10_000
 WOKEN_MS = 2_000
+UNTAKEN_MS = 200
 
 
 def is_shared(holder: bytes) -> bool:
@@ -73,12 +74,15 @@ class Model:
     parked: dict[int, tuple[list[bytes], dict[str, Any]]] = field(default_factory=dict)
     grant: Grant | None = None
     shared: dict[bytes, Grant] = field(default_factory=dict)
-    woken: Counter[bytes] = field(default_factory=Counter)  # wake-ups not taken
+    #: When each waiter was woken, and has not taken notice yet.
+    woken: dict[bytes, list[int]] = field(default_factory=dict)
     parties: int = 0
     came: set[bytes] = field(default_factory=set)
     arrived: dict[bytes, int] = field(default_factory=dict)  # waiter -> when it came
     awaited: dict[bytes, int] = field(default_factory=dict)  # waiter -> until when it counts
-    registries: dict[bytes, int] = field(default_factory=dict)  # process id -> holds it since
+    registries: dict[bytes, int] = field(
+        default_factory=dict
+    )  # process id -> holds it since; negative: a lock
     fence: set[bytes] = field(default_factory=set)  # the dead, where registries are elsewhere
     memory: dict[bytes, tuple[int, Answer]] = field(default_factory=dict)
     given: int | None = None  # the token in the server's answer
@@ -326,11 +330,16 @@ class Model:
         self.awaited.pop(holder, None)
         self.woken.pop(holder, None)
 
-    def waiters(self) -> list[bytes]:
+    def waiters(self, asking: bytes = b"") -> list[bytes]:
         """Those who still wait, in the order they came."""
         for holder in [holder for holder, until in self.awaited.items() if until <= self.now]:
             self.quit_queue(holder)
-        return sorted(self.arrived, key=lambda holder: (self.arrived[holder], holder))
+        waiters = sorted(self.arrived, key=lambda holder: (self.arrived[holder], holder))
+        while waiters and waiters[0] != asking and waiters[0] in self.woken:
+            if self.now - self.woken[waiters[0]][0] <= UNTAKEN_MS:
+                break
+            self.quit_queue(waiters.pop(0))
+        return waiters
 
     def wake_next(self) -> None:
         taken = len(self.shared)
@@ -345,12 +354,12 @@ class Model:
             taken += 1
 
     def wake(self, waiter: bytes) -> None:
-        self.woken[waiter] += 1
+        self.woken.setdefault(waiter, []).append(self.now)
         self.awaited[waiter] = min(self.awaited[waiter], self.now + WOKEN_MS)
 
     def in_front_of(self, holder: bytes) -> bytes | None:
         """The first waiter in front of a holder that it cannot go in with."""
-        for waiter in self.waiters():
+        for waiter in self.waiters(asking=holder):
             if waiter == holder:
                 return None
             if not (is_shared(waiter) and is_shared(holder)) or places_of(holder) < math.inf:
@@ -372,7 +381,8 @@ class Model:
         if free and not first:
             self.hold(pid)
             self.quit_queue(holder)
-            self.registries[pid] = self.now  # whoever has a lock comes first, since the last one
+            # Whoever has a lock comes first, and in the order of the last one.
+            self.registries[pid] = min(self.registries.get(pid, 0), -self.now)
             grant = Grant(holder, pid, self.fresh(spare=0), self.now + lease, self.now, thread)
             if is_shared(holder):
                 self.shared[holder] = grant
@@ -381,10 +391,8 @@ class Model:
             if places_of(holder) < math.inf:
                 self.wake_next()
             return [b"granted", 0, grant.token]
-        if free:
-            # Free, but promised to the waiter that was woken for it.
-            assert first
-            free_at, owner, since, by = self.awaited[first], first, self.now, b""
+        if free and first:
+            free_at, owner, since, by = self.promised(first), first, self.now, b""
         else:
             other = min(holders.values(), key=lambda grant: (grant.until, grant.holder))
             free_at, owner, since, by = other.until, other.holder, other.since, other.thread
@@ -395,6 +403,13 @@ class Model:
         self.awaited[holder] = self.now + WAITER_MS
         self.woken.pop(holder, None)
         return [b"wait", self.clear(pid), min(free_in, WAITER_MS // 2), owner, since, by]
+
+    def promised(self, first: bytes) -> int:
+        """Until when a free lock is promised to the first waiter."""
+        until = self.awaited[first]
+        if until > self.now + WOKEN_MS:
+            self.wake_next()  # whoever was woken in its place has not come
+        return self.woken[first][0] + UNTAKEN_MS + 1 if first in self.woken else until
 
     def unlock(self, pid: bytes, holder: bytes) -> Answer:
         self.expire_grants()
@@ -475,5 +490,8 @@ class Model:
             }
         if self.parties:
             keys["parties"] = {b"n": self.parties} | {b"@" + pid: 1 for pid in self.came}
-        keys |= {f"wake:{name.decode()}": [b"1"] * count for name, count in self.woken.items()}
+        keys |= {
+            f"wake:{name.decode()}": [b"%d" % at for at in times]
+            for name, times in self.woken.items()
+        }
         return {name: content for name, content in keys.items() if content}

@@ -90,9 +90,11 @@ MUTATIONS = {
     "a parked batch does not make way": Mutation(
         "next_batch(r, running[1], 'parked')", "{'parked', 0}"
     ),
-    "tokens follow a clock that is set back": Mutation("math.max(last + 1, r.micros)", "r.micros"),
+    "tokens follow a clock that is set back": Mutation(
+        "math.max(r.last_token + 1, r.micros)", "r.micros"
+    ),
     "tokens are not remembered": Mutation(
-        "  call('HSET', r.memory, 'token', string.format('%.0f', token + spare))\n", ""
+        "  if r.is_token_new then\n    local token", "  if false then\n    local token"
     ),
     "the registry is not written": Mutation(
         "  if r.registry then\n    enter_registry(", "  if false then\n    enter_registry("
@@ -110,7 +112,7 @@ MUTATIONS = {
         "if held[1] and tonumber(held[2]) <= r.now then", "if false then"
     ),
     "unlock frees the lock of another": Mutation(
-        "local mine = held[1] == holder\n  if call", "local mine = held[1]\n  if call"
+        "local mine = held[1] == holder\n  if others", "local mine = held[1]\n  if others"
     ),
     "recover leaves the dead member": Mutation("  call('ZREM', r.members, dead)\n", ""),
     "recover does not free the lock": Mutation(
@@ -190,6 +192,13 @@ MUTATIONS = {
     "more are woken than there are places": Mutation(
         "if i + sharers > (places_of(waiter) or math.huge) then", "if false then"
     ),
+    "a waiter that does not notice its wake-up holds all up": Mutation(
+        "r.now - woken <= UNTAKEN_MS", "true"
+    ),
+    "whoever asks is passed over itself": Mutation("first == asking or ", ""),
+    "the next one is not woken when the first is passed over": Mutation(
+        "    if first_until > r.now + WOKEN_MS then", "    if false then"
+    ),
     "a place that is left over wakes nobody": Mutation(
         "    if places then\n      wake_next(r)", "    if false then\n      wake_next(r)"
     ),
@@ -254,12 +263,16 @@ OUT_OF_TURN = [
     *(Move("unlock", 0, what) for what in (1, 2)),
     *(Move("lock", 1, what) for what in (2, 1)),
 ]
+#: The first of two waiters asks by itself, before it has noticed that it was woken.
+UNNOTICED = [*(Move("lock", who, 1) for who in range(3)), Move("unlock", 0, 1)]
+UNNOTICED += [Move("advance", 0, 1), Move("lock", 1, 1)]
 
 
 def test_the_library_as_it_is_passes(server: Redis, namespace: str) -> None:
     lab = Lab(server, namespace)
     try:
         run(lab, 3, OUT_OF_TURN)
+        run(lab, 4, UNNOTICED)
     finally:
         lab.close()
 
@@ -274,6 +287,7 @@ def test_the_checks_find(server: Redis, namespace: str, name: str) -> None:
         with pytest.raises(Violation) as found:
             run_random(lab, 1, SCHEDULES, LENGTH)
             run(lab, 3, OUT_OF_TURN)
+            run(lab, 4, UNNOTICED)
         assert "user_function" not in str(found.value), "it is no fault but an error in Lua"
     finally:
         lab.client.delete(*(key for key in lab.client.scan_iter(f"{namespace}*", 1_000)))

@@ -4,6 +4,7 @@ from steps import LEASE, Lab, lab_fixture  # noqa: F401 - the fixture is found b
 
 WAITER_MS = 10_000
 WOKEN_MS = 2_000
+UNTAKEN_MS = 200
 
 
 def test_a_free_lock_is_granted(lab: Lab) -> None:
@@ -56,14 +57,14 @@ def test_waiters_get_the_lock_in_the_order_they_came(lab: Lab) -> None:
     lab.advance(1)
     assert c.lock(queue=True) == [b"wait", 1, WAITER_MS // 2, b"a/1", since, b"main"]
     assert a.unlock() == [b"released", 1]
-    assert lab.dump()["{=x}:wake:b/1"].content == [b"1"]
+    assert lab.dump()["{=x}:wake:b/1"].content == [b"%d" % lab.now]
     assert "{=x}:wake:c/1" not in lab.dump()
-    assert c.lock(queue=True) == [b"wait", 1, WOKEN_MS, b"b/1", lab.now, b""], "it is promised to b"
-    assert a.lock() == [b"busy", 1, WOKEN_MS, b"b/1", lab.now, b""]
+    assert c.lock(queue=True) == [b"wait", 1, UNTAKEN_MS + 1, b"b/1", lab.now, b""], "it is b's"
+    assert a.lock() == [b"busy", 1, UNTAKEN_MS + 1, b"b/1", lab.now, b""]
     assert b.lock(queue=True)[0] == b"granted"
     assert "{=x}:wake:b/1" not in lab.dump(), "the wake-up is used"
     b.unlock()
-    assert lab.dump()["{=x}:wake:c/1"].content == [b"1"]
+    assert lab.dump()["{=x}:wake:c/1"].content == [b"%d" % lab.now]
     assert c.lock(queue=True)[0] == b"granted"
     c.unlock()
     assert lab.dump().keys() == {"{=x}:memory"}
@@ -98,7 +99,7 @@ def test_a_waiter_that_has_gone_silent_is_passed_over(lab: Lab) -> None:
     lab.advance(1)
     a.unlock()
     assert "{=x}:wake:b/1" not in lab.dump()
-    assert lab.dump()["{=x}:wake:c/1"].content == [b"1"]
+    assert lab.dump()["{=x}:wake:c/1"].content == [b"%d" % lab.now]
 
 
 def test_a_woken_waiter_that_does_not_come_is_passed_over(lab: Lab) -> None:
@@ -108,11 +109,43 @@ def test_a_woken_waiter_that_does_not_come_is_passed_over(lab: Lab) -> None:
     lab.advance(1)
     c.lock(queue=True)
     a.unlock()
+    assert lab.client.lpop(f"{lab.namespace}:{{=x}}:wake:b/1"), "it is on its way"
     lab.advance(WOKEN_MS - 1)
     assert c.lock(queue=True)[:3] == [b"wait", 1, 1]
     lab.advance(1)
     assert c.lock(queue=True)[0] == b"granted"
     assert lab.dump().keys() == {"{=x}:lock", "{=x}:memory", "{@c}:holds"}, "b has left no trace"
+
+
+def test_a_waiter_that_does_not_notice_its_wake_up_is_passed_over(lab: Lab) -> None:
+    a, b, c, d = (lab.process(name) for name in "abcd")
+    a.lock()
+    for waiter in (b, c, d):
+        waiter.lock(queue=True)
+        lab.advance(1)
+    a.unlock()
+    lab.advance(UNTAKEN_MS)
+    assert c.lock(queue=True)[:3] == [b"wait", 1, 1]
+    lab.advance(1)
+    # Whoever asks sees to it that the next one is woken.
+    assert d.lock(queue=True) == [b"wait", 1, UNTAKEN_MS + 1, b"c/1", lab.now, b""]
+    assert lab.dump()["{=x}:wake:c/1"].content == [b"%d" % lab.now]
+    assert "{=x}:wake:b/1" not in lab.dump()
+    assert b.lock(queue=True)[0] == b"wait"
+    assert c.lock(queue=True)[0] == b"granted"
+    c.unlock()
+    assert "{=x}:wake:d/1" in lab.dump(), "b has come back as the last"
+
+
+def test_a_waiter_that_asks_late_has_not_lost_its_place(lab: Lab) -> None:
+    a, b, c = (lab.process(name) for name in "abc")
+    a.lock()
+    b.lock(queue=True)
+    lab.advance(1)
+    c.lock(queue=True)
+    a.unlock()
+    lab.advance(WOKEN_MS - 1)
+    assert b.lock(queue=True)[0] == b"granted"
 
 
 def test_asking_again_keeps_the_place_in_the_queue(lab: Lab) -> None:
@@ -146,7 +179,7 @@ def test_unlock_of_a_woken_waiter_wakes_the_next(lab: Lab) -> None:
     c.lock(queue=True)
     a.unlock()
     assert b.unlock() == [b"lost", 1], "it was promised the lock, and gives up"
-    assert lab.dump()["{=x}:wake:c/1"].content == [b"1"]
+    assert lab.dump()["{=x}:wake:c/1"].content == [b"%d" % lab.now]
     assert "{=x}:wake:b/1" not in lab.dump()
 
 

@@ -91,7 +91,7 @@ def test_the_lock_of_the_dead_goes_to_the_next_at_once(lab: Lab, processes: list
     a.lock()
     assert b.lock(queue=True)[0] == b"wait"
     assert c.recover(a) == [b"free", 1, b""]
-    assert lab.dump()["{=x}:wake:b/1"].content == [b"1"]
+    assert lab.dump()["{=x}:wake:b/1"].content == [b"%d" % lab.now]
     assert b.lock(queue=True)[0] == b"granted"
 
 

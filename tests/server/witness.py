@@ -67,9 +67,9 @@ class Witness:
         return [key.content for name, key in self.keys.items() if ":parked:" in name]
 
     def registered(self, pid: bytes) -> int:
-        """Since when a process's registry names the resource; 0 if it does not."""
+        """Since when a registry names the resource, negative if locked; 0 if it does not."""
         holds = self.keys.get("{@" + pid.decode() + "}:holds")
-        return abs(holds.content.get(self.base, 0)) if holds else 0
+        return holds.content.get(self.base, 0) if holds else 0
 
     # -- what the processes are told
 

@@ -22,7 +22,7 @@ from phonon.protocol.keys import Keys
 LEASES = (30_000, 5_000)
 # Milliseconds that pass at once: within a lease, past a waiter's patience, past each lease, and
 # a clock that is set back.
-JUMPS = (1, 400, 2_001, 5_000, 11_000, 31_000, -3_000)
+JUMPS = (1, 201, 400, 2_001, 5_000, 11_000, 31_000, -3_000)
 
 #: What becomes of a call. Every call whose reply is lost is repeated before the next one.
 FATES = ("answered", "reply lost", "request lost", "given up")
@@ -57,6 +57,7 @@ WEIGHTS = {
     "meet": 1,
     "lock": 6,
     "unlock": 4,
+    "notice": 3,
     "renew": 1,
     "advance": 2,
     "repeat": 3,
@@ -234,6 +235,15 @@ class World:
     def unlock(self, actor: Actor, move: Move) -> None:
         self.settle(actor)  # it may have to take another name
         self.call(actor, move.fate, "unlock", self.holder(actor, move.what))
+
+    def notice(self, actor: Actor, move: Move) -> None:
+        """A waiter takes its wake-up."""
+        holder = self.holder(actor, move.what)
+        taken = self.lab.client.lpop((self.base + b":wake:" + holder).decode())
+        times = self.model.woken.get(holder, [])
+        assert taken == (b"%d" % times.pop(0) if times else None)
+        if not times:
+            self.model.woken.pop(holder, None)
 
     def renew(self, actor: Actor, move: Move) -> None:
         self.tick(1)

@@ -190,9 +190,12 @@ end
 step('lock', function(r, args)
   local holder, lease_ms, thread = args[3], tonumber(args[4]), args[6] or ''
   local places = places_of(holder)
-  local held = lock_of(r)
-  local others = call('EXISTS', r.shared, r.queue) > 0 -- most often there is nobody
-  local sharers = others and sharers_of(r) or 0
+  local held, sharers, first, first_until = {}, 0, nil, nil
+  local others = call('EXISTS', r.lock, r.shared, r.queue) > 0 -- most often there is nobody
+  if others then
+    held = lock_of(r)
+    sharers = sharers_of(r)
+  end
   if held[1] == holder then
     return { 'granted', 0, tonumber(held[3]) }
   end
@@ -206,7 +209,6 @@ step('lock', function(r, args)
   else
     free = free and sharers == 0
   end
-  local first, first_until
   if others then
     first, first_until = waiter_in_front(r, holder)
   end
@@ -256,7 +258,7 @@ step('unlock', function(r, args)
   end
   if mine then
     call('DEL', r.lock)
-  elseif is_shared(holder) then
+  elseif others and is_shared(holder) then
     mine = drop_sharer(r, holder) == 1
   end
   if others and (mine or not held[1]) then

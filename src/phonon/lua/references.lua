@@ -2,7 +2,12 @@
 
 local function enter(r, lease_ms)
   hold(r)
-  call('ZADD', r.members, r.now + lease_ms, r.pid)
+  local is_new = call('ZADD', r.members, r.now + lease_ms, r.pid) == 1
+  if is_new and call('EXISTS', r.parties) == 1 then
+    -- Nobody was there, so these were to expire.
+    call('PERSIST', r.parties)
+    call('PERSIST', r.modified)
+  end
 end
 
 local function live(r)
@@ -116,8 +121,6 @@ step('meet', function(r, args)
   local parties = math.max(tonumber(args[4]), tonumber(call('HGET', r.parties, 'n') or 0))
   enter(r, args[3])
   call('HSET', r.parties, 'n', parties, '@' .. r.pid, 1)
-  call('PERSIST', r.parties)
-  call('PERSIST', r.modified)
   wake_parties(r)
   return MET
 end)
@@ -140,13 +143,15 @@ end)
 --         {'run', clear, token, members left, was member, modifications, attempt, count, partials}
 step('leave', function(r, args)
   local force, partial = args[3] == '1', args[5]
-  local running, total, modified = false, 0, {}
+  local running, total, modified, parties = false, 0, {}, 0
   -- Most often there is nothing but members, and one look tells.
-  local bare = partial == '' and call('EXISTS', r.partials, r.running, r.lock, r.sharers, r.modified, r.parties) == 0
+  local bare = partial == '' and call('EXISTS', r.partials, r.running, r.lock, r.sharers, r.modified,
+    r.parties) == 0
   if not bare then
     running = call('HGET', r.running, 'token')
     total = call('LLEN', r.partials)
     modified = modifications(r)
+    parties = call('HLEN', r.parties)
     if not running and (total > 0 or partial ~= '') then
       if call('EXISTS', r.batch) == 1 then
         -- Never rename over it: whatever it is, somebody stored it.
@@ -164,12 +169,12 @@ step('leave', function(r, args)
   local was_member = call('ZREM', r.members, r.pid)
   local left = remaining(r)
   if left > 0 and not force then
-    if not bare and call('EXISTS', r.parties) == 1 then
+    if parties > 0 then
       wake_parties(r)
     end
     return { 'held', let_go(r, bare), 0, left, was_member }
   end
-  if left == 0 and not bare and is_incomplete(r, args[4]) then
+  if left == 0 and parties > 0 and is_incomplete(r, args[4]) then
     -- Whoever comes last will be the last. What is stored does not wait for that.
     was_member = 0
   elseif left == 0 and #modified > 0 then
