@@ -1,5 +1,6 @@
 """Sessions of known parties: meet, meeting, leave, recover."""
 
+import pytest
 from steps import LEASE, Lab, lab_fixture  # noqa: F401 - the fixture is found by its name
 
 
@@ -71,6 +72,15 @@ def test_what_waits_for_the_others_does_not_wait_for_ever(lab: Lab) -> None:
     seconds, _ = lab.client.time()
     for name in ("parties", "modified"):
         assert 0 < lab.dump()[f"{{=x}}:{name}"].expires - seconds * 1_000 <= LEASE + 1_000
-    a.meet(2)
+
+
+@pytest.mark.parametrize("come", ["join", "modify", "meet", "append"])
+def test_nothing_expires_while_somebody_is_there(lab: Lab, come: str) -> None:
+    a, b = lab.process("a"), lab.process("b")
+    a.meet(3)
+    a.modify()
+    a.leave()
+    calls = {"join": b.join, "modify": b.modify, "meet": lambda: b.meet(3)}
+    calls.get(come, lambda: b.append(b"1"))()
     for name in ("parties", "modified"):
-        assert lab.dump()[f"{{=x}}:{name}"].expires == -1, "somebody is there"
+        assert lab.dump()[f"{{=x}}:{name}"].expires == -1

@@ -205,7 +205,11 @@ class Witness:
             elif suffix == "fence":
                 if not LONGEST_MS < left <= DAY_MS:
                     raise Violation(f"{name} expires in {left} ms")
-            elif suffix in ("modified", "parties") and self.dict_at("parties"):
+            elif (
+                suffix in ("modified", "parties")
+                and self.dict_at("parties")
+                and not self.dict_at("members")
+            ):
                 continue  # it waits for those who are to come, but not for ever
             elif key.expires != -1:
                 raise Violation(f"G3: {name} expires by itself, in {left} ms")
