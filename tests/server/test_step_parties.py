@@ -80,7 +80,6 @@ def test_nothing_expires_while_somebody_is_there(lab: Lab, come: str) -> None:
     a.meet(3)
     a.modify()
     a.leave()
-    calls = {"join": b.join, "modify": b.modify, "meet": lambda: b.meet(3)}
-    calls.get(come, lambda: b.append(b"1"))()
+    getattr(b, come)(*{"meet": (3,), "append": (b"1",)}.get(come, ()))
     for name in ("parties", "modified"):
         assert lab.dump()[f"{{=x}}:{name}"].expires == -1
