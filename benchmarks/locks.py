@@ -4,16 +4,18 @@
     python benchmarks/locks.py --quick    # less than a minute, coarser
 
 Pairs: acquire and release of a lock that nobody else wants, in turns with the peers, so that all
-meet the same noise. Contention: eight OS processes want one lock all the time, and inside it read
+meet the same noise, with the default settings of redis-py. Contention: eight OS processes want one
+lock all the time, and inside it read
 a counter from a file and write it back one higher; what it says in the end shows that the lock
 excluded. Waiting: what eight processes send while somebody else holds the lock. All locks get
 redis-py clients of the same settings, on one server. Leases are a minute everywhere.
 
-Where whoever releases asks again at once, a lock that lets anybody in who comes has hardly any
-hand-overs: one process gets it many times running while the others sleep. So contention is
-measured twice, the second time with contenders that do something else for a moment (``--pause``)
-between two turns. The targets are those of the first. The first half second, in which connections
-are made, does not count.
+Where whoever releases asks again at once, a lock that lets anybody in who comes is rarely handed
+over: one process gets it many times running while the others sleep. So hand-overs, grants to
+another process than the last, are counted as well, and contention is measured twice, the second
+time with contenders that do something else for a moment (``--pause``) between two turns. The
+targets are those of the first. The first half second, in which connections are made, does not
+count.
 """
 
 import argparse
@@ -28,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pottery
 import redis
@@ -58,6 +60,8 @@ MORE: dict[str, Callable[[Any, str], Any]] = {
     "phonon, shared": lambda process, name: process.lock(name, shared=True),
     "phonon, semaphore": lambda process, name: process.semaphore(name, 4),
 }
+#: redis-py 8 gives up on an answer after 5 s, which kills waiters of python-redis-lock.
+PATIENT = {"socket_timeout": None}
 #: Pairs per second, against a peer's.
 PAIRS_TARGETS = {"redis-py": 1.0, "python-redis-lock": 1.4}
 #: Grants per second, against a peer's.
@@ -65,10 +69,9 @@ GRANTS_TARGETS = {"redis-py": 5.0, "python-redis-lock": 1.0}
 
 
 @contextmanager
-def source(kind: str, path: str) -> Iterator[Any]:
+def source(kind: str, path: str, **options: Any) -> Iterator[Any]:
     """What makes locks of a kind, over connections that count what they send."""
-    # redis-py 8 gives up on an answer after 5 s, which kills waiters of python-redis-lock.
-    pool = redis.ConnectionPool(connection_class=Counting, path=path, db=1, socket_timeout=None)
+    pool = redis.ConnectionPool(connection_class=Counting, path=path, db=1, **options)
     with redis.Redis(connection_pool=pool) as client:
         if kind.startswith("phonon"):
             with Process(client=client, namespace="locks") as process:
@@ -148,35 +151,42 @@ def acquire_patiently(kind: str, lock: Any) -> None:
 
 
 def contender(kind: str, path: str, seconds: float, pause: float, counter: str) -> None:
-    """Want the lock all the time; then say how long each wait was, and how many ended in time."""
+    """Want the lock all the time; then print what it has come to.
+
+    That is how long each wait was, how many ended in time, to how many of these the lock came from
+    another process, and how often it was taken in all.
+    """
     file = Path(counter)
-    with source(kind, path) as owner:
+    with source(kind, path, **PATIENT) as owner:
         lock = MAKERS[kind](owner, f"contended {kind}")
         print("ready", flush=True)
         sys.stdin.readline()
         counted = time.monotonic() + WARM_UP
         end = counted + seconds
         waits: list[float] = []
-        granted = written = 0
+        granted = handed = written = 0
+        me = str(os.getpid())
         while time.monotonic() < end:
             begun = time.monotonic()
             acquire_patiently(kind, lock)
             got = time.monotonic()
-            file.write_text(str(int(file.read_text()) + 1))
+            count, last = file.read_text().split()
+            file.write_text(f"{int(count) + 1} {me}")
             lock.release()
             written += 1
             if begun >= counted:
                 waits.append(got - begun)
             granted += counted <= got < end
+            handed += counted <= got < end and last != me
             if pause:
                 time.sleep(pause)
-        print(json.dumps([waits, granted, written]), flush=True)
+        print(json.dumps([waits, granted, handed, written]), flush=True)
         sys.stdin.readline()  # whoever ends takes time from those who still wait
 
 
 def waiter(kind: str, path: str) -> None:
     """Wait for a lock that somebody holds; say how much was sent when asked to."""
-    with source(kind, path) as owner:
+    with source(kind, path, **PATIENT) as owner:
         lock = MAKERS[kind](owner, f"contended {kind}")
         print("ready", flush=True)
         sys.stdin.readline()
@@ -242,40 +252,56 @@ class Children:
             assert popen.returncode == 0
 
 
-def contend(kind: str, path: str, seconds: float, pause: float) -> tuple[list[float], list[int]]:
-    """Let eight want a lock; all waits, and how many grants each got."""
+class Run(NamedTuple):
+    """What eight contenders got.
+
+    Attributes:
+        waits: Seconds, sorted.
+        grants: Of each.
+        handed: How many of these came from another process.
+    """
+
+    waits: list[float]
+    grants: list[int]
+    handed: int
+
+
+def contend(kind: str, path: str, seconds: float, pause: float) -> Run:
+    """Let eight want a lock."""
     with tempfile.TemporaryDirectory() as folder:
         counter = Path(folder, "counter")
-        counter.write_text("0")
+        counter.write_text("0 nobody")
         with Children("contender", kind, path, seconds, pause, str(counter)) as children:
             children.tell()
             found = [json.loads(line) for line in children.read()]
             children.join()
-        waits = sorted(wait for waits, _, _ in found for wait in waits)
-        assert int(counter.read_text()) == sum(written for _, _, written in found), (
-            f"{kind} did not exclude"
-        )
-    return waits, [granted for _, granted, _ in found]
+        count = int(counter.read_text().split()[0])
+        assert count == sum(written for *_, written in found), f"{kind} did not exclude"
+    waits = sorted(wait for waits, *_ in found for wait in waits)
+    return Run(waits, [granted for _, granted, *_ in found], sum(each[2] for each in found))
 
 
 def contention(console: Console, path: str, rounds: int, seconds: float, pause: float) -> None:
     """Grants per second, and how long one waits."""
-    found: dict[str, list[tuple[list[float], list[int]]]] = {kind: [] for kind in MAKERS}
+    found: dict[str, list[Run]] = {kind: [] for kind in MAKERS}
     for _ in range(rounds):
         for kind, results in found.items():
             results.append(contend(kind, path, seconds, pause))
     table = Table(
-        *("kind", "grants/s", "phonon grants more by", "target", "wait p50", "p99", "longest"),
+        *("kind", "grants/s", "phonon grants more by", "target"),
+        *("hand-overs/s", "phonon hands over more by", "wait p50", "p99", "longest"),
         *("longest / p50", "least and most grants of one"),
         title=f"{CONTENDERS} processes want one lock, {rounds} x {seconds:g} s"
         + f", pausing for {pause * 1e3:g} ms" * bool(pause),
     )
-    grants = {kind: [sum(each) / seconds for _, each in runs] for kind, runs in found.items()}
+    grants = {kind: [sum(run.grants) / seconds for run in runs] for kind, runs in found.items()}
+    handed = {kind: [run.handed / seconds for run in runs] for kind, runs in found.items()}
     for kind, runs in found.items():
         ratios = [a / max(b, 1e-9) for a, b in zip(grants["phonon"], grants[kind], strict=True)]
-        medians = [statistics.median(waits) for waits, _ in runs]
-        longest = [waits[-1] for waits, _ in runs]
-        p99 = [waits[len(waits) * 99 // 100] for waits, _ in runs]
+        more = [a / max(b, 1e-9) for a, b in zip(handed["phonon"], handed[kind], strict=True)]
+        medians = [statistics.median(run.waits) for run in runs]
+        longest = [run.waits[-1] for run in runs]
+        p99 = [run.waits[len(run.waits) * 99 // 100] for run in runs]
         tails = [a / b for a, b in zip(longest, medians, strict=True)]
         tail = statistics.median(tails)
         # Each run's figure; of these the median.
@@ -284,6 +310,8 @@ def contention(console: Console, path: str, rounds: int, seconds: float, pause: 
             f"{statistics.median(grants[kind]):,.0f}",
             "" if kind == "phonon" else spread(ratios),
             verdict(statistics.median(ratios), None if pause else GRANTS_TARGETS.get(kind)),
+            f"{statistics.median(handed[kind]):,.0f}",
+            "" if kind == "phonon" else spread(more),
             *(f"{statistics.median(each) * 1e3:.2f} ms" for each in (medians, p99, longest)),
             f"{spread(tails)}"
             + (
@@ -291,7 +319,7 @@ def contention(console: Console, path: str, rounds: int, seconds: float, pause: 
                 if kind == "phonon" and not pause
                 else ""
             ),
-            " ".join(f"{min(each)}..{max(each)}" for _, each in runs),
+            " ".join(f"{min(run.grants)}..{max(run.grants)}" for run in runs),
         )
     console.print(table)
 
@@ -318,7 +346,7 @@ def trips(path: str, kind: str, server: Any) -> tuple[int, int]:
 
 def idle(path: str, kind: str, seconds: float) -> int:
     """What eight send while somebody holds the lock that they wait for."""
-    with source(kind, path) as owner:
+    with source(kind, path, **PATIENT) as owner:
         lock = MAKERS[kind](owner, f"contended {kind}")
         assert lock.acquire()
         with Children("waiter", kind, path) as children:
@@ -359,7 +387,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     options = parser.parse_args()
     quick = options.quick
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     with processes() as (process,):
         path = process.client.connection_pool.connection_kwargs["path"]
         pairs(console, path, rounds=5 if quick else 21, calls=50 if quick else 200)

@@ -148,7 +148,7 @@ end
 
 local function grant(r, holder, lease_ms, thread)
   local token = next_token(r, 0)
-  local text = string.format('%.0f', token)
+  local text = string.format('%d', token)
   if is_shared(holder) then
     if call('EXISTS', r.shared) == 0 then
       call('DEL', r.sharers) -- left of some whose other key was deleted or evicted
@@ -244,6 +244,9 @@ step('lock', function(r, args)
   return { 'wait', let_go(r), math.max(1, math.min(free_in, WAITER_MS / 2)), owner, since, by }
 end)
 
+local RELEASED = { [0] = constant('released', 0), constant('released', 1) }
+local LOST = { [0] = constant('lost', 0), constant('lost', 1) }
+
 -- unlock(pid, op, holder): release the lock, or leave its queue, and wake whoever is next.
 -- answers {'released', clear} | {'lost', clear}   the lock was not the caller's (any more)
 step('unlock', function(r, args)
@@ -264,7 +267,7 @@ step('unlock', function(r, args)
   if others and (mine or not held[1]) then
     wake_next(r)
   end
-  return { mine and 'released' or 'lost', let_go(r) }
+  return (mine and RELEASED or LOST)[let_go(r)]
 end, true)
 
 -- renew(pid, lease_ms, holder, lock lease_ms, holder, lock lease_ms ...): prolong what the process

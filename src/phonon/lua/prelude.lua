@@ -202,7 +202,7 @@ local function remember(r, answer)
   local record = r.number .. ' ' .. (push and r.now or r.pushed_text) .. ' ' .. pack(answer)
   local new
   if r.is_token_new then
-    local token = string.format('%.0f', r.last_token)
+    local token = string.format('%d', r.last_token)
     new = call('HSET', r.memory, r.pid, record, 'token', token)
   else
     new = call('HSET', r.memory, r.pid, record)
@@ -216,8 +216,8 @@ local function remember(r, answer)
 end
 
 -- An answer that never differs.
-local function constant(kind)
-  local answer = { kind, 0 }
+local function constant(kind, clear)
+  local answer = { kind, clear or 0 }
   PACKED[answer] = false
   return answer
 end

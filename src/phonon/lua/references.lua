@@ -29,7 +29,7 @@ end
 -- The batch is there; from now on it is running, and the caller's. Returns its token.
 local function run(r)
   local token = next_token(r, SPARE_TOKENS)
-  call('HSET', r.running, 'owner', r.pid, 'token', string.format('%.0f', token),
+  call('HSET', r.running, 'owner', r.pid, 'token', string.format('%d', token),
     'attempt', 0, 'since', r.now)
   return token
 end
