@@ -123,3 +123,13 @@ def test_the_last_one_takes_the_epoch_along(lab: Lab) -> None:
     assert lab.call("resign", 1, lab.keys.processes, "b") == 1
     assert lab.dump() == {}
     assert lab.call("resign", 1, lab.keys.processes, "b") == 0
+
+
+def test_an_heir_is_removed_by_the_mark_of_its_last_announcement_only(lab: Lab) -> None:
+    marks = [lab.call("announce", 1, lab.keys.processes, "class:C") for _ in range(3)]
+    assert len(set(marks)) == 3
+    assert lab.call("beat", 1, lab.keys.processes, "a", 100, "", "")[4:] == [b"class:C"]
+    assert lab.call("resign", 1, lab.keys.processes, "class:C", marks[1]) == 0
+    assert lab.call("resign", 1, lab.keys.processes, "class:C", marks[2]) == 1
+    assert lab.call("resign", 1, lab.keys.processes, "class:C", marks[2]) == 0
+    assert lab.client.zrange(lab.keys.processes, 0, -1) == [b"a"]

@@ -45,16 +45,30 @@ redis.register_function(NAME .. '_survey', function(keys, args)
   local members = call('ZRANGE', base .. ':members', 0, -1, 'WITHSCORES')
   local running = call('HMGET', base .. ':running', 'owner', 'token')
   local unnamed = {}
-  local function check(pid)
+  local function names(pid)
     local registry = prefix .. '{@' .. pid .. '}:holds'
-    if type(redis.pcall('ZSCORE', registry, base)) ~= 'string' then
+    return type(redis.pcall('ZSCORE', registry, base)) == 'string'
+  end
+  local function check(pid)
+    if not names(pid) then
       unnamed[#unnamed + 1] = pid
     end
+  end
+  -- What is in an heir's hands is found through it, or through who has just left it there.
+  local function check_heir(heir)
+    for _, pid in ipairs(call('ZRANGE', prefix .. '{*}:processes', 0, -1)) do
+      if names(pid) then
+        return
+      end
+    end
+    unnamed[#unnamed + 1] = heir
   end
   for i = 1, #members, 2 do
     check(members[i])
   end
-  if running[1] then
+  if running[1] and string.sub(running[1], 1, 6) == 'class:' then
+    check_heir(running[1])
+  elseif running[1] then
     check(running[1])
   end
   local lock = call('HGET', base .. ':lock', 'pid')

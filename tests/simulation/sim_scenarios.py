@@ -6,6 +6,8 @@ from typing import Any
 from sim_explorer import Scenario, Script
 from sim_world import DEAF, RAISES, SimProcess
 
+from phonon.protocol import heirs
+
 Steps = Generator[Any, Any, None]
 
 
@@ -36,6 +38,15 @@ def comes_and_goes(p: SimProcess) -> Steps:
 
 def locks(p: SimProcess) -> Steps:
     yield from p.lock(p.world.base("x"))
+
+
+def expects_a_batch(p: SimProcess) -> Steps:
+    """As if the heir of class L had had one of this resource before."""
+    yield from heirs.inherit(p.me, p.world.base("x"), heirs.heir("L"))
+
+
+def works_off(p: SimProcess) -> Steps:
+    yield from p.take_over_one("class:L")
 
 
 def watches(_: SimProcess) -> Steps:
@@ -116,6 +127,12 @@ SCENARIOS = {
         kinds=("kill",),
         victims=("b",),
     ),
+    "a batch is left to an heir that is being worked off": Scenario(
+        {"b": leaves, "c": works_off},
+        before=(("a", stores), ("b", stores), ("a", leaves), ("c", expects_a_batch)),
+        labels={"a": ("L", ("K",)), "b": ("K", ("K",)), "c": ("L", ("K", "L"))},
+        faults=0,
+    ),
 }
 
 #: Larger ones: some of their interleavings, and all of them if one asks for that.
@@ -184,5 +201,12 @@ LARGE = {
         labels={"a": ("L", ("K",)), "b": ("K", ("K",)), "c": ("L", ("K", "L"))},
         kinds=("kill", "pause"),
         victims=("b",),
+    ),
+    "a batch is left to an heir that is being worked off, and one dies": Scenario(
+        {"b": leaves, "c": works_off},
+        before=(("a", stores), ("b", stores), ("a", leaves), ("c", expects_a_batch)),
+        labels={"a": ("L", ("K",)), "b": ("K", ("K",)), "c": ("L", ("K", "L"))},
+        kinds=("kill",),
+        victims=("b", "c"),
     ),
 }

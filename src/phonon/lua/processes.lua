@@ -7,7 +7,7 @@ local function about(name, body, flags)
     flags = flags,
     callback = function(keys, args)
       call = redis.call
-      return body(keys[1], args, clock())
+      return body(keys[1], args, clock()) -- milliseconds, microseconds
     end,
   })
 end
@@ -104,9 +104,21 @@ about('beat', function(processes, args, now)
   return answer
 end, { 'allow-oom' })
 
--- resign(pid): remove a process, and with the last one all that is known of them.
+-- announce(heir): list an heir, whose deadline is always over.
+-- answers a mark, which is another one each time
+about('announce', function(processes, args, _, micros)
+  local mark = math.min(-micros, tonumber(call('ZSCORE', processes, args[1]) or 0) - 1)
+  call('ZADD', processes, mark, args[1])
+  return string.format('%.0f', mark)
+end, { 'allow-oom' })
+
+-- resign(pid [, mark]): remove a process, and with the last one all that is known of them. With a
+-- mark remove an heir, if it was not announced since.
 -- answers 1 if it was there
 about('resign', function(processes, args)
+  if args[2] and tonumber(call('ZSCORE', processes, args[1])) ~= tonumber(args[2]) then
+    return 0
+  end
   local was = call('ZREM', processes, args[1])
   if call('EXISTS', processes) == 0 then
     call('DEL', epoch_of(processes))

@@ -81,7 +81,7 @@ step('resume', function(r, args)
 end, true)
 
 -- entrust(pid, op, token, heir): leave a batch to whoever can execute it, in the hands of an heir,
--- which is treated as a dead process: its registry names the resource already.
+-- which is treated as a dead process.
 -- answers {'entrusted', clear} | {'lost', clear}
 step('entrust', function(r, args)
   if not owns(r, args[3]) then

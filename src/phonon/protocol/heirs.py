@@ -24,37 +24,42 @@ def inherits(process_id: str) -> str | None:
 def entrust(me: Participant, base: bytes, batch: Batch, heir: bytes) -> Flow[Ran]:
     """Leave a batch of ours to an heir.
 
-    Its registry is written before, and it is listed after. Dying in between leaves our registry
-    naming the resource: who recovers that finds the heir there, and lists it.
+    Our registry names the resource until the heir's does and the heir is listed. Should we die
+    before that, whoever recovers the resource from us finds it in the heir's hands, and sees to it.
     """
-    yield Call("hold", me.keys.registry(heir), (base, heir))
     call = me.step("entrust", base, batch.token, heir, keep=True)
     call.registry = None  # the step must not clear it
     answer = yield call
     if answer[0] == b"entrusted":
-        yield from announce(me, heir)
+        yield from inherit(me, base, heir)
     if answer[1]:
         yield from clear(me.registry, base)
     return messages.ran(answer)._replace(clear=0)
 
 
-def announce(me: Participant, heir: bytes) -> Flow[None]:
-    """List an heir among the dead."""
-    key = me.keys.processes
-    yield Call("", key, (b"ZADD", key, b"NX", 0, heir), keep=True)
+def inherit(me: Participant, base: bytes, heir: bytes) -> Flow[None]:
+    """Have an heir found that has a batch of a resource.
+
+    Only now that it has: an entry from before may have been worked off, and with it cleared.
+    """
+    yield Call("hold", me.keys.registry(heir), (base, heir), keep=True)
+    yield from announce(me, heir)
+
+
+def announce(me: Participant, heir: bytes) -> Flow[bytes]:
+    """List an heir among the dead, if it is not. The result is a mark of this listing."""
+    mark: bytes = yield Call("announce", me.keys.processes, (heir,), keep=True)
+    return mark
 
 
 def dismiss(me: Participant, heir: bytes) -> Flow[bool]:
-    """List an heir no more, if nothing is left to it. Somebody may be about to leave it something.
+    """List an heir no more, if nothing is left to it and nobody has listed it meanwhile.
 
     Returns:
-        Whether nothing was left.
+        Whether it is listed no more.
     """
     registry = me.keys.registry(heir)
+    mark = yield from announce(me, heir)
     if (yield Call("", registry, (b"ZCARD", registry))):
         return False
-    yield Call("resign", me.keys.processes, (heir,))
-    if (yield Call("", registry, (b"ZCARD", registry))):
-        yield from announce(me, heir)
-        return False
-    return True
+    return bool((yield Call("resign", me.keys.processes, (heir, mark))))

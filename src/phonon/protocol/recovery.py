@@ -72,20 +72,24 @@ def recover(
     registry = me.keys.registry(dead.encode())
     died = heirs.inherits(dead) is None
     yield from me.hold(base)
+    if not died and not me.colocated:
+        # An heir may be left the resource anew at any time: nothing of that must be cleared. If we
+        # die before the step, our registry names the resource.
+        yield from clear(registry, base)
     here = (registry,) if me.colocated else ()
     args = (base, dead, int(died), me.lease_ms, *here)
     answer = yield me.step("recover", *args, keep=True)
     while answer[0] == b"free" and heirs.inherits(answer[2].decode()) is not None:
         # Whoever left it to its heir may have died before it could say so.
         listed = answer[2]
-        yield from heirs.announce(me, listed)
+        yield from heirs.inherit(me, base, listed)
         if not me.colocated:
             break
         # Only now the dead one's registry may forget it.
         answer = yield me.step("recover", *args, listed, keep=True)
         if answer[2:] == [listed]:
             break
-    if not me.colocated:
+    if died and not me.colocated:
         # A cluster's resource knows its dead: none of them can have entered it anew meanwhile.
         yield from clear(registry, base)
     kind = answer[0]
