@@ -246,9 +246,12 @@ class Lock:
     def extend(self, additional_time: float | None = None, replace_ttl: bool = False) -> bool:
         """Make the lease longer, for a time in which it cannot be renewed.
 
+        It is never made shorter, so that a message which the network delivers late can take
+        nothing away.
+
         Args:
             additional_time: Seconds to add to what is left of it. None: start it anew.
-            replace_ttl: Whether they take the place of what is left.
+            replace_ttl: Whether they take the place of what is left, if that is less.
 
         Returns:
             True.
@@ -457,7 +460,7 @@ def renewing(lock: Lock, grant: Grant, lease_ms: "Callable[[float], int]") -> Fl
     ms = lease_ms(now)
     renewed = yield from references.renew(grant.me, lock.base, [(grant.wish.holder, ms)])
     if renewed[1]:
-        grant.until = now + ms / 1000
+        grant.until = max(grant.until, now + ms / 1000)
     return bool(renewed[1])
 
 

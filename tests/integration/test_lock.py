@@ -458,11 +458,13 @@ def test_extend(process: Process, admin: "redis.Redis", namespace: str) -> None:
         lock.check()
         assert 98 < left() < 101
         assert lock.reacquire() is True
-        assert 18 < left() < 21
+        assert lock.extend(5, replace_ttl=True) is True
+        assert 98 < left() < 101, "it is never made shorter"
+        assert lock.owned()
         for nonsense in (0, -5, float("nan"), float("inf")):
             with pytest.raises(ConfigurationError):
                 lock.extend(nonsense)
-        assert 18 < left() < 21
+        assert 98 < left() < 101
     for act in (lock.extend, lock.reacquire, lock.check):
         with pytest.raises(LockLostError, match="is not held"):
             act()

@@ -418,7 +418,6 @@ def test_a_references_lock_does_as_the_reference_was_told(
             assert ("of waiting" in str(raised.value)) is waits
 
 
-
 # The last one out
 
 

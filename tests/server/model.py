@@ -434,7 +434,7 @@ class Model:
             if self.grant and self.grant.holder == holder:
                 grant = self.grant
             if grant:
-                grant.until = self.now + lock_lease
+                grant.until = max(grant.until, self.now + lock_lease)
             answer.append(int(grant is not None))
         return answer
 

@@ -195,6 +195,7 @@ MUTATIONS = {
     "a waiter that does not notice its wake-up holds all up": Mutation(
         "r.now - woken <= UNTAKEN_MS", "true"
     ),
+    "a renewal that comes late makes a shared lease shorter": Mutation(", 'GT', r.now", ", r.now"),
     "whoever asks is passed over itself": Mutation("first == asking or ", ""),
     "the next one is not woken when the first is passed over": Mutation(
         "    if first_until > r.now + WOKEN_MS then", "    if false then"

@@ -1,5 +1,6 @@
 """lock, unlock, renew."""
 
+import pytest
 from steps import LEASE, Lab, lab_fixture  # noqa: F401 - the fixture is found by its name
 
 WAITER_MS = 10_000
@@ -219,6 +220,18 @@ def test_renew_prolongs_membership_and_locks(lab: Lab) -> None:
     assert a.count() == 1
     assert lab.process("b").lock()[0] == b"busy"
     assert a.unlock() == [b"released", 0]
+
+
+@pytest.mark.parametrize("name", ["1", "1s"])
+def test_renew_that_comes_late_makes_no_lease_shorter(lab: Lab, name: str) -> None:
+    a, b = lab.process("a"), lab.process("b")
+    a.lock(name)
+    assert a.ask("renew", LEASE, a.holder(name), 3 * LEASE) == [0, 1]
+    assert a.ask("renew", LEASE, a.holder(name), LEASE) == [0, 1], "an earlier one that comes now"
+    lab.advance(3 * LEASE - 1)
+    assert b.lock()[0] == b"busy"
+    lab.advance(1)
+    assert b.lock()[0] == b"granted"
 
 
 def test_renew_brings_nothing_back(lab: Lab) -> None:

@@ -49,6 +49,17 @@ def test_readers_that_come_later_wait_behind_a_writer(lab: Lab) -> None:
     assert c.lock("1s", queue=True)[0] == b"granted"
 
 
+def test_any_number_of_readers_are_woken(lab: Lab) -> None:
+    a, b = lab.process("a"), lab.process("b")
+    a.lock()
+    for number in range(250):
+        queue_up(lab, b, f"{number}s")
+    queue_up(lab, b, "250")
+    queue_up(lab, b, "251s")
+    a.unlock()
+    assert woken(lab) == {f"b/{number}s" for number in range(250)}
+
+
 def test_those_who_share_are_woken_together_up_to_the_next_writer(lab: Lab) -> None:
     a, b, c = (lab.process(name) for name in "abc")
     a.lock("1")

@@ -131,19 +131,19 @@ local function wake_next(r)
   if not anybody_waits(r) then
     return
   end
-  local sharers = sharers_of(r)
-  for i, waiter in ipairs(call('ZRANGE', r.queue, 0, 99)) do
-    if not is_shared(waiter) then
-      if i == 1 and sharers == 0 then
-        wake(r, waiter)
+  local inside = sharers_of(r)
+  local first = 0
+  repeat
+    local waiters = call('ZRANGE', r.queue, first, first + 99)
+    for _, waiter in ipairs(waiters) do
+      if inside >= (places_of(waiter) or is_shared(waiter) and math.huge or 1) then
+        return
       end
-      return
+      wake(r, waiter)
+      inside = is_shared(waiter) and inside + 1 or math.huge
     end
-    if i + sharers > (places_of(waiter) or math.huge) then
-      return
-    end
-    wake(r, waiter)
-  end
+    first = first + 100
+  until #waiters < 100
 end
 
 local function grant(r, holder, lease_ms, thread)
@@ -252,7 +252,7 @@ local LOST = { [0] = constant('lost', 0), constant('lost', 1) }
 step('unlock', function(r, args)
   local holder = args[3]
   local held = lock_of(r)
-  local others = call('EXISTS', r.shared, r.queue, r.waiting) > 0 -- most often there is nobody
+  local others = call('EXISTS', r.shared, r.sharers, r.queue, r.waiting) > 0 -- most often there is nobody
   local mine = held[1] == holder
   if others then
     sharers_of(r)
@@ -271,7 +271,8 @@ step('unlock', function(r, args)
 end, true)
 
 -- renew(pid, lease_ms, holder, lock lease_ms, holder, lock lease_ms ...): prolong what the process
--- still has here. Repeating it is harmless: it brings nothing back that is gone.
+-- still has here. Repeating it, however late, is harmless: it brings nothing back that is gone, and
+-- makes nothing shorter.
 -- answers {1 if a member, then 1 or 0 for each holder}
 plain('renew', function(r, args)
   local answer = { 0 }
@@ -284,15 +285,16 @@ plain('renew', function(r, args)
     local mine
     if is_shared(holder) then
       sharers_of(r)
-      mine = call('ZADD', r.shared, 'XX', 'CH', r.now + lease_ms, holder) == 1
-        or call('ZSCORE', r.shared, holder)
+      call('ZADD', r.shared, 'XX', 'GT', r.now + lease_ms, holder)
+      mine = call('ZSCORE', r.shared, holder)
       if mine then
         call('PEXPIRE', r.shared, lease_ms + JANITOR_MS, 'GT')
         call('PEXPIRE', r.sharers, lease_ms + JANITOR_MS, 'GT')
       end
     else
-      mine = lock_of(r)[1] == holder
-      if mine then
+      local held = lock_of(r)
+      mine = held[1] == holder
+      if mine and tonumber(held[2]) < r.now + lease_ms then
         call('HSET', r.lock, 'until', r.now + lease_ms)
         call('PEXPIRE', r.lock, lease_ms + JANITOR_MS)
       end
