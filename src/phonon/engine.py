@@ -29,6 +29,7 @@ from phonon.errors import (
     ServerStateLostError,
     UnknownClassError,
 )
+from phonon.lock import Grant, Grants
 from phonon.partials import run_batch
 from phonon.protocol import locks, processes, recovery, references, updates
 from phonon.protocol.effects import Flow, Participant, T
@@ -42,7 +43,6 @@ from phonon.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from phonon.batch import Batch
-    from phonon.lock import Grant
     from phonon.process import Process
     from phonon.update import Update
 
@@ -131,7 +131,7 @@ class Engine:
         #: The resources this process is a member of, each with the update that opened it.
         self.held: dict[str, weakref.ref[Update] | None] = {}
         #: What its threads have locked, by holder.
-        self.grants: dict[str, Grant] = {}
+        self.grants = Grants()
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
         self.local = threading.local()
         #: Updates that a batch could not store because the server was gone.
@@ -290,13 +290,14 @@ class Engine:
         return errors
 
     def _release_all(self) -> None:
-        grants, self.grants = self.grants, {}
+        grants = self.grants.everywhere()
+        self.grants = Grants()
         tasks = [
             Task(grant.lock.base, locks.release(grant.me, grant.lock.base, grant.wish.holder))
-            for grant in grants.values()
+            for grant in grants
         ]
         self.driver.run_all(tasks)
-        for grant, task in zip(grants.values(), tasks, strict=True):
+        for grant, task in zip(grants, tasks, strict=True):
             if task.error is not None:
                 raise task.error
             grant.lost = True
@@ -553,7 +554,7 @@ class Engine:
             f"over its batches and locks. It goes on as {self.name} with all that is local"
         )
         # Those of the new identity, which other threads may have taken already, are not lost.
-        self._lose([grant for grant in list(self.grants.values()) if grant.me is old], error)
+        self._lose([grant for grant in self.grants.everywhere() if grant.me is old], error)
         self._epoch = beat.epoch
         self._expired.update(self.held)
         self.upkeep.drop_retries()
@@ -596,12 +597,12 @@ class Engine:
 
     def soonest(self) -> float:
         """Seconds until locks have to be renewed, whether or not the last beat went well."""
-        leases = [grant.wish.lease_ms for grant in list(self.grants.values())]
+        leases = [grant.wish.lease_ms for grant in self.grants.everywhere()]
         return min(leases, default=math.inf) / 1000 / RENEWALS
 
-    def holds_lock(self, grant: "Grant") -> None:
+    def holds_lock(self, grant: Grant) -> None:
         """Renew a lock from now on."""
-        self.grants[grant.wish.holder] = grant
+        self.grants.add(grant)
         self.upkeep.beat_in(grant.lock.lease / RENEWALS)
 
     def _beat(self, me: Participant, *, outage: bool) -> Beat:
@@ -664,10 +665,10 @@ class Engine:
                 self._renew_at = 0.0
                 raise task.error
 
-    def _to_renew(self) -> "dict[bytes, list[Grant]]":
+    def _to_renew(self) -> dict[bytes, list[Grant]]:
         """The locks that are held, by resource, and now and then all memberships."""
         by_base: dict[bytes, list[Grant]] = {}
-        for grant in list(self.grants.values()):
+        for grant in self.grants.everywhere():
             by_base.setdefault(grant.lock.base, []).append(grant)
         now = time.monotonic()
         if now >= self._renew_at:
@@ -676,7 +677,7 @@ class Engine:
                 by_base.setdefault(self.keys.base(resource), [])
         return by_base
 
-    def _renewing(self, base: bytes, grants: "Sequence[Grant]") -> Flow[list[bool]]:
+    def _renewing(self, base: bytes, grants: Sequence[Grant]) -> Flow[list[bool]]:
         now = self.clock()
         wanted = [(grant.wish.holder, grant.lease_ms(now)) for grant in grants]
         renewed = yield from references.renew(self.me, base, wanted)
@@ -685,7 +686,7 @@ class Engine:
                 grant.until = max(grant.until, now + grant.wish.lease_ms / 1000)
         return renewed
 
-    def _lose(self, grants: "Sequence[Grant]", *errors: Exception) -> None:
+    def _lose(self, grants: Sequence[Grant], *errors: Exception) -> None:
         """These locks are not ours any more, because of those errors.
 
         The user's code that is told may take its time, and use this process: not in the heart's

@@ -99,6 +99,47 @@ class Grant:
         return max(self.wish.lease_ms, math.ceil((self.until - now) * 1000))
 
 
+class Grants:
+    """All that a process has been granted, by holder and by resource."""
+
+    def __init__(self) -> None:
+        self._all: dict[str, Grant] = {}
+        self._at: dict[bytes, dict[str, Grant]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, grant: Grant) -> None:
+        """Note a grant."""
+        holder = grant.wish.holder
+        with self._lock:
+            self._all[holder] = self._at.setdefault(grant.lock.base, {})[holder] = grant
+
+    def remove(self, grant: Grant) -> bool:
+        """Forget a grant. Was it there?"""
+        holder, base = grant.wish.holder, grant.lock.base
+        with self._lock:
+            if self._all.pop(holder, None) is None:
+                return False
+            del self._at[base][holder]
+            if not self._at[base]:
+                del self._at[base]
+            return True
+
+    def everywhere(self) -> list[Grant]:
+        """All of them."""
+        with self._lock:
+            return list(self._all.values())
+
+    def here(self, base: bytes) -> list[Grant]:
+        """Those of a resource that this thread has taken."""
+        if base not in self._at:
+            return []
+        with self._lock:
+            return [grant for grant in self._at.get(base, {}).values() if grant.is_here]
+
+
 class Lock:
     """Exclusive or shared access to a resource, across processes and threads.
 
@@ -229,14 +270,14 @@ class Lock:
         grant.depth -= 1
         if grant.depth:
             return
-        holder = grant.wish.holder
-        engine.grants.pop(holder, None)
+        engine.grants.remove(grant)
         try:
-            released = engine.run(self.base, locks.release(grant.me, self.base, holder))
+            flow = locks.release(grant.me, self.base, grant.wish.holder)
+            released = engine.run(self.base, flow)
         except ServerError:
             # It refused, so the lock is still ours: to be renewed, and to be released again.
             grant.depth += 1
-            engine.grants[holder] = grant
+            engine.grants.add(grant)
             self._grants.append(grant)
             raise
         if not released:
@@ -397,7 +438,7 @@ class Lock:
 
     def lose(self, grant: Grant) -> None:
         """It was found that the lock is not ours any more: say so, once."""
-        if self.process.engine.grants.pop(grant.wish.holder, None) is not None:
+        if self.process.engine.grants.remove(grant):
             self._tell(grant)
 
     def _tell(self, grant: Grant) -> None:
@@ -420,9 +461,7 @@ class Lock:
 
     def _again(self, block: bool) -> bool:
         """Whether this thread has the lock and may take it once more."""
-        for grant in list(self.process.engine.grants.values()):
-            if grant.lock.base != self.base or not grant.is_here:
-                continue
+        for grant in self.process.engine.grants.here(self.base):
             if self.reentrant and (self.shared or not grant.lock.shared):
                 grant.depth += 1
                 self._grants.append(grant)

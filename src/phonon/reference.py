@@ -229,11 +229,7 @@ class Reference:
         def run() -> Any:
             return call(*(args or ()), **(kwargs or {}))
 
-        grants = list(self._process.engine.grants.values())
-        if any(
-            grant.lock.base == self._base and grant.is_here and not grant.lock.shared
-            for grant in grants
-        ):
+        if any(not grant.lock.shared for grant in self._process.engine.grants.here(self._base)):
             return self._leave(run)
         with self.lock(block):
             return self._leave(run)

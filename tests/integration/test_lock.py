@@ -485,7 +485,7 @@ def test_a_forked_child_has_no_locks(process: Process) -> None:
     if not child:
         good = False
         with contextlib.suppress(BaseException):
-            good = not lock.owned() and process.engine.grants == {}
+            good = not lock.owned() and not process.engine.grants
             good = good and not lock.acquire(block=False)
             with contextlib.suppress(LockLostError):
                 lock.release()
