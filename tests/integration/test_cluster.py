@@ -586,7 +586,7 @@ def test_client_of_the_callers(
             for number in range(90):
                 cache.set(number % 30, Ids(process, number % 30, doc={"ids": [number]}))
             with process.lock("x"):
-                assert not process.lock("x").acquire(timeout=0.01)
+                assert not process.lock("x").acquire(block=False)
             reference = process.create_reference("x")
             assert [holder.pid for holder in reference.holders()] == [os.getpid()]
             assert cluster.connections() > before

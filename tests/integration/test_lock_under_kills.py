@@ -24,7 +24,7 @@ import pytest
 from conftest import Redis, wait_until
 from phonon import Process
 
-SECONDS = float(os.environ.get("PHONON_KILL_SECONDS", "8"))
+SECONDS = float(os.environ.get("PHONON_KILL_SECONDS", "6"))
 PROCESSES, THREADS = 8, 4
 #: Four of them are a death: long enough for a busy machine, so that nobody is taken for dead.
 HEARTBEAT = 0.75
