@@ -32,10 +32,16 @@ lint: $(VENV)/.installed ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure against bare Redis and peers
+# The peers are needed for nothing else, so they are not among what all targets need.
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.peers ## measure against bare Redis and peers
 	$(BIN)/python benchmarks/round_trips.py
 	$(BIN)/python benchmarks/references.py
 	$(BIN)/python benchmarks/takeover.py
+	$(BIN)/python benchmarks/locks.py $(ARGS)
 
 docs: $(VENV)/.installed ## run the examples in README.md and docs/
 	$(BIN)/python -m pytest tests/fundamentals/test_documentation.py

@@ -2,8 +2,8 @@
 
 from phonon.cache import LruCache
 from phonon.drivers.server import Durability
-from phonon.errors import PhononError
-from phonon.lock import Lock
+from phonon.errors import AlreadyLockedError, LockLostError, PhononError
+from phonon.lock import Lock, Semaphore
 from phonon.parked import Parked
 from phonon.process import Process
 from phonon.protocol.updates import RetryPolicy
@@ -12,16 +12,19 @@ from phonon.serializers import ExactSerializer, Serializer, SignedPickleSerializ
 from phonon.update import ConflictFreeUpdate, Update
 
 __all__ = [
+    "AlreadyLockedError",
     "ConflictFreeUpdate",
     "Durability",
     "ExactSerializer",
     "Lock",
+    "LockLostError",
     "LruCache",
     "Parked",
     "PhononError",
     "Process",
     "Reference",
     "RetryPolicy",
+    "Semaphore",
     "Serializer",
     "SignedPickleSerializer",
     "Update",

@@ -7,6 +7,7 @@ here is public.
 import contextlib
 import itertools
 import logging
+import math
 import os
 import socket
 import threading
@@ -23,14 +24,14 @@ from phonon.drivers.sync import SyncDriver, Task
 from phonon.errors import (
     BatchLostError,
     DeclaredDeadError,
-    LockLostError,
     PhononError,
     ProcessStoppedError,
     ServerStateLostError,
     UnknownClassError,
 )
+from phonon.lock import Grant, Grants
 from phonon.partials import run_batch
-from phonon.protocol import processes, recovery, references, updates
+from phonon.protocol import locks, processes, recovery, references, updates
 from phonon.protocol.effects import Flow, Participant, T
 from phonon.protocol.keys import Keys
 from phonon.protocol.processes import Beat
@@ -42,7 +43,6 @@ from phonon.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from phonon.batch import Batch
-    from phonon.lock import Lock
     from phonon.process import Process
     from phonon.update import Update
 
@@ -51,6 +51,10 @@ log = logging.getLogger("phonon")
 #: A process counts as dead after this many heartbeat intervals without a heartbeat. It is to be
 #: taken over from within five, and one more.
 DEAD_AFTER = 4
+#: Seconds after another process's deadline at which to look after it.
+DEATH_GRACE = 0.01
+#: How often a lock is renewed within its lease.
+RENEWALS = 4
 #: Goes on while the machine sleeps, where there is such a clock.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 #: Updates share this many locks; two updates that share one merely take turns.
@@ -126,7 +130,8 @@ class Engine:
         self.driver = SyncDriver(self.lease.server)
         #: The resources this process is a member of, each with the update that opened it.
         self.held: dict[str, weakref.ref[Update] | None] = {}
-        self.locks: dict[str, Lock] = {}
+        #: What its threads have locked, by holder.
+        self.grants = Grants()
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
         self.local = threading.local()
         #: Updates that a batch could not store because the server was gone.
@@ -150,7 +155,7 @@ class Engine:
         with self._starting:
             if self._started:
                 return
-            begun = time.clock_gettime(_CLOCK)
+            begun = self.clock()
             beat = self.driver.run(b"", processes.enrol(self.me, self._card(), self._ttl_ms))
             self._lives_until = begun + self._ttl_ms / 1000
             self._epoch = beat.epoch
@@ -220,7 +225,12 @@ class Engine:
 
         Counted from before the last heartbeat, so this ends earlier than on the server.
         """
-        return time.clock_gettime(_CLOCK) < self._lives_until
+        return self.clock() < self._lives_until
+
+    @staticmethod
+    def clock() -> float:
+        """Seconds, from a clock that is never set."""
+        return time.clock_gettime(_CLOCK)
 
     @property
     def wanted_by(self) -> "Process | None":
@@ -262,9 +272,7 @@ class Engine:
                 self._store_unstored()
             except ExceptionGroup as group:
                 errors += group.exceptions
-            for lock in list(self.locks.values()):
-                with contextlib.suppress(LockLostError):
-                    lock.release()
+            self._release_all()
             # The server's word, not our memory: it names all that we may be responsible for.
             held = set(self.driver.run(b"", self.living(processes.registry)))
             held.update(self.keys.base(resource) for resource in list(self.held))
@@ -280,6 +288,19 @@ class Engine:
         except PhononError as error:
             errors.append(error)
         return errors
+
+    def _release_all(self) -> None:
+        grants = self.grants.everywhere()
+        self.grants = Grants()
+        tasks = [
+            Task(grant.lock.base, locks.release(grant.me, grant.lock.base, grant.wish.holder))
+            for grant in grants
+        ]
+        self.driver.run_all(tasks)
+        for grant, task in zip(grants, tasks, strict=True):
+            if task.error is not None:
+                raise task.error
+            grant.lost = True
 
     def _leave_all(self, resources: Sequence[str]) -> list[Exception]:
         tasks: list[Task[Ended]] = []
@@ -309,6 +330,11 @@ class Engine:
         """The flow of `join`."""
         yield from self.living(lambda me: references.join(me, base))
         self.holds(resource, update)
+
+    def meeting(self, resource: str, base: bytes, parties: int) -> Flow[None]:
+        """Join a session of known parties."""
+        yield from self.living(lambda me: references.meet(me, base, parties))
+        self.holds(resource)
 
     def holds(self, resource: str, update: "Update | None" = None) -> None:
         """Note a membership, and which update `stop` has to end it with."""
@@ -459,9 +485,10 @@ class Engine:
         flow = self.living(lambda me: recovery.recover(me, base, dead, run, policy))
         return Task(base, flow, done)
 
-    def new_holder(self) -> tuple[Participant, str]:
-        """Name an acquisition of a lock."""
-        return self.me, f"{self.name}/{next(self._holders)}"
+    def new_holder(self, *, shared: bool = False, places: int = 0) -> tuple[Participant, str]:
+        """Name an acquisition of a lock; see `locks.name_of`."""
+        me, number = self.me, next(self._holders)
+        return me, locks.name_of(me.id.decode(), number, shared=shared, places=places)
 
     def stays(self, process_ids: Sequence[str], base: bytes) -> list[processes.Stay]:
         """Where processes run, and since when they hold a resource."""
@@ -510,7 +537,7 @@ class Engine:
         if self.me is not old:
             return
         new = self._new_identity()
-        begun = time.clock_gettime(_CLOCK)
+        begun = self.clock()
         beat = yield from processes.enrol(new, self._card(), self._ttl_ms)
         with self._changing:
             changed = self.me is old
@@ -521,16 +548,13 @@ class Engine:
         if not changed:
             yield from processes.resign(new)
             return
-        self.tell(
-            DeclaredDeadError(
-                f"process {old.id.decode()} was silent for more than "
-                f"{DEAD_AFTER * self.heartbeat_interval:g} s and was declared dead: others take "
-                f"over its batches and locks. It goes on as {self.name} with all that is local"
-            )
+        error = DeclaredDeadError(
+            f"process {old.id.decode()} was silent for more than "
+            f"{DEAD_AFTER * self.heartbeat_interval:g} s and was declared dead: others take "
+            f"over its batches and locks. It goes on as {self.name} with all that is local"
         )
-        locks, self.locks = self.locks, {}
-        for lock in list(locks.values()):
-            self._lose(lock)
+        # Those of the new identity, which other threads may have taken already, are not lost.
+        self._lose([grant for grant in self.grants.everywhere() if grant.me is old], error)
         self._epoch = beat.epoch
         self._expired.update(self.held)
         self.upkeep.drop_retries()
@@ -538,14 +562,14 @@ class Engine:
         if self.recovers:
             self.upkeep.recover([old.id.decode(), *beat.dead])
 
-    def beat(self) -> float | None:
+    def beat(self) -> float:
         """One heartbeat: say that we live, renew what is ours, and look after the dead.
 
         Returns:
-            Seconds until another process is dead unless it beats; None if there is none.
+            Seconds until the next one, at the most.
         """
         me = self.me
-        begun = time.clock_gettime(_CLOCK)
+        begun = self.clock()
         beat = self._beat(me, outage=self._troubles != self.driver.server.troubles)
         if beat.kind == "dead" and self._troubles != self.driver.server.troubles:
             # It was not we who were silent: the server was not to be reached.
@@ -567,7 +591,19 @@ class Engine:
                 self.upkeep.catch_up()
             if self.recovers:
                 self.upkeep.recover(beat.dead)
-        return beat.next_death
+        if beat.next_death is None:
+            return self.heartbeat_interval
+        return beat.next_death + DEATH_GRACE
+
+    def soonest(self) -> float:
+        """Seconds until locks have to be renewed, whether or not the last beat went well."""
+        leases = [grant.wish.lease_ms for grant in self.grants.everywhere()]
+        return min(leases, default=math.inf) / 1000 / RENEWALS
+
+    def holds_lock(self, grant: Grant) -> None:
+        """Renew a lock from now on."""
+        self.grants.add(grant)
+        self.upkeep.beat_in(grant.lock.lease / RENEWALS)
 
     def _beat(self, me: Participant, *, outage: bool) -> Beat:
         begun = time.monotonic()
@@ -588,7 +624,7 @@ class Engine:
                 f"{self.driver.server.address} has lost its data. What was stored there and not "
                 "yet written to the database is lost, unless it is restored from a backup; "
                 f"process {self.name} registers again, renews its {len(self.held)} memberships, "
-                f"and has lost its {len(self.locks)} locks. A server with appendonly yes, or "
+                f"and has lost its {len(self.grants)} locks. A server with appendonly yes, or "
                 "Process(durability=...), keeps its data"
             )
         )
@@ -611,27 +647,29 @@ class Engine:
 
     def _renew(self) -> None:
         by_base = self._to_renew()
-        lease_ms = max((lock.lease_ms for lock in list(self.locks.values())), default=0)
         # Renewing changes nothing that counts in order, so it waits for nobody's turn: the heart
         # must neither starve beside busy threads nor go on with their kept flows.
         tasks = [
-            Task(b"renew " + base, references.renew(self.me, base, lease_ms, holders))
-            for base, holders in by_base.items()
+            Task(b"renew " + base, self._renewing(base, grants)) for base, grants in by_base.items()
         ]
         self.driver.run_all(tasks)
-        for task, (base, holders) in zip(tasks, by_base.items(), strict=True):
+        lost: list[Grant] = []
+        for task, (base, grants) in zip(tasks, by_base.items(), strict=True):
             if task.error is None:
-                self._renewed(base, holders, *task.result)
+                member, *owned = task.result
+                lost += [grant for grant, mine in zip(grants, owned, strict=True) if not mine]
+                self._renewed(base, member=member)
+        self._lose(lost)
         for task in tasks:
             if task.error is not None:
                 self._renew_at = 0.0
                 raise task.error
 
-    def _to_renew(self) -> dict[bytes, list[str]]:
+    def _to_renew(self) -> dict[bytes, list[Grant]]:
         """The locks that are held, by resource, and now and then all memberships."""
-        by_base: dict[bytes, list[str]] = {}
-        for holder, lock in list(self.locks.items()):
-            by_base.setdefault(lock.base, []).append(holder)
+        by_base: dict[bytes, list[Grant]] = {}
+        for grant in self.grants.everywhere():
+            by_base.setdefault(grant.lock.base, []).append(grant)
         now = time.monotonic()
         if now >= self._renew_at:
             self._renew_at = now + self.session_length / 3
@@ -639,19 +677,41 @@ class Engine:
                 by_base.setdefault(self.keys.base(resource), [])
         return by_base
 
-    def _renewed(self, base: bytes, holders: Sequence[str], member: bool, *owned: bool) -> None:
-        for holder, mine in zip(holders, owned, strict=True):
-            lock = self.locks.get(holder)
-            if lock is not None and not mine and not lock.lost:
-                self._lose(lock)
+    def _renewing(self, base: bytes, grants: Sequence[Grant]) -> Flow[list[bool]]:
+        now = self.clock()
+        wanted = [(grant.wish.holder, grant.lease_ms(now)) for grant in grants]
+        renewed = yield from references.renew(self.me, base, wanted)
+        for grant, mine in zip(grants, renewed[1:], strict=True):
+            if mine:
+                grant.until = max(grant.until, now + grant.wish.lease_ms / 1000)
+        return renewed
+
+    def _lose(self, grants: Sequence[Grant], *errors: Exception) -> None:
+        """These locks are not ours any more, because of those errors.
+
+        The user's code that is told may take its time, and use this process: not in the heart's
+        thread, nor in the middle of a flow.
+        """
+        if not grants and not errors:
+            return
+        for grant in grants:
+            grant.lost = True
+
+        def tell() -> None:
+            for error in errors:
+                self.tell(error)
+            for grant in grants:
+                grant.lock.lose(grant)  # does nothing if it was released meanwhile
+
+        # The interpreter starts no threads while it ends.
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=tell, name=f"phonon-lost-{self.name[:8]}", daemon=True).start()
+
+    def _renewed(self, base: bytes, *, member: bool) -> None:
         resource = self.keys.resource(base)
         if not member and resource in self.held:
             log.warning("the membership in %r had expired; it is renewed", resource)
             self._expired.add(resource)
-
-    def _lose(self, lock: "Lock") -> None:
-        lock.lose()
-        self.tell(LockLostError(f"the lock on {lock.lock_key!r} is lost: {lock!r}"))
 
     def _rejoining(self, resource: str) -> Flow[None]:
         # Left meanwhile, by another thread? Then it stays left.

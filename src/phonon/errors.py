@@ -14,6 +14,7 @@
     │   └── ConnectionLostError              it stopped answering in the middle of a call
     ├── EmbeddedServerError                  the bundled server could not be started
     ├── AlreadyLockedError                   a lock is held by somebody else
+    │   └── DeadlockError (RuntimeError)     by this very thread, which would wait for itself
     ├── LockLostError                        a lock that was ours is ours no longer
     ├── BatchLostError                       a batch was executed here, and taken over meanwhile
     ├── BatchRunningError                    a parked batch cannot run while another one does
@@ -27,6 +28,10 @@
 
 An exception that the user's own ``merge``, ``execute`` or callback raises is passed on as it is.
 """
+
+from typing import Any
+
+from redis.exceptions import LockError, LockNotOwnedError
 
 
 class PhononError(Exception):
@@ -73,12 +78,29 @@ class EmbeddedServerError(PhononError):
     """The bundled server is not installed, or it could not be started."""
 
 
-class AlreadyLockedError(PhononError):
-    """A lock is held by somebody else, and waiting was not wanted or took too long."""
+class AlreadyLockedError(PhononError, LockError):
+    """A lock is held by somebody else, and waiting was not wanted or took too long.
+
+    Code that was written for redis-py's locks catches it as its `LockError`.
+
+    Attributes:
+        holder: Who holds it, a `phonon.lock.LockHolder`, as far as it is known.
+    """
+
+    def __init__(self, message: str, holder: Any = None) -> None:
+        super().__init__(message)
+        self.holder = holder
 
 
-class LockLostError(PhononError):
-    """A lock that was held is held no longer: it expired, or the server lost it."""
+class DeadlockError(AlreadyLockedError, RuntimeError):
+    """This thread holds the lock already, and would wait for itself."""
+
+
+class LockLostError(PhononError, LockNotOwnedError, RuntimeError):
+    """A lock that was held is held no longer: it expired, or the server lost it.
+
+    Code that was written for redis-py's locks or the standard library's catches it as theirs.
+    """
 
 
 class BatchLostError(PhononError):

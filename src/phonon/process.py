@@ -221,34 +221,81 @@ class Process:
         """The key of the sorted set of all processes, by the end of their lives unless renewed."""
         return self.engine.keys.processes.decode("utf-8", "surrogatepass")
 
-    def create_reference(self, resource: str, block: bool = True) -> Reference:
+    def create_reference(
+        self, resource: str, block: bool = True, parties: int | None = None
+    ) -> Reference:
         """Become a member of a resource.
 
-        Inside `batch` the membership begins when the block ends.
+        Inside `batch` the membership begins when the block ends, unless ``parties`` is given.
 
         Args:
             resource: The resource's name, any text.
             block: Whether the reference's locks wait by default.
+            parties: How many different processes are to hold the resource, where that is known:
+                nobody is told that it is the last before so many have come, so that the first
+                one to finish is not taken for the last while others have not begun. A process
+                that has died counts as one that has left. The same for all.
 
         Raises:
             ConnectionLostError: The server does not answer.
         """
-        reference = Reference(self, resource, block)
+        reference = Reference(self, resource, block, parties)
         batch = self.engine.batch
-        if batch is not None:
+        if batch is not None and parties is None:
             batch.join(resource)
         else:
             reference.refresh_session()
         return reference
 
-    def lock(self, lock_key: str, block: bool = True) -> "phonon.lock.Lock":
+    def lock(
+        self,
+        lock_key: str,
+        block: bool = True,
+        shared: bool = False,
+        *,
+        reentrant: bool = False,
+        lease: float | None = None,
+        on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
+    ) -> "phonon.lock.Lock":
         """A lock on a resource, for a ``with`` block.
 
         Args:
             lock_key: The resource's name, any text.
             block: Whether to wait if it is taken.
+            shared: Whether to share it with others who do.
+            reentrant: Whether the thread that has it may take it again.
+            lease: Seconds that it lasts unless renewed. None: `TTL`.
+            on_lost: Called with the lock, from any thread, once it is found to be lost.
         """
-        return phonon.lock.Lock(self, lock_key, block)
+        return phonon.lock.Lock(
+            self,
+            lock_key,
+            block,
+            shared=shared,
+            reentrant=reentrant,
+            lease=lease,
+            on_lost=on_lost,
+        )
+
+    def semaphore(
+        self,
+        name: str,
+        places: int,
+        block: bool = True,
+        *,
+        lease: float | None = None,
+        on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
+    ) -> "phonon.lock.Semaphore":
+        """A semaphore, for a ``with`` block: so many hold it at the same time.
+
+        Args:
+            name: Its name, any text.
+            places: How many may hold it; the same for all who use it.
+            block: Whether to wait if all places are taken.
+            lease: Seconds that a place lasts unless renewed. None: `TTL`.
+            on_lost: Called with the semaphore, from any thread, once a place is found to be lost.
+        """
+        return phonon.lock.Semaphore(self, name, places, block, lease=lease, on_lost=on_lost)
 
     def batch(self) -> Batch:
         """Collect what this thread does, and send it together when the ``with`` block ends.

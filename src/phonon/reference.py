@@ -1,11 +1,12 @@
 """References: who uses a resource, who modified it, who was the last."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phonon.errors import ConfigurationError, ConnectionLostError, PhononError
 from phonon.lock import Lock
-from phonon.protocol import references
+from phonon.protocol import locks, references
 from phonon.protocol.effects import Execute, Flow, Outcome, T
 from phonon.protocol.updates import Ended
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from phonon.engine import Engine
     from phonon.process import Process
     from phonon.update import Update
+
+
+#: Seconds after which a waiter looks by itself, should nobody have woken it.
+ASK_AGAIN = 5.0
 
 
 class Holder(NamedTuple):
@@ -42,6 +47,8 @@ class Reference:
         process: Whose membership.
         resource: The name of the resource, any text.
         block: Whether `lock` waits by default.
+        parties: How many different processes the session is to have, if that is known: until so
+            many have come, nobody is the last.
 
     Attributes:
         resource_key: The name of the resource.
@@ -49,9 +56,18 @@ class Reference:
             others still hold the resource.
     """
 
-    def __init__(self, process: "Process", resource: str, block: bool = True) -> None:
+    def __init__(
+        self,
+        process: "Process",
+        resource: str,
+        block: bool = True,
+        parties: int | None = None,
+    ) -> None:
+        if parties is not None and parties < 1:
+            raise ConfigurationError(f"a session has 1 party at the least, not {parties!r}")
         self.resource_key = resource
         self.block = block
+        self.parties = parties
         self.force_expiry = False
         self._process = process
         self._base = process.engine.keys.base(resource)
@@ -60,19 +76,32 @@ class Reference:
     def __repr__(self) -> str:
         return f"<phonon.Reference {self.resource_key!r} of process {self._process.id}>"
 
-    def lock(self, block: bool | None = None, shared: bool = False) -> Lock:
+    def lock(
+        self,
+        block: bool | None = None,
+        shared: bool = False,
+        *,
+        reentrant: bool = False,
+        lease: float | None = None,
+        on_lost: Callable[[Lock], object] | None = None,
+    ) -> Lock:
         """A lock on the resource, for a ``with`` block.
 
         Args:
             block: Whether to wait if it is taken. None: as the reference was told to.
-            shared: Not available yet.
-
-        Raises:
-            ConfigurationError: ``shared`` was asked for.
+            shared: Whether to share it with others who do.
+            reentrant: Whether the thread that has it may take it again.
+            lease: Seconds that it lasts unless renewed. None: `Process.TTL`.
+            on_lost: Called with the lock, from any thread, once it is found to be lost.
         """
-        if shared:
-            raise ConfigurationError("shared locks are not available yet: use an exclusive one")
-        return Lock(self._process, self.resource_key, self.block if block is None else block)
+        return self._process.lock(
+            self.resource_key,
+            self.block if block is None else block,
+            shared,
+            reentrant=reentrant,
+            lease=lease,
+            on_lost=on_lost,
+        )
 
     def count(self) -> int:
         """The number of processes that hold the resource, read atomically."""
@@ -84,7 +113,50 @@ class Reference:
         A membership lasts `Process.session_length` seconds from the last time it was used. The
         heartbeat renews it for as long as the process lives, so this is rarely needed.
         """
-        self._process.engine.join(self.resource_key, self._base)
+        engine = self._process.engine
+        if self.parties is None:
+            engine.join(self.resource_key, self._base)
+        else:
+            engine.run(self._base, engine.meeting(self.resource_key, self._base, self.parties))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all others are done: as many as were announced have come, and have left.
+
+        Only for a reference made with ``parties``. Afterwards this process is the only one that
+        still holds the resource, and its `dereference` the last one.
+
+        Args:
+            timeout: Seconds to wait at the most. None: `Process.BLOCKING_TIMEOUT`.
+
+        Returns:
+            Whether they are. False if it took too long.
+
+        Raises:
+            ConfigurationError: It was made without ``parties``.
+        """
+        if self.parties is None:
+            raise ConfigurationError(
+                f"nobody said how many processes are to hold {self.resource_key!r}: "
+                "create_reference(..., parties=n)"
+            )
+        engine = self._process.engine
+        seconds = self._process.BLOCKING_TIMEOUT if timeout is None else timeout
+        deadline = time.monotonic() + seconds
+        _, waiter = engine.new_holder()
+        # They are no operations on the resource: others need not wait for them.
+        name = b"meeting " + waiter.encode()
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                meeting = engine.run(name, references.meeting(engine.me, self._base, waiter))
+                alone = meeting.remaining <= int(meeting.member)
+                if alone and meeting.arrived >= meeting.parties:
+                    return True
+                if left <= 0 or self._process.stopping:
+                    return False
+                engine.run(name, locks.wait(self._base, waiter, min(left, ASK_AGAIN)))
+        finally:
+            engine.run(name, references.stop_waiting(self._base, waiter))
 
     def increment_times_modified(self) -> None:
         """Count that this process modified the resource."""
@@ -157,8 +229,7 @@ class Reference:
         def run() -> Any:
             return call(*(args or ()), **(kwargs or {}))
 
-        locks = list(self._process.engine.locks.values())
-        if any(lock.base == self._base and lock.owned_here() for lock in locks):
+        if any(not grant.lock.shared for grant in self._process.engine.grants.here(self._base)):
             return self._leave(run)
         with self.lock(block):
             return self._leave(run)

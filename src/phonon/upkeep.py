@@ -9,6 +9,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import threading
 import time
 import weakref
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from phonon.update import Update
 
 log = logging.getLogger("phonon")
-
-#: Seconds after another process's deadline at which to look after it.
-DEATH_GRACE = 0.01
 
 
 def _join(thread: threading.Thread | None, timeout: float | None = None) -> None:
@@ -48,6 +46,9 @@ class Upkeep:
         self._interval = engine.heartbeat_interval
         self._name = engine.name[:8]
         self._stopping = threading.Event()
+        self._beat_due = threading.Condition()
+        #: When the next beat is due at the latest.
+        self._beat_at = math.inf
         self._beating: threading.Thread | None = None
         self._retrying: threading.Thread | None = None
         self._catching_up: threading.Thread | None = None
@@ -69,6 +70,7 @@ class Upkeep:
         """End the threads. One that is in the middle of something is waited for, for a while."""
         self._stopping.set()
         self._leaving.set()
+        self.beat_in(0.0)
         with self._changed:
             self._changed.notify_all()
         for thread in (self._beating, self._retrying):
@@ -77,6 +79,22 @@ class Upkeep:
     def wind_down(self) -> None:
         """Take no more over from dead processes than is in hand already."""
         self._leaving.set()
+
+    def beat_in(self, seconds: float) -> None:
+        """Beat by then, if not earlier."""
+        due = time.monotonic() + seconds
+        if due < self._beat_at:
+            with self._beat_due:
+                self._beat_at = min(due, self._beat_at)
+                self._beat_due.notify()
+
+    def _wait_for_beat(self, seconds: float) -> None:
+        """Wait for so long, or for less if somebody says so meanwhile, or has since the last."""
+        with self._beat_due:
+            self._beat_at = min(time.monotonic() + seconds, self._beat_at)
+            while (left := self._beat_at - time.monotonic()) > 0:
+                self._beat_due.wait(left)
+            self._beat_at = math.inf
 
     def join(self) -> None:
         """Wait until that is done, and what was under way when the server went has been tried."""
@@ -147,7 +165,10 @@ class Upkeep:
     def _keep_beating(self) -> None:
         complained = False
         pause = self._interval
-        while not self._stopping.wait(pause):
+        while True:
+            self._wait_for_beat(pause)
+            if self._stopping.is_set():
+                return
             pause = self._interval
             engine = self._engine()
             if engine is None:
@@ -155,9 +176,7 @@ class Upkeep:
             # Whatever goes wrong, the next beat comes: a process that has stopped beating is
             # taken for dead while it works.
             try:
-                next_death = engine.beat()
-                if next_death is not None:  # to be there when it comes
-                    pause = min(pause, next_death + DEATH_GRACE)
+                pause = min(pause, engine.beat())
             except ServerUnreachableError as error:
                 if not complained:
                     log.warning("no heartbeat: %s", error)
@@ -168,6 +187,7 @@ class Upkeep:
                 if complained:
                     log.warning("the heartbeat of process %s is back", self._name)
                 complained = False
+            pause = min(pause, engine.soonest())
             del engine
 
     def _catch_up(self) -> None:

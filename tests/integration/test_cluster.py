@@ -172,6 +172,35 @@ def test_waiter_in_another_process_is_woken_at_its_node(
             waiter.kill()
 
 
+def test_readers_places_and_parties_in_all_parts_of_the_cluster(
+    make: Make, cluster: Cluster, namespace: str
+) -> None:
+    first, second = make(), make()
+    for i in range(20):
+        readers = [process.lock(f"r{i}", shared=True) for process in (first, second)]
+        with readers[0], readers[1]:
+            assert not first.lock(f"r{i}").acquire(block=False)
+            assert {holder.id for holder in readers[0].holders()} == {first.id, second.id}
+            assert f"r{i}" in second.get_registry()
+        places = [process.semaphore(f"s{i}", 2) for process in (first, second)]
+        with places[0], places[1]:
+            assert not second.semaphore(f"s{i}", 2).acquire(block=False)
+        parts = [first.create_reference(f"p{i}", parties=2)]
+        assert not parts[0].dereference()
+        parts.append(second.create_reference(f"p{i}", parties=2))
+        assert parts[1].wait(timeout=5)
+        assert parts[1].dereference()
+    with ThreadPoolExecutor(1) as threads:
+        with first.semaphore("s", 1) as place:
+            waiting = threads.submit(second.semaphore("s", 1).acquire, timeout=20)
+            wait_until(place.waiters)
+        # Without being woken it would ask again only after five seconds.
+        assert waiting.result(4)
+    for process in (first, second):
+        process.stop()
+    assert left(cluster, namespace) == set()
+
+
 def test_updates_of_500_keys_in_all_parts_of_the_cluster(
     make: Make, cluster: Cluster, namespace: str
 ) -> None:
@@ -557,7 +586,7 @@ def test_client_of_the_callers(
             for number in range(90):
                 cache.set(number % 30, Ids(process, number % 30, doc={"ids": [number]}))
             with process.lock("x"):
-                assert not process.lock("x").acquire(timeout=0.01)
+                assert not process.lock("x").acquire(block=False)
             reference = process.create_reference("x")
             assert [holder.pid for holder in reference.holders()] == [os.getpid()]
             assert cluster.connections() > before

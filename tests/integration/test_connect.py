@@ -92,7 +92,7 @@ def use(process: Process) -> None:
     assert process.get_registry() == ["thing"]
     with process.lock("locked") as lock:
         assert lock.token
-        assert not process.lock("locked").acquire(timeout=0.01)
+        assert not process.lock("locked").acquire(block=False)
     assert reference.dereference()
     executed.clear()
     with process.batch():

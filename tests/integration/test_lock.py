@@ -1,6 +1,9 @@
 """Locks: one holder at a time, in order of arrival, and nothing left of those who give up."""
 
+import contextlib
 import itertools
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +15,15 @@ import redis
 
 from conftest import Make, Redis, wait_until
 from phonon import Lock, Process
-from phonon.errors import AlreadyLockedError, LockLostError, PhononError, ProcessStoppedError
+from phonon.errors import (
+    AlreadyLockedError,
+    ConfigurationError,
+    DeadlockError,
+    LockLostError,
+    PhononError,
+    ProcessStoppedError,
+)
+from phonon.lock import LockHolder
 from samples import fresh, put
 
 Keys = Callable[[], set[str]]
@@ -276,11 +287,239 @@ def test_a_lock_can_be_used_again_and_again(process: Process) -> None:
         assert "not held" in repr(lock)
 
 
-def test_a_lock_object_is_held_once(process: Process) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_thread_that_would_wait_for_itself_is_told(process: Process, shared: bool) -> None:
+    """At once, also if it is shared: that would go well until a writer waits in between."""
+    lock, other = process.lock("x"), process.lock("x", shared=shared)
+    for held, wanted in [(lock, lock), (lock, other), (other, lock), (other, other)]:
+        with held:
+            began = time.monotonic()
+            with pytest.raises(DeadlockError, match="this thread holds 'x' already") as raised:
+                wanted.acquire()
+            with pytest.raises(RuntimeError), wanted:
+                pass
+            assert time.monotonic() - began < 2
+            assert isinstance(raised.value, AlreadyLockedError)
+            assert held.owned()
+        assert not held.locked()
+
+
+def test_another_thread_waits_for_the_same_object(process: Process, in_line: InLine) -> None:
     lock = process.lock("x")
-    with lock, pytest.raises(AlreadyLockedError, match="this Lock object already holds 'x'"):
-        lock.acquire()
-    assert lock.acquire(block=False)
+    with ThreadPoolExecutor(1) as pool:
+        with lock:
+            waiting = pool.submit(lock.acquire)
+            wait_until(lambda: in_line(1))
+            assert not waiting.done()
+            mine = lock.token
+        assert waiting.result() is True
+        assert lock.token is not None
+        assert mine is not None
+        assert lock.token > mine
+        pool.submit(lock.release).result()
+    assert not lock.locked()
+
+
+def test_the_threads_of_one_reference_exclude_each_other(process: Process, in_line: InLine) -> None:
+    reference = process.create_reference("x")
+    first = reference.lock()
+    with ThreadPoolExecutor(1) as pool:
+        with first:
+            waiting = pool.submit(reference.lock().acquire)
+            wait_until(lambda: in_line(1))
+            with pytest.raises(DeadlockError):
+                reference.lock().acquire()
+        assert waiting.result() is True
+
+
+def test_a_new_thread_with_the_number_of_an_ended_one_waits(process: Process) -> None:
+    """It is not the one that took it: the system gives numbers of threads again and again."""
+    lock = process.lock("x")
+    numbers: list[int] = []
+
+    def take(block: bool) -> None:
+        numbers.append(threading.get_ident())
+        taken.append(lock.acquire(timeout=0.01) if block else lock.acquire())
+
+    taken: list[bool] = []
+    for block in (False, True):
+        thread = threading.Thread(target=take, args=[block])
+        thread.start()
+        thread.join()
+    assert taken == [True, False], numbers
+    lock.release()
+
+
+def test_a_reentrant_lock(make: Make) -> None:
+    one, two = make(), make()
+    lock, same, plain = (one.lock("x", reentrant=again) for again in (True, True, False))
+    with lock:
+        token = lock.token
+        with lock, same:
+            assert lock.acquire(block=False)
+            assert lock.token == same.token == token
+            lock.release()
+            with pytest.raises(DeadlockError):
+                plain.acquire()
+        assert lock.owned()
+        assert not same.owned(), "it has given back what it took"
+        with pytest.raises(LockLostError):
+            same.release()
+        assert not two.lock("x").acquire(block=False)
+        with ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(lock.acquire, block=False).result()
+    assert two.lock("x").acquire(block=False)
+
+
+def test_a_reentrant_lock_is_free_when_its_last_object_lets_go(make: Make) -> None:
+    one, two = make(), make()
+    first, second = one.lock("x", reentrant=True), one.lock("x", reentrant=True)
+    assert first.acquire()
+    assert second.acquire()
+    first.release()
+    assert second.owned()
+    assert not first.owned()
+    assert not two.lock("x").acquire(block=False)
+    second.release()
+    assert two.lock("x").acquire(block=False)
+
+
+def test_a_reentrant_lock_is_no_stronger_than_what_is_held(process: Process) -> None:
+    with process.lock("x"), process.lock("x", shared=True, reentrant=True):
+        pass
+    with process.lock("x", shared=True), pytest.raises(DeadlockError):
+        process.lock("x", reentrant=True).acquire()
+
+
+def test_who_holds_it_is_said(process: Process, impatient: Process) -> None:
+    before = time.time()
+    with ThreadPoolExecutor(1, thread_name_prefix="painter") as pool:
+        lock = process.lock("x")
+        pool.submit(lock.acquire).result()
+    with pytest.raises(AlreadyLockedError) as raised:
+        impatient.lock("x", block=False).__enter__()
+    holder = raised.value.holder
+    assert isinstance(holder, LockHolder)
+    assert holder[:5] == (process.id, socket.gethostname(), os.getpid(), "painter_0", False)
+    assert before - 1 <= holder.since <= time.time() + 1
+    for part in ("'x'", "exclusive", *map(str, holder[:4]), "since 20"):
+        assert part in str(raised.value)
+    (found,) = impatient.lock("x").holders()
+    assert found == holder._replace(token=lock.token or 0)
+    lock.release()
+    with process.lock("x", shared=True), pytest.raises(AlreadyLockedError, match=r"\(shared\)"):
+        impatient.lock("x", block=False).__enter__()
+
+
+def test_to_look_at(make: Make, in_line: InLine) -> None:
+    one, two = make(), make()
+    lock, other = one.lock("x", lease=7), two.lock("x")
+    assert not lock.locked()
+    assert lock.name == "x"
+    assert repr(lock) == f"<phonon.Lock 'x' of process {one.id}: not held>"
+    with ThreadPoolExecutor(2) as pool:
+        with lock:
+            assert lock.locked()
+            assert other.locked()
+            assert lock.owned()
+            assert not other.owned()
+            assert other.token is None
+            assert f"held by MainThread, token {lock.token}, lease 7.0 s" in repr(lock)
+            first = pool.submit(other.acquire)
+            wait_until(lambda: in_line(1))
+            second = pool.submit(two.lock("x", shared=True).acquire, timeout=0.1)
+            wait_until(lambda: in_line(2))
+            assert [(w.id, w.shared, w.pid) for w in lock.waiters()] == [
+                (two.id, False, os.getpid()),
+                (two.id, True, os.getpid()),
+            ]
+            assert not second.result()
+            assert [holder.id for holder in other.holders()] == [one.id]
+        assert first.result()
+    assert [holder.id for holder in lock.holders()] == [two.id]
+    assert lock.waiters() == []
+
+
+def test_extend(process: Process, admin: "redis.Redis", namespace: str) -> None:
+    lock = process.lock("x", lease=20)
+
+    def left() -> float:
+        until = admin.hget(f"{namespace}:{{=x}}:lock", "until")
+        assert isinstance(until, bytes)
+        return int(until) / 1000 - time.time()
+
+    with lock:
+        assert lock.extend(10) is True
+        assert 28 < left() < 31
+        assert lock.extend(100, replace_ttl=True) is True
+        assert 98 < left() < 101
+        process.engine.beat()
+        assert 98 < left() < 101, "what was extended stays"
+        lock.check()
+        assert 98 < left() < 101
+        assert lock.reacquire() is True
+        assert lock.extend(5, replace_ttl=True) is True
+        assert 98 < left() < 101, "it is never made shorter"
+        assert lock.owned()
+        for nonsense in (0, -5, float("nan"), float("inf")):
+            with pytest.raises(ConfigurationError):
+                lock.extend(nonsense)
+        assert 98 < left() < 101
+    for act in (lock.extend, lock.reacquire, lock.check):
+        with pytest.raises(LockLostError, match="is not held"):
+            act()
+
+
+@pytest.mark.parametrize("lease", [0, -1, float("nan"), float("inf")])
+def test_a_lease_is_a_time(process: Process, lease: float) -> None:
+    with pytest.raises(ConfigurationError, match="lease is a number of seconds above 0"):
+        process.lock("x", lease=lease)
+
+
+def test_a_forked_child_has_no_locks(process: Process) -> None:
+    """And its copy of the object does not release the parent's."""
+    lock = process.lock("x")
+    assert lock.acquire()
+    token = lock.token
+    child = os.fork()
+    if not child:
+        good = False
+        with contextlib.suppress(BaseException):
+            good = not lock.owned() and not process.engine.grants
+            good = good and not lock.acquire(block=False)
+            with contextlib.suppress(LockLostError):
+                lock.release()
+                good = False
+            process.stop()
+        os._exit(0 if good else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    lock.check()
+    assert lock.owned()
+    assert lock.token == token
+    lock.release()
+
+
+def test_tokens_grow_over_a_restart_of_the_server(namespace: str) -> None:
+    server = Redis("--appendonly", "yes", "--appendfsync", "always")
+    tokens: list[int] = []
+    try:
+        with Process(url=server.url, namespace=namespace) as process:
+            for restart in (True, True, False):
+                for shared in (True, False):
+                    with process.lock("x", shared=shared) as lock:
+                        assert lock.token is not None
+                        tokens.append(lock.token)
+                held = process.lock("y")
+                assert held.acquire()
+                if restart:
+                    server.kill()
+                    server.start()
+                held.check()
+                held.release()
+    finally:
+        server.close()
+    assert tokens == sorted(set(tokens))
+    assert len(tokens) == 6
 
 
 def test_what_is_not_held_cannot_be_released(process: Process) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import Make, Redis, wait_until
 from phonon import Process, Reference
-from phonon.errors import ConfigurationError, ConnectionLostError
+from phonon.errors import ConnectionLostError
 from phonon.protocol.effects import Call
 from samples import Sluice, Tally, fresh, put
 
@@ -416,11 +416,6 @@ def test_a_references_lock_does_as_the_reference_was_told(
             with pytest.raises(Process.AlreadyLocked) as raised:
                 reference.lock(block).__enter__()
             assert ("of waiting" in str(raised.value)) is waits
-
-
-def test_shared_locks_are_refused_for_now(process: Process) -> None:
-    with pytest.raises(ConfigurationError, match="shared locks are not available yet"):
-        process.create_reference("x").lock(shared=True)
 
 
 # The last one out

@@ -4,6 +4,7 @@ It knows nothing of keys, and it does not make tokens: it is told which one the 
 insists that it is greater than all before.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,15 @@ FIRST_PARTIALS = 128
 SPARE_TOKENS = 1023
 WAITER_MS = 10_000
 WOKEN_MS = 2_000
+UNTAKEN_MS = 200
+
+
+def is_shared(holder: bytes) -> bool:
+    return b"s" in holder.rpartition(b"/")[2]
+
+
+def places_of(holder: bytes) -> float:
+    return float(holder.rpartition(b"/")[2].partition(b"s")[2] or math.inf)
 
 
 class Violation(AssertionError):  # noqa: N818 - of a guarantee
@@ -48,6 +58,7 @@ class Grant:
     token: int
     until: int
     since: int
+    thread: bytes
 
 
 @dataclass
@@ -62,9 +73,16 @@ class Model:
     batch: Batch | None = None
     parked: dict[int, tuple[list[bytes], dict[str, Any]]] = field(default_factory=dict)
     grant: Grant | None = None
+    shared: dict[bytes, Grant] = field(default_factory=dict)
+    #: When each waiter was woken, and has not taken notice yet.
+    woken: dict[bytes, list[int]] = field(default_factory=dict)
+    parties: int = 0
+    came: set[bytes] = field(default_factory=set)
     arrived: dict[bytes, int] = field(default_factory=dict)  # waiter -> when it came
     awaited: dict[bytes, int] = field(default_factory=dict)  # waiter -> until when it counts
-    registries: dict[bytes, int] = field(default_factory=dict)  # process id -> holds it since
+    registries: dict[bytes, int] = field(
+        default_factory=dict
+    )  # process id -> holds it since; negative: a lock
     fence: set[bytes] = field(default_factory=set)  # the dead, where registries are elsewhere
     memory: dict[bytes, tuple[int, Answer]] = field(default_factory=dict)
     given: int | None = None  # the token in the server's answer
@@ -111,7 +129,8 @@ class Model:
         """1 if the process has nothing more to do with the resource."""
         owner = self.batch.owner if self.batch else None
         holder = self.grant.pid if self.grant else None
-        if pid in self.members or pid in (owner, holder):
+        shares = any(grant.pid == pid for grant in self.shared.values())
+        if pid in self.members or pid in (owner, holder) or shares:
             return 0
         self.registries.pop(pid, None)
         return 1
@@ -136,6 +155,20 @@ class Model:
             self.modified[who] += times
         return [b"joined", 0]
 
+    def meet(self, pid: bytes, lease: int, parties: int) -> Answer:
+        self.enter(pid, lease)
+        self.parties = max(self.parties, parties)
+        self.came.add(pid)
+        return [b"met", 0]
+
+    def is_incomplete(self) -> bool:
+        """Whether parties are still to come, now that nobody is left."""
+        if len(self.came) < self.parties:
+            return True
+        self.parties = 0
+        self.came.clear()
+        return False
+
     def modify(self, pid: bytes, lease: int, times: int) -> Answer:
         self.enter(pid, lease)
         self.modified[pid] += times
@@ -152,7 +185,9 @@ class Model:
         if left and not force:
             return [b"held", self.clear(pid), 0, left, was_member]
         modified = dict(self.modified)
-        if not left:
+        if not left and self.is_incomplete():
+            was_member = 0
+        elif not left:
             self.modified.clear()
         if not self.partials:
             return [b"last", self.clear(pid), 0, left, was_member, modified]
@@ -241,6 +276,9 @@ class Model:
         in_the_way = self.grant is not None and self.grant.pid == dead
         if in_the_way:
             self.grant = None
+        for holder in [name for name, grant in self.shared.items() if grant.pid == dead]:
+            del self.shared[holder]
+            in_the_way = True
         for holder in [holder for holder in self.arrived if holder.startswith(dead + b"/")]:
             self.quit_queue(holder)
             in_the_way = in_the_way or not was_held
@@ -255,8 +293,8 @@ class Model:
         batch.crashes = (batch.crashes or 0) + died
         return [b"run", 0, batch.token, batch.crashes]
 
-    def recover(self, pid: bytes, dead: bytes, died: int, *registry: bytes) -> Answer:
-        self.expire_grant()
+    def recover(self, pid: bytes, dead: bytes, died: int, _lease: int, *registry: bytes) -> Answer:
+        self.expire_grants()
         batch = self.batch
         owned = batch is not None and batch.owner == dead
         if owned or (batch is None and self.partials):
@@ -270,7 +308,8 @@ class Model:
         self.members = {who: self.members[who] for who in self.live()}
         ended = not self.members
         if ended:
-            self.modified.clear()
+            if not self.is_incomplete():
+                self.modified.clear()
             if batch and self.partials:
                 batch.due = len(self.partials)
         if batch is not None and owned:
@@ -281,69 +320,130 @@ class Model:
 
     # -- the lock
 
-    def expire_grant(self) -> None:
+    def expire_grants(self) -> None:
         if self.grant and self.grant.until <= self.now:
             self.grant = None
+        self.shared = {name: grant for name, grant in self.shared.items() if grant.until > self.now}
 
     def quit_queue(self, holder: bytes) -> None:
         self.arrived.pop(holder, None)
         self.awaited.pop(holder, None)
+        self.woken.pop(holder, None)
 
-    def first_waiter(self) -> bytes | None:
+    def waiters(self, asking: bytes = b"") -> list[bytes]:
+        """Those who still wait, in the order they came."""
         for holder in [holder for holder, until in self.awaited.items() if until <= self.now]:
             self.quit_queue(holder)
-        return min(self.arrived, key=lambda holder: (self.arrived[holder], holder), default=None)
+        waiters = sorted(self.arrived, key=lambda holder: (self.arrived[holder], holder))
+        while waiters and waiters[0] != asking and waiters[0] in self.woken:
+            if self.now - self.woken[waiters[0]][0] <= UNTAKEN_MS:
+                break
+            self.quit_queue(waiters.pop(0))
+        return waiters
 
     def wake_next(self) -> None:
-        first = self.first_waiter()
-        if first:
-            self.awaited[first] = self.now + WOKEN_MS
+        taken = len(self.shared)
+        for waiter in self.waiters():
+            if not is_shared(waiter):
+                if taken == 0:
+                    self.wake(waiter)
+                return
+            if taken >= places_of(waiter):
+                return
+            self.wake(waiter)
+            taken += 1
 
-    def lock(self, pid: bytes, holder: bytes, lease: int, queue: int) -> Answer:
-        self.expire_grant()
-        if self.grant and self.grant.holder == holder:
-            return [b"granted", 0, self.grant.token]
-        first = self.first_waiter()
+    def wake(self, waiter: bytes) -> None:
+        self.woken.setdefault(waiter, []).append(self.now)
+        self.awaited[waiter] = min(self.awaited[waiter], self.now + WOKEN_MS)
+
+    def in_front_of(self, holder: bytes) -> bytes | None:
+        """The first waiter in front of a holder that it cannot go in with."""
+        for waiter in self.waiters(asking=holder):
+            if waiter == holder:
+                return None
+            if not (is_shared(waiter) and is_shared(holder)) or places_of(holder) < math.inf:
+                return waiter
+        return None
+
+    def lock(self, pid: bytes, holder: bytes, lease: int, queue: int, thread: bytes) -> Answer:
+        self.expire_grants()
+        holders = dict(self.shared)
         if self.grant:
-            free_in, owner, since = self.grant.until, self.grant.pid, self.grant.since
-        elif first in (None, holder):
+            holders[self.grant.holder] = self.grant
+        if holder in holders:
+            return [b"granted", 0, holders[holder].token]
+        if is_shared(holder):
+            free = self.grant is None and len(self.shared) < places_of(holder)
+        else:
+            free = not holders
+        first = self.in_front_of(holder)
+        if free and not first:
             self.hold(pid)
             self.quit_queue(holder)
-            self.registries[pid] = self.now  # whoever has a lock comes first, since the last one
-            self.grant = Grant(holder, pid, self.fresh(spare=0), self.now + lease, self.now)
-            return [b"granted", 0, self.grant.token]
+            # Whoever has a lock comes first, and in the order of the last one.
+            self.registries[pid] = min(self.registries.get(pid, 0), -self.now)
+            grant = Grant(holder, pid, self.fresh(spare=0), self.now + lease, self.now, thread)
+            if is_shared(holder):
+                self.shared[holder] = grant
+            else:
+                self.grant = grant
+            if places_of(holder) < math.inf:
+                self.wake_next()
+            return [b"granted", 0, grant.token]
+        if free and first:
+            free_at, owner, since, by = self.promised(first), first, self.now, b""
         else:
-            # Free, but promised to the waiter that was woken for it.
-            assert first
-            free_in, owner, since = self.awaited[first], first.rpartition(b"/")[0], self.now
-        free_in -= self.now
+            other = min(holders.values(), key=lambda grant: (grant.until, grant.holder))
+            free_at, owner, since, by = other.until, other.holder, other.since, other.thread
+        free_in = free_at - self.now
         if not queue:
-            return [b"busy", self.clear(pid), free_in, owner, since]
+            return [b"busy", self.clear(pid), free_in, owner, since, by]
         self.arrived.setdefault(holder, self.now)
         self.awaited[holder] = self.now + WAITER_MS
-        return [b"wait", self.clear(pid), min(free_in, WAITER_MS // 2), owner, since]
+        self.woken.pop(holder, None)
+        return [b"wait", self.clear(pid), min(free_in, WAITER_MS // 2), owner, since, by]
+
+    def promised(self, first: bytes) -> int:
+        """Until when a free lock is promised to the first waiter."""
+        until = self.awaited[first]
+        if until > self.now + WOKEN_MS:
+            self.wake_next()  # whoever was woken in its place has not come
+        return self.woken[first][0] + UNTAKEN_MS + 1 if first in self.woken else until
 
     def unlock(self, pid: bytes, holder: bytes) -> Answer:
+        self.expire_grants()
         self.quit_queue(holder)
-        self.expire_grant()
+        was_exclusive = self.grant is not None
         mine = self.grant is not None and self.grant.holder == holder
         if mine:
             self.grant = None
-        if not self.grant:
+        elif holder in self.shared:
+            mine = self.shared.pop(holder) is not None
+        if mine or not was_exclusive:
             self.wake_next()
         return [b"released" if mine else b"lost", self.clear(pid)]
 
-    def renew(self, pid: bytes, lease: int, lock_lease: int, *holders: bytes) -> Answer:
+    def renew(self, pid: bytes, lease: int, *locks: Any) -> Answer:
         if pid in self.members:
             self.members[pid] = self.now + lease
         answer = [int(pid in self.members)]
-        for holder in holders:
-            self.expire_grant()
-            mine = self.grant is not None and self.grant.holder == holder
-            if self.grant and mine:
-                self.grant.until = self.now + lock_lease
-            answer.append(int(mine))
+        for holder, lock_lease in zip(locks[::2], locks[1::2], strict=True):
+            self.expire_exclusive_or_shared(holder)
+            grant = self.shared.get(holder)
+            if self.grant and self.grant.holder == holder:
+                grant = self.grant
+            if grant:
+                grant.until = max(grant.until, self.now + lock_lease)
+            answer.append(int(grant is not None))
         return answer
+
+    def expire_exclusive_or_shared(self, holder: bytes) -> None:
+        """Drop what has expired of the kind that the holder is of."""
+        if is_shared(holder):
+            self.shared = {n: grant for n, grant in self.shared.items() if grant.until > self.now}
+        elif self.grant and self.grant.until <= self.now:
+            self.grant = None
 
     # -- what the server has to keep
 
@@ -379,5 +479,19 @@ class Model:
                 b"token": grant.token,
                 b"until": grant.until,
                 b"since": grant.since,
+                b"thread": grant.thread,
             }
+        if self.shared:
+            keys["shared"] = {name: each.until for name, each in self.shared.items()}
+            held = Counter(b"@" + each.pid for each in self.shared.values())
+            keys["sharers"] = {process: b"%d" % count for process, count in held.items()} | {
+                name: b"%d %d %s" % (each.token, each.since, each.thread)
+                for name, each in self.shared.items()
+            }
+        if self.parties:
+            keys["parties"] = {b"n": self.parties} | {b"@" + pid: 1 for pid in self.came}
+        keys |= {
+            f"wake:{name.decode()}": [b"%d" % at for at in times]
+            for name, times in self.woken.items()
+        }
         return {name: content for name, content in keys.items() if content}

@@ -32,6 +32,11 @@ def counted(p: Make) -> Ready:
     return p("a"), "modify", (LEASE, 2)
 
 
+def met(p: Make) -> Ready:
+    p("b").meet(2)
+    return p("a"), "meet", (LEASE, 3)
+
+
 def stored(p: Make) -> Ready:
     p("b").append(b"1")
     return p("a"), "append", (LEASE, b"2")
@@ -125,7 +130,7 @@ def resume_lost(p: Make) -> Ready:
 
 
 def lock_granted(p: Make) -> Ready:
-    return p("a"), "lock", (b"a/1", LEASE, 1)
+    return p("a"), "lock", (b"a/1", LEASE, 1, b"main")
 
 
 def lock_granted_to_a_waiter(p: Make) -> Ready:
@@ -134,17 +139,29 @@ def lock_granted_to_a_waiter(p: Make) -> Ready:
     a = p("a")
     a.lock(queue=True)
     b.unlock()
-    return a, "lock", (b"a/1", LEASE, 1)
+    return a, "lock", (b"a/1", LEASE, 1, b"main")
 
 
 def lock_wait(p: Make) -> Ready:
     p("b").lock()
-    return p("a"), "lock", (b"a/1", LEASE, 1)
+    return p("a"), "lock", (b"a/1", LEASE, 1, b"main")
 
 
 def lock_busy(p: Make) -> Ready:
     p("b").lock()
-    return p("a"), "lock", (b"a/1", LEASE, 0)
+    return p("a"), "lock", (b"a/1", LEASE, 0, b"main")
+
+
+def lock_granted_shared(p: Make) -> Ready:
+    p("b").lock("1s")
+    return p("a"), "lock", (b"a/1s", LEASE, 1, b"main")
+
+
+def unlock_released_shared(p: Make) -> Ready:
+    a = p("a")
+    a.lock("1s")
+    p("b").lock(queue=True)
+    return a, "unlock", (b"a/1s",)
 
 
 def unlock_released(p: Make) -> Ready:
@@ -190,7 +207,7 @@ def recover_free(p: Make) -> Ready:
 
 def _dead(process: Process) -> tuple[Any, ...]:
     registry = (process.registry,) if process.colocated else ()
-    return (process.id, 1, *registry)
+    return (process.id, 1, LEASE, *registry)
 
 
 def entrusted(p: Make) -> Ready:
@@ -237,6 +254,7 @@ def discard_missing(p: Make) -> Ready:
 SCENARIOS: dict[str, Callable[[Make], Ready]] = {
     "join joined": joined,
     "modify counted": counted,
+    "meet met": met,
     "append stored": stored,
     "leave held": leave_held,
     "leave held (with a partial)": leave_held_with_a_partial,
@@ -256,9 +274,11 @@ SCENARIOS: dict[str, Callable[[Make], Ready]] = {
     "resume lost": resume_lost,
     "lock granted": lock_granted,
     "lock granted (to a waiter)": lock_granted_to_a_waiter,
+    "lock granted (shared)": lock_granted_shared,
     "lock wait": lock_wait,
     "lock busy": lock_busy,
     "unlock released": unlock_released,
+    "unlock released (shared)": unlock_released_shared,
     "unlock lost": unlock_lost,
     "recover run": recover_run,
     "recover run (its own batch)": recover_run_its_batch,

@@ -243,7 +243,7 @@ class Process:
 
     def recover(self, dead: "Process", *, died: bool = True) -> Answer:
         registry = (dead.registry,) if self.colocated else ()
-        answer = self.do("recover", dead.id, int(died), *registry)
+        answer = self.do("recover", dead.id, int(died), LEASE, *registry)
         if not self.colocated:
             self.lab.client.zrem(dead.registry, self.base)
         return answer
@@ -265,15 +265,22 @@ class Process:
     def fetch(self, token: int, first: int, last: int) -> Answer:
         return list(self.ask("fetch", token, first, last))
 
-    def lock(self, thread: int = 1, *, queue: bool = False) -> Answer:
-        return self.do("lock", b"%s/%d" % (self.id, thread), LEASE, int(queue))
+    def meet(self, parties: int) -> Answer:
+        return self.do("meet", LEASE, parties)
 
-    def unlock(self, thread: int = 1) -> Answer:
-        return self.do("unlock", b"%s/%d" % (self.id, thread))
+    def holder(self, name: int | str) -> bytes:
+        """What an acquisition is called: a number, with an "s" behind it if it is shared."""
+        return b"%s/%s" % (self.id, str(name).encode())
 
-    def renew(self, *threads: int) -> Answer:
-        holders = [b"%s/%d" % (self.id, thread) for thread in threads]
-        return list(self.ask("renew", LEASE, LEASE, *holders))
+    def lock(self, name: int | str = 1, *, queue: bool = False) -> Answer:
+        return self.do("lock", self.holder(name), LEASE, int(queue), b"main")
+
+    def unlock(self, name: int | str = 1) -> Answer:
+        return self.do("unlock", self.holder(name))
+
+    def renew(self, *names: int | str) -> Answer:
+        words = [word for name in names for word in (self.holder(name), LEASE)]
+        return list(self.ask("renew", LEASE, *words))
 
     def count(self) -> int:
         return int(self.ask("count"))

@@ -86,7 +86,7 @@ def test_a_schedule_by_hand(lab: Lab, colocated: bool) -> None:
             "fail retry": 1,
             "complete again": 2,
             "complete done": 1,
-            "unlock lost": 4,
+            "unlock lost": 8,
             "leave last": 4,
         }
     )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 from model import Violation
 from steps import Lab
-from world import run_random
+from world import Move, run, run_random
 
 from conftest import Redis
 from phonon.protocol.library import text
@@ -62,8 +62,8 @@ MUTATIONS = {
         "",
     ),
     "modifications outlive the session": Mutation(
-        "if left == 0 and #modified > 0 then\n    call('DEL', r.modified)",
-        "if false then",
+        "elseif left == 0 and #modified > 0 then\n    call('DEL', r.modified)",
+        "elseif false then",
     ),
     "append does not join": Mutation("  enter(r, args[3])\n  call('RPUSH'", "  call('RPUSH'"),
     "append stores at the wrong end": Mutation(
@@ -90,9 +90,11 @@ MUTATIONS = {
     "a parked batch does not make way": Mutation(
         "next_batch(r, running[1], 'parked')", "{'parked', 0}"
     ),
-    "tokens follow a clock that is set back": Mutation("math.max(last + 1, r.micros)", "r.micros"),
+    "tokens follow a clock that is set back": Mutation(
+        "math.max(r.last_token + 1, r.micros)", "r.micros"
+    ),
     "tokens are not remembered": Mutation(
-        "  call('HSET', r.memory, 'token', string.format('%.0f', token + spare))\n", ""
+        "  if r.is_token_new then\n    local token", "  if false then\n    local token"
     ),
     "the registry is not written": Mutation(
         "  if r.registry then\n    enter_registry(", "  if false then\n    enter_registry("
@@ -105,22 +107,20 @@ MUTATIONS = {
     "partials expire": Mutation(
         "return STORED", "call('PEXPIRE', r.partials, 3600000)\n  return STORED"
     ),
-    "a lock is granted twice": Mutation(
-        "if not held[1] and (not first or first == holder) then",
-        "if not first or first == holder then",
-    ),
+    "a lock is granted twice": Mutation("local free = not held[1]", "local free = true"),
     "a lock's lease never ends": Mutation(
         "if held[1] and tonumber(held[2]) <= r.now then", "if false then"
     ),
     "unlock frees the lock of another": Mutation(
-        "local mine = held[1] == holder\n  if", "local mine = held[1]\n  if"
+        "local mine = held[1] == holder\n  if others", "local mine = held[1]\n  if others"
     ),
     "recover leaves the dead member": Mutation("  call('ZREM', r.members, dead)\n", ""),
     "recover does not free the lock": Mutation(
         "  if in_the_way then\n    call('DEL', r.lock)\n  end\n", ""
     ),
     "recover leaves the dead in line": Mutation(
-        "    if is_of(dead, holder) then", "    if false then"
+        "    if process_of(holder) == dead then\n      quit_queue",
+        "    if false then\n      quit_queue",
     ),
     "recover does not wake the next": Mutation(
         "  if in_the_way then\n    wake_next(r)", "  if false then\n    wake_next(r)"
@@ -155,13 +155,92 @@ MUTATIONS = {
         "    hold(r)\n  end\n  if not r.registry then", "  end\n  if not r.registry then"
     ),
     "recover leaves the dead one's registry": Mutation(
-        "    redis.pcall('ZREM', args[5], r.base)", "    local _ = r"
+        "    redis.pcall('ZREM', args[6], r.base)", "    local _ = r"
     ),
     "the dead are not fenced off": Mutation("    call('SADD', r.fence, dead)\n", ""),
     "the fence is not looked at": Mutation(
         "elseif call('SISMEMBER', r.fence, r.pid) == 1 then", "elseif false then"
     ),
     "the fence does not expire": Mutation("    call('PEXPIRE', r.fence, FENCE_MS)\n", ""),
+    "a shared lock is granted beside an exclusive one": Mutation(
+        "free = free and sharers < (places or math.huge)", "free = sharers < (places or math.huge)"
+    ),
+    "an exclusive lock is granted beside shared ones": Mutation(
+        "    free = free and sharers == 0\n", ""
+    ),
+    "a semaphore has a place too many": Mutation(
+        "free = free and sharers < (places or math.huge)",
+        "free = free and sharers <= (places or math.huge)",
+    ),
+    "a shared lock's lease never ends": Mutation(
+        "call('ZRANGEBYSCORE', r.shared, '-inf', r.now)",
+        "call('ZRANGEBYSCORE', r.shared, '-inf', 0)",
+    ),
+    "readers overtake a waiting writer": Mutation(
+        "if not (together and is_shared(waiter)) then", "if not together then"
+    ),
+    "the places of a semaphore are taken out of turn": Mutation(
+        "local together = is_shared(holder) and not places_of(holder)",
+        "local together = is_shared(holder)",
+    ),
+    "a run of sharers is woken one by one": Mutation(
+        "inside = is_shared(waiter) and inside + 1 or math.huge", "inside = math.huge"
+    ),
+    "a writer is woken while others share": Mutation(
+        "(places_of(waiter) or is_shared(waiter) and math.huge or 1)",
+        "(places_of(waiter) or math.huge)",
+    ),
+    "more are woken than there are places": Mutation(
+        "(places_of(waiter) or is_shared(waiter) and math.huge or 1)",
+        "(is_shared(waiter) and math.huge or 1)",
+    ),
+    "a waiter that does not notice its wake-up holds all up": Mutation(
+        "r.now - woken <= UNTAKEN_MS", "true"
+    ),
+    "a renewal that comes late makes a lease shorter": Mutation(
+        "if mine and tonumber(held[2]) < r.now + lease_ms then", "if mine then"
+    ),
+    "a renewal that comes late makes a shared lease shorter": Mutation(", 'GT', r.now", ", r.now"),
+    "whoever asks is passed over itself": Mutation("first == asking or ", ""),
+    "the next one is not woken when the first is passed over": Mutation(
+        "    if first_until > r.now + WOKEN_MS then", "    if false then"
+    ),
+    "a place that is left over wakes nobody": Mutation(
+        "    if places then\n      wake_next(r)", "    if false then\n      wake_next(r)"
+    ),
+    "a sharer's process is not counted": Mutation(
+        "    call('HINCRBY', r.sharers, '@' .. r.pid, 1)\n", ""
+    ),
+    "the registry is cleared while a lock is shared": Mutation(
+        "type(pcall('HGET', r.sharers, '@' .. r.pid)) == 'string'", "false"
+    ),
+    "renew brings a shared lock back": Mutation(
+        "call('ZADD', r.shared, 'XX', 'GT', ", "call('ZADD', r.shared, 'GT', "
+    ),
+    "recover does not free shared locks": Mutation(
+        "    if process_of(holder) == dead then\n      drop_sharer",
+        "    if false then\n      drop_sharer",
+    ),
+    "recover frees the shared locks of others": Mutation(
+        "    if process_of(holder) == dead then\n      drop_sharer",
+        "    if true then\n      drop_sharer",
+    ),
+    "a woken waiter is given more time": Mutation(
+        "call('ZADD', r.waiting, 'LT', ", "call('ZADD', r.waiting, "
+    ),
+    "the parties are not waited for": Mutation(
+        "if arrived(r) >= tonumber(call('HGET', r.parties, 'n') or 0) then", "if true then"
+    ),
+    "the parties are waited for when all have come": Mutation(
+        "if arrived(r) >= tonumber(", "if arrived(r) > tonumber("
+    ),
+    "the least number of parties counts": Mutation(
+        "math.max(tonumber(args[4]), tonumber(call('HGET', r.parties, 'n') or 0))",
+        "tonumber(args[4])",
+    ),
+    "recover forgets the parties": Mutation(
+        "if ended and not is_incomplete(r, args[5]) then", "if ended then"
+    ),
     "resume leaves the time of the next attempt": Mutation(
         "  call('LLEN', r.batch)\n  call('HDEL', r.running, 'retry_at')\n",
         "  call('LLEN', r.batch)\n",
@@ -183,6 +262,28 @@ MUTATIONS = {
 }
 
 
+#: One of two waiters that were woken for the places of a semaphore comes before its turn.
+OUT_OF_TURN = [
+    *(Move("lock", 0, what) for what in (1, 2)),
+    *(Move("lock", 1, what) for what in (1, 2)),
+    *(Move("unlock", 0, what) for what in (1, 2)),
+    *(Move("lock", 1, what) for what in (2, 1)),
+]
+#: The first of two waiters is woken and does not notice; then one of the two asks.
+WOKEN = [*(Move("lock", who, 1) for who in range(3)), Move("unlock", 0, 1), Move("advance", 0, 1)]
+UNNOTICED = [[*WOKEN, Move("lock", who, 1)] for who in (1, 2)]
+
+
+def test_the_library_as_it_is_passes(server: Redis, namespace: str) -> None:
+    lab = Lab(server, namespace)
+    try:
+        run(lab, 3, OUT_OF_TURN)
+        for schedule in UNNOTICED:
+            run(lab, 4, schedule)
+    finally:
+        lab.close()
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_checks_find(server: Redis, namespace: str, name: str) -> None:
     old, new = MUTATIONS[name]
@@ -191,6 +292,9 @@ def test_the_checks_find(server: Redis, namespace: str, name: str) -> None:
     lab = Lab(server, namespace, body.replace(old, new))
     try:
         with pytest.raises(Violation) as found:
+            run(lab, 3, OUT_OF_TURN)
+            for schedule in UNNOTICED:
+                run(lab, 4, schedule)
             run_random(lab, 1, SCHEDULES, LENGTH)
         assert "user_function" not in str(found.value), "it is no fault but an error in Lua"
     finally:

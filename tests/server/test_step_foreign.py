@@ -12,6 +12,7 @@ from phonon.protocol.keys import TYPES
 NEEDS = {
     "join": ("memory", "members", "modified", "registry"),
     "modify": ("memory", "members", "modified", "registry"),
+    "meet": ("memory", "members", "modified", "registry", "parties"),
     "append": ("memory", "members", "modified", "registry", "partials"),
     "leave": ("memory", "members", "modified", "running", "partials"),
     "complete": ("memory", "running"),

@@ -58,7 +58,7 @@ def test_no_data_expires_by_itself_and_everything_else_does(lab: Lab, name: str)
     process, step, args = prepare(lab, name)
     process.do(step, *args)
     for key, (_, expires) in lab.dump().items():
-        words = (":memory", ":lock", ":queue", ":waiting", ":wake:", ":fence")
+        words = (":memory", ":lock", ":share", ":queue", ":waiting", ":wake:", ":fence")
         passing = any(word in key for word in words)
         assert (expires != -1) == passing, key
 

@@ -91,7 +91,7 @@ def test_the_lock_of_the_dead_goes_to_the_next_at_once(lab: Lab, processes: list
     a.lock()
     assert b.lock(queue=True)[0] == b"wait"
     assert c.recover(a) == [b"free", 1, b""]
-    assert lab.dump()["{=x}:wake:b/1"].content == [b"1"]
+    assert lab.dump()["{=x}:wake:b/1"].content == [b"%d" % lab.now]
     assert b.lock(queue=True)[0] == b"granted"
 
 
@@ -236,7 +236,7 @@ def test_what_is_left_to_an_heir_stays_named(lab: Lab) -> None:
     lab.client.hset(f"{a.base.decode()}:running", "owner", "class:C")
     assert b.recover(a) == [b"free", 1, b"class:C"]
     assert a.holds(), "until the heir is listed"
-    assert b.do("recover", a.id, 1, a.registry, heir.id) == [b"free", 1, b"class:C"]
+    assert b.do("recover", a.id, 1, LEASE, a.registry, heir.id) == [b"free", 1, b"class:C"]
     assert not a.holds()
     assert heir.resume(token)[0] == b"run"
 

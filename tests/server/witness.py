@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 import msgpack
-from model import Model, Violation
+from model import Model, Violation, places_of
 from steps import Answer, Command, Key, Lab
 
 MEMORY_MS = 70_000
@@ -17,7 +17,7 @@ MEMORY_MS = 70_000
 LONGEST_MS = 100_000
 DAY_MS = 24 * 3600 * 1000
 # Fields that are no numbers.
-TEXTS = (b"owner", b"error", b"holder", b"pid")
+TEXTS = (b"owner", b"error", b"holder", b"pid", b"thread")
 
 
 def expect(what: str, found: Any, expected: Any) -> None:
@@ -67,9 +67,9 @@ class Witness:
         return [key.content for name, key in self.keys.items() if ":parked:" in name]
 
     def registered(self, pid: bytes) -> int:
-        """Since when a process's registry names the resource; 0 if it does not."""
+        """Since when a registry names the resource, negative if locked; 0 if it does not."""
         holds = self.keys.get("{@" + pid.decode() + "}:holds")
-        return abs(holds.content.get(self.base, 0)) if holds else 0
+        return holds.content.get(self.base, 0) if holds else 0
 
     # -- what the processes are told
 
@@ -112,7 +112,7 @@ class Witness:
         self, pid: bytes, command: Command, answer: Answer, members: dict[bytes, int]
     ) -> None:
         was_member = pid in members or bool(command.args[-1])
-        last = was_member and not self.dict_at("members")
+        last = was_member and not self.dict_at("members") and not self.dict_at("parties")
         told = answer[3] == 0 and answer[4] == 1
         if told != last:
             raise Violation(f"G2: {pid!r} was told {answer}; the members were {members}")
@@ -145,6 +145,7 @@ class Witness:
         self.check_count(model, count)
         self.check_partials()
         self.check_executor()
+        self.check_locks()
         self.check_registries(model, colocated=colocated)
         self.check_expiry()
         expect("the keys", self.state(), model.state())
@@ -171,6 +172,18 @@ class Witness:
         if owned != self.executing or bool(running) != ("{=x}:batch" in self.keys):
             raise Violation(f"G5: running is {owned}, executing {self.executing}")
 
+    def check_locks(self) -> None:
+        shared, sharers = self.dict_at("shared"), self.dict_at("sharers")
+        live = [holder for holder, until in shared.items() if until > self.lab.now]
+        lock = self.dict_at("lock")
+        if live and lock and int(lock[b"until"]) > self.lab.now:
+            raise Violation(f"{lock[b'holder']!r} holds the lock beside {live}")
+        if any(len(live) > places_of(holder) for holder in live):
+            raise Violation(f"more than there are places: {live}")
+        counts = Counter(b"@" + holder.rpartition(b"/")[0] for holder in shared)
+        told = {name: int(n) for name, n in sharers.items() if name.startswith(b"@")}
+        expect("the counts of sharers", told, dict(counts))
+
     def check_registries(self, model: Model, *, colocated: bool) -> None:
         responsible = {*self.dict_at("members"), *self.executing, *model.registries}
         named = {pid: since for pid in responsible if (since := self.registered(pid))}
@@ -186,12 +199,18 @@ class Witness:
         for name, key in self.keys.items():
             suffix = name.partition("}:")[2].partition(":")[0]
             left = key.expires - now * 1_000 - micros // 1_000
-            if suffix in ("lock", "queue", "waiting", "wake", "memory"):
+            if suffix in ("lock", "shared", "sharers", "queue", "waiting", "wake", "memory"):
                 if not 0 < left <= LONGEST_MS:
                     raise Violation(f"{name} expires in {left} ms")
             elif suffix == "fence":
                 if not LONGEST_MS < left <= DAY_MS:
                     raise Violation(f"{name} expires in {left} ms")
+            elif (
+                suffix in ("modified", "parties")
+                and self.dict_at("parties")
+                and not self.dict_at("members")
+            ):
+                continue  # it waits for those who are to come, but not for ever
             elif key.expires != -1:
                 raise Violation(f"G3: {name} expires by itself, in {left} ms")
 
@@ -200,10 +219,12 @@ class Witness:
         state: dict[str, Any] = {}
         for name, (content, _) in self.keys.items():
             base, _, suffix = name.partition("}:")
-            if base != "{=x" or suffix == "memory" or suffix.startswith("wake:"):
+            if base != "{=x" or suffix == "memory":
                 continue
             if suffix == "parked":
                 state[suffix] = {int(t): msgpack.unpackb(entry) for t, entry in content.items()}
+            elif suffix == "sharers":
+                state[suffix] = content
             elif suffix == "queue":
                 state[suffix] = {holder: micros // 1_000 for holder, micros in content.items()}
             elif isinstance(content, dict):

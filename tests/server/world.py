@@ -22,7 +22,7 @@ from phonon.protocol.keys import Keys
 LEASES = (30_000, 5_000)
 # Milliseconds that pass at once: within a lease, past a waiter's patience, past each lease, and
 # a clock that is set back.
-JUMPS = (1, 400, 2_001, 5_000, 11_000, 31_000, -3_000)
+JUMPS = (1, 201, 400, 2_001, 5_000, 11_000, 31_000, -3_000)
 
 #: What becomes of a call. Every call whose reply is lost is repeated before the next one.
 FATES = ("answered", "reply lost", "request lost", "given up")
@@ -54,8 +54,10 @@ WEIGHTS = {
     "fail": 4,
     "resume": 2,
     "modify": 1,
-    "lock": 3,
-    "unlock": 2,
+    "meet": 1,
+    "lock": 6,
+    "unlock": 4,
+    "notice": 3,
     "renew": 1,
     "advance": 2,
     "repeat": 3,
@@ -150,8 +152,8 @@ class World:
         """Everybody gets the answers that are missing and leaves; every batch is executed."""
         for who, actor in enumerate(self.actors):
             self.settle(actor)
-            for thread in range(2):
-                self.unlock(actor, Move("unlock", who, thread))
+            for what in range(4):
+                self.unlock(actor, Move("unlock", who, what))
             self.leave(actor, Move("leave", who, 2))
         while self.witness.executing:
             if self.heir.id in self.witness.executing:
@@ -159,6 +161,12 @@ class World:
             self.complete(self.actors[0], Move("complete", 0, 1))
         # What names too much: those that nobody comes back to in this world.
         self.lab.client.delete(self.heir.registry, *self.former)
+        if self.model.parties:
+            # Those who never came are not waited for.
+            self.lab.client.delete(self.base + b":parties", self.base + b":modified")
+            self.model.parties = 0
+            self.model.came.clear()
+            self.model.modified.clear()
         self.model.registries.pop(self.heir.id, None)
         for who, actor in enumerate(self.actors):
             # Clears what a batch that was lost has left in its registry.
@@ -210,20 +218,40 @@ class World:
 
     def lock(self, actor: Actor, move: Move) -> None:
         self.settle(actor)  # it may have to take another name
-        holder = b"%s/%d" % (actor.process.id, move.what % 2)
-        lease, queue = LEASES[move.what % 3 == 0], int(move.what % 4 != 0)
-        self.call(actor, move.fate, "lock", holder, lease, queue)
+        holder = self.holder(actor, move.what)
+        lease, queue = LEASES[move.what % 3 == 0], int(move.what % 5 != 0)
+        self.call(actor, move.fate, "lock", holder, lease, queue, b"main")
+
+    def holder(self, actor: Actor, what: int) -> bytes:
+        """Two exclusive and two shared ones of each process; three processes use a semaphore."""
+        if len(self.actors) == 3:
+            return actor.process.holder(f"{what % 4}s2")
+        return actor.process.holder(f"{what % 2}{'s' * (what // 2 % 2)}")
+
+    def meet(self, actor: Actor, move: Move) -> None:
+        self.settle(actor)  # it may have to take another name
+        self.call(actor, move.fate, "meet", LEASES[move.what % 2], 1 + move.what % 3)
 
     def unlock(self, actor: Actor, move: Move) -> None:
         self.settle(actor)  # it may have to take another name
-        self.call(actor, move.fate, "unlock", b"%s/%d" % (actor.process.id, move.what % 2))
+        self.call(actor, move.fate, "unlock", self.holder(actor, move.what))
+
+    def notice(self, actor: Actor, move: Move) -> None:
+        """A waiter takes its wake-up."""
+        holder = self.holder(actor, move.what)
+        taken = self.lab.client.lpop((self.base + b":wake:" + holder).decode())
+        times = self.model.woken.get(holder, [])
+        assert taken == (b"%d" % times.pop(0) if times else None)
+        if not times:
+            self.model.woken.pop(holder, None)
 
     def renew(self, actor: Actor, move: Move) -> None:
         self.tick(1)
         pid = actor.process.id
-        holders = [b"%s/%d" % (pid, thread) for thread in range(move.what % 3)]
-        answer = list(actor.process.ask("renew", *LEASES, *holders))
-        expect(f"renew by {pid!r}", answer, self.model.renew(pid, *LEASES, *holders))
+        holders = [self.holder(actor, what) for what in range(move.what % 5)]
+        words = [word for holder in holders for word in (holder, LEASES[1])]
+        answer = list(actor.process.ask("renew", LEASES[0], *words))
+        expect(f"renew by {pid!r}", answer, self.model.renew(pid, LEASES[0], *words))
         self.check()
 
     def advance(self, _actor: Actor, move: Move) -> None:
@@ -258,7 +286,7 @@ class World:
     def recover(self, actor: Actor, dead: Process, fate: str) -> None:
         died = int(dead is not self.heir)
         registry = (dead.registry,) if self.colocated else ()
-        self.call(actor, fate, "recover", dead.id, died, *registry)
+        self.call(actor, fate, "recover", dead.id, died, LEASES[0], *registry)
 
     def entrust(self, actor: Actor, move: Move) -> None:
         actor, token = self.executor(actor, move)
@@ -293,9 +321,9 @@ class World:
 
         Its threads give back what they have locked under the old one, and wait no more.
         """
-        for thread in range(2):
+        for what in range(4):
             process = actor.process
-            command = process.command("unlock", b"%s/%d" % (process.id, thread))
+            command = process.command("unlock", self.holder(actor, what))
             process.let_go(self.deliver(actor, command))
         self.former.append(actor.process.registry)
         name = f"{actor.process.id.decode()[0]}{next(self.names)}"

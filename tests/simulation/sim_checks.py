@@ -25,13 +25,44 @@ class Violation(AssertionError):  # noqa: N818 - that is what it is
     """A guarantee does not hold; the message begins with its number."""
 
 
-class Grant(NamedTuple):
-    """A lock that somebody has."""
+#: Within so many milliseconds a waiter that has asked is known to be in line.
+CERTAIN_MS = 200
 
-    holder: str
+
+class Grant(NamedTuple):
+    """A lock that somebody has, alone or with others."""
+
     pid: bytes
     until: int
     token: int
+
+
+class Waiter(NamedTuple):
+    """Somebody in line.
+
+    Attributes:
+        pid: Of which process.
+        first: When it came, counted in events.
+        arrived: When it came at the latest: if it has not asked for a while it may have lost its
+            place, and come anew.
+        asked: When it asked last, by the clock.
+    """
+
+    pid: bytes
+    first: int
+    arrived: int
+    asked: int
+
+
+def places_of(holder: str) -> float:
+    """How many may hold a lock together with this one."""
+    _, shared, places = holder.rpartition("/")[2].partition("s")
+    return float(places or "inf") if shared else 1
+
+
+def can_overtake(holder: str, waiter: str) -> bool:
+    """Whether it is nothing to the one if the other goes in before it."""
+    return places_of(holder) == places_of(waiter) == float("inf")
 
 
 @dataclass
@@ -44,7 +75,10 @@ class Place:
         token: The running batch's; 0 if nothing is running.
         highest: The highest token that was handed out.
         ended: When the last session ended; events are counted.
-        lock: Who has the lock.
+        grants: Who has the lock, by holder.
+        queue: Who waits for it.
+        parties: How many processes are to come; 0 if that was not said.
+        came: Those of them that have.
         applied: The batches in the sink, by token, in that order.
         executing: Ids that have begun to execute a batch, and not ended it.
         written: The highest token under which a holder of the lock has written.
@@ -56,7 +90,10 @@ class Place:
     token: int = 0
     highest: int = 0
     ended: int = 0
-    lock: Grant | None = None
+    grants: dict[str, Grant] = field(default_factory=dict)
+    queue: dict[str, Waiter] = field(default_factory=dict)
+    parties: int = 0
+    came: set[bytes] = field(default_factory=set)
     applied: dict[int, list[bytes]] = field(default_factory=dict)
     executing: dict[bytes, int] = field(default_factory=dict)
     written: int = 0
@@ -67,6 +104,40 @@ class Place:
         for pid in [pid for pid, until in self.members.items() if until <= now]:
             del self.members[pid]
         return len(self.members)
+
+    def is_over(self) -> bool:
+        """Nobody is left. Are all there that were to come?"""
+        if len(self.came) < self.parties:
+            return False
+        self.parties = 0
+        self.came.clear()
+        return True
+
+    def holders(self, now: int) -> dict[str, Grant]:
+        """Who has the lock now."""
+        return {holder: grant for holder, grant in self.grants.items() if grant.until > now}
+
+    def in_front(self, holder: str, now: int) -> list[str]:
+        """Those in line, for certain, whom a holder must not overtake."""
+        mine = self.queue.get(holder)
+        if mine is not None and now - mine.asked > CERTAIN_MS:
+            return []
+        return [
+            waiter
+            for waiter, (_, _, arrived, asked) in self.queue.items()
+            if waiter != holder
+            and now - asked <= CERTAIN_MS
+            and (mine is None or arrived < mine.first)
+            and not can_overtake(holder, waiter)
+        ]
+
+    def check_woken(self, now: int) -> None:
+        """Nobody moves. Is there one in line who could go in?"""
+        holders = self.holders(now)
+        for waiter in self.queue:
+            limit = min(map(places_of, [waiter, *holders]))
+            if len(holders) < limit and not self.in_front(waiter, now):
+                raise Violation(f"G13: {waiter} could go in beside {holders}, and nobody wakes it")
 
 
 def items_of(partials: Iterable[bytes]) -> list[bytes]:
@@ -128,7 +199,7 @@ class Witness:
         place.base = base
         getattr(self, call.step)(place, pid, call.args, answer)
         if (call.step, answer[0]) in NEW_BATCH:
-            self.new_token(place, call, answer[2])
+            self.new_token(place, self.say(call), answer[2])
             place.owner, place.token = pid, answer[2]
         return True
 
@@ -158,9 +229,10 @@ class Witness:
         elif answer[0] != before[0] or answer[2:6] != before[2:6]:
             raise Violation(f"G4: {self.say(call)} was answered {before}, repeated {answer}")
 
-    def new_token(self, place: Place, call: Call, token: int) -> None:
+    @staticmethod
+    def new_token(place: Place, what: str, token: int) -> None:
         if token <= place.highest:
-            raise Violation(f"G6: {self.say(call)}: {token} comes after {place.highest}")
+            raise Violation(f"G6: {what}: {token} comes after {place.highest}")
         place.highest = token
 
     def store(self, partial: bytes) -> None:
@@ -171,6 +243,11 @@ class Witness:
 
     def join(self, place: Place, pid: bytes, args: Any, _: Any) -> None:
         place.members[pid] = self.link.now + args[1]
+
+    def meet(self, place: Place, pid: bytes, args: Any, _: Any) -> None:
+        place.members[pid] = self.link.now + args[1]
+        place.parties = max(place.parties, args[2])
+        place.came.add(pid)
 
     def modify(self, place: Place, pid: bytes, args: Any, _: Any) -> None:
         place.members[pid] = self.link.now + args[1]
@@ -185,7 +262,7 @@ class Witness:
             place.members[pid] = self.link.now + args[2]
         was_member = place.members.pop(pid, None) is not None
         left = place.left(self.link.now)
-        last = was_member and not left
+        last = not left and place.is_over() and was_member
         if (bool(answer[4]) and not answer[3]) != last or answer[3] != left:
             raise Violation(f"G2: {pid!r} was told {answer}, members are {place.members}")
         self.told[pid, place.base, self.last[pid, place.base][0]] = last
@@ -243,8 +320,9 @@ class Witness:
         place.members.pop(dead, None)
         if not place.left(self.link.now):
             place.ended = self.event
-        if place.lock is not None and place.lock.pid == dead:
-            place.lock = None
+            place.is_over()
+        place.grants = {h: grant for h, grant in place.grants.items() if grant.pid != dead}
+        place.queue = {h: waiter for h, waiter in place.queue.items() if waiter.pid != dead}
         kind = answer[0]
         if place.token and place.owner == dead:
             if kind not in {b"run", b"later"}:
@@ -260,39 +338,50 @@ class Witness:
             place.owner, place.token, place.highest = pid, answer[2], answer[2]
 
     def lock(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
+        holder, now = args[1], self.link.now
+        if answer[0] == b"wait":
+            before = place.queue.get(holder)
+            if before is None:
+                place.queue[holder] = Waiter(pid, self.event, self.event, now)
+            elif now - before.asked > CERTAIN_MS:
+                place.queue[holder] = before._replace(arrived=self.event, asked=now)
+            else:
+                place.queue[holder] = before._replace(asked=now)
         if answer[0] != b"granted":
             return
-        holder, token, until = args[1], answer[2], self.link.now + args[2]
-        held = place.lock
-        if held is not None and held.until > self.link.now:
-            if held.holder != holder or held.token != token:
-                raise Violation(f"G13: {holder} is granted {token} beside {held}")
+        token, holders = answer[2], place.holders(now)
+        if holder in holders:
+            if holders[holder].token != token:
+                raise Violation(f"G13: {holder} is granted {token} beside its {holders[holder]}")
             return
-        if token <= place.highest:
-            raise Violation(f"G6: lock token {token} comes after {place.highest}")
-        place.highest = token
-        place.lock = Grant(holder, pid, until, token)
+        if len(holders) >= min(map(places_of, [holder, *holders])):
+            raise Violation(f"G13: {holder} is granted {token} beside {holders}")
+        if early := place.in_front(holder, now):
+            raise Violation(f"G13: {holder} is granted {token}, although {early} came before")
+        self.new_token(place, f"lock for {holder}", token)
+        self.seen["granted together"] += bool(holders)
+        place.queue.pop(holder, None)
+        place.grants[holder] = Grant(pid, now + args[2], token)
 
     def unlock(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        held = place.lock
-        mine = held is not None and held.holder == args[1] and held.until > self.link.now
+        mine = args[1] in place.holders(self.link.now)
         if mine != (answer[0] == b"released"):
-            raise Violation(f"G13: {pid!r} releases {args[1]}: {answer}; held: {held}")
-        if mine:
-            place.lock = None
+            raise Violation(f"G13: {pid!r} releases {args[1]}: {answer}; held: {place.grants}")
+        place.grants.pop(args[1], None)
+        place.queue.pop(args[1], None)
 
     def renewed(self, call: Call, answer: Any) -> None:
-        pid, lease, lock_lease, *holders = call.args
-        place = self.places[call.base]
+        pid, lease, *wanted = call.args
+        place, now = self.places[call.base], self.link.now
         if answer[0]:
-            place.members[pid] = self.link.now + lease
-        held = place.lock
-        for holder, mine in zip(holders, answer[1:], strict=True):
-            has = held is not None and held.holder == holder and held.until > self.link.now
-            if has != bool(mine):
-                raise Violation(f"G13: {holder} renews {held} and is told {answer}")
-            if has and held is not None:
-                place.lock = held._replace(until=self.link.now + lock_lease)
+            place.members[pid] = now + lease
+        holders = place.holders(now)
+        for holder, ms, mine in zip(wanted[::2], wanted[1::2], answer[1:], strict=True):
+            if (holder in holders) != bool(mine):
+                raise Violation(f"G13: {holder} renews {holders} and is told {answer}")
+            if mine:
+                until = max(holders[holder].until, now + ms)
+                place.grants[holder] = holders[holder]._replace(until=until)
 
     # -- what reaches the sink
 
@@ -327,9 +416,8 @@ class Witness:
         """The holder of a lock writes under its token."""
         place = self.places[base]
         if token < place.written:
-            held = place.lock
-            if held is not None and held.token == token and held.until > self.link.now:
-                raise Violation(f"G13: {pid!r} holds {held}, but {place.written} has written")
+            if any(token == grant.token for grant in place.holders(self.link.now).values()):
+                raise Violation(f"G13: {pid!r} holds {token}, but {place.written} has written")
             self.seen["zombie's write refused"] += 1
             return
         place.written = token
@@ -399,7 +487,9 @@ class Witness:
         if name.endswith((b"}:memory", b"}:fence")):
             return True
         # The place in line of a waiter that died, and a wake-up that nobody took, expire.
-        if b"}:wake:" in name or name.endswith((b"}:queue", b"}:waiting")):
+        # So does what waits for processes that were to come.
+        expiring = (b"}:queue", b"}:waiting", b"}:parties", b"}:modified")
+        if b"}:wake:" in name or name.endswith(expiring):
             return bool(self.link.expect("PTTL", key) > 0)
         # Like every registry that of an heir may name too many: whoever was about to leave it a
         # batch has died.

@@ -75,6 +75,9 @@ redis.register_function(NAME .. '_survey', function(keys, args)
   if lock then
     check(lock)
   end
+  for _, holder in ipairs(call('ZRANGE', base .. ':shared', 0, -1)) do
+    check(string.match(holder, '^(.*)/'))
+  end
   local parked = {}
   for _, token in ipairs(call('HKEYS', base .. ':parked')) do
     for _, partial in ipairs(call('LRANGE', base .. ':parked:' .. token, 0, -1)) do

@@ -40,8 +40,12 @@ OPERATIONS = {
     "force": 4,
     "join": 10,
     "modify": 4,
-    "lock": 9,
+    "lock": 14,
     "try the lock": 3,
+    "share the lock": 5,
+    "wait in vain": 2,
+    "semaphore": 4,
+    "meet": 3,
 }
 #: Milliseconds that pass: within the deadline, past a waiter's patience, past a membership.
 TIMES = (400, 3_000, 11_000, 70_000, 910_000)
@@ -62,12 +66,12 @@ def wander(p: SimProcess, rng: random.Random, bases: list[bytes]) -> Generator[A
     while not p.world.ending:
         base, name = rng.choice(bases), rng.choices(names, weights)[0]
         try:
-            yield from operate(p, name, base)
+            yield from operate(p, name, base, rng)
         except ConnectionLostError:
             p.world.witness.seen["given up by its caller"] += 1
 
 
-def operate(p: SimProcess, name: str, base: bytes) -> Generator[Any, Any, None]:
+def operate(p: SimProcess, name: str, base: bytes, rng: random.Random) -> Generator[Any, Any, None]:
     if name.startswith("append"):
         yield from p.append(base, keep=name == "append")
     elif name.startswith("leave") or name == "force":
@@ -78,8 +82,18 @@ def operate(p: SimProcess, name: str, base: bytes) -> Generator[Any, Any, None]:
         yield from p.join(base)
     elif name == "modify":
         yield from p.modify(base)
+    elif name == "meet":
+        yield from p.meet(base, rng.randint(1, 3))
+    elif name == "semaphore":
+        yield from p.lock(p.world.keys.semaphore("s"), shared=True, places=2)
     else:
-        yield from p.lock(base, queue=name == "lock")
+        yield from p.lock(
+            base,
+            queue=name != "try the lock",
+            patient=name != "wait in vain",
+            shared=name == "share the lock" or rng.random() < 0.2,
+            extend=rng.random() < 0.3,
+        )
 
 
 class Schedule:
@@ -148,10 +162,9 @@ class Schedule:
             world.trace.append((world.link.offset, b"", "", f"{ms} ms pass", "", None))
             world.advance(ms)
         elif kind == "late":
-            numbered = [call for call in process.sent if call.number]
-            if not numbered:
+            if not process.sent:
                 return False
-            world.late(process, self.rng.choice(numbered))
+            world.late(process, self.rng.choice(process.sent))
         elif kind == "retry":
             if not process.retries:
                 return False

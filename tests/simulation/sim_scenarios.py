@@ -40,6 +40,23 @@ def locks(p: SimProcess) -> Steps:
     yield from p.lock(p.world.base("x"))
 
 
+def reads(p: SimProcess) -> Steps:
+    yield from p.lock(p.world.base("x"), shared=True)
+
+
+def waits_in_vain(p: SimProcess) -> Steps:
+    yield from p.lock(p.world.base("x"), patient=False)
+
+
+def takes_a_place(p: SimProcess) -> Steps:
+    yield from p.lock(p.world.keys.semaphore("x"), shared=True, places=2)
+
+
+def meets_and_leaves(p: SimProcess) -> Steps:
+    yield from p.meet(p.world.base("x"), 2)
+    yield from p.leave(p.world.base("x"))
+
+
 def expects_a_batch(p: SimProcess) -> Steps:
     """As if the heir of class L had had one of this resource before."""
     yield from heirs.inherit(p.me, p.world.base("x"), heirs.heir("L"))
@@ -113,6 +130,18 @@ SCENARIOS = {
         {"b": watches}, before=(("a", locks),), kinds=("pause",), victims=("a",)
     ),
     "three want a lock": Scenario(_each(locks, "abc"), faults=0),
+    "two want a lock, an answer is lost": Scenario(_each(locks, "ab"), kinds=(DEAF,)),
+    "a waiter gives up": Scenario({"b": waits_in_vain, "c": locks}, (("a", locks),), faults=0),
+    "two readers and a writer": Scenario(
+        {"b": locks, "c": reads}, before=(("a", reads),), faults=0
+    ),
+    "three want two places": Scenario(
+        _each(takes_a_place, "bc"), before=(("a", takes_a_place),), faults=0
+    ),
+    "two parties": Scenario(_each(meets_and_leaves, "ab"), kinds=(DEAF,)),
+    "one of two parties dies": Scenario(
+        _each(meets_and_leaves, "ab"), kinds=("kill",), victims=("a",)
+    ),
     "recovery dies": Scenario(
         {"b": watches, "c": watches},
         before=(("a", stores_and_leaves),),
@@ -174,6 +203,28 @@ LARGE = {
     ),
     "lock holder has died, two want it": Scenario(
         _each(locks, "bc"), before=(("a", locks),), dead="a", faults=0
+    ),
+    "a writer, two readers": Scenario(_each(reads, "bc"), before=(("a", locks),), faults=0),
+    "a reader dies, a writer waits": Scenario(
+        {"b": locks, "c": reads}, before=(("a", reads),), kinds=("kill", "pause"), victims=("a",)
+    ),
+    "one of three who want two places dies": Scenario(
+        _each(takes_a_place, "bc"),
+        before=(("a", takes_a_place),),
+        kinds=("kill", "pause", DEAF),
+        victims=("a", "b"),
+    ),
+    "readers and writers, an answer is lost": Scenario(
+        {"a": reads, "b": locks, "c": reads}, kinds=(DEAF,)
+    ),
+    "a waiter gives up or dies": Scenario(
+        {"b": waits_in_vain, "c": locks},
+        before=(("a", locks),),
+        kinds=("kill", "pause", DEAF),
+        victims=("b",),
+    ),
+    "a third party dies or is paused": Scenario(
+        _each(meets_and_leaves, "abc"), kinds=("kill", "pause"), victims=("c",)
     ),
     "lock holder is paused, another one waits": Scenario(
         {"b": locks}, before=(("a", locks),), kinds=("pause",), victims=("a",)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from sim_checks import Violation, Witness
+from sim_checks import Violation, Witness, places_of
 from sim_link import Link
 
 from phonon.errors import (
@@ -26,6 +26,7 @@ from phonon.errors import (
 from phonon.protocol import heirs, locks, parking, processes, recovery, references, updates
 from phonon.protocol.effects import Call, Execute, Flow, Outcome, Participant, Wait
 from phonon.protocol.keys import Keys
+from phonon.protocol.locks import Wish
 from phonon.protocol.messages import Batch
 from phonon.protocol.updates import Ended, Failure, RetryPolicy
 
@@ -178,7 +179,10 @@ class SimProcess:
         self.task_numbers = itertools.count()
         self.parcels: dict[bytes, Parcel] = {}
         self.held: dict[bytes, None] = {}
-        self.locks: dict[str, bytes] = {}
+        #: What this process believes to hold, and until when by its own clock.
+        self.locks: dict[str, tuple[bytes, int]] = {}
+        #: Until when it is sure that nobody has declared it dead.
+        self.lives_until = world.link.offset + TTL
         self.former: list[str] = []
         self.dying: dict[str, None] = {}
         self.recovering = False
@@ -255,6 +259,7 @@ class SimProcess:
             return
         self.world.witness.seen["reborn"] += 1
         self.me = new
+        self.lives_until = begun + TTL
         self.former.append(old.id.decode())
         self.epoch = beat.epoch
         self.locks.clear()
@@ -270,16 +275,25 @@ class SimProcess:
                 self.held[base] = None
 
     def beat(self) -> Steps[None]:
-        me = self.me
+        me, begun = self.me, self.world.link.offset
         beat = yield from processes.beat(me, TTL, self.epoch)
         if beat.kind == "forgotten":
             raise Violation("G8: a process was forgotten")
         if beat.kind == "dead":
             self.world.witness.seen["beat found it dead"] += 1
             yield from self.be_reborn(me)
-        for base in list(self.held):
-            holders = [holder for holder, each in self.locks.items() if each == base]
-            yield from references.renew(self.me, base, LOCK_LEASE, holders)
+        else:
+            self.lives_until = max(begun + TTL, self.lives_until)
+        for base in {**self.held, **{base: None for base, _ in self.locks.values()}}:
+            mine = [holder for holder, (each, _) in self.locks.items() if each == base]
+            now = self.world.link.offset
+            wanted = [(holder, LOCK_LEASE) for holder in mine]
+            _, *renewed = yield from references.renew(self.me, base, wanted)
+            for holder, ours in zip(mine, renewed, strict=True):
+                if holder in self.locks and ours:
+                    self.locks[holder] = base, max(now + LOCK_LEASE, self.locks[holder][1])
+                elif not ours:
+                    self.locks.pop(holder, None)
         self.recover(beat.dead)
 
     # -- operations, as the public objects do them
@@ -291,6 +305,10 @@ class SimProcess:
 
     def join(self, base: bytes) -> Steps[None]:
         yield from self.turn(base, self.living(lambda me: references.join(me, base)))
+        self.held.setdefault(base)
+
+    def meet(self, base: bytes, parties: int) -> Steps[None]:
+        yield from self.turn(base, self.living(lambda me: references.meet(me, base, parties)))
         self.held.setdefault(base)
 
     def modify(self, base: bytes) -> Steps[None]:
@@ -372,34 +390,67 @@ class SimProcess:
 
         return run
 
-    def lock(self, base: bytes, *, queue: bool = True) -> Steps[None]:
-        """Take the lock, write to the sink twice, release it."""
-        me, holder = self.me, f"{self.me.id.decode()}/{next(self.holders)}"
+    def wish(self, base: bytes, *, shared: bool, places: int) -> Wish:
+        number = next(self.holders)
+        name = locks.name_of(self.me.id.decode(), number, shared=shared, places=places)
+        return Wish(base, name, LOCK_LEASE)
+
+    def lock(
+        self,
+        base: bytes,
+        *,
+        queue: bool = True,
+        patient: bool = True,
+        shared: bool = False,
+        places: int = 0,
+        extend: bool = False,
+    ) -> Steps[None]:
+        """Take the lock, do two things under it, release it. Who is not patient gives up."""
+        me, wish = self.me, self.wish(base, shared=shared, places=places)
         while True:
+            asked = self.world.link.offset
             try:
-                answer = yield from self.turn(
-                    base, locks.acquire(me, base, holder, LOCK_LEASE, queue=queue)
-                )
+                answer = yield from self.turn(base, locks.acquire(me, wish, queue=queue))
             except DeclaredDeadError:
                 yield from self.turn(base, self.be_reborn(me))
-                me, holder = self.me, f"{self.me.id.decode()}/{next(self.holders)}"
+                me, wish = self.me, self.wish(base, shared=shared, places=places)
                 continue
             except ConnectionLostError:
                 # We may have the lock, or a place in line.
-                yield from self.turn(base, locks.release(me, base, holder))
+                yield from self.turn(base, locks.release(me, base, wish.holder))
                 return
             if answer.kind == "granted":
                 break
-            if answer.kind == "busy":
+            if answer.kind == "wait" and not patient:
+                yield from self.turn(base, locks.release(me, base, wish.holder))
+            if answer.kind == "busy" or not patient:
                 return
-            yield from locks.wait(base, holder, answer.number / 1000)
+            yield from locks.wait(base, wish.holder, answer.number / 1000)
         if me is self.me:
-            self.locks[holder] = base
-        witness = self.world.witness
-        for name in ("first write", "last write"):
-            yield Point(name, base, lambda: witness.write(me.id, base, answer.number))
-        self.locks.pop(holder, None)
-        yield from self.turn(base, locks.release(me, base, holder))
+            self.locks[wish.holder] = base, asked + LOCK_LEASE
+            self.world.check_beliefs(base)
+        for name in ("first", "last"):
+            yield Point(name, base, self.use(me, wish, answer.number))
+            if extend and wish.holder in self.locks:
+                yield from self.turn(base, self.extending(base, wish.holder))
+        self.locks.pop(wish.holder, None)
+        yield from self.turn(base, locks.release(me, base, wish.holder))
+
+    def extending(self, base: bytes, holder: str) -> Steps[None]:
+        """As `Lock.extend`."""
+        now = self.world.link.offset
+        renewed = yield from references.renew(self.me, base, [(holder, 2 * LOCK_LEASE)])
+        if holder in self.locks and renewed[1]:
+            self.locks[holder] = base, now + 2 * LOCK_LEASE
+
+    def use(self, me: Participant, wish: Wish, token: int) -> Callable[[], Any]:
+        """What somebody does who has a lock."""
+        witness, shared = self.world.witness, locks.is_shared(wish.holder)
+        return lambda: None if shared else witness.write(me.id, wish.base, token)
+
+    def believes(self, until: int) -> bool:
+        """What `Lock.owned` says."""
+        return self.world.link.offset < min(until, self.lives_until)
 
     # -- taking over, as in `phonon.takeover`
 
@@ -496,6 +547,19 @@ class World:
 
     def base(self, resource: str) -> bytes:
         return self.keys.base(resource)
+
+    def check_beliefs(self, base: bytes) -> None:
+        """Of those who are sure that they hold a lock, none is in another's way."""
+        inside = [
+            holder
+            for process in self.processes.values()
+            if not process.killed
+            for holder, (each, until) in process.locks.items()
+            if each == base and process.believes(until)
+        ]
+        limit = min(map(places_of, inside), default=1)
+        if len(inside) > limit:
+            raise Violation(f"G13: {inside} believe to hold {base!r} together")
 
     def start(self, name: str, label: str = "K", knows: Iterable[str] = ("K",)) -> SimProcess:
         process = SimProcess(self, name, label, frozenset(knows))
@@ -622,7 +686,7 @@ class World:
         # What becomes of a plain command that meets a tombstone is the flow's business.
         if call.step and isinstance(answer, ServerError) and not expected:
             raise Violation(f"unexpected: {Witness.say(call)}: {answer}")
-        if call.numbered and task is not None:
+        if (call.numbered or call.step == "renew") and task is not None:
             process.sent.append(call)
         if self.witness.note(call, answer) and self.checking:
             self.witness.check(call.base)
@@ -652,8 +716,8 @@ class World:
         if fate == "timeout":
             self.note(process, task, "waits in vain", fate)
             place = self.witness.places[effect.key.partition(b":wake:")[0]]
-            if not self.disturbed and place.lock is None:
-                raise Violation(f"G13: the lock is free, and nobody wakes {effect.key!r}")
+            if not self.disturbed:
+                place.check_woken(self.link.now)
             self.witness.seen["waited in vain"] += 1
             self.advance(int(effect.timeout * 1000) + 1)
             task.advance(False)
@@ -688,6 +752,7 @@ class World:
                 beat = self.direct(processes.beat(process.me, TTL, process.epoch))
                 if beat.kind != "alive":
                     raise Violation(f"G8: {process.name} beats in time and is told {beat}")
+                process.lives_until = self.link.offset + TTL
 
     def silence(self, process: SimProcess) -> None:
         """A process does not beat until its deadline has passed."""

@@ -23,11 +23,17 @@ SCHEDULES = 600
 
 
 class Mutation(NamedTuple):
-    """A fault: ``old``, which occurs once in the library's text, becomes ``new``."""
+    """A fault: ``old``, which occurs once in the library's text, becomes ``new``.
+
+    Attributes:
+        guarantees: Those one of which is violated then.
+        scenarios: What is explored before random schedules are tried.
+    """
 
     old: str
     new: str
     guarantees: str
+    scenarios: tuple[str, ...] = SMALL
 
 
 MUTATIONS = {
@@ -91,6 +97,11 @@ MUTATIONS = {
         "  if false then\n    call('DEL', r.lock)",
         "G8 G13",
     ),
+    "recover does not free the shared lock": Mutation(
+        "    if process_of(holder) == dead then\n      drop_sharer",
+        "    if false then\n      drop_sharer",
+        "G8 G13",
+    ),
     "recover does not start the batch of the dead": Mutation(
         "  if ended and total > 0 and not running[1] then", "  if false then", "G3"
     ),
@@ -119,19 +130,50 @@ MUTATIONS = {
         "  enter(r, args[3])\n  call('RPUSH'", "  call('RPUSH'", "G1 G2"
     ),
     "tokens are not remembered": Mutation(
-        "  call('HSET', r.memory, 'token', string.format('%.0f', token + spare))\n",
-        "  token = math.floor(r.micros / 1e9)\n",
+        "  local token = math.max(r.last_token + 1, r.micros)",
+        "  local token = math.floor(r.micros / 1e9)",
         "G6",
     ),
     "a lock is granted beside another": Mutation(
-        "if not held[1] and (not first or first == holder) then",
-        "if not first or first == holder then",
-        "G13",
+        "  local free = not held[1]\n", "  local free = true\n", "G13"
+    ),
+    "a lock is granted beside those who share it": Mutation(
+        "    free = free and sharers == 0", "    free = free", "G13"
+    ),
+    "a place too many": Mutation(
+        "sharers < (places", "sharers <= (places", "G13", ("three want two places",)
     ),
     "unlock wakes nobody": Mutation(
-        "  if mine or not held[1] then\n    wake_next(r)",
+        "  if others and (mine or not held[1]) then\n    wake_next(r)",
         "  if false then\n    wake_next(r)",
         "G13",
+    ),
+    "who gives up keeps its place": Mutation(
+        "    call('ZCARD', r.waiting)\n    quit_queue(r, holder)",
+        "    call('ZCARD', r.waiting)",
+        "G13 G8 G11",
+    ),
+    "who was woken and gives up wakes nobody": Mutation(
+        "  if others and (mine or not held[1]) then",
+        "  if others and mine then",
+        "G13",
+        ("a waiter gives up",),
+    ),
+    "readers overtake a writer": Mutation(
+        "      if not (together and is_shared(waiter)) then",
+        "      if not together then",
+        "G13",
+    ),
+    "a writer overtakes readers": Mutation(
+        "      if waiter == holder then\n        return nil",
+        "      if waiter == holder or not is_shared(holder) then\n        return nil",
+        "G13",
+    ),
+    "the first of two parties is the last": Mutation(
+        "  if arrived(r) >= tonumber(", "  if arrived(r) >= 1 or arrived(r) >= tonumber(", "G2"
+    ),
+    "a party that comes twice counts twice": Mutation(
+        "'n', parties, '@' .. r.pid, 1)", "'n', parties, '@' .. r.pid .. r.op, 1)", "G2"
     ),
     "the dead are not buried under a stone": Mutation(
         "  call('SET', registry, TOMBSTONE, 'PX', args[1])", "", "G8 G3"
@@ -139,9 +181,9 @@ MUTATIONS = {
 }
 
 
-def check(link: Link, guarantees: str) -> None:
+def check(link: Link, guarantees: str, scenarios: tuple[str, ...] = SMALL) -> None:
     with pytest.raises(Violation) as found:
-        for name in SMALL:
+        for name in scenarios:
             Explorer(link, {**SCENARIOS, **LARGE}[name]).run(300)
         run_random(link, "finds", SCHEDULES)
     message = str(found.value)
@@ -150,12 +192,12 @@ def check(link: Link, guarantees: str) -> None:
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_faults_of_the_library(server: Redis, name: str) -> None:
-    old, new, guarantees = MUTATIONS[name]
+    old, new, guarantees, scenarios = MUTATIONS[name]
     body = text()
     assert body.count(old) == 1, "the library has changed: adapt the mutation"
     link = Link(server.socket, body.replace(old, new))
     try:
-        check(link, guarantees)
+        check(link, guarantees, scenarios)
     finally:
         link.close()
 

@@ -51,6 +51,8 @@ REACHED = {
     "lock busy": 50,
     "unlock released": 300,
     "unlock lost": 20,
+    "granted together": 50,
+    "meet met": 50,
     "woken": 50,
     "waited in vain": 10,
     "sink applies": 500,

@@ -29,7 +29,7 @@ end
 local SUFFIXES = {
   members = ':members', modified = ':modified', partials = ':partials', running = ':running',
   batch = ':batch', parked = ':parked', lock = ':lock', queue = ':queue', waiting = ':waiting',
-  memory = ':memory', fence = ':fence',
+  parties = ':parties', shared = ':shared', sharers = ':sharers', memory = ':memory', fence = ':fence',
 }
 local Keys = {
   __index = function(r, name)
@@ -61,10 +61,8 @@ end
 -- microsecond), so that it still grows after the memory has expired. The memory covers a clock that
 -- was set back, and stays until the clock has overtaken tokens that were handed out faster.
 local function next_token(r, spare)
-  local last = tonumber(call('HGET', r.memory, 'token') or 0)
-  local token = math.max(last + 1, r.micros)
-  call('HSET', r.memory, 'token', string.format('%.0f', token + spare))
-  r.lead = lead_of(r, token + spare)
+  local token = math.max(r.last_token + 1, r.micros)
+  r.last_token, r.is_token_new = token + spare, true -- to be remembered with the answer
   return token
 end
 
@@ -108,9 +106,10 @@ end
 -- nothing_else: the step knows that the process is no member, and that there is no batch or lock.
 local function let_go(r, nothing_else)
   local pcall = redis.pcall
-  if not nothing_else and (type(pcall('ZSCORE', r.members, r.pid)) == 'string'
+  if not nothing_else and pcall('EXISTS', r.members, r.running, r.lock, r.sharers) ~= 0 and (type(pcall('ZSCORE', r.members, r.pid)) == 'string'
     or pcall('HGET', r.running, 'owner') == r.pid
-    or pcall('HGET', r.lock, 'pid') == r.pid) then
+    or pcall('HGET', r.lock, 'pid') == r.pid
+    or type(pcall('HGET', r.sharers, '@' .. r.pid)) == 'string') then
     return 0
   end
   if r.registry then
@@ -142,14 +141,15 @@ end
 
 -- Let the memory live on. It covers tokens that were handed out faster than the clock goes.
 local function push_expiry(r)
-  local lead = r.lead or lead_of(r, tonumber(call('HGET', r.memory, 'token') or 0))
-  call('PEXPIRE', r.memory, math.max(MEMORY_MS, lead) + PUSH_MS)
+  call('PEXPIRE', r.memory, math.max(MEMORY_MS, lead_of(r, r.last_token)) + PUSH_MS)
 end
 
 -- A process's last operation on a resource: '<number> <ms> <packed answer>', where ms is when it
 -- last pushed the memory's expiry.
 local function recall(r)
-  local record = call('HGET', r.memory, r.pid)
+  local memory = call('HMGET', r.memory, r.pid, 'token')
+  local record = memory[1]
+  r.last_token = tonumber(memory[2] or 0)
   if not record then
     return nil
   end
@@ -197,20 +197,27 @@ local function pack(answer)
 end
 
 local function remember(r, answer)
-  local push = not r.pushed or r.now - r.pushed > PUSH_MS or r.lead and r.lead > MEMORY_MS
+  local push = not r.pushed or r.now - r.pushed > PUSH_MS
+    or r.is_token_new and lead_of(r, r.last_token) > MEMORY_MS
   local record = r.number .. ' ' .. (push and r.now or r.pushed_text) .. ' ' .. pack(answer)
-  local new = call('HSET', r.memory, r.pid, record)
+  local new
+  if r.is_token_new then
+    local token = string.format('%d', r.last_token)
+    new = call('HSET', r.memory, r.pid, record, 'token', token)
+  else
+    new = call('HSET', r.memory, r.pid, record)
+  end
   if push then
     push_expiry(r)
-    if new == 1 and call('HLEN', r.memory) % 32 == 0 then
+    if new > 0 and call('HLEN', r.memory) % 32 == 0 then
       prune(r)
     end
   end
 end
 
 -- An answer that never differs.
-local function constant(kind)
-  local answer = { kind, 0 }
+local function constant(kind, clear)
+  local answer = { kind, clear or 0 }
   PACKED[answer] = false
   return answer
 end

@@ -2,7 +2,12 @@
 
 local function enter(r, lease_ms)
   hold(r)
-  call('ZADD', r.members, r.now + lease_ms, r.pid)
+  local is_new = call('ZADD', r.members, r.now + lease_ms, r.pid) == 1
+  if is_new and call('EXISTS', r.parties) == 1 then
+    -- Nobody was there, so these were to expire.
+    call('PERSIST', r.parties)
+    call('PERSIST', r.modified)
+  end
 end
 
 local function live(r)
@@ -24,7 +29,7 @@ end
 -- The batch is there; from now on it is running, and the caller's. Returns its token.
 local function run(r)
   local token = next_token(r, SPARE_TOKENS)
-  call('HSET', r.running, 'owner', r.pid, 'token', string.format('%.0f', token),
+  call('HSET', r.running, 'owner', r.pid, 'token', string.format('%d', token),
     'attempt', 0, 'since', r.now)
   return token
 end
@@ -66,6 +71,70 @@ step('join', function(r, args)
   return JOINED
 end)
 
+-- Known parties: a session that is over only when so many different processes have been in it.
+-- The hash has 'n', a field '@<id>' for each process that has come, and '>' .. waiter for those
+-- who wait for the others.
+
+local function arrived(r)
+  local count = 0
+  for _, field in ipairs(call('HKEYS', r.parties)) do
+    if string.sub(field, 1, 1) == '@' then
+      count = count + 1
+    end
+  end
+  return count
+end
+
+-- Somebody has come or gone: those who wait see whether that was all they waited for.
+local function wake_parties(r)
+  for _, field in ipairs(call('HKEYS', r.parties)) do
+    if string.sub(field, 1, 1) == '>' then
+      local key = r.base .. ':wake:' .. string.sub(field, 2)
+      if type(redis.pcall('RPUSH', key, '1')) == 'number' then
+        call('PEXPIRE', key, 10000)
+      end
+    end
+  end
+end
+
+-- All members have left. Is somebody still to come? Then what there is waits for so long.
+local function is_incomplete(r, lease_ms)
+  if call('EXISTS', r.parties) == 0 then
+    return false
+  end
+  wake_parties(r)
+  if arrived(r) >= tonumber(call('HGET', r.parties, 'n') or 0) then
+    call('DEL', r.parties)
+    return false
+  end
+  call('PEXPIRE', r.parties, lease_ms)
+  call('PEXPIRE', r.modified, lease_ms)
+  return true
+end
+
+local MET = constant('met')
+
+-- meet(pid, op, lease_ms, parties): join a session of known parties. The greatest number counts.
+-- answers {'met', 0}
+step('meet', function(r, args)
+  call('HLEN', r.modified)
+  local parties = math.max(tonumber(args[4]), tonumber(call('HGET', r.parties, 'n') or 0))
+  enter(r, args[3])
+  call('HSET', r.parties, 'n', parties, '@' .. r.pid, 1)
+  wake_parties(r)
+  return MET
+end)
+
+-- meeting(pid, waiter): answers {parties, processes that have come, members left, 1 if this
+-- one is among them}. A waiter is told when one of these changes.
+plain('meeting', function(r, args)
+  local known = tonumber(call('HGET', r.parties, 'n') or 0)
+  if known > 0 then
+    call('HSET', r.parties, '>' .. args[2], 1)
+  end
+  return { known, arrived(r), live(r), call('ZSCORE', r.members, r.pid) and 1 or 0 }
+end)
+
 -- leave(pid, op, force, lease_ms, partial or ''): store the last partial, drop this member and
 -- the expired ones. If nobody is left, or force is '1', the session's partials become a batch.
 -- answers {'held', clear, 0, members left, was member}
@@ -74,13 +143,15 @@ end)
 --         {'run', clear, token, members left, was member, modifications, attempt, count, partials}
 step('leave', function(r, args)
   local force, partial = args[3] == '1', args[5]
-  local running, total, modified = false, 0, {}
+  local running, total, modified, parties = false, 0, {}, 0
   -- Most often there is nothing but members, and one look tells.
-  local bare = partial == '' and call('EXISTS', r.partials, r.running, r.lock, r.modified) == 0
+  local bare = partial == '' and call('EXISTS', r.partials, r.running, r.lock, r.sharers, r.modified,
+    r.parties) == 0
   if not bare then
     running = call('HGET', r.running, 'token')
     total = call('LLEN', r.partials)
     modified = modifications(r)
+    parties = call('HLEN', r.parties)
     if not running and (total > 0 or partial ~= '') then
       if call('EXISTS', r.batch) == 1 then
         -- Never rename over it: whatever it is, somebody stored it.
@@ -98,9 +169,15 @@ step('leave', function(r, args)
   local was_member = call('ZREM', r.members, r.pid)
   local left = remaining(r)
   if left > 0 and not force then
+    if parties > 0 then
+      wake_parties(r)
+    end
     return { 'held', let_go(r, bare), 0, left, was_member }
   end
-  if left == 0 and #modified > 0 then
+  if left == 0 and parties > 0 and is_incomplete(r, args[4]) then
+    -- Whoever comes last will be the last. What is stored does not wait for that.
+    was_member = 0
+  elseif left == 0 and #modified > 0 then
     call('DEL', r.modified)
   end
   if total == 0 then

@@ -44,8 +44,12 @@ class Keys:
         """What all keys of a resource begin with."""
         return self._prefix + b"{=" + _escape(resource, "%}") + b"}"
 
+    def semaphore(self, name: str) -> bytes:
+        """What all keys of a semaphore begin with: it is no lock on the resource of that name."""
+        return self._prefix + b"{~" + _escape(name, "%}") + b"}"
+
     def resource(self, base: bytes) -> str:
-        """The resource whose base this is."""
+        """The resource, or the semaphore, whose base this is."""
         return _unescape(base[len(self._prefix) + 2 : -1], "%}")
 
     def registry(self, process_id: bytes) -> bytes:
@@ -66,6 +70,9 @@ TYPES = {
     b":batch": "list",
     b":parked": "hash",
     b":lock": "hash",
+    b":parties": "hash",
+    b":shared": "zset",
+    b":sharers": "hash",
     b":queue": "zset",
     b":waiting": "zset",
     b":memory": "hash",

@@ -61,15 +61,17 @@ class Locked(NamedTuple):
         kind: granted, wait or busy.
         clear: 1 if the process has nothing more to do with the resource.
         number: The token if granted, else milliseconds until it is worth asking again.
-        owner: The process that is in the way, if one is.
+        holder: Who is in the way, if somebody is.
         since_ms: When it came, by the server's clock.
+        thread: Its thread.
     """
 
     kind: str
     clear: int
     number: int
-    owner: str = ""
+    holder: str = ""
     since_ms: int = 0
+    thread: str = ""
 
 
 def pairs(flat: Sequence[Any]) -> dict[bytes, int]:
@@ -101,4 +103,5 @@ def locked(answer: Sequence[Any]) -> Locked:
     kind, clear, number = answer[0].decode(), answer[1], answer[2]
     if kind == "granted":
         return Locked(kind, clear, number)
-    return Locked(kind, clear, number, answer[3].decode(), answer[4])
+    thread = answer[5].decode("utf-8", "replace")
+    return Locked(kind, clear, number, answer[3].decode(), answer[4], thread)

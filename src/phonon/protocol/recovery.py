@@ -77,7 +77,8 @@ def recover(
         # die before the step, our registry names the resource.
         yield from clear(registry, base)
     here = (registry,) if me.colocated else ()
-    answer = yield me.step("recover", base, dead, int(died), *here, keep=True)
+    args = (base, dead, int(died), me.lease_ms, *here)
+    answer = yield me.step("recover", *args, keep=True)
     while answer[0] == b"free" and heirs.inherits(answer[2].decode()) is not None:
         # Whoever left it to its heir may have died before it could say so.
         listed = answer[2]
@@ -85,7 +86,7 @@ def recover(
         if not me.colocated:
             break
         # Only now the dead one's registry may forget it.
-        answer = yield me.step("recover", base, dead, int(died), *here, listed, keep=True)
+        answer = yield me.step("recover", *args, listed, keep=True)
         if answer[2:] == [listed]:
             break
     if died and not me.colocated:
