@@ -252,7 +252,7 @@ class SimProcess:
         new = self.world.identity(f"{self.name}{next(self.names)}")
         begun = self.world.link.offset
         beat = yield from processes.enrol(new, CARD, TTL)
-        if self.world.link.offset - begun > TTL:  # it may be too late already
+        if self.world.link.offset - begun > TTL - 2:  # it may be too late already
             self.world.witness.dead.add(new.id)
         if self.me is not old:
             yield from processes.resign(new)
@@ -745,7 +745,9 @@ class World:
         self.disturbed = True
         beating = [process for process in self.living if process is not silent]
         while ms > 0:
-            some = min(ms, TTL // 2 + 1)
+            # In time for all, also for one whose rebirth took a while.
+            left = [process.lives_until - self.link.offset - 1 for process in beating]
+            some = max(1, min([ms, TTL // 2 + 1, *left]))
             ms -= some
             self.link.advance(some)
             for process in beating:
