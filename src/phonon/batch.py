@@ -64,6 +64,7 @@ class Batch:
     def close(self) -> list[Exception]:
         """Send everything, and collect no more. Returns what went wrong."""
         self._engine.local.batch = self._outer
+        self._engine.batches.discard(self)
         return self._flush()
 
     def __enter__(self) -> Self:
@@ -71,6 +72,7 @@ class Batch:
             self._engine.ensure_alive()
             self._outer = self._engine.batch
             self._engine.local.batch = self
+            self._engine.batches.add(self)
             self._pid = os.getpid()
         self._depth += 1
         return self

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,12 +53,14 @@ log = logging.getLogger("phonon")
 DEAD_AFTER = 4
 #: Seconds after another process's deadline at which to look after it.
 DEATH_GRACE = 0.01
+#: Joins that are sent together at the latest when so many have come up.
+JOINS = 256
+#: Updates share this many locks; two updates that share one merely take turns.
+STRIPES = 64
 #: How often a lock is renewed within its lease.
 RENEWALS = 4
 #: Goes on while the machine sleeps, where there is such a clock.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-#: Updates share this many locks; two updates that share one merely take turns.
-STRIPES = 64
 
 
 class SessionCache(Protocol):
@@ -134,12 +136,17 @@ class Engine:
         self.grants = Grants()
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
         self.local = threading.local()
+        #: The batches that threads are in; each thread has its own in ``local``.
+        self.batches: set[Batch] = set()
         #: Updates that a batch could not store because the server was gone.
         self.unstored: list[Update] = []
         #: Updates whose session could not be ended although its end had been kept.
         self._unended: list[Update] = []
         #: Memberships that are to be renewed because they have expired.
         self._expired: set[str] = set()
+        #: Resources that are to be joined soon. They are held already.
+        self._joins: dict[str, None] = {}
+        self._settling = threading.Lock()
         #: Resources that a leave which went on by itself was the last to let go of.
         self.untold: set[str] = set()
         self.upkeep = Upkeep(self)
@@ -331,6 +338,27 @@ class Engine:
         yield from self.living(lambda me: references.join(me, base))
         self.holds(resource, update)
 
+    def join_soon(self, resource: str) -> None:
+        """Become a member in a moment, together with others, or before anything else is asked."""
+        self.held.setdefault(resource)
+        self._joins[resource] = None
+        if len(self._joins) >= JOINS:
+            self.settle()
+        else:
+            self.upkeep.join_soon()
+
+    def settle(self) -> None:
+        """Become a member of what was to be joined soon."""
+        if not self._joins:
+            return
+        with self._settling:  # whoever comes meanwhile finds it done
+            joins = list(self._joins)
+            try:
+                self._rejoin(joins)
+            finally:
+                for resource in joins:
+                    self._joins.pop(resource, None)
+
     def meeting(self, resource: str, base: bytes, parties: int) -> Flow[None]:
         """Join a session of known parties."""
         yield from self.living(lambda me: references.meet(me, base, parties))
@@ -338,8 +366,10 @@ class Engine:
 
     def holds(self, resource: str, update: "Update | None" = None) -> None:
         """Note a membership, and which update `stop` has to end it with."""
-        if self.held.get(resource) is None:
-            self.held[resource] = weakref.ref(update) if update is not None else None
+        if update is None:
+            self.held.setdefault(resource)
+        elif self.held.get(resource) is None:
+            update.opens(self)
 
     def storing(self, update: "Update", *, keep: bool = True) -> Flow[bool]:
         """Store what an update has unsent; it makes this process a member."""
@@ -505,8 +535,7 @@ class Engine:
     @property
     def batch(self) -> "Batch | None":
         """The batch that this thread is in."""
-        batch: Batch | None = getattr(self.local, "batch", None)
-        return batch
+        return getattr(self.local, "batch", None) if self.batches else None
 
     def _store_unstored(self) -> None:
         left, self.unstored = self.unstored, []
@@ -638,9 +667,15 @@ class Engine:
         if self.unstored:
             self._store_unstored()
         expired, self._expired = self._expired, set()
-        tasks = [Task(self.keys.base(resource), self._rejoining(resource)) for resource in expired]
+        self._rejoin(expired)
+
+    def _rejoin(self, resources: Collection[str]) -> None:
+        """Join what is held; what goes wrong is tried again at the next heartbeat."""
+        tasks = [
+            Task(self.keys.base(resource), self._rejoining(resource)) for resource in resources
+        ]
         self.driver.run_all(tasks)
-        for task, resource in zip(tasks, expired, strict=True):
+        for task, resource in zip(tasks, resources, strict=True):
             if task.error is not None:
                 log.error("the membership in %r could not be renewed: %s", resource, task.error)
                 self._expired.add(resource)
