@@ -23,7 +23,16 @@ from phonon.errors import (
     StaleOperationError,
     UnknownClassError,
 )
-from phonon.protocol import heirs, locks, parking, processes, recovery, references, updates
+from phonon.protocol import (
+    compaction,
+    heirs,
+    locks,
+    parking,
+    processes,
+    recovery,
+    references,
+    updates,
+)
 from phonon.protocol.effects import Call, Execute, Flow, Outcome, Participant, Wait
 from phonon.protocol.keys import Keys
 from phonon.protocol.locks import Wish
@@ -451,6 +460,23 @@ class SimProcess:
     def believes(self, until: int) -> bool:
         """What `Lock.owned` says."""
         return self.world.link.offset < min(until, self.lives_until)
+
+    def compact(self, base: bytes) -> Steps[None]:
+        """Merge what there is, as a process does that has just stored the last of many."""
+        flow = compaction.compact(self.me, base, compaction.COMPACT_AT, self.merge)
+        if (yield from self.turn(base, flow)):
+            self.world.witness.seen["merged"] += 1
+
+    def merge(self, partials: list[bytes]) -> list[bytes]:
+        """As `phonon.partials.merge_stored`."""
+        if self.world.raising:
+            raise RuntimeError("they do not add up")
+        merged: dict[bytes, list[bytes]] = {}
+        for i, partial in enumerate(partials):
+            label, _, items = partial.partition(b"|")
+            known = label.decode() in self.knows
+            merged.setdefault(label if known else b"%d" % i, [label]).append(items)
+        return [label + b"|" + b",".join(items) for label, *items in merged.values()]
 
     # -- taking over, as in `phonon.takeover`
 
