@@ -35,6 +35,8 @@ Steps = Generator[Any, Any, T]
 
 #: How long a process lives without a beat, a membership, and a lock; milliseconds.
 TTL = 40_000
+#: Time for all to beat, one after the other, before the first of them would be taken for dead.
+BEATS = 50
 LEASE = 900_000
 LOCK_LEASE = 600_000
 POLICY = RetryPolicy(attempts=2, first_delay=1.0, jitter=0.0)
@@ -252,7 +254,7 @@ class SimProcess:
         new = self.world.identity(f"{self.name}{next(self.names)}")
         begun = self.world.link.offset
         beat = yield from processes.enrol(new, CARD, TTL)
-        if self.world.link.offset - begun > TTL - 2:  # it may be too late already
+        if self.world.link.offset - begun > TTL - BEATS:  # it may be too late already
             self.world.witness.dead.add(new.id)
         if self.me is not old:
             yield from processes.resign(new)
@@ -745,8 +747,9 @@ class World:
         self.disturbed = True
         beating = [process for process in self.living if process is not silent]
         while ms > 0:
-            # In time for all, also for one whose rebirth took a while.
-            left = [process.lives_until - self.link.offset - 1 for process in beating]
+            # In time for all, also for one whose rebirth took a while; and each beat takes some.
+            beating.sort(key=lambda process: process.lives_until)
+            left = [process.lives_until - self.link.offset - BEATS for process in beating]
             some = max(1, min([ms, TTL // 2 + 1, *left]))
             ms -= some
             self.link.advance(some)
@@ -808,7 +811,10 @@ class World:
         while True:
             moves = self.moves()
             for move in moves:
-                if any(task.number == move.task for task in self.processes[move.who].tasks):
+                process = self.processes[move.who]
+                tasks = [task for task in process.tasks if task.number == move.task]
+                # The one before may have ended it, or have taken its turn.
+                if tasks and self.can_go_on(process, tasks[0]):
                     self.do(move)
             if not moves and not self.time_out():
                 return
