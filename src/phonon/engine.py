@@ -5,6 +5,7 @@ here is public.
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -30,8 +31,9 @@ from phonon.errors import (
     UnknownClassError,
 )
 from phonon.lock import Grant, Grants
-from phonon.partials import run_batch
-from phonon.protocol import locks, processes, recovery, references, updates
+from phonon.partials import merge_stored, run_batch
+from phonon.protocol import compaction, locks, processes, recovery, references, updates
+from phonon.protocol.compaction import Merger
 from phonon.protocol.effects import Flow, Participant, T
 from phonon.protocol.keys import Keys
 from phonon.protocol.processes import Beat
@@ -374,21 +376,27 @@ class Engine:
     def storing(self, update: "Update", *, keep: bool = True) -> Flow[bool]:
         """Store what an update has unsent; it makes this process a member."""
         base = self.keys.base(update.resource_id)
-        stored = yield from self.living(lambda me: updates.append(me, base, update, keep=keep))
-        if stored:
-            self.holds(update.resource_id, update)
-        return stored
+        count = yield from self.living(lambda me: updates.append(me, base, update, keep=keep))
+        if count is None:
+            return False
+        self.holds(update.resource_id, update)
+        if count:
+            merge = self.merger(update.resource_id)
+            yield from compaction.compact(self.me, base, count, merge)
+        return True
 
     def leaving(
         self, resource: str, base: bytes, update: "Update | None", *, force: bool = False
     ) -> Flow[Ended]:
         """Leave a resource, with an update's last data if there is one."""
         opener = self.held.pop(resource, None)
-        run, policy = self.runner(resource, update), self.policy
+        run, merge = self.runner(resource, update), self.merger(resource)
         try:
             return (
                 yield from self.living(
-                    lambda me: updates.leave(me, base, run, policy, update, force=force)
+                    lambda me: updates.leave(
+                        me, base, run, self.policy, update, force=force, merge=merge
+                    )
                 )
             )
         except PhononError:
@@ -415,6 +423,10 @@ class Engine:
     def runner(self, resource: str, update: "Update | None") -> Runner:
         """What runs ``execute`` on a batch of that resource."""
         return lambda batch: run_batch(self, resource, batch, update)
+
+    def merger(self, resource: str) -> Merger:
+        """What merges partials of that resource before they are a batch."""
+        return functools.partial(merge_stored, self, resource)
 
     def report(self, base: bytes, ended: Ended, update: "Update | None") -> None:
         """See to what went wrong at the end of a session."""

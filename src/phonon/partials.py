@@ -1,5 +1,6 @@
 """Partials: how an update's content travels, and how a batch of them is executed."""
 
+import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from phonon.engine import Engine
     from phonon.update import Update
 
+log = logging.getLogger("phonon")
+
 #: The layout of a partial; it changes when partials of the old one can no longer be read.
 FORMAT = 1
 #: _id, database, collection, spec, doc, state
@@ -19,6 +22,11 @@ CONTENT_LENGTH = 6
 
 #: For ever: a class that nobody refers to any more may still have data on the server.
 _classes: "dict[str, type[Update]]" = {}
+
+#: Of which resources and classes it was said that their partials are not merged before the end.
+_unmerged: set[tuple[str, str]] = set()
+#: It is forgotten when there are so many: that is better than to remember all.
+MOST_UNMERGED = 1000
 
 
 def register(cls: "type[Update]") -> None:
@@ -112,3 +120,62 @@ def run_batch(engine: "Engine", resource: str, batch: Batch, local: "Update | No
         # Each class has a token of its own, all below the next batch's.
         executor = local if local is not None and type(local) is cls else update
         executor._execute(update, batch.token + i)  # noqa: SLF001 - see there
+
+
+def merge_stored(engine: "Engine", resource: str, stored: list[bytes]) -> list[bytes]:
+    """Merge partials of a session that goes on, class by class.
+
+    What is executed in the end is the same: each class has its partials in the order in which they
+    were stored, and the classes come in the order of their first ones. What cannot be merged here
+    stays as it is, and what cannot be read is not passed over.
+
+    Returns:
+        Partials that come to the same as these.
+    """
+    where = engine.keys.base(resource).decode("utf-8", "replace") + ":partials"
+    merged: list[bytes | None] = list(stored)
+    groups: dict[type[Update], list[tuple[int, Update]]] = {}
+    for i, partial in enumerate(stored):
+        try:
+            update = rebuild(engine, resource, partial, where)
+        except UnknownClassError as error:
+            _not_merged(resource, error.class_name, error)
+        except Exception as error:  # noqa: BLE001 - setting its attributes may run the user's code
+            _not_merged(resource, "", error)
+            _merge_groups(resource, groups, merged)
+            groups.clear()
+        else:
+            groups.setdefault(type(update), []).append((i, update))
+    _merge_groups(resource, groups, merged)
+    return [partial for partial in merged if partial is not None]
+
+
+def _merge_groups(
+    resource: str,
+    groups: "dict[type[Update], list[tuple[int, Update]]]",
+    merged: list[bytes | None],
+) -> None:
+    """Put the merge of each group into the place of its first partial."""
+    for cls, ((at, first), *others) in groups.items():
+        if not others:
+            continue
+        try:
+            for _, other in others:
+                first.merge(other)
+            partial = first._pack()  # noqa: SLF001 - the other half of rebuild
+        except Exception as error:  # noqa: BLE001 - it will be raised when the batch is executed
+            _not_merged(resource, _name(cls), error)
+            continue
+        merged[at] = partial
+        for i, _ in others:
+            merged[i] = None
+
+
+def _not_merged(resource: str, class_name: str, error: Exception) -> None:
+    """Say it once: the same partials are met again and again."""
+    if (resource, class_name) in _unmerged:
+        return
+    if len(_unmerged) >= MOST_UNMERGED:
+        _unmerged.clear()
+    _unmerged.add((resource, class_name))
+    log.debug("partials of %r are not merged before their session ends: %s", resource, error)

@@ -124,6 +124,9 @@ class Update:
         Partial results meet in no particular order of processes, so the outcome must not depend
         on it: addition, union, maximum, "latest by its own time stamp" are fine.
 
+        It runs in any process that has the class, also while the session goes on, and what it
+        came to is merged again. Of what is merged `execute` sees the result only.
+
         Args:
             other: An instance of the same class.
         """
@@ -281,11 +284,11 @@ class Update:
             NotStorableError: A value has a type that cannot be stored; nothing was moved.
             ForkedError: The data is the parent process's.
         """
-        engine = self.__engine()
+        self.__engine()
         with self.__lock:
             if not self.__has_unsent():
                 return None
-            partial = partials.pack(type(self), engine.serializer, self.__dump())
+            partial = self._pack()
             self.__empty()
             return partial
 
@@ -363,6 +366,10 @@ class Update:
             for name, value in named.items():
                 partials.explain(serializer, value, f"{type(self).__qualname__}.{name}")
             raise
+
+    def _pack(self) -> bytes:
+        """The record as it is, as one partial."""
+        return partials.pack(type(self), self.__process.engine.serializer, self.__dump())
 
     def __empty(self) -> None:
         """The content is on the server: go on with none."""

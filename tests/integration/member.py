@@ -77,21 +77,27 @@ class Entry(Update):
     """Adds up ``doc``. A record's name begins with what its ``execute`` does first.
 
     ``hang-…`` waits for `Journal.open`; ``die-…`` kills its process; ``fail-…`` raises until
-    `Journal.open`; ``slow-…`` takes a while.
+    `Journal.open`; ``slow-…`` takes a while. The ``merge`` of ``halt-…`` waits for `Journal.open`.
     """
 
     def merge(self, other: Any) -> None:
+        if str(self._id).startswith("halt-"):
+            self._wait(Path(os.environ[FOLDER]), str(self._id))
         self.doc = dict(Counter(self.doc) + Counter(other.doc))
+
+    @staticmethod
+    def _wait(folder: Path, record: str) -> None:
+        (folder / f"begun-{record}").touch()
+        give_up = time.monotonic() + PATIENCE
+        while not (folder / f"open-{record}").exists() and time.monotonic() < give_up:
+            time.sleep(0.002)
 
     def execute(self) -> None:
         folder = Path(os.environ[FOLDER])
         record = str(self._id)
         opened = folder / f"open-{record}"
         if record.startswith("hang-"):
-            (folder / f"begun-{record}").touch()
-            give_up = time.monotonic() + PATIENCE
-            while not opened.exists() and time.monotonic() < give_up:
-                time.sleep(0.002)
+            self._wait(folder, record)
         elif record.startswith("die-"):
             with (folder / "deaths").open("a") as deaths:
                 deaths.write(f"{record}\n")
@@ -147,6 +153,11 @@ class Actor:
         update = self.kinds[kind](self.process, record, doc={"n": n}, init_cache=False)
         self.updates.setdefault(record, update).refresh(update)
         self.updates[record].cache()
+
+    def put_times(self, record: str, times: int) -> None:
+        """Store so many messages about a record, one after the other."""
+        for _ in range(times):
+            self.put(record)
 
     def keep(self, record: str, n: int = 1) -> None:
         """Merge a message into what is local, and leave it there."""

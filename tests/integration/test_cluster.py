@@ -100,6 +100,23 @@ def server(process: Process) -> ClusterServer:
     return found
 
 
+def test_long_sessions_are_compacted(make: Make, cluster: Cluster, namespace: str) -> None:
+    first, second = make(), make()
+    names, rounds = [f"r{i}" for i in range(12)], 100
+    for number in range(rounds):
+        process = (first, second)[number % 2]
+        with process.batch():
+            for place, name in enumerate(names):
+                Ids(process, name, doc={"ids": [number * len(names) + place]})
+    for name in names:
+        key = first.engine.keys.base(f"test.test.{name}") + b":partials"
+        assert first.client.llen(key) < 64
+    first.stop()
+    second.stop()
+    assert Ids.executed == Counter(range(rounds * len(names)))
+    assert not left(cluster, namespace)
+
+
 def test_references_are_counted_wherever_they_are(
     make: Make, cluster: Cluster, namespace: str
 ) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 
 from steps import Answer, Command
 
+from phonon.protocol.compaction import digest
+
 FIRST_PARTIALS = 128
 SPARE_TOKENS = 1023
+COMPACT_AT = 64
 WAITER_MS = 10_000
 WOKEN_MS = 2_000
 UNTAKEN_MS = 200
@@ -174,16 +177,27 @@ class Model:
         self.modified[pid] += times
         return [b"counted", 0]
 
+    def candidates(self, first: int, last: int) -> Answer:
+        last = min(last, len(self.partials) - 1)
+        due = (self.batch and self.batch.due) or 0
+        if first < due <= last:
+            first, last = (first, due - 1) if due - first > last + 1 - due else (due, last)
+        session = self.partials[: last + 1]
+        sizes = [len(partial) for partial in session]
+        for begin in range(first, last):
+            if sizes[begin] <= 2 * sum(sizes[begin + 1 :]):
+                return [begin, last + 1 - begin, *session[begin:]]
+        return [last + 1, 0]
+
     def leave(self, pid: bytes, force: int, lease: int, partial: bytes) -> Answer:
-        if partial:
-            self.append(pid, lease, partial)
+        many = self.append(pid, lease, partial)[2:] if partial else []
         if self.partials and not self.batch:
             self.hold(pid)
         was_member = int(pid in self.members)
         self.members = {who: self.members[who] for who in self.live() if who != pid}
         left = len(self.members)
         if left and not force:
-            return [b"held", self.clear(pid), 0, left, was_member]
+            return [b"held", self.clear(pid), 0, left, was_member, *many]
         modified = dict(self.modified)
         if not left and self.is_incomplete():
             was_member = 0
@@ -193,7 +207,7 @@ class Model:
             return [b"last", self.clear(pid), 0, left, was_member, modified]
         if self.batch:
             self.batch.due = len(self.partials)
-            return [b"deferred", self.clear(pid), 0, left, was_member, modified]
+            return [b"deferred", self.clear(pid), 0, left, was_member, modified, *many]
         return [b"run", 0, self.start(pid, len(self.partials)), left, was_member, modified]
 
     # -- partials and batches
@@ -202,7 +216,18 @@ class Model:
         self.enter(pid, lease)
         self.partials.append(partial)
         self.modified[pid] += 1
-        return [b"stored", 0]
+        count = len(self.partials)
+        return [b"stored", 0] if count % COMPACT_AT else [b"stored", 0, count]
+
+    def compact(self, _: bytes, first: int, n: int, read: str, *merged: bytes) -> Answer:
+        there = self.partials[first : first + n]
+        due = (self.batch and self.batch.due) or 0
+        if first < due < first + n or digest(there) != read:
+            return [b"changed", 0]
+        self.partials[first : first + n] = merged
+        if self.batch and first + n <= due:
+            self.batch.due = due - n + len(merged)
+        return [b"compacted", 0, len(self.partials)]
 
     def start(self, pid: bytes, count: int) -> int:
         taken, self.partials = self.partials[:count], self.partials[count:]

@@ -6,6 +6,7 @@ from typing import Any
 
 from steps import LEASE, Lab, Process
 
+from phonon.protocol.compaction import digest
 from phonon.protocol.library import text
 
 #: Who calls, which step, and its arguments after the operation number.
@@ -42,6 +43,35 @@ def stored(p: Make) -> Ready:
     return p("a"), "append", (LEASE, b"2")
 
 
+def stored_when_there_are_many(p: Make) -> Ready:
+    a = p("a")
+    for i in range(63):
+        a.append(b"%d" % i)
+    return a, "append", (LEASE, b"63")
+
+
+def compacted(p: Make) -> Ready:
+    a = p("a")
+    for partial in (b"1", b"2", b"3", b"4"):
+        a.append(partial)
+    return p("b"), "compact", (1, 2, digest([b"2", b"3"]), b"2+3")
+
+
+def compacted_although_due(p: Make) -> Ready:
+    p("b").batch(b"1")
+    a = p("a")
+    a.append(b"2")
+    a.leave(b"3")
+    a.append(b"4")
+    return a, "compact", (0, 2, digest([b"2", b"3"]), b"2+3")
+
+
+def changed(p: Make) -> Ready:
+    a = p("a")
+    a.append(b"1")
+    return a, "compact", (0, 2, digest([b"1", b"2"]), b"1+2")
+
+
 def leave_held(p: Make) -> Ready:
     p("b").append(b"1")
     a = p("a")
@@ -52,6 +82,18 @@ def leave_held(p: Make) -> Ready:
 def leave_held_with_a_partial(p: Make) -> Ready:
     p("b").append(b"1")
     return p("a"), "leave", (0, LEASE, b"2")
+
+
+def leave_held_when_there_are_many(p: Make) -> Ready:
+    a, _, (lease, partial) = stored_when_there_are_many(p)
+    p("b").join()
+    return a, "leave", (0, lease, partial)
+
+
+def leave_deferred_when_there_are_many(p: Make) -> Ready:
+    p("b").batch(b"1")
+    a, _, (lease, partial) = stored_when_there_are_many(p)
+    return a, "leave", (0, lease, partial)
 
 
 def leave_last(p: Make) -> Ready:
@@ -256,8 +298,14 @@ SCENARIOS: dict[str, Callable[[Make], Ready]] = {
     "modify counted": counted,
     "meet met": met,
     "append stored": stored,
+    "append stored (and there are many)": stored_when_there_are_many,
+    "compact compacted": compacted,
+    "compact compacted (due ones)": compacted_although_due,
+    "compact changed": changed,
     "leave held": leave_held,
     "leave held (with a partial)": leave_held_with_a_partial,
+    "leave held (and there are many)": leave_held_when_there_are_many,
+    "leave deferred (and there are many)": leave_deferred_when_there_are_many,
     "leave last": leave_last,
     "leave deferred": leave_deferred,
     "leave run": leave_run,

@@ -1,12 +1,13 @@
 """Calls the server's steps one by one, with a clock that stands still unless a test moves it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 import redis
 
 from conftest import Redis
+from phonon.protocol.compaction import digest
 from phonon.protocol.keys import Keys
 from phonon.protocol.library import Library, default, text
 
@@ -23,9 +24,10 @@ local function call(command, ...)
 end
 local function pcall(...) return redis.pcall(...) end
 local function error_reply(text) return redis.error_reply(text) end
+local function sha1hex(text) return redis.sha1hex(text) end
 local redis = {
   register_function = redis.register_function, call = call, pcall = pcall,
-  error_reply = error_reply,
+  error_reply = error_reply, sha1hex = sha1hex,
 }
 """
 EPOCH_MS = 1_700_000_000_000
@@ -228,6 +230,9 @@ class Process:
 
     def append(self, partial: bytes) -> Answer:
         return self.do("append", LEASE, partial)
+
+    def compact(self, first: int, partials: Sequence[bytes], *merged: bytes) -> Answer:
+        return self.do("compact", first, len(partials), digest(partials), *merged)
 
     def leave(self, partial: bytes = b"", *, force: bool = False) -> Answer:
         return self.do("leave", int(force), LEASE, partial)

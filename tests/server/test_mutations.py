@@ -65,9 +65,43 @@ MUTATIONS = {
         "elseif left == 0 and #modified > 0 then\n    call('DEL', r.modified)",
         "elseif false then",
     ),
-    "append does not join": Mutation("  enter(r, args[3])\n  call('RPUSH'", "  call('RPUSH'"),
+    "append does not join": Mutation("  enter(r, args[3])\n  local count", "  local count"),
     "append stores at the wrong end": Mutation(
         "call('RPUSH', r.partials, args[4])", "call('LPUSH', r.partials, args[4])"
+    ),
+    "append does not say that there are many": Mutation(
+        "count % COMPACT_AT == 0", "count % 128 == 0"
+    ),
+    "leave does not say that there are many": Mutation(
+        "many = total % COMPACT_AT == 0 and total or nil", "many = nil"
+    ),
+    "leave does not say that there are many that are due": Mutation(
+        "{ 'deferred', let_go(r), 0, left, was_member, modified, many }",
+        "{ 'deferred', let_go(r), 0, left, was_member, modified }",
+    ),
+    "compact does not ask whether the partials are the same": Mutation(
+        "if digest_of(call('LRANGE', r.partials, first, behind - 1)) ~= args[5] then",
+        "if false then",
+    ),
+    "partials whose bytes are the same together count as the same": Mutation(
+        "    parts[#parts + 1] = #partial .. ':'\n", ""
+    ),
+    "compact merges what is due with what is not": Mutation(
+        "if behind > total or first < due and due < behind then", "if behind > total then"
+    ),
+    "compact forgets how much less is due": Mutation(
+        "  if behind <= due then\n", "  if false then\n"
+    ),
+    "compact always takes it for due": Mutation("  if behind <= due then\n", "  if due > 0 then\n"),
+    "compact drops what is in front": Mutation("  if first > 0 then\n", "  if false then\n"),
+    "compact drops what is behind": Mutation(
+        "    call('RPUSH', r.partials, partial)\n", "    local _ = partial\n"
+    ),
+    "compact puts what was merged in front of all": Mutation(
+        "call('RPUSH', r.partials, args[i])", "call('LPUSH', r.partials, args[i])"
+    ),
+    "compact stores only the first of those that were merged": Mutation(
+        "for i = 6, #args do", "for i = 6, 6 do"
     ),
     "complete does not start what is due": Mutation(
         "if due and tonumber(due) > 0 then", "if false then"
@@ -272,14 +306,33 @@ OUT_OF_TURN = [
 #: The first of two waiters is woken and does not notice; then one of the two asks.
 WOKEN = [*(Move("lock", who, 1) for who in range(3)), Move("unlock", 0, 1), Move("advance", 0, 1)]
 UNNOTICED = [[*WOKEN, Move("lock", who, 1)] for who in (1, 2)]
+#: A session has ended and waits; what comes behind it is merged.
+BEHIND_DUE = [
+    *(Move("append", 0), Move("leave", 0, 2), Move("append", 1), Move("leave", 1, 2)),
+    *(Move("append", 1), Move("append", 1), Move("compact", 0, 2)),
+]
+#: So many partials come together that some are to be merged: with an append, with a leave, and
+#: with one while a batch runs.
+MANY = (
+    [Move("append", 0)] * 64,
+    [Move("append", 1), *[Move("append", 0)] * 62, Move("leave", 0, 1)],
+    [Move("leave", 0, 1), *[Move("append", 1)] * 63, Move("leave", 1, 1)],
+)
+
+
+def play(lab: Lab) -> None:
+    """What random schedules seldom come to."""
+    run(lab, 3, OUT_OF_TURN)
+    for schedule in UNNOTICED:
+        run(lab, 4, schedule)
+    for schedule in (BEHIND_DUE, *MANY):
+        run(lab, 2, schedule)
 
 
 def test_the_library_as_it_is_passes(server: Redis, namespace: str) -> None:
     lab = Lab(server, namespace)
     try:
-        run(lab, 3, OUT_OF_TURN)
-        for schedule in UNNOTICED:
-            run(lab, 4, schedule)
+        play(lab)
     finally:
         lab.close()
 
@@ -292,9 +345,7 @@ def test_the_checks_find(server: Redis, namespace: str, name: str) -> None:
     lab = Lab(server, namespace, body.replace(old, new))
     try:
         with pytest.raises(Violation) as found:
-            run(lab, 3, OUT_OF_TURN)
-            for schedule in UNNOTICED:
-                run(lab, 4, schedule)
+            play(lab)
             run_random(lab, 1, SCHEDULES, LENGTH)
         assert "user_function" not in str(found.value), "it is no fault but an error in Lua"
     finally:

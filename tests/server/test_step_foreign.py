@@ -14,6 +14,7 @@ NEEDS = {
     "modify": ("memory", "members", "modified", "registry"),
     "meet": ("memory", "members", "modified", "registry", "parties"),
     "append": ("memory", "members", "modified", "registry", "partials"),
+    "compact": ("memory", "running", "partials"),
     "leave": ("memory", "members", "modified", "running", "partials"),
     "complete": ("memory", "running"),
     "fail": ("memory", "running"),

@@ -6,6 +6,7 @@ only at the end of a check are the keys compared with the model, one by one.
 
 import itertools
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import msgpack
@@ -23,6 +24,15 @@ TEXTS = (b"owner", b"error", b"holder", b"pid", b"thread")
 def expect(what: str, found: Any, expected: Any) -> None:
     if found != expected:
         raise Violation(f"{what}\n  is        {found}\n  should be {expected}")
+
+
+#: Between the contributions in a partial that was merged from several.
+PLUS = b"+"
+
+
+def parts(partials: Iterable[bytes]) -> list[bytes]:
+    """The contributions that partials consist of."""
+    return [part for partial in partials for part in partial.split(PLUS)]
 
 
 class Witness:
@@ -125,7 +135,7 @@ class Witness:
             raise Violation(f"G5: {pid!r} was given {token} beside {self.executing}")
         if self.started and token <= self.started[-1][0]:
             raise Violation(f"G6: batch {token} started after {self.started[-1][0]}")
-        newcomers = [p for p in partials if self.stored[p] > self.session_ended]
+        newcomers = [p for p in parts(partials) if self.stored[p] > self.session_ended]
         if newcomers:
             raise Violation(f"G7: batch {token} has partials of the next session: {newcomers}")
         self.executing[pid] = token
@@ -159,10 +169,10 @@ class Witness:
         places = [self.list_at("partials"), self.list_at("batch"), *self.parked()]
         places += [partials for _, partials in self.completed]
         places += self.discarded
-        everywhere = Counter(itertools.chain.from_iterable(places))
+        everywhere = Counter(parts(itertools.chain.from_iterable(places)))
         if everywhere != Counter(list(self.stored)):
             raise Violation(f"G3, G4: {dict(everywhere)} is there of {sorted(self.stored)}")
-        for partials in places:
+        for partials in map(parts, places):
             if partials != sorted(partials, key=self.stored.__getitem__):
                 raise Violation(f"the partials are out of order: {partials}")
 
@@ -239,7 +249,7 @@ class Witness:
         """Check what is left when everybody has left and every batch is executed."""
         self.look()
         executed = [partials for _, partials in self.completed]
-        done = list(itertools.chain(*executed, *self.parked(), *self.discarded))
+        done = parts(itertools.chain(*executed, *self.parked(), *self.discarded))
         if Counter(done) != Counter(list(self.stored)):
             raise Violation(f"G3: {sorted(self.stored)} was stored, {sorted(done)} executed")
         tokens = [token for token, _ in self.completed]

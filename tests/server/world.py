@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import redis
 from model import DeadError, Model, StaleError, Violation
 from steps import Answer, Command, Lab, Process, settled
-from witness import MEMORY_MS, Witness, expect
+from witness import MEMORY_MS, PLUS, Witness, expect
 
+from phonon.protocol.compaction import digest
 from phonon.protocol.keys import Keys
 
 LEASES = (30_000, 5_000)
@@ -48,6 +49,7 @@ class Move(NamedTuple):
 WEIGHTS = {
     "pause": 1,
     "append": 8,
+    "compact": 3,
     "leave": 8,
     "join": 4,
     "complete": 5,
@@ -83,6 +85,7 @@ class Actor:
         pending: A call whose answer it still wants.
         delivered: Its calls that have arrived, oldest first.
         given_up: Calls that were lost on their way, and may arrive after all.
+        read: Partials that it has read to merge them, and where they begin.
     """
 
     process: Process
@@ -90,6 +93,7 @@ class Actor:
     pending: Command | None = None
     delivered: list[Command] = field(default_factory=list)
     given_up: list[Command] = field(default_factory=list)
+    read: tuple[int, list[bytes]] = 0, []
 
 
 class World:
@@ -189,6 +193,25 @@ class World:
     def append(self, actor: Actor, move: Move) -> None:
         partial = b"p%d" % next(self.payloads)
         self.call(actor, move.fate, "append", LEASES[move.what % 2], partial)
+
+    def compact(self, actor: Actor, move: Move) -> None:
+        """Merge some neighbours: as they are, or as they were when it looked before."""
+        first = move.what % 4 * len(self.model.partials) // 4
+        last = first + 1 + move.what % 5
+        if move.what % 3 == 1:
+            answer = list(actor.process.ask("candidates", first, last))
+            expect("the candidates", answer, self.model.candidates(first, last))
+            actor.read = answer[0], answer[2:]
+        elif move.what % 3 == 2:
+            actor.read = first, list(actor.process.ask("session", first, last))
+            expect("the session", actor.read[1], self.model.partials[first : last + 1])
+        first, partials = actor.read
+        groups = 1 + (move.what % 2 and len(partials) > 2)
+        size = max(1, -(-len(partials) // groups))
+        merged = [PLUS.join(partials[i : i + size]) for i in range(0, len(partials), size)]
+        args = (first, len(partials), digest(partials), *merged)
+        if partials:
+            self.call(actor, move.fate, "compact", *args)
 
     def leave(self, actor: Actor, move: Move) -> None:
         partial = b"p%d" % next(self.payloads) if move.what % 2 else b""
@@ -343,9 +366,9 @@ class World:
         """A process makes a call, after it has got the answer of its last one."""
         self.settle(actor)
         command = actor.process.command(step, *args)
-        if step not in ("complete", "fail", "resume", "unlock", "entrust", "discard"):
+        if step not in ("compact", "complete", "fail", "resume", "unlock", "entrust", "discard"):
             actor.process.hold(lock=step == "lock")
-        if fate == "given up" and step not in ("join", "append", "modify"):
+        if fate == "given up" and step not in ("join", "append", "modify", "compact"):
             fate = "request lost"  # only these are ever given up
         if fate == "answered":
             self.receive(actor, self.deliver(actor, command))
@@ -405,7 +428,7 @@ class World:
             if "PHONONSTALE" not in str(error):
                 raise Violation(f"{command} of {process.id!r}: {error}") from error
             return [b"stale"]
-        if command.step == "leave" and len(answer) > 5:
+        if command.step == "leave" and answer[0] != b"held" and len(answer) > 5:
             answer[5] = dict(zip(answer[5][::2], answer[5][1::2], strict=True))
         return answer
 

@@ -256,6 +256,10 @@ class Witness:
         place.members[pid] = self.link.now + args[1]
         self.store(args[2])
 
+    @staticmethod
+    def compact(place: Place, pid: bytes, args: Any, answer: Any) -> None:
+        """Any process may: `check` sees to it that all is there, and `execute` to the order."""
+
     def leave(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
         if args[3]:
             self.store(args[3])
@@ -402,6 +406,7 @@ class Witness:
         early = [item for item in items if self.stored[item] > place.ended]
         if early:
             raise Violation(f"G7: batch {token} has data of the next session: {early}")
+        self.check_order(token, batch.partials)
         if token <= last:
             self.seen["sink skips"] += 1
             return False
@@ -411,6 +416,16 @@ class Witness:
         place.applied[token] = items
         self.seen["sink applies"] += 1
         return True
+
+    def check_order(self, token: int, partials: Iterable[bytes]) -> None:
+        """Each class has its data in the order in which it was stored."""
+        by_label = defaultdict[bytes, list[int]](list)
+        for partial in partials:
+            label = partial.partition(b"|")[0]
+            by_label[label] += [self.stored[item] for item in items_of([partial])]
+        for label, events in by_label.items():
+            if events != sorted(events):
+                raise Violation(f"G4: batch {token} has data of {label!r} out of order: {events}")
 
     def write(self, pid: bytes, base: bytes, token: int) -> None:
         """The holder of a lock writes under its token."""

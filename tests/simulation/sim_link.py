@@ -30,9 +30,10 @@ local function call(command, ...)
 end
 local function pcall(...) return redis.pcall(...) end
 local function error_reply(text) return redis.error_reply(text) end
+local function sha1hex(text) return redis.sha1hex(text) end
 local redis = {
   register_function = redis.register_function, call = call, pcall = pcall,
-  error_reply = error_reply,
+  error_reply = error_reply, sha1hex = sha1hex,
 }
 """
 

@@ -35,6 +35,7 @@ FATES = {OK: 84, DEAF: 6, LOST: 4, TWICE: 4, GIVEN_UP: 1, GIVEN_UP_UNSENT: 1}
 OPERATIONS = {
     "append": 30,
     "append once": 6,
+    "compact": 8,
     "leave": 22,
     "leave with data": 10,
     "force": 4,
@@ -80,6 +81,8 @@ def operate(p: SimProcess, name: str, base: bytes, rng: random.Random) -> Genera
         yield from p.leave(base, force=name == "force")
     elif name == "join":
         yield from p.join(base)
+    elif name == "compact":
+        yield from p.compact(base)
     elif name == "modify":
         yield from p.modify(base)
     elif name == "meet":

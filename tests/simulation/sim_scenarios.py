@@ -24,6 +24,21 @@ def stores_and_leaves(p: SimProcess) -> Steps:
     yield from p.leave(p.world.base("x"))
 
 
+def compacts(p: SimProcess) -> Steps:
+    yield from p.compact(p.world.base("x"))
+
+
+def stores_twice_and_leaves(p: SimProcess) -> Steps:
+    yield from stores(p)
+    yield from stores_and_leaves(p)
+
+
+def stores_and_leaves_twice(p: SimProcess) -> Steps:
+    """What the second session stores may come behind what is due."""
+    yield from stores_twice_and_leaves(p)
+    yield from stores_twice_and_leaves(p)
+
+
 def leaves_with_data(p: SimProcess) -> Steps:
     """Its data goes to the server with the leave."""
     yield from p.join(p.world.base("x"))
@@ -149,6 +164,44 @@ SCENARIOS = {
         kinds=("kill",),
         victims=("b",),
     ),
+    "compaction and leavers": Scenario(
+        {"a": compacts, "b": leaves},
+        before=(("a", stores), ("b", stores)),
+        kinds=(DEAF, RAISES),
+    ),
+    "compaction by the last leaver, and a newcomer": Scenario(
+        {"a": leaves, "b": compacts, "c": stores_and_leaves},
+        before=(("a", stores), ("a", stores)),
+        faults=0,
+    ),
+    "two compact": Scenario(
+        _each(compacts, "ab"),
+        before=(("a", stores), ("a", stores), ("b", stores)),
+        kinds=(DEAF, RAISES),
+    ),
+    "compaction while a batch runs": Scenario(
+        {"b": stores_twice_and_leaves, "c": compacts},
+        before=(("a", stores_and_leaves),),
+        faults=0,
+    ),
+    "compaction and a death": Scenario(
+        {"b": compacts, "c": watches},
+        before=(("a", stores), ("a", stores)),
+        kinds=("kill",),
+        victims=("a",),
+    ),
+    "compaction by a member that dies": Scenario(
+        {"a": compacts, "b": watches},
+        before=(("a", stores), ("a", stores)),
+        kinds=("kill", "pause"),
+        victims=("a",),
+    ),
+    "compaction of two classes, one of them unknown": Scenario(
+        {"a": compacts, "c": stores_and_leaves},
+        before=(("c", stores), ("a", stores), ("c", stores), ("a", stores), ("a", leaves)),
+        labels={"a": ("K", ("K",)), "c": ("L", ("K", "L"))},
+        kinds=(DEAF,),
+    ),
     "a batch of an unknown class": Scenario(
         {"b": leaves, "c": watches},
         before=(("a", stores), ("b", stores), ("a", leaves)),
@@ -166,6 +219,17 @@ SCENARIOS = {
 
 #: Larger ones: some of their interleavings, and all of them if one asks for that.
 LARGE = {
+    "compaction while a batch runs, two sessions later": Scenario(
+        {"b": stores_and_leaves_twice, "c": compacts},
+        before=(("a", stores_and_leaves),),
+        kinds=(DEAF, RAISES),
+    ),
+    "compaction and a death or a pause": Scenario(
+        {"b": compacts, "c": watches},
+        before=(("a", stores), ("a", stores)),
+        kinds=("kill", "pause"),
+        victims=("a", "b"),
+    ),
     "an answer is lost, then a pause": Scenario(
         {"a": leaves, "b": watches},
         before=(("a", stores),),

@@ -23,7 +23,16 @@ from phonon.errors import (
     StaleOperationError,
     UnknownClassError,
 )
-from phonon.protocol import heirs, locks, parking, processes, recovery, references, updates
+from phonon.protocol import (
+    compaction,
+    heirs,
+    locks,
+    parking,
+    processes,
+    recovery,
+    references,
+    updates,
+)
 from phonon.protocol.effects import Call, Execute, Flow, Outcome, Participant, Wait
 from phonon.protocol.keys import Keys
 from phonon.protocol.locks import Wish
@@ -35,6 +44,8 @@ Steps = Generator[Any, Any, T]
 
 #: How long a process lives without a beat, a membership, and a lock; milliseconds.
 TTL = 40_000
+#: Time for all to beat, one after the other, before the first of them would be taken for dead.
+BEATS = 50
 LEASE = 900_000
 LOCK_LEASE = 600_000
 POLICY = RetryPolicy(attempts=2, first_delay=1.0, jitter=0.0)
@@ -252,7 +263,7 @@ class SimProcess:
         new = self.world.identity(f"{self.name}{next(self.names)}")
         begun = self.world.link.offset
         beat = yield from processes.enrol(new, CARD, TTL)
-        if self.world.link.offset - begun > TTL - 2:  # it may be too late already
+        if self.world.link.offset - begun > TTL - BEATS:  # it may be too late already
             self.world.witness.dead.add(new.id)
         if self.me is not old:
             yield from processes.resign(new)
@@ -451,6 +462,23 @@ class SimProcess:
     def believes(self, until: int) -> bool:
         """What `Lock.owned` says."""
         return self.world.link.offset < min(until, self.lives_until)
+
+    def compact(self, base: bytes) -> Steps[None]:
+        """Merge what there is, as a process does that has just stored the last of many."""
+        flow = compaction.compact(self.me, base, compaction.COMPACT_AT, self.merge)
+        if (yield from self.turn(base, flow)):
+            self.world.witness.seen["merged"] += 1
+
+    def merge(self, partials: list[bytes]) -> list[bytes]:
+        """As `phonon.partials.merge_stored`."""
+        if self.world.raising:
+            raise RuntimeError("they do not add up")
+        merged: dict[bytes, list[bytes]] = {}
+        for i, partial in enumerate(partials):
+            label, _, items = partial.partition(b"|")
+            known = label.decode() in self.knows
+            merged.setdefault(label if known else b"%d" % i, [label]).append(items)
+        return [label + b"|" + b",".join(items) for label, *items in merged.values()]
 
     # -- taking over, as in `phonon.takeover`
 
@@ -745,8 +773,9 @@ class World:
         self.disturbed = True
         beating = [process for process in self.living if process is not silent]
         while ms > 0:
-            # In time for all, also for one whose rebirth took a while.
-            left = [process.lives_until - self.link.offset - 1 for process in beating]
+            # In time for all, also for one whose rebirth took a while; and each beat takes some.
+            beating.sort(key=lambda process: process.lives_until)
+            left = [process.lives_until - self.link.offset - BEATS for process in beating]
             some = max(1, min([ms, TTL // 2 + 1, *left]))
             ms -= some
             self.link.advance(some)
@@ -808,7 +837,10 @@ class World:
         while True:
             moves = self.moves()
             for move in moves:
-                if any(task.number == move.task for task in self.processes[move.who].tasks):
+                process = self.processes[move.who]
+                tasks = [task for task in process.tasks if task.number == move.task]
+                # The one before may have ended it, or have taken its turn.
+                if tasks and self.can_go_on(process, tasks[0]):
                     self.do(move)
             if not moves and not self.time_out():
                 return

@@ -14,6 +14,8 @@ local PUSH_MS = 10000
 local SPARE_TOKENS = 1023
 -- Partials sent along with a batch; the rest is fetched piece by piece, so no answer is unbounded.
 local FIRST_PARTIALS = 128
+-- Whenever so many partials more have come together, whoever stored the last one merges some.
+local COMPACT_AT = 64
 
 -- The server's clock: milliseconds since the epoch, and microseconds for tokens.
 local function clock()

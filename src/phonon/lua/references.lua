@@ -137,13 +137,13 @@ end)
 
 -- leave(pid, op, force, lease_ms, partial or ''): store the last partial, drop this member and
 -- the expired ones. If nobody is left, or force is '1', the session's partials become a batch.
--- answers {'held', clear, 0, members left, was member}
+-- answers {'held', clear, 0, members left, was member [, partials]}   as append: it is time to merge
 --         {'last', clear, 0, members left, was member, modifications}       nothing to execute
---         {'deferred', ... as last}    a batch is running: its owner goes on with these partials
+--         {'deferred', ... as last [, partials]}    a batch is running: its owner goes on with these
 --         {'run', clear, token, members left, was member, modifications, attempt, count, partials}
 step('leave', function(r, args)
   local force, partial = args[3] == '1', args[5]
-  local running, total, modified, parties = false, 0, {}, 0
+  local running, total, modified, parties, many = false, 0, {}, 0, nil
   -- Most often there is nothing but members, and one look tells.
   local bare = partial == '' and call('EXISTS', r.partials, r.running, r.lock, r.sharers, r.modified,
     r.parties) == 0
@@ -164,6 +164,7 @@ step('leave', function(r, args)
       total = call('RPUSH', r.partials, partial)
       call('HINCRBY', r.modified, r.pid, 1)
       modified = modifications(r)
+      many = total % COMPACT_AT == 0 and total or nil
     end
   end
   local was_member = call('ZREM', r.members, r.pid)
@@ -172,7 +173,7 @@ step('leave', function(r, args)
     if parties > 0 then
       wake_parties(r)
     end
-    return { 'held', let_go(r, bare), 0, left, was_member }
+    return { 'held', let_go(r, bare), 0, left, was_member, many }
   end
   if left == 0 and parties > 0 and is_incomplete(r, args[4]) then
     -- Whoever comes last will be the last. What is stored does not wait for that.
@@ -186,7 +187,7 @@ step('leave', function(r, args)
   if running then
     -- Batches run one after the other: the running one's owner takes these when it is done.
     call('HSET', r.running, 'due', total)
-    return { 'deferred', let_go(r), 0, left, was_member, modified }
+    return { 'deferred', let_go(r), 0, left, was_member, modified, many }
   end
   return { 'run', 0, start(r, total, total), left, was_member, modified }
 end, true)

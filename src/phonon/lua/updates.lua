@@ -1,18 +1,128 @@
--- Partials and batches: append, complete, fail, resume, fetch.
+-- Partials and batches: append, candidates, session, compact; complete, fail, resume, fetch.
+
+-- Bytes of partials that are merged at once, and sent in one answer.
+local MOST_MERGED = 16 * 1024 * 1024
+local PIECE_BYTES = 1024 * 1024
 
 local STORED = constant('stored')
 
 -- append(pid, op, lease_ms, partial): store a partial. The process joins in the same step, so
 -- that stored data always has a member who answers for it.
 -- answers {'stored', 0}
+--         {'stored', 0, partials}   there are so many by now that it is time to merge some
 step('append', function(r, args)
   call('LLEN', r.partials)
   call('HLEN', r.modified)
   enter(r, args[3])
-  call('RPUSH', r.partials, args[4])
+  local count = call('RPUSH', r.partials, args[4])
   call('HINCRBY', r.modified, r.pid, 1)
+  if count % COMPACT_AT == 0 then
+    return { 'stored', 0, count }
+  end
   return STORED
 end)
+
+-- How many of the partials belong to sessions that have ended and wait for the running batch.
+local function due_of(r)
+  return tonumber(call('HGET', r.running, 'due') or 0) or 0
+end
+
+-- Add partials to an answer, up to the last one or as far as they fit, but one at least.
+local function add_piece(r, answer, first, last)
+  local bytes = 0
+  for i = first, last do
+    local partial = call('LINDEX', r.partials, i)
+    if not partial then
+      break
+    end
+    bytes = bytes + #partial
+    if i > first and bytes > PIECE_BYTES then
+      break
+    end
+    answer[#answer + 1] = partial
+  end
+  return answer
+end
+
+-- candidates(pid, first, last): which of these partials are worth merging, all of one session or
+-- all due: those from the first one on that is at most twice as large as all behind it together.
+-- What is left in front of them is more than twice as large, and so on, so there is little of it;
+-- and whatever is merged again has grown by half.
+-- answers {where they begin, how many they are: 0 or at least 2, partial ...}   as many as fit
+plain('candidates', function(r, args)
+  local first, last = tonumber(args[2]), tonumber(args[3])
+  last = math.min(last, call('LLEN', r.partials) - 1)
+  local due = due_of(r)
+  if first < due and due <= last then
+    if due - first > last + 1 - due then
+      last = due - 1
+    else
+      first = due
+    end
+  end
+  local behind, begin = 0, last + 1
+  for i = last, first, -1 do
+    local size = #call('LINDEX', r.partials, i)
+    if behind + size > MOST_MERGED then
+      break
+    end
+    if size <= 2 * behind then
+      begin = i
+    end
+    behind = behind + size
+  end
+  return add_piece(r, { begin, last - begin + 1 }, begin, last)
+end, { 'no-writes' })
+
+-- session(pid, first, last): answers partials that are not in a batch, as many as fit
+plain('session', function(r, args)
+  return add_piece(r, {}, tonumber(args[2]), tonumber(args[3]))
+end, { 'no-writes' })
+
+-- Whoever has read the same partials has the same digest: see protocol/compaction.py.
+local function digest_of(partials)
+  local parts = {}
+  for _, partial in ipairs(partials) do
+    parts[#parts + 1] = #partial .. ':'
+    parts[#parts + 1] = partial
+  end
+  return redis.sha1hex(table.concat(parts))
+end
+
+local CHANGED = constant('changed')
+
+-- compact(pid, op, first, n, digest, merged partial ...): replace n partials by what they come to
+-- when they are merged, if they are still those that the digest is of. It is their content that
+-- counts; when they were stored, and by whom, is nothing to their merge.
+-- answers {'compacted', 0, partials left} | {'changed', 0}
+step('compact', function(r, args)
+  local first, n = tonumber(args[3]), tonumber(args[4])
+  local behind, merged = first + n, #args - 5
+  local due = due_of(r)
+  local total = call('LLEN', r.partials)
+  if behind > total or first < due and due < behind then
+    return CHANGED
+  end
+  if digest_of(call('LRANGE', r.partials, first, behind - 1)) ~= args[5] then
+    return CHANGED
+  end
+  local rest = call('LRANGE', r.partials, behind, -1)
+  if first > 0 then
+    call('LTRIM', r.partials, 0, first - 1)
+  else
+    call('DEL', r.partials)
+  end
+  for i = 6, #args do
+    call('RPUSH', r.partials, args[i])
+  end
+  for _, partial in ipairs(rest) do
+    call('RPUSH', r.partials, partial)
+  end
+  if behind <= due then
+    call('HSET', r.running, 'due', due - n + merged)
+  end
+  return { 'compacted', 0, total - n + merged }
+end, true)
 
 local function owns(r, token)
   local running = call('HMGET', r.running, 'owner', 'token')

@@ -30,6 +30,7 @@ class Left(NamedTuple):
         deferred: Whether the partials wait for the running batch's owner.
         modifications: Process id and number of times, for each that modified the resource.
         batch: What this process is to execute, if anything.
+        many: How many partials there are, if it is time to merge some; else 0.
     """
 
     clear: int
@@ -38,6 +39,7 @@ class Left(NamedTuple):
     deferred: bool
     modifications: dict[bytes, int]
     batch: Batch | None
+    many: int = 0
 
 
 class Ran(NamedTuple):
@@ -79,16 +81,24 @@ def pairs(flat: Sequence[Any]) -> dict[bytes, int]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
+def stored(answer: Sequence[Any]) -> int:
+    """Read the answer of ``append``: how many partials there are, if some are to be merged."""
+    return sum(answer[2:])
+
+
 def left(answer: Sequence[Any]) -> Left:
     """Read the answer of ``leave``."""
     kind = answer[0]
     # "lost" is a repeat of "run" whose batch was taken over meanwhile: all else stands.
     _, clear, token, remaining, was_member = answer[:5]
     if kind == b"held":
-        return Left(clear, False, remaining, False, {}, None)  # noqa: FBT003 - in field order
+        many = sum(answer[5:])
+        return Left(clear, False, remaining, False, {}, None, many)  # noqa: FBT003 - in field order
     batch = Batch(token, *answer[6:9]) if kind == b"run" else None
     last = bool(was_member) and not remaining
-    return Left(clear, last, remaining, kind in (b"deferred", b"lost"), pairs(answer[5]), batch)
+    deferred = kind in (b"deferred", b"lost")
+    many = sum(answer[6:]) if kind == b"deferred" else 0
+    return Left(clear, last, remaining, deferred, pairs(answer[5]), batch, many)
 
 
 def ran(answer: Sequence[Any]) -> Ran:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from phonon.errors import PhononError, UndecodableError, UnknownClassError
-from phonon.protocol import heirs, messages, parking
+from phonon.protocol import compaction, heirs, messages, parking
+from phonon.protocol.compaction import Merger
 from phonon.protocol.effects import Execute, Flow, Participant
 from phonon.protocol.messages import Batch, Ran
 
@@ -92,7 +93,7 @@ class Ended(NamedTuple):
 Runner = Callable[[Batch], None]
 
 
-def append(me: Participant, base: bytes, parcel: Parcel, *, keep: bool = True) -> Flow[bool]:
+def append(me: Participant, base: bytes, parcel: Parcel, *, keep: bool = True) -> Flow[int | None]:
     """Store what the parcel has, if anything.
 
     Args:
@@ -103,18 +104,19 @@ def append(me: Participant, base: bytes, parcel: Parcel, *, keep: bool = True) -
             caller's again, who cannot know whether it was stored.
 
     Returns:
-        Whether there was anything.
+        None if there was nothing. Otherwise how many partials there are by now, if it is time to
+        merge some of them (see `compaction`), and else 0.
     """
     partial = parcel.take()
     if partial is None:
-        return False
+        return None
     try:
         yield from me.hold(base)
-        yield me.step("append", base, me.lease_ms, partial, keep=keep, stores=True)
+        answer = yield me.step("append", base, me.lease_ms, partial, keep=keep, stores=True)
     except PhononError:
         parcel.put_back(partial)
         raise
-    return True
+    return messages.stored(answer)
 
 
 def leave(
@@ -125,6 +127,7 @@ def leave(
     parcel: Parcel | None = None,
     *,
     force: bool = False,
+    merge: Merger | None = None,
 ) -> Flow[Ended]:
     """Store the last partial, leave, and execute the session's batch if that falls to us.
 
@@ -135,6 +138,7 @@ def leave(
         policy: What to do if that fails.
         parcel: The last partial, if there may be one.
         force: Execute what has come together so far although others still hold the resource.
+        merge: Merges partials, if so many have come together that it is time to.
     """
     partial = parcel.take() if parcel else None
     try:
@@ -148,6 +152,8 @@ def leave(
     left = messages.left(answer)
     if left.batch is None:
         yield from me.let_go(base, left.clear)
+        if merge is not None and left.many:
+            yield from compaction.compact(me, base, left.many, merge)
         return Ended(left.last, left.remaining, left.modifications, 0, [], [])
     executed, failures, lost = yield from execute(me, base, left.batch, run, policy)
     return Ended(left.last, left.remaining, left.modifications, executed, failures, lost)
