@@ -2,7 +2,7 @@
 
 import marshal
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from decimal import Decimal
 from time import monotonic
@@ -61,6 +61,9 @@ class Update:
 
     token: int | None = None
     resource_id: str
+    block: bool = True
+    hard_session: float = HARD_SESSION
+    soft_session: float = SOFT_SESSION
     __process: "Process"
     __ref: Reference | None = None
     __home: object
@@ -95,9 +98,13 @@ class Update:
         self.collection = collection
         self.spec = spec
         self.doc = doc
-        self.block = block
-        self.hard_session = hard_session
-        self.soft_session = soft_session
+        # What the class says already is not said again for each message.
+        if not block:
+            self.block = block
+        if hard_session != HARD_SESSION:
+            self.hard_session = hard_session
+        if soft_session != SOFT_SESSION:
+            self.soft_session = soft_session
         engine = self._attach(process)
         self.__check()
         batch = engine.batch
@@ -345,14 +352,13 @@ class Update:
     def __check(self) -> None:
         """Refuse what cannot be stored where it is made, not where it would be lost."""
         # Nearly all is plain, and a look that tells takes a tenth of the time that encoding does.
-        if (
+        if not (
             type(self._id) in _PLAIN
-            and _is_plain(self.spec)
-            and _is_plain(self.doc)
-            and (type(self).state is Update.state or all(map(_is_plain, self.__state().values())))
+            and (self.spec is None or _are_plain((self.spec,)))
+            and (self.doc is None or _are_plain((self.doc,)))
+            and (type(self).state is Update.state or _are_plain(self.__state().values()))
         ):
-            return
-        self.__dump()
+            self.__dump()
 
     def __dump(self) -> bytes:
         """The record's content, encoded."""
@@ -414,8 +420,6 @@ class Update:
     def _restore(self, process: "Process", content: list[Any]) -> None:
         """Become what was stored."""
         self._id, self.database, self.collection, self.spec, self.doc, state = content
-        self.block = True
-        self.hard_session, self.soft_session = HARD_SESSION, SOFT_SESSION
         self._attach(process)
         self.__set(state)
 
@@ -481,18 +485,23 @@ def _sum(mine: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:
     return merged
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether it surely can be stored."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return True
-    if kind in _FLAT:
-        return _PLAIN.issuperset(map(type, value))
-    return (
-        kind is dict
-        and _PLAIN.issuperset(map(type, value))
-        and _PLAIN.issuperset(map(type, value.values()))
-    )
+def _are_plain(values: Iterable[Any]) -> bool:
+    """Whether they surely can be stored: plain, or collections of what is plain."""
+    for value in values:
+        kind = type(value)
+        if kind in _PLAIN:
+            continue
+        if kind in _FLAT:
+            if _PLAIN.issuperset(map(type, value)):
+                continue
+        elif (
+            kind is dict
+            and _PLAIN.issuperset(map(type, value))
+            and _PLAIN.issuperset(map(type, value.values()))
+        ):
+            continue
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:

@@ -220,9 +220,9 @@ class Upkeep:
 
     def _join_all(self) -> None:
         while True:
-            self._joins_due.wait()
+            due = self._joins_due.wait(self._interval)
             # Those that come up in between go along.
-            if self._stopping.wait(JOIN_DELAY):
+            if self._stopping.wait(JOIN_DELAY if due else 0):
                 return
             self._joins_due.clear()
             engine = self._engine()
