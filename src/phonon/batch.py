@@ -21,9 +21,14 @@ class Batch:
     """Collects what one thread does with a process, and sends it together.
 
     Made by `Process.batch`.
+
+    Args:
+        engine: The process's.
+        durable: Whether to store the data of updates that are made with ``init_cache=False``.
     """
 
-    def __init__(self, engine: "Engine") -> None:
+    def __init__(self, engine: "Engine", *, durable: bool = True) -> None:
+        self.durable = durable
         self._engine = engine
         self._joins: dict[str, None] = {}
         self._dirty: dict[int, Update] = {}
@@ -48,8 +53,8 @@ class Batch:
 
     def replace(self, spent: "Update", update: "Update") -> None:
         """One update was merged into another: that one is to be stored."""
-        self._dirty.pop(id(spent), None)
-        self._dirty[id(update)] = update
+        if self._dirty.pop(id(spent), None) is not None or self.durable:
+            self._dirty[id(update)] = update
 
     def end(self, update: "Update", failed: Callable[[], None] | None = None) -> None:
         """End the update's session when the block ends.

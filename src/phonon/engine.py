@@ -5,7 +5,6 @@ here is public.
 """
 
 import contextlib
-import functools
 import itertools
 import logging
 import math
@@ -15,7 +14,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,15 +30,14 @@ from phonon.errors import (
     ServerStateLostError,
     UnknownClassError,
 )
+from phonon.execution import Execution, together
 from phonon.lock import Grant, Grants
-from phonon.partials import merge_stored, run_batch
 from phonon.protocol import compaction, locks, processes, recovery, references, updates
-from phonon.protocol.compaction import Merger
 from phonon.protocol.effects import Flow, Participant, T
 from phonon.protocol.keys import Keys
 from phonon.protocol.processes import Beat
 from phonon.protocol.recovery import Recovered
-from phonon.protocol.updates import Ended, Failure, RetryPolicy, Runner
+from phonon.protocol.updates import Ended, Failure, RetryPolicy
 from phonon.serializers import Serializer
 from phonon.takeover import take_over
 from phonon.upkeep import Upkeep
@@ -55,8 +54,6 @@ log = logging.getLogger("phonon")
 DEAD_AFTER = 4
 #: Seconds after another process's deadline at which to look after it.
 DEATH_GRACE = 0.01
-#: Joins that are sent together at the latest when so many have come up.
-JOINS = 256
 #: Updates share this many locks; two updates that share one merely take turns.
 STRIPES = 64
 #: How often a lock is renewed within its lease.
@@ -88,6 +85,7 @@ class Engine:
         heartbeat_interval: Seconds between heartbeats.
         recovers: Whether it takes over from dead processes.
         on_error: Is told what there is no caller to raise it to.
+        executor: Runs the user's ``execute``, if not the calling thread.
     """
 
     def __init__(
@@ -102,6 +100,7 @@ class Engine:
         heartbeat_interval: float,
         recovers: bool,
         on_error: Callable[[Exception], object] | None,
+        executor: Executor | None = None,
     ) -> None:
         self._process = weakref.ref(process)
         self.lease = lease
@@ -112,6 +111,7 @@ class Engine:
         self.heartbeat_interval = heartbeat_interval
         self.recovers = recovers
         self.on_error = on_error
+        self.executor = executor
         self.caches: weakref.WeakSet[SessionCache] = weakref.WeakSet()
         self.stopped = False
         self.prefixes: dict[tuple[str, str], str] = {}
@@ -131,7 +131,7 @@ class Engine:
         self._epoch = b""
         self._lives_until = 0.0
         self._troubles = 0
-        self.driver = SyncDriver(self.lease.server)
+        self.driver = SyncDriver(self.lease.server, together, self.executor)
         #: The resources this process is a member of, each with the update that opened it.
         self.held: dict[str, weakref.ref[Update] | None] = {}
         #: What its threads have locked, by holder.
@@ -146,9 +146,6 @@ class Engine:
         self._unended: list[Update] = []
         #: Memberships that are to be renewed because they have expired.
         self._expired: set[str] = set()
-        #: Resources that are to be joined soon. They are held already.
-        self._joins: dict[str, None] = {}
-        self._settling = threading.Lock()
         #: Resources that a leave which went on by itself was the last to let go of.
         self.untold: set[str] = set()
         self.upkeep = Upkeep(self)
@@ -201,6 +198,7 @@ class Engine:
         """The child is another process: it has an identity of its own, and holds nothing."""
         for cache in list(self.caches):
             cache.forget_for(self)
+        self.executor = None  # its threads are the parent's
         self._begin()
 
     def ensure_alive(self) -> None:
@@ -340,27 +338,6 @@ class Engine:
         yield from self.living(lambda me: references.join(me, base))
         self.holds(resource, update)
 
-    def join_soon(self, resource: str) -> None:
-        """Become a member in a moment, together with others, or before anything else is asked."""
-        self.held.setdefault(resource)
-        self._joins[resource] = None
-        if len(self._joins) >= JOINS:
-            self.settle()
-        else:
-            self.upkeep.join_soon()
-
-    def settle(self) -> None:
-        """Become a member of what was to be joined soon."""
-        if not self._joins:
-            return
-        with self._settling:  # whoever comes meanwhile finds it done
-            joins = list(self._joins)
-            try:
-                self._rejoin(joins)
-            finally:
-                for resource in joins:
-                    self._joins.pop(resource, None)
-
     def meeting(self, resource: str, base: bytes, parties: int) -> Flow[None]:
         """Join a session of known parties."""
         yield from self.living(lambda me: references.meet(me, base, parties))
@@ -381,7 +358,7 @@ class Engine:
             return False
         self.holds(update.resource_id, update)
         if count:
-            merge = self.merger(update.resource_id)
+            merge = self.runner(update.resource_id, None).merge
             yield from compaction.compact(self.me, base, count, merge)
         return True
 
@@ -390,13 +367,11 @@ class Engine:
     ) -> Flow[Ended]:
         """Leave a resource, with an update's last data if there is one."""
         opener = self.held.pop(resource, None)
-        run, merge = self.runner(resource, update), self.merger(resource)
+        run, policy = self.runner(resource, update), self.policy
         try:
             return (
                 yield from self.living(
-                    lambda me: updates.leave(
-                        me, base, run, self.policy, update, force=force, merge=merge
-                    )
+                    lambda me: updates.leave(me, base, run, policy, update, force=force)
                 )
             )
         except PhononError:
@@ -420,13 +395,9 @@ class Engine:
             failed,
         )
 
-    def runner(self, resource: str, update: "Update | None") -> Runner:
-        """What runs ``execute`` on a batch of that resource."""
-        return lambda batch: run_batch(self, resource, batch, update)
-
-    def merger(self, resource: str) -> Merger:
-        """What merges partials of that resource before they are a batch."""
-        return functools.partial(merge_stored, self, resource)
+    def runner(self, resource: str, update: "Update | None") -> Execution:
+        """What runs ``execute`` on a batch of that resource, and merges its partials."""
+        return Execution(self, resource, update)
 
     def report(self, base: bytes, ended: Ended, update: "Update | None") -> None:
         """See to what went wrong at the end of a session."""
@@ -679,15 +650,9 @@ class Engine:
         if self.unstored:
             self._store_unstored()
         expired, self._expired = self._expired, set()
-        self._rejoin(expired)
-
-    def _rejoin(self, resources: Collection[str]) -> None:
-        """Join what is held; what goes wrong is tried again at the next heartbeat."""
-        tasks = [
-            Task(self.keys.base(resource), self._rejoining(resource)) for resource in resources
-        ]
+        tasks = [Task(self.keys.base(resource), self._rejoining(resource)) for resource in expired]
         self.driver.run_all(tasks)
-        for task, resource in zip(tasks, resources, strict=True):
+        for task, resource in zip(tasks, expired, strict=True):
             if task.error is not None:
                 log.error("the membership in %r could not be renewed: %s", resource, task.error)
                 self._expired.add(resource)

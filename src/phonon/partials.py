@@ -100,15 +100,16 @@ def rebuild(engine: "Engine", resource: str, partial: bytes, where: str) -> "Upd
     return update
 
 
-def run_batch(engine: "Engine", resource: str, batch: Batch, local: "Update | None") -> None:
-    """Merge a batch's partials and execute the result, class by class.
+def class_of(partial: bytes) -> "type[Update] | None":
+    """Whose it is, as far as that can be told."""
+    try:
+        return _classes.get(msgpack.unpackb(partial)[1])
+    except Exception:  # noqa: BLE001 - it is dealt with when it is executed
+        return None
 
-    Args:
-        engine: The process's.
-        resource: Whose batch.
-        batch: The partials, in the order in which they were stored.
-        local: The update whose session ended here; it executes what is of its class.
-    """
+
+def merge_batch(engine: "Engine", resource: str, batch: Batch) -> "dict[type[Update], Update]":
+    """Merge a batch's partials, class by class, in the order of the classes' first ones."""
     where = engine.keys.base(resource).decode("utf-8", "replace") + ":batch"
     merged: dict[type[Update], Update] = {}
     for partial in batch.partials:
@@ -116,10 +117,7 @@ def run_batch(engine: "Engine", resource: str, batch: Batch, local: "Update | No
         first = merged.setdefault(type(update), update)
         if first is not update:
             first.merge(update)
-    for i, (cls, update) in enumerate(merged.items()):
-        # Each class has a token of its own, all below the next batch's.
-        executor = local if local is not None and type(local) is cls else update
-        executor._execute(update, batch.token + i)  # noqa: SLF001 - see there
+    return merged
 
 
 def merge_stored(engine: "Engine", resource: str, stored: list[bytes]) -> list[bytes]:

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -68,6 +69,10 @@ class Process:
         on_error: Called, from any thread, with every error that there is no caller to raise it
             to: a `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`,
             or what ``execute`` raised in the background. All of them are logged as well.
+        executor: Threads that run ``execute`` where several sessions end together, in place of the
+            calling one, so that slow writes overlap. A resource's batches stay in order. It is
+            yours to shut down, after `stop`; a forked child does without. Whoever ends a session
+            waits for it, so do not end any in these threads themselves.
 
     If nothing says where the server is, the environment variable ``PHONON_URL`` does, or it is
     ``redis://localhost:6379/1``.
@@ -105,7 +110,13 @@ class Process:
         retry_timeout: float = 15.0,
         durability: Durability | None = None,
         on_error: Callable[[Exception], object] | None = None,
+        executor: Executor | None = None,
     ) -> None:
+        if isinstance(executor, ProcessPoolExecutor):
+            raise ConfigurationError(
+                "executor= takes threads: updates hold connections and cannot be sent to another "
+                "process; give a concurrent.futures.ThreadPoolExecutor"
+            )
         for name, value in (
             ("session_length", session_length),
             ("heartbeat_interval", heartbeat_interval),
@@ -159,6 +170,7 @@ class Process:
             heartbeat_interval=heartbeat_interval,
             recovers=recover_failed_processes,
             on_error=on_error,
+            executor=executor,
         )
         try:
             self.engine.start()
@@ -297,7 +309,7 @@ class Process:
         """
         return phonon.lock.Semaphore(self, name, places, block, lease=lease, on_lost=on_lost)
 
-    def batch(self) -> Batch:
+    def batch(self, *, durable: bool = True) -> Batch:
         """Collect what this thread does, and send it together when the ``with`` block ends.
 
         References created, updates made and sessions ended inside the block are merged per key
@@ -307,8 +319,17 @@ class Process:
         If leaving the block raises, what could not be stored is kept and goes with the next batch
         or with `flush`: acknowledge the messages when that has returned. Do not hand them back to
         the broker as well, or they count twice.
+
+        Args:
+            durable: Whether updates made with ``init_cache=False`` are stored as well. If not,
+                their data stays in this process until the session ends, and only the memberships
+                travel together.
         """
-        return self.engine.batch or Batch(self.engine)
+        batch = self.engine.batch
+        if batch is None:
+            return Batch(self.engine, durable=durable)
+        batch.durable |= durable
+        return batch
 
     def flush(self) -> None:
         """Store what a batch could not store because the server was gone.

@@ -1,11 +1,11 @@
 """Updates: small messages about a key, merged wherever they arrive, executed once a session."""
 
 import marshal
+import time
 import weakref
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from decimal import Decimal
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 from phonon import partials
@@ -44,7 +44,8 @@ class Update:
         spec: What identifies the record, for your `execute`.
         doc: The data.
         init_cache: Whether to store the data on the server at once, so that it survives this
-            process. Inside `Process.batch` all is stored, when the block ends.
+            process. Inside `Process.batch` all is stored, when the block ends, unless that is told
+            otherwise.
         block: Taken for compatibility; ending a session needs no lock.
         hard_session: Seconds after which the session is over although messages keep coming.
         soft_session: Seconds without a message after which the session is over.
@@ -108,17 +109,21 @@ class Update:
         engine = self._attach(process)
         self.__check()
         batch = engine.batch
-        if batch is not None:
+        if batch is not None and (batch.durable or init_cache):
             batch.add(self)
         elif init_cache:
             base = engine.keys.base(self.resource_id)
             engine.run(base, engine.storing(self, keep=False))
         else:
             opener = engine.held.get(self.resource_id)
-            if opener is None or opener() is None:
-                if self.resource_id not in engine.held:
-                    engine.join_soon(self.resource_id)
+            if opener is not None:
+                if opener() is None:
+                    self.opens(engine)
+            elif batch is not None:
+                batch.join(self.resource_id)
                 self.opens(engine)
+            else:
+                engine.join(self.resource_id, engine.keys.base(self.resource_id), self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__qualname__} of {self.resource_id!r}: {self.doc!r}>"
@@ -149,7 +154,32 @@ class Update:
         In a process that took over from a dead one the instance was not made by your constructor:
         it has what `state` returned, ``spec``, ``doc``, ``collection`` and ``database``.
         """
-        raise NotImplementedError(f"{type(self).__qualname__} must define execute()")
+        if not self.executes_many():
+            raise NotImplementedError(f"{type(self).__qualname__} must define execute()")
+        for _, error in self.execute_many([self]) or ():
+            raise error
+
+    @classmethod
+    def execute_many(cls, updates: Sequence[Self]) -> Iterable[tuple[Self, Exception]] | None:
+        """Write many merged records to the database at once, if it is overridden.
+
+        Sessions that end together, as in `LruCache.expire_all` and at the end of a
+        `Process.batch` block, come in lists of up to 250, each update with its `token`. What holds
+        for `execute` holds for each of them. A class may define this one, `execute`, or both.
+
+        Args:
+            updates: The records, each of another resource.
+
+        Returns:
+            Those that failed, with their errors; None if none did. They are kept and tried again,
+            as when `execute` raises.
+
+        Raises:
+            Exception: It is called again for each record by itself, so that only those that are at
+                fault fail: whatever it had written must not count (a transaction is rolled back)
+                or be recognized by its token.
+        """
+        raise NotImplementedError(f"{cls.__qualname__} must define execute() or execute_many()")
 
     def state(self) -> dict[str, Any]:
         """The attributes of your own that are part of the record, by name."""
@@ -217,7 +247,7 @@ class Update:
                 if other.__opens:  # noqa: SLF001 - of this class
                     other.__opens = False  # noqa: SLF001 - of this class
                     self.opens(engine)
-            now = monotonic()
+            now = time.monotonic()
             if now - self.__touched < self.soft_session:  # a session that is over stays so
                 self.__touched = now
         batch = engine.batch
@@ -226,7 +256,7 @@ class Update:
 
     def is_expired(self) -> bool:
         """Whether the session is over: silent for too long, or just too long."""
-        now = monotonic()
+        now = time.monotonic()
         return now - self.__touched >= self.soft_session or now - self.__begun >= self.hard_session
 
     def end_session(self, block: bool = True) -> None:
@@ -275,7 +305,7 @@ class Update:
 
     def begin_session(self) -> None:
         """Whatever comes after the end belongs to another session."""
-        self.__begun = self.__touched = monotonic()
+        self.__begun = self.__touched = time.monotonic()
 
     def has_unsent(self) -> bool:
         """Whether it has data that is not on the server."""
@@ -327,7 +357,7 @@ class Update:
             prefix = engine.prefixes[parts] = ".".join(escaped) + "."
         self.resource_id = f"{prefix}{self._id}"
         self.__lock = engine.stripes[hash(self.resource_id) % len(engine.stripes)]
-        self.__begun = self.__touched = monotonic()
+        self.__begun = self.__touched = time.monotonic()
         return engine
 
     def __engine(self) -> "Engine":
@@ -427,8 +457,17 @@ class Update:
         for name, value in attributes.items():
             setattr(self, name, value)
 
-    def _execute(self, merged: Self, token: int) -> None:
-        """Execute a merged record: in this instance, which has what its constructor gave it."""
+    @classmethod
+    def executes_many(cls) -> bool:
+        """Whether it has an `execute_many` of its own."""
+        return cls.execute_many.__func__ is not Update.execute_many.__func__  # type: ignore[attr-defined]  # of classmethods
+
+    @contextmanager
+    def executing(self, merged: Self, token: int) -> Iterator[Self]:
+        """Have a merged record in an instance while it executes.
+
+        That is this one, which has what its constructor gave it, unless it has newer data.
+        """
         with self.__lock:
             instance = merged if self.__unsent else self
             if instance is self:
@@ -436,7 +475,7 @@ class Update:
                 self.__spent()
         instance.token = token
         try:
-            instance.execute()
+            yield instance
         finally:
             instance.token = None
             if instance is self:
@@ -454,10 +493,6 @@ class ConflictFreeUpdate(Update):
     def merge(self, other: Any) -> None:
         """Add up the numbers of two docs."""
         self.doc = _sum(self.doc or {}, other.doc or {})
-
-    def execute(self) -> None:
-        """Write the merged record to the database; see `Update.execute`."""
-        raise NotImplementedError(f"{type(self).__qualname__} must define execute()")
 
 
 def _sum(mine: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:

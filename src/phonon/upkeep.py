@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("phonon")
 
-#: Seconds in which joins come together.
-JOIN_DELAY = 0.005
-
 
 def _join(thread: threading.Thread | None, timeout: float | None = None) -> None:
     if thread is not None and thread.is_alive() and thread is not threading.current_thread():
@@ -56,8 +53,6 @@ class Upkeep:
         self._retrying: threading.Thread | None = None
         self._catching_up: threading.Thread | None = None
         self._recovering: threading.Thread | None = None
-        self._joining: threading.Thread | None = None
-        self._joins_due = threading.Event()
         self._dead: dict[str, None] = {}
         self._leaving = threading.Event()
         self._order = itertools.count()
@@ -75,11 +70,10 @@ class Upkeep:
         """End the threads. One that is in the middle of something is waited for, for a while."""
         self._stopping.set()
         self._leaving.set()
-        self._joins_due.set()
         self.beat_in(0.0)
         with self._changed:
             self._changed.notify_all()
-        for thread in (self._beating, self._retrying, self._joining):
+        for thread in (self._beating, self._retrying):
             _join(thread, timeout=2.0)
 
     def wind_down(self) -> None:
@@ -116,20 +110,6 @@ class Upkeep:
             # As with a retry.
             with contextlib.suppress(RuntimeError):
                 self._catching_up.start()
-
-    def join_soon(self) -> None:
-        """See to it that what is to be joined is, in a moment."""
-        if self._joins_due.is_set():
-            return
-        self._joins_due.set()
-        with self._changed:
-            if self._joining is None and not self._stopping.is_set():
-                self._joining = threading.Thread(
-                    target=self._join_all, name=f"phonon-joins-{self._name}", daemon=True
-                )
-                # As with a retry. The next heartbeat joins.
-                with contextlib.suppress(RuntimeError):
-                    self._joining.start()
 
     def recover(self, dead: Iterable[str]) -> None:
         """Take over from dead processes. Called by the heartbeat."""
@@ -217,22 +197,6 @@ class Upkeep:
                 engine.catch_up()
         except Exception:
             log.exception("process %s could not do all that was left to do", self._name)
-
-    def _join_all(self) -> None:
-        while True:
-            due = self._joins_due.wait(self._interval)
-            # Those that come up in between go along.
-            if self._stopping.wait(JOIN_DELAY if due else 0):
-                return
-            self._joins_due.clear()
-            engine = self._engine()
-            if engine is None:
-                return
-            try:
-                engine.settle()
-            except Exception:
-                log.exception("process %s joins later", self._name)
-            del engine
 
     def _recover(self) -> None:
         while True:

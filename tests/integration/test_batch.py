@@ -80,3 +80,25 @@ def test_a_batch_is_its_threads_own(make: Make, server: Redis) -> None:
         thread.join()
         assert stored(process, server) == 1
     assert stored(process, server) == 2
+
+
+def test_a_block_that_stores_nothing_joins_together(make: Make, server: Redis) -> None:
+    process, other = make(), make()
+    cache: LruCache[Count] = LruCache()
+    with process.batch(durable=False):
+        for i in range(100):
+            cache.set(i % 10, Count(process, i % 10, doc={"n": 1}, init_cache=False))
+        Count(process, "kept", doc={"n": 5})
+        assert other.create_reference("test.test.3").count() == 1
+    assert stored(process, server) == 1
+    assert other.create_reference("test.test.3").count() == 2
+    cache.expire_all()
+    other.create_reference("test.test.3").dereference()
+    assert sorted(Count.executed) == [(i, 10) for i in range(10)]
+
+
+def test_a_durable_block_inside_makes_the_outer_one_so(make: Make, server: Redis) -> None:
+    process = make()
+    with process.batch(durable=False), process.batch():
+        Count(process, "a", doc={"n": 1}, init_cache=False)
+    assert stored(process, server) == 1

@@ -75,7 +75,7 @@ def test_what_is_inside(crew: Crew) -> None:
 
 
 def test_a_long_one_is_looked_into_whole(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phonon.engine.merge_stored", lambda *args: args[-1])  # not on the way
+    monkeypatch.setattr("phonon.execution.merge_stored", lambda *args: args[-1])  # not on the way
     process = crew.process(retry=ONCE)
     update = Entry(process, "fail-a", doc={"n": 0})
     for i in range(1, 1203):

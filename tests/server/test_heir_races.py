@@ -69,8 +69,14 @@ class Talk:
         return self.lab.call(call.step, len(keys), *keys, *args)
 
 
-def executed(_batch: Batch) -> None:
-    raise AssertionError("not in this test")
+class Unexpected:
+    """The user's code."""
+
+    def __call__(self, batch: Batch) -> None:
+        raise AssertionError(batch)  # not in this test
+
+    def merge(self, partials: list[bytes]) -> list[bytes]:
+        return partials
 
 
 def named_in(lab: Lab, base: bytes) -> set[str]:
@@ -93,7 +99,7 @@ def test_a_batch_is_left_to_an_heir_whose_registry_is_being_worked_off(
         # The heir was left a batch of this resource before, and somebody has executed it.
         lab.call("hold", 1, lab.keys.registry(HEIR), a.base, HEIR)
         leave = heirs.entrust(me, a.base, Batch(token, 0, 1, [b"1"]), HEIR)
-        take = recovery.recover(other, a.base, HEIR.decode(), executed, RetryPolicy())
+        take = recovery.recover(other, a.base, HEIR.decode(), Unexpected(), RetryPolicy())
         leaving, working_off = Talk(lab, me, leave, a.number), Talk(lab, other, take)
         for turn in range(CALLS):
             (leaving if turn in order else working_off).step()

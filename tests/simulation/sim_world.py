@@ -138,6 +138,27 @@ def watched(flow: Flow[T], calls: list[Call]) -> Flow[T]:
         return result
 
 
+class SimRunner(NamedTuple):
+    """As `phonon.execution.Execution`."""
+
+    process: "SimProcess"
+    me: Participant
+    base: bytes
+
+    def __call__(self, batch: Batch) -> None:
+        for partial in batch.partials:
+            label = partial.partition(b"|")[0].decode()
+            if label not in self.process.knows:
+                raise UnknownClassError(f"{label} is not imported", label)
+        world = self.process.world
+        if world.raising:
+            raise RuntimeError("no database")
+        world.witness.execute(self.me.id, self.base, batch)
+
+    def merge(self, partials: list[bytes]) -> list[bytes]:
+        return self.process.merge(partials)
+
+
 @dataclass(eq=False)
 class Task:
     """A generator of a process, and what it waits for."""
@@ -389,17 +410,8 @@ class SimProcess:
         _, failures, lost = yield from self.turn(base, flow)
         self.after(base, failures, lost)
 
-    def runner(self, me: Participant, base: bytes) -> Callable[[Batch], None]:
-        def run(batch: Batch) -> None:
-            for partial in batch.partials:
-                label = partial.partition(b"|")[0].decode()
-                if label not in self.knows:
-                    raise UnknownClassError(f"{label} is not imported", label)
-            if self.world.raising:
-                raise RuntimeError("no database")
-            self.world.witness.execute(me.id, base, batch)
-
-        return run
+    def runner(self, me: Participant, base: bytes) -> "SimRunner":
+        return SimRunner(self, me, base)
 
     def wish(self, base: bytes, *, shared: bool, places: int) -> Wish:
         number = next(self.holders)

@@ -65,8 +65,8 @@ MUTATIONS = {
         "G3 G4 G5 G6 G9",
     ),
     "the batch is deleted when it is delivered": Mutation(
-        "  delivered[#answer + 3] = call('LRANGE', r.batch, 0, FIRST_PARTIALS - 1)",
-        "  delivered[#answer + 3] = call('LRANGE', r.batch, 0, FIRST_PARTIALS - 1)\n"
+        "  delivered[#answer + 3] = add_piece(r.batch, {}, 0, FIRST_PARTIALS - 1)",
+        "  delivered[#answer + 3] = add_piece(r.batch, {}, 0, FIRST_PARTIALS - 1)\n"
         "  call('DEL', r.batch)",
         "G3 G6",
     ),

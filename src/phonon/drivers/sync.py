@@ -5,13 +5,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, Generic
+from concurrent.futures import Executor, Future, wait
+from typing import Any, Generic, NamedTuple, cast
 
 from phonon.drivers.server import Server
 from phonon.errors import ConnectionLostError, PhononError
-from phonon.protocol.effects import Call, Effect, Execute, Flow, Outcome, T
+from phonon.protocol.effects import Call, Effect, Execute, Flow, Outcome, T, Wait
 
 log = logging.getLogger("phonon")
 
@@ -21,6 +22,40 @@ LOCK_STEP = 1000
 #: Seconds of user code after which finished batches are completed before more are executed, so
 #: that a crash repeats little.
 EXECUTE_SLICE = 0.5
+
+
+Outcomes = Sequence[Outcome]
+
+
+class Portion(NamedTuple):
+    """Some of many pieces of the user's code, which run one after the other, or together.
+
+    Attributes:
+        positions: Which they are.
+        run: Runs them; returns what became of each.
+    """
+
+    positions: Sequence[int]
+    run: Callable[[], Outcomes]
+
+
+def run_user_code(function: Callable[[], Any]) -> Outcome:
+    """Run the user's code, whatever it raises."""
+    try:
+        return Outcome(value=function())
+    except BaseException as error:  # noqa: BLE001 - the flow keeps the batch, then it is raised
+        return Outcome(error=error)
+
+
+def one_by_one(effects: Sequence[Execute]) -> Iterator[Portion]:
+    """Each piece of code by itself."""
+    for i, effect in enumerate(effects):
+        yield by_itself(i, effect)
+
+
+def by_itself(i: int, effect: Execute) -> Portion:
+    """One piece of code as a portion."""
+    return Portion([i], lambda: [run_user_code(effect.function)])
 
 
 class Task(Generic[T]):
@@ -35,11 +70,14 @@ class Task(Generic[T]):
     Attributes:
         result: What the flow returned.
         error: What it raised instead.
+        running: What executes its code in another thread, and where its outcome is in that.
         suspended: Whether its caller has given up on it: then only the error is told here, and the
             flow goes on in another task.
     """
 
-    __slots__ = ("base", "done", "effect", "error", "failed", "flow", "result", "suspended")
+    __slots__ = (
+        "base", "done", "effect", "error", "failed", "flow", "result", "running", "suspended"
+    )  # fmt: skip
 
     result: T
 
@@ -59,6 +97,7 @@ class Task(Generic[T]):
         self.effect = effect
         self.error: BaseException | None = None
         self.suspended = False
+        self.running: tuple[Future[Outcomes], int] | None = None
 
     def advance(self, reply: Any = None) -> None:
         """Hand the flow the result of its last effect, and take its next one."""
@@ -79,6 +118,7 @@ class Task(Generic[T]):
     def suspend(self, error: BaseException) -> "Task[T]":
         """Tell the caller the error; the flow goes on in the task returned."""
         rest = Task(self.base, self.flow, self.done, self.failed, effect=self.effect)
+        rest.running = self.running
         self.effect, self.error, self.suspended = None, error, True
         return rest
 
@@ -205,10 +245,19 @@ class SyncDriver:
 
     Args:
         server: Where calls go.
+        together: Puts together what can be executed together.
+        executor: Where the user's code runs, if not in the calling thread.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(
+        self,
+        server: Server,
+        together: Callable[[Sequence[Execute]], Iterable[Portion]] = one_by_one,
+        executor: Executor | None = None,
+    ) -> None:
         self.server = server
+        self._together = together
+        self._executor = executor
         self._guard = Guard()
         self._numbers = itertools.count(1)
         self._kept = Kept()
@@ -377,29 +426,53 @@ class SyncDriver:
         again = set(owned)
         self._guard.release(again)
         owned.clear()
-        enough = time.monotonic() + EXECUTE_SLICE
         for task in tasks:
-            effect = task.effect
-            if isinstance(effect, Execute):
-                task.advance(self._execute(effect))
-            elif not isinstance(effect, Call) and effect is not None:
+            if isinstance(task.effect, Wait):
                 try:
-                    woken = self.server.wait(effect.key, effect.timeout)
+                    woken = self.server.wait(task.effect.key, task.effect.timeout)
                 except PhononError as error:
                     task.advance(error)
                 else:
                     task.advance(woken)
-            if time.monotonic() > enough:
-                break
+        self._execute([task for task in tasks if isinstance(task.effect, Execute)])
         self._guard.acquire(again)
         owned.update(again)
 
-    @staticmethod
-    def _execute(effect: Execute) -> Outcome:
+    def _execute(self, tasks: Sequence[Task[Any]]) -> None:
+        """Run the user's code, as much as comes to an end within a while."""
+        enough = time.monotonic() + EXECUTE_SLICE
+        new = [task for task in tasks if task.running is None]
+        for portion in self._together([cast("Execute", task.effect) for task in new]):
+            mine = [new[i] for i in portion.positions]
+            running = self._submit(portion, mine)
+            if running is not None:
+                for i, task in enumerate(mine):
+                    task.running = running, i
+                continue
+            for task, outcome in zip(mine, portion.run(), strict=True):
+                task.advance(outcome)
+            if time.monotonic() > enough:
+                break
+        self._collect([task for task in tasks if task.running is not None], enough)
+
+    def _submit(self, portion: Portion, tasks: Sequence[Task[Any]]) -> "Future[Outcomes] | None":
+        """Have the executor run it, if there is one and it is about batches."""
+        if self._executor is None or cast("Execute", tasks[0].effect).batch is None:
+            return None
         try:
-            return Outcome(value=effect.function())
-        except BaseException as error:  # noqa: BLE001 - the flow keeps the batch, then it is raised
-            return Outcome(error=error)
+            return self._executor.submit(portion.run)
+        except RuntimeError:  # it was shut down: what is to be done is done here
+            return None
+
+    @staticmethod
+    def _collect(tasks: Sequence[Task[Any]], until: float) -> None:
+        """Wait for what the executor runs, for a while."""
+        wait({task.running[0] for task in tasks if task.running}, until - time.monotonic())
+        for task in tasks:
+            if task.running is not None and task.running[0].done():
+                future, i = task.running
+                task.running = None
+                task.advance(future.result()[i])
 
     def _exchange(self, tasks: Sequence[Task[Any]]) -> None:
         calls: list[Call] = [task.effect for task in tasks]  # type: ignore[misc]  # _drive chose them

@@ -14,6 +14,9 @@ local PUSH_MS = 10000
 local SPARE_TOKENS = 1023
 -- Partials sent along with a batch; the rest is fetched piece by piece, so no answer is unbounded.
 local FIRST_PARTIALS = 128
+-- Partials are read so many at a time, and sent up to so many bytes.
+local PIECE = 16
+local PIECE_BYTES = 1024 * 1024
 -- Whenever so many partials more have come together, whoever stored the last one merges some.
 local COMPACT_AT = 64
 
@@ -120,6 +123,25 @@ local function let_go(r, nothing_else)
   return 1
 end
 
+-- Add elements of a list to an answer, up to the last one or as far as they fit, but one at least.
+local function add_piece(list, answer, first, last)
+  local bytes = 0
+  for i = first, last, PIECE do
+    local piece = call('LRANGE', list, i, math.min(i + PIECE - 1, last))
+    for _, partial in ipairs(piece) do
+      bytes = bytes + #partial
+      if bytes > PIECE_BYTES and bytes > #partial then
+        return answer
+      end
+      answer[#answer + 1] = partial
+    end
+    if #piece < PIECE then
+      break
+    end
+  end
+  return answer
+end
+
 -- Add the batch's content to an answer {'run' or 'again', clear, token, ...}. It is not part of
 -- what is remembered: a repeated call reads it afresh, and learns it if the batch was taken over.
 local function deliver(r, answer)
@@ -137,7 +159,7 @@ local function deliver(r, answer)
   end
   delivered[#answer + 1] = tonumber(running[3])
   delivered[#answer + 2] = call('LLEN', r.batch)
-  delivered[#answer + 3] = call('LRANGE', r.batch, 0, FIRST_PARTIALS - 1)
+  delivered[#answer + 3] = add_piece(r.batch, {}, 0, FIRST_PARTIALS - 1)
   return delivered
 end
 

@@ -1,8 +1,7 @@
 -- Partials and batches: append, candidates, session, compact; complete, fail, resume, fetch.
 
--- Bytes of partials that are merged at once, and sent in one answer.
+-- Bytes of partials that are merged at once.
 local MOST_MERGED = 16 * 1024 * 1024
-local PIECE_BYTES = 1024 * 1024
 
 local STORED = constant('stored')
 
@@ -25,23 +24,6 @@ end)
 -- How many of the partials belong to sessions that have ended and wait for the running batch.
 local function due_of(r)
   return tonumber(call('HGET', r.running, 'due') or 0) or 0
-end
-
--- Add partials to an answer, up to the last one or as far as they fit, but one at least.
-local function add_piece(r, answer, first, last)
-  local bytes = 0
-  for i = first, last do
-    local partial = call('LINDEX', r.partials, i)
-    if not partial then
-      break
-    end
-    bytes = bytes + #partial
-    if i > first and bytes > PIECE_BYTES then
-      break
-    end
-    answer[#answer + 1] = partial
-  end
-  return answer
 end
 
 -- candidates(pid, first, last): which of these partials are worth merging, all of one session or
@@ -71,12 +53,12 @@ plain('candidates', function(r, args)
     end
     behind = behind + size
   end
-  return add_piece(r, { begin, last - begin + 1 }, begin, last)
+  return add_piece(r.partials, { begin, last - begin + 1 }, begin, last)
 end, { 'no-writes' })
 
 -- session(pid, first, last): answers partials that are not in a batch, as many as fit
 plain('session', function(r, args)
-  return add_piece(r, {}, tonumber(args[2]), tonumber(args[3]))
+  return add_piece(r.partials, {}, tonumber(args[2]), tonumber(args[3]))
 end, { 'no-writes' })
 
 -- Whoever has read the same partials has the same digest: see protocol/compaction.py.
@@ -245,16 +227,16 @@ plain('parked', function(r)
   return answer
 end, { 'no-writes' })
 
--- look(pid, token, first, last): answers partials of a parked batch
+-- look(pid, token, first, last): answers partials of a parked batch, as many as fit
 plain('look', function(r, args)
-  return call('LRANGE', r.parked .. ':' .. args[2], args[3], args[4])
+  return add_piece(r.parked .. ':' .. args[2], {}, tonumber(args[3]), tonumber(args[4]))
 end, { 'no-writes' })
 
 -- fetch(pid, token, first, last): a piece of the running batch
--- answers the partials, or {} when the batch is no longer the caller's
+-- answers the partials, as many as fit, or {} when the batch is no longer the caller's
 plain('fetch', function(r, args)
   if not owns(r, args[2]) then
     return {}
   end
-  return call('LRANGE', r.batch, args[3], args[4])
+  return add_piece(r.batch, {}, tonumber(args[3]), tonumber(args[4]))
 end, { 'no-writes' })

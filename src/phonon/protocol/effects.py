@@ -45,9 +45,16 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Execute:
-    """Run the user's code; the result is an `Outcome`. Meanwhile others have the resource."""
+    """Run the user's code; the result is an `Outcome`. Meanwhile others have the resource.
+
+    Attributes:
+        function: What to run.
+        batch: Whose batch that executes, and the batch, if it is one: then it may be executed
+            together with others instead.
+    """
 
     function: Callable[[], Any]
+    batch: tuple[Any, Any] | None = None
 
 
 @dataclass(slots=True)

@@ -1,17 +1,17 @@
 """Flows of partials and batches: store, end a session, execute, retry."""
 
 import random
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from phonon.errors import PhononError, UndecodableError, UnknownClassError
 from phonon.protocol import compaction, heirs, messages, parking
-from phonon.protocol.compaction import Merger
-from phonon.protocol.effects import Execute, Flow, Participant
+from phonon.protocol.effects import Execute, Flow, Outcome, Participant
 from phonon.protocol.messages import Batch, Ran
 
 #: Partials fetched at a time, where a batch has more than came with it.
 PIECE = 1000
+#: Bytes of a batch's partials that are held in memory before they are merged.
+MOST_HELD = 4 * 1024 * 1024
 
 
 class Parcel(Protocol):
@@ -89,8 +89,14 @@ class Ended(NamedTuple):
     lost: list[int]
 
 
-#: Runs the user's ``execute`` on a batch.
-Runner = Callable[[Batch], None]
+class Runner(Protocol):
+    """The user's code, about one resource."""
+
+    def __call__(self, batch: Batch) -> None:
+        """Run ``execute`` on a batch."""
+
+    def merge(self, partials: list[bytes]) -> list[bytes]:
+        """What they come to, in fewer; see `compaction`."""
 
 
 def append(me: Participant, base: bytes, parcel: Parcel, *, keep: bool = True) -> Flow[int | None]:
@@ -127,18 +133,16 @@ def leave(
     parcel: Parcel | None = None,
     *,
     force: bool = False,
-    merge: Merger | None = None,
 ) -> Flow[Ended]:
     """Store the last partial, leave, and execute the session's batch if that falls to us.
 
     Args:
         me: The process.
         base: The resource.
-        run: Executes a batch.
+        run: Executes a batch, or merges partials if there are many.
         policy: What to do if that fails.
         parcel: The last partial, if there may be one.
         force: Execute what has come together so far although others still hold the resource.
-        merge: Merges partials, if so many have come together that it is time to.
     """
     partial = parcel.take() if parcel else None
     try:
@@ -152,8 +156,8 @@ def leave(
     left = messages.left(answer)
     if left.batch is None:
         yield from me.let_go(base, left.clear)
-        if merge is not None and left.many:
-            yield from compaction.compact(me, base, left.many, merge)
+        if left.many:
+            yield from compaction.compact(me, base, left.many, run.merge)
         return Ended(left.last, left.remaining, left.modifications, 0, [], [])
     executed, failures, lost = yield from execute(me, base, left.batch, run, policy)
     return Ended(left.last, left.remaining, left.modifications, executed, failures, lost)
@@ -196,9 +200,9 @@ def _attempt(
     me: Participant, base: bytes, batch: Batch, run: Runner, policy: RetryPolicy
 ) -> Flow[tuple[Ran, Failure | None]]:
     """Execute a batch and report what became of it."""
-    if not (yield from _fetch_rest(me, base, batch)):
+    if not (yield from _fetch_rest(me, base, batch, run)):
         return Ran("lost", 0, None), None
-    outcome = yield Execute(lambda: run(batch))
+    outcome = yield Execute(lambda: run(batch), (run, batch))
     if outcome.error is None:
         return messages.ran((yield me.step("complete", base, batch.token, keep=True))), None
     error = outcome.error
@@ -233,19 +237,28 @@ def park(
     return ran, Failure(batch.token, error, None, "parked")
 
 
-def _fetch_rest(me: Participant, base: bytes, batch: Batch) -> Flow[bool]:
-    """Fetch the partials that did not come with the batch.
+def _fetch_rest(me: Participant, base: bytes, batch: Batch, run: Runner) -> Flow[bool]:
+    """Fetch the partials that did not come with the batch, merging them as they come.
 
     Returns:
         False if the batch was taken over meanwhile. What we have then is not all of it, and to
         execute that under its token would keep the new owner's from counting.
     """
-    while len(batch.partials) < batch.size:
-        first = len(batch.partials)
+    first = len(batch.partials)
+    enough = MOST_HELD
+    while first < batch.size:
         piece = yield me.plain("fetch", base, batch.token, first, first + PIECE - 1)
         if not piece:
             return False
+        first += len(piece)
         batch.partials.extend(piece)
+        if sum(map(len, batch.partials)) > enough:
+            outcome: Outcome = yield Execute(lambda: run.merge(batch.partials))
+            # What went wrong does so again when the batch is executed, and is dealt with there.
+            if outcome.error is None:
+                batch.partials[:] = outcome.value
+            # What does not merge is not merged over and over.
+            enough = max(MOST_HELD, 2 * sum(map(len, batch.partials)))
     return True
 
 
