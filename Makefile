@@ -38,10 +38,11 @@ $(VENV)/.peers: $(VENV)/.installed
 	@touch $@
 
 bench: $(VENV)/.peers ## measure against bare Redis and peers
+	$(BIN)/phonon bench --json docs/benchmarks.json --chart docs/benchmarks.svg $(ARGS)
 	$(BIN)/python benchmarks/round_trips.py
 	$(BIN)/python benchmarks/references.py
 	$(BIN)/python benchmarks/takeover.py
-	$(BIN)/python benchmarks/locks.py $(ARGS)
+	$(BIN)/python benchmarks/locks.py
 
 docs: $(VENV)/.installed ## run the examples in README.md and docs/
 	$(BIN)/python -m pytest tests/fundamentals/test_documentation.py

@@ -85,9 +85,7 @@ def test_nothing_is_no_candidate(lab: Lab) -> None:
 
 
 def test_answers_are_of_bounded_size(server: Redis, namespace: str) -> None:
-    lab = Lab(
-        server, namespace, text().replace("1024 * 1024\n\nlocal STORED", "10\n\nlocal STORED")
-    )
+    lab = Lab(server, namespace, text().replace("BYTES = 1024 * 1024", "BYTES = 10"))
     try:
         a = lab.process("a")
         partials = [b"1234", b"5678", b"90ab", b"0" * 12, b"c"]

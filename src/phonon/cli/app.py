@@ -2,6 +2,8 @@
 
 import secrets
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import click
@@ -220,3 +222,65 @@ def chaos(
         click.echo(f"--seed {seed}", err=True)
     options = chaos_.Options(workers, seconds, kills, seed, cut, restart_server, verbose)
     sys.exit(chaos_.run(options))
+
+
+@phonon.command()
+@click.option(
+    "--messages",
+    metavar="N",
+    type=click.IntRange(min=1000),
+    default=200_000,
+    show_default=True,
+    help="Messages in the stream.",
+)
+@click.option(
+    "--rounds",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="How often each contender has its turn.",
+)
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Worker processes, where there are several.",
+)
+@click.option(
+    "--json",
+    "json_",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all figures there.",
+)
+@click.option(
+    "--chart",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw them there, as SVG (needs matplotlib).",
+)
+def bench(messages: int, rounds: int, workers: int, json_: Path | None, chart: Path | None) -> None:
+    """Measure beside peers, on a server of its own; exit 1 if anybody's totals are wrong.
+
+    Peers that are not installed are left out: pip install 'phonon[bench]' brings them.
+    """
+    from rich.console import Console  # noqa: PLC0415 - other commands do not need these
+
+    from phonon.bench import report, run  # noqa: PLC0415 - as above
+    from phonon.bench.contenders import WrongError  # noqa: PLC0415 - as above
+
+    if chart is not None and find_spec("matplotlib") is None:
+        raise InputError("--chart needs matplotlib: pip install 'phonon[bench]'")
+    notes = Console(stderr=True)
+    try:
+        results = run.run(messages, rounds, workers, lambda text: notes.print(text, style="dim"))
+    except WrongError as error:
+        raise WorkerError(str(error)) from error
+    report.show(results, Console())
+    if json_ is not None:
+        report.write(results, json_)
+    if chart is not None:
+        report.draw(results, chart)
