@@ -38,6 +38,7 @@ from phonon.protocol.keys import Keys
 from phonon.protocol.processes import Beat
 from phonon.protocol.recovery import Recovered
 from phonon.protocol.updates import Ended, Failure, RetryPolicy
+from phonon.runtime import THREADS, Runtime
 from phonon.serializers import Serializer
 from phonon.takeover import take_over
 from phonon.upkeep import Upkeep
@@ -86,6 +87,7 @@ class Engine:
         recovers: Whether it takes over from dead processes.
         on_error: Is told what there is no caller to raise it to.
         executor: Runs the user's ``execute``, if not the calling thread.
+        runtime: How it waits.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Engine:
         recovers: bool,
         on_error: Callable[[Exception], object] | None,
         executor: Executor | None = None,
+        runtime: Runtime = THREADS,
     ) -> None:
         self._process = weakref.ref(process)
         self.lease = lease
@@ -112,6 +115,7 @@ class Engine:
         self.recovers = recovers
         self.on_error = on_error
         self.executor = executor
+        self.runtime = runtime
         self.caches: weakref.WeakSet[SessionCache] = weakref.WeakSet()
         self.stopped = False
         self.prefixes: dict[tuple[str, str], str] = {}
@@ -131,14 +135,15 @@ class Engine:
         self._epoch = b""
         self._lives_until = 0.0
         self._troubles = 0
-        self.driver = SyncDriver(self.lease.server, together, self.executor)
+        self.driver = SyncDriver(self.lease.server, together, self.executor, self.runtime)
         #: The resources this process is a member of, each with the update that opened it.
         self.held: dict[str, weakref.ref[Update] | None] = {}
         #: What its threads have locked, by holder.
         self.grants = Grants()
+        #: Nobody waits while he has one of them, so they are the same for tasks.
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
-        self.local = threading.local()
-        #: The batches that threads are in; each thread has its own in ``local``.
+        self.local = self.runtime.local()
+        #: The open batches; each thread or task has its own in ``local``.
         self.batches: set[Batch] = set()
         #: Updates that a batch could not store because the server was gone.
         self.unstored: list[Update] = []
@@ -151,7 +156,7 @@ class Engine:
         self.upkeep = Upkeep(self)
         self._holders = itertools.count(1)
         self._renew_at = time.monotonic() + self.session_length / 3
-        self._starting = threading.Lock()
+        self._starting = self.runtime.lock()
         self._started = False
 
     # Life
@@ -260,6 +265,7 @@ class Engine:
         finally:
             self.stopped = True
             self.upkeep.stop()
+            self.runtime.close()
             self.lease.close()
         return errors
 
@@ -463,7 +469,7 @@ class Engine:
     def _hook(self, error: Exception) -> None:
         if self.on_error is not None:
             try:
-                self.on_error(error)
+                self.runtime.tell(self.on_error, error)
             except Exception:
                 log.exception("on_error has raised")
 
@@ -518,7 +524,10 @@ class Engine:
     @property
     def batch(self) -> "Batch | None":
         """The batch that this thread is in."""
-        return getattr(self.local, "batch", None) if self.batches else None
+        if not self.batches:
+            return None
+        batch: Batch | None = getattr(self.local, "batch", None)
+        return batch if batch in self.batches else None
 
     def _store_unstored(self) -> None:
         left, self.unstored = self.unstored, []
@@ -717,7 +726,7 @@ class Engine:
 
         # The interpreter starts no threads while it ends.
         with contextlib.suppress(RuntimeError):
-            threading.Thread(target=tell, name=f"phonon-lost-{self.name[:8]}", daemon=True).start()
+            self.runtime.spawn(tell, f"phonon-lost-{self.name[:8]}")
 
     def _renewed(self, base: bytes, *, member: bool) -> None:
         resource = self.keys.resource(base)

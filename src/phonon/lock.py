@@ -76,7 +76,7 @@ class Grant:
         self.me = me
         self.home = lock.process.engine.home
         self.token = token
-        self.thread = threading.current_thread()
+        self.thread = lock.process.engine.runtime.me()
         self.until = until
         self.depth = 1
         self.lost = False
@@ -92,7 +92,7 @@ class Grant:
     @property
     def is_here(self) -> bool:
         """Whether it was this thread that took it."""
-        return self.thread is threading.current_thread() and self.is_ours
+        return self.thread is self.lock.process.engine.runtime.me() and self.is_ours
 
     def lease_ms(self, now: float) -> int:
         """How long it is to last from now on: its lease, or longer if it was extended."""
@@ -406,7 +406,7 @@ class Lock:
     @property
     def _grant(self) -> Grant | None:
         """This thread's grant; another thread's, if it has none: any thread may release a lock."""
-        here = threading.current_thread()
+        here = self.process.engine.runtime.me()
         for grant in reversed(self._grants):
             if grant.thread is here:
                 return grant
@@ -446,7 +446,7 @@ class Lock:
         self.process.engine.tell(self._lost(grant))
         if self.on_lost is not None:
             try:
-                self.on_lost(self)
+                self.process.engine.runtime.tell(self.on_lost, self)
             except Exception:
                 log.exception("on_lost of %r has raised", self)
 
@@ -521,7 +521,7 @@ class Acquiring:
         lock = self._lock
         self._me, holder = self._process.engine.new_holder(shared=lock.shared, places=self._places)
         lease_ms = math.ceil(lock.lease * 1000)
-        self._wish = Wish(lock.base, holder, lease_ms, threading.current_thread().name)
+        self._wish = Wish(lock.base, holder, lease_ms, self._process.engine.runtime.my_name())
 
     def run(self, seconds: float | None) -> AlreadyLockedError | None:
         """Take the lock, or say why not.
@@ -565,7 +565,8 @@ class Acquiring:
                 "make a new Process"
             )
         finally:
-            self._give_up()
+            if self._wish.holder in process.waiters:
+                process.engine.runtime.clean_up(self._give_up)
 
     def _ask(self, *, queue: bool) -> Locked:
         flow = locks.acquire(self._me, self._wish, queue=queue)
@@ -574,14 +575,13 @@ class Acquiring:
     def _give_up(self) -> None:
         """Whoever gives up must not stay in line: it would swallow the next wake-up."""
         process, holder = self._process, self._wish.holder
-        if holder in process.waiters:
-            try:
-                with contextlib.suppress(ConnectionLostError):  # it goes on by itself
-                    process.engine.run(
-                        self._lock.base, locks.release(self._me, self._lock.base, holder)
-                    )
-            finally:
-                del process.waiters[holder]
+        try:
+            with contextlib.suppress(ConnectionLostError):  # it goes on by itself
+                process.engine.run(
+                    self._lock.base, locks.release(self._me, self._lock.base, holder)
+                )
+        finally:
+            del process.waiters[holder]
 
     def _taken(self, answer: Locked, seconds: float | None) -> AlreadyLockedError:
         process_id = locks.process_of(answer.holder)

@@ -438,7 +438,7 @@ class Process:
             self.engine.run(base, locks.wake(base, holder))
         give_up = time.monotonic() + WAITERS_TIMEOUT
         while self.waiters and time.monotonic() < give_up:
-            time.sleep(0.001)
+            self.engine.runtime.sleep(0.001)
 
     def begin_after_fork(self) -> None:
         """The child's copy is a process of its own. Locks may be held by threads of the parent."""

@@ -156,7 +156,9 @@ class Reference:
                     return False
                 engine.run(name, locks.wait(self._base, waiter, min(left, ASK_AGAIN)))
         finally:
-            engine.run(name, references.stop_waiting(self._base, waiter))
+            engine.runtime.clean_up(
+                lambda: engine.run(name, references.stop_waiting(self._base, waiter))
+            )
 
     def increment_times_modified(self) -> None:
         """Count that this process modified the resource."""

@@ -1,4 +1,4 @@
-"""The background threads of a process.
+"""The background workers of a process: threads, or tasks of its event loop.
 
 One beats, one tries failed batches again, one goes on with what was under way when the server went,
 and one takes over from dead processes: the user's code runs in these, for as long as it likes, and
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from phonon.errors import ServerUnreachableError
+from phonon.runtime import Worker
 from phonon.takeover import take_over
 
 if TYPE_CHECKING:
@@ -26,15 +27,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("phonon")
 
 
-def _join(thread: threading.Thread | None, timeout: float | None = None) -> None:
-    if thread is not None and thread.is_alive() and thread is not threading.current_thread():
-        thread.join(timeout)
+def _join(worker: Worker | None, timeout: float | None = None) -> None:
+    if worker is not None and worker.is_alive():
+        with contextlib.suppress(RuntimeError):  # it is ourselves
+            worker.join(timeout)
 
 
 class Upkeep:
     """Keeps a process alive, and its failed batches in hand.
 
-    The threads hold the engine weakly: a process that nobody holds any more stops beating, and
+    They hold the engine weakly: a process that nobody holds any more stops beating, and
     survivors take over what it held.
 
     Args:
@@ -43,31 +45,29 @@ class Upkeep:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = weakref.ref(engine)
+        self._runtime = engine.runtime
         self._interval = engine.heartbeat_interval
         self._name = engine.name[:8]
         self._stopping = threading.Event()
-        self._beat_due = threading.Condition()
+        self._beat_due = self._runtime.condition()
         #: When the next beat is due at the latest.
         self._beat_at = math.inf
-        self._beating: threading.Thread | None = None
-        self._retrying: threading.Thread | None = None
-        self._catching_up: threading.Thread | None = None
-        self._recovering: threading.Thread | None = None
+        self._beating: Worker | None = None
+        self._retrying: Worker | None = None
+        self._catching_up: Worker | None = None
+        self._recovering: Worker | None = None
         self._dead: dict[str, None] = {}
         self._leaving = threading.Event()
         self._order = itertools.count()
         self._due: list[tuple[float, int, bytes, int, Update | None]] = []
-        self._changed = threading.Condition()
+        self._changed = self._runtime.condition()
 
     def start(self) -> None:
         """Begin to beat."""
-        self._beating = threading.Thread(
-            target=self._beat, name=f"phonon-heartbeat-{self._name}", daemon=True
-        )
-        self._beating.start()
+        self._beating = self._runtime.spawn(self._beat, f"phonon-heartbeat-{self._name}")
 
     def stop(self) -> None:
-        """End the threads. One that is in the middle of something is waited for, for a while."""
+        """End the workers. One that is in the middle of something is waited for, for a while."""
         self._stopping.set()
         self._leaving.set()
         self.beat_in(0.0)
@@ -104,12 +104,11 @@ class Upkeep:
     def catch_up(self) -> None:
         """Go on with what was under way when the server went. Called by the heartbeat."""
         if self._catching_up is None or not self._catching_up.is_alive():
-            self._catching_up = threading.Thread(
-                target=self._catch_up, name=f"phonon-catch-up-{self._name}", daemon=True
-            )
             # As with a retry.
             with contextlib.suppress(RuntimeError):
-                self._catching_up.start()
+                self._catching_up = self._runtime.spawn(
+                    self._catch_up, f"phonon-catch-up-{self._name}"
+                )
 
     def recover(self, dead: Iterable[str]) -> None:
         """Take over from dead processes. Called by the heartbeat."""
@@ -117,12 +116,11 @@ class Upkeep:
             self._dead.update(dict.fromkeys(dead))
             if not self._dead or self._leaving.is_set() or self._recovering is not None:
                 return
-            self._recovering = threading.Thread(
-                target=self._recover, name=f"phonon-recovery-{self._name}", daemon=True
-            )
             # As with a retry.
             with contextlib.suppress(RuntimeError):
-                self._recovering.start()
+                self._recovering = self._runtime.spawn(
+                    self._recover, f"phonon-recovery-{self._name}"
+                )
 
     def retry_in(self, seconds: float, base: bytes, token: int, update: "Update | None") -> None:
         """Try a batch again later."""
@@ -130,12 +128,11 @@ class Upkeep:
             entry = (time.monotonic() + seconds, next(self._order), base, token, update)
             heapq.heappush(self._due, entry)
             if self._retrying is None and not self._stopping.is_set():
-                self._retrying = threading.Thread(
-                    target=self._retry, name=f"phonon-retry-{self._name}", daemon=True
-                )
                 # The interpreter starts no threads while it ends; then stop() tries again.
                 with contextlib.suppress(RuntimeError):
-                    self._retrying.start()
+                    self._retrying = self._runtime.spawn(
+                        self._retry, f"phonon-retry-{self._name}"
+                    )
             self._changed.notify_all()
 
     def drop_retries(self) -> None:

@@ -139,6 +139,8 @@ class Server:
     """
 
     colocated = True
+    #: How it waits between two attempts.
+    sleep = staticmethod(time.sleep)
 
     def __init__(
         self,
@@ -247,7 +249,7 @@ class Server:
                 for i in unanswered:
                     replies[i] = self.lost(failure)  # one each: a traceback grows as it is raised
                 break
-            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load, no secret
+            self.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load, no secret
             pause = min(pause * 2, self.longest_pause)
         for i, reply in enumerate(replies):
             if isinstance(reply, ResponseError):
@@ -292,7 +294,7 @@ class Server:
         try:
             return self._wait_at(self._pool_of(key), key, timeout)
         except GONE:
-            time.sleep(min(timeout, WAIT_PAUSE))
+            self.sleep(min(timeout, WAIT_PAUSE))
             return False
 
     def close(self) -> None:

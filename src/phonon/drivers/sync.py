@@ -1,4 +1,4 @@
-"""The driver for threads: runs flows over redis-py connections, many in lock step."""
+"""The driver: runs flows over redis-py connections, many in lock step."""
 
 import itertools
 import logging
@@ -7,12 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, Future
 from typing import Any, Generic, NamedTuple, cast
 
 from phonon.drivers.server import Server
 from phonon.errors import ConnectionLostError, PhononError
 from phonon.protocol.effects import Call, Effect, Execute, Flow, Outcome, T, Wait
+from phonon.runtime import THREADS, Runtime
 
 log = logging.getLogger("phonon")
 
@@ -139,10 +140,10 @@ class Guard:
 
     __slots__ = ("_busy", "_freed", "_lock", "_queue", "_tickets")
 
-    def __init__(self) -> None:
+    def __init__(self, runtime: Runtime = THREADS) -> None:
         self._busy: set[bytes] = set()
         self._lock = threading.Lock()
-        self._freed = threading.Condition(self._lock)
+        self._freed = runtime.condition(self._lock)
         self._tickets = itertools.count()
         self._queue: dict[int, AbstractSet[bytes]] = {}
 
@@ -247,6 +248,7 @@ class SyncDriver:
         server: Where calls go.
         together: Puts together what can be executed together.
         executor: Where the user's code runs, if not in the calling thread.
+        runtime: How flows wait for each other.
     """
 
     def __init__(
@@ -254,11 +256,13 @@ class SyncDriver:
         server: Server,
         together: Callable[[Sequence[Execute]], Iterable[Portion]] = one_by_one,
         executor: Executor | None = None,
+        runtime: Runtime = THREADS,
     ) -> None:
         self.server = server
         self._together = together
         self._executor = executor
-        self._guard = Guard()
+        self._runtime = runtime
+        self._guard = Guard(runtime)
         self._numbers = itertools.count(1)
         self._kept = Kept()
 
@@ -464,10 +468,12 @@ class SyncDriver:
         except RuntimeError:  # it was shut down: what is to be done is done here
             return None
 
-    @staticmethod
-    def _collect(tasks: Sequence[Task[Any]], until: float) -> None:
+    def _collect(self, tasks: Sequence[Task[Any]], until: float) -> None:
         """Wait for what the executor runs, for a while."""
-        wait({task.running[0] for task in tasks if task.running}, until - time.monotonic())
+        if not tasks:
+            return
+        futures = {task.running[0] for task in tasks if task.running}
+        self._runtime.wait(futures, until - time.monotonic())
         for task in tasks:
             if task.running is not None and task.running[0].done():
                 future, i = task.running
