@@ -32,6 +32,7 @@ from phonon.errors import (
 )
 from phonon.execution import Execution, together
 from phonon.lock import Grant, Grants
+from phonon.partials import is_known
 from phonon.protocol import compaction, locks, processes, recovery, references, updates
 from phonon.protocol.effects import Flow, Participant, T
 from phonon.protocol.keys import Keys
@@ -263,11 +264,18 @@ class Engine:
             if self._started:
                 errors = self._end_everything()
         finally:
-            self.stopped = True
-            self.upkeep.stop()
-            self.runtime.close()
-            self.lease.close()
+            self.close()
         return errors
+
+    def close(self) -> None:
+        """Do no more. A second call does nothing."""
+        if not self.stopped:
+            self.stopped = True
+            try:
+                self.upkeep.stop()
+            finally:
+                self.runtime.close()
+                self.lease.close()
 
     def _end_everything(self) -> list[Exception]:
         errors: list[Exception] = []
@@ -456,7 +464,8 @@ class Engine:
         """A batch was left to others. There may be very many of that kind: say so once."""
         if isinstance(error, UnknownClassError) and error.class_name not in self._unknown:
             self._unknown.add(error.class_name)
-            text = f"batches of {error.class_name} are left to a process that has imported it"
+            whom = "an AsyncProcess" if is_known(error.class_name) else "a process"
+            text = f"batches of {error.class_name} are left to {whom} that has imported it"
             error.add_note(f"phonon: {text}; their data is kept")
             log.warning("%s: %s", text, error)
             self._hook(error)

@@ -9,6 +9,7 @@ from phonon.drivers.sync import Portion, by_itself, run_user_code
 from phonon.partials import class_of, merge_batch, merge_stored
 from phonon.protocol.effects import Execute, Outcome
 from phonon.protocol.messages import Batch
+from phonon.runtime import Runtime
 
 if TYPE_CHECKING:
     from phonon.engine import Engine
@@ -25,16 +26,18 @@ class Record(NamedTuple):
         update: The instance that executes it.
         merged: Its content.
         token: Its token.
+        runtime: What runs its ``execute``.
     """
 
     update: "Update"
     merged: "Update"
     token: int
+    runtime: Runtime
 
     def execute(self) -> None:
         """Execute it by itself."""
         with self.update.executing(self.merged, self.token) as instance:
-            instance.execute()
+            self.runtime.call(instance.execute)
 
 
 class Execution:
@@ -73,7 +76,12 @@ class Execution:
         merged = merge_batch(self.engine, self.resource, batch)
         return [
             # Each class has a token of its own, all below the next batch's.
-            Record(local if type(local) is cls else update, update, batch.token + i)
+            Record(
+                local if type(local) is cls else update,
+                update,
+                batch.token + i,
+                self.engine.runtime,
+            )
             for i, (cls, update) in enumerate(merged.items())
         ]
 
@@ -122,5 +130,5 @@ def _execute_many(cls: "type[Update]", records: Sequence[Record]) -> list[Except
             stack.enter_context(record.update.executing(record.merged, record.token))
             for record in records
         ]
-        failed = {id(update): error for update, error in cls.execute_many(instances) or ()}
+        failed = {id(update): error for update, error in records[0].runtime.call(cls.execute_many, instances) or ()}
         return [failed.get(id(instance)) for instance in instances]

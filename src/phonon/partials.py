@@ -39,6 +39,12 @@ def is_known(class_name: str) -> bool:
     return class_name in _classes
 
 
+def can_execute(engine: "Engine", class_name: str) -> bool:
+    """Whether that process can execute batches of a class."""
+    cls = _classes.get(class_name)
+    return cls is not None and (engine.runtime.is_async or not cls.is_async)
+
+
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -96,7 +102,7 @@ def rebuild(engine: "Engine", resource: str, partial: bytes, where: str) -> "Upd
     ):
         raise UndecodableError(f"{place} does not hold an update's content")
     update = cls.__new__(cls)
-    update._restore(engine.process, content)  # noqa: SLF001 - this is half of its constructor
+    update._restore(engine.process.public, content)  # noqa: SLF001 - this is half of its constructor
     return update
 
 
@@ -114,6 +120,12 @@ def merge_batch(engine: "Engine", resource: str, batch: Batch) -> "dict[type[Upd
     merged: dict[type[Update], Update] = {}
     for partial in batch.partials:
         update = rebuild(engine, resource, partial, where)
+        if not can_execute(engine, name := _name(type(update))):
+            raise UnknownClassError(
+                f"a batch of {resource!r} belongs to {name}, an AsyncUpdate, and this process has "
+                "no event loop: run an AsyncProcess that imports it",
+                name,
+            )
         first = merged.setdefault(type(update), update)
         if first is not update:
             first.merge(update)

@@ -3,7 +3,6 @@
 import atexit
 import math
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from phonon.protocol.effects import Call
 from phonon.protocol.keys import Keys
 from phonon.protocol.updates import RetryPolicy
 from phonon.reference import Reference
+from phonon.runtime import THREADS, Runtime
 from phonon.serializers import ExactSerializer, Serializer
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Process:
     RETRY_SLEEP: ClassVar[float] = 0.5
     #: Seconds to wait for a lock at the most.
     BLOCKING_TIMEOUT: ClassVar[float] = 500.0
+    _runtime: Runtime = THREADS
+    _kit: connect.Kit = connect.SYNC
 
     def __init__(
         self,
@@ -117,28 +119,7 @@ class Process:
                 "executor= takes threads: updates hold connections and cannot be sent to another "
                 "process; give a concurrent.futures.ThreadPoolExecutor"
             )
-        for name, value in (
-            ("session_length", session_length),
-            ("heartbeat_interval", heartbeat_interval),
-            ("retry_timeout", retry_timeout),
-        ):
-            if not 0 < value < math.inf:
-                raise ConfigurationError(f"{name} is a number of seconds above 0, not {value!r}")
-        if retry_timeout > MOST_RETRY_TIMEOUT:
-            raise ConfigurationError(
-                f"retry_timeout is {MOST_RETRY_TIMEOUT:g} s at the most, not {retry_timeout!r}: "
-                "the server does not remember operations for much longer"
-            )
-        if heartbeat_interval >= self.TTL:
-            raise ConfigurationError(
-                f"locks last {self.TTL:g} s and are renewed every {heartbeat_interval:g} s: make "
-                "heartbeat_interval shorter, or subclass Process with a longer TTL"
-            )
-        if session_length < 2 * heartbeat_interval:
-            raise ConfigurationError(
-                f"memberships last {session_length:g} s and are renewed every "
-                f"{heartbeat_interval:g} s: make session_length at least twice heartbeat_interval"
-            )
+        check_times(session_length, heartbeat_interval, retry_timeout, self.TTL)
         keys = Keys(namespace)
         address = (host, port, db)
         settings: dict[str, Any] = {
@@ -149,17 +130,17 @@ class Process:
         if client is not None:
             if url or hosts:
                 raise ConfigurationError("give one of client=, url= and hosts=")
-            lease = connect.connect_client(client, library.default(), **settings)
+            lease = connect.connect_client(client, library.default(), self._kit, **settings)
         else:
             found = _url(url, hosts, address)
-            lease = connect.connect_url(found, library.default(), **settings)
+            lease = connect.connect_url(found, library.default(), self._kit, **settings)
         self.session_length = session_length
         self.heartbeat_interval = heartbeat_interval
         self.recover_failed_processes = recover_failed_processes
         #: Locks that threads wait for: holder and resource.
         self.waiters: dict[str, bytes] = {}
         self.stopping = False
-        self._stop_lock = threading.RLock()
+        self._stop_lock = self._runtime.rlock()
         self.engine = Engine(
             self,
             lease,
@@ -171,11 +152,12 @@ class Process:
             recovers=recover_failed_processes,
             on_error=on_error,
             executor=executor,
+            runtime=self._runtime,
         )
         try:
             self.engine.start()
         except BaseException:
-            lease.close()
+            self.engine.close()
             raise
         _alive.add(self)
 
@@ -212,6 +194,11 @@ class Process:
     def id(self) -> str:
         """The process's identity, unique for ever."""
         return self.engine.name
+
+    @property
+    def public(self) -> Any:
+        """The object that users have: this one, or its asyncio twin."""
+        return self
 
     @property
     def client(self) -> Any:
@@ -424,12 +411,15 @@ class Process:
                 return
             self.stopping = True
             batch = self.engine.batch
-            errors = batch.close() if batch is not None else []
             try:
-                self._wake_waiters()
-            except PhononError as error:
-                errors.append(error)
-            errors += self.engine.stop()
+                errors = batch.close() if batch is not None else []
+                try:
+                    self._wake_waiters()
+                except PhononError as error:
+                    errors.append(error)
+                errors += self.engine.stop()
+            finally:
+                self.engine.close()
         raise_together("stopping left something undone", errors)
 
     def _wake_waiters(self) -> None:
@@ -444,13 +434,45 @@ class Process:
         """The child's copy is a process of its own. Locks may be held by threads of the parent."""
         self.waiters = {}
         self.stopping = False
-        self._stop_lock = threading.RLock()
+        self._stop_lock = self._runtime.rlock()
         self.engine.after_fork_in_child()
 
     def _registry(self, registry_key: str | None) -> bytes:
         if registry_key is None:
             return self.engine.me.registry
         return registry_key.encode("utf-8", "surrogatepass")
+
+
+def check_times(
+    session_length: float, heartbeat_interval: float, retry_timeout: float, ttl: float
+) -> None:
+    """Refuse settings of a `Process` that cannot be meant.
+
+    Raises:
+        ConfigurationError: One cannot.
+    """
+    for name, value in (
+        ("session_length", session_length),
+        ("heartbeat_interval", heartbeat_interval),
+        ("retry_timeout", retry_timeout),
+    ):
+        if not 0 < value < math.inf:
+            raise ConfigurationError(f"{name} is a number of seconds above 0, not {value!r}")
+    if retry_timeout > MOST_RETRY_TIMEOUT:
+        raise ConfigurationError(
+            f"retry_timeout is {MOST_RETRY_TIMEOUT:g} s at the most, not {retry_timeout!r}: "
+            "the server does not remember operations for much longer"
+        )
+    if heartbeat_interval >= ttl:
+        raise ConfigurationError(
+            f"locks last {ttl:g} s and are renewed every {heartbeat_interval:g} s: make "
+            "heartbeat_interval shorter, or subclass Process with a longer TTL"
+        )
+    if session_length < 2 * heartbeat_interval:
+        raise ConfigurationError(
+            f"memberships last {session_length:g} s and are renewed every "
+            f"{heartbeat_interval:g} s: make session_length at least twice heartbeat_interval"
+        )
 
 
 #: Half of what the server remembers operations for.

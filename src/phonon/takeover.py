@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from phonon.errors import ServerUnreachableError
-from phonon.partials import is_known
+from phonon.partials import can_execute
 from phonon.protocol import heirs, recovery
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def take_over(engine: "Engine", dead: Iterable[str], enough: Callable[[], bool])
         if process_id == engine.name:
             continue  # paused while it took this id: the next beat tells, and then it has another
         class_name = heirs.inherits(process_id)
-        if class_name is None or is_known(class_name):
+        if class_name is None or can_execute(engine, class_name):
             _take_over(engine, process_id, enough)
 
 

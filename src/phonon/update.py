@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from phonon import partials
 from phonon.errors import ForkedError, NotStorableError
@@ -60,6 +60,8 @@ class Update:
         ConnectionLostError: The server does not answer; whether the data was stored is not known.
     """
 
+    #: Whether `execute` is a coroutine function, for processes of `phonon.aio`.
+    is_async: ClassVar[bool] = False
     token: int | None = None
     resource_id: str
     block: bool = True
@@ -108,12 +110,16 @@ class Update:
             self.soft_session = soft_session
         engine = self._attach(process)
         self.__check()
+        self._open(engine, init_cache=init_cache)
+
+    def _open(self, engine: "Engine", *, init_cache: bool, keep: bool = False) -> None:
+        """Store the data, or join its session; inside a batch, when that ends."""
         batch = engine.batch
         if batch is not None and (batch.durable or init_cache):
             batch.add(self)
         elif init_cache:
             base = engine.keys.base(self.resource_id)
-            engine.run(base, engine.storing(self, keep=False))
+            engine.run(base, engine.storing(self, keep=keep))
         else:
             opener = engine.held.get(self.resource_id)
             if opener is not None:
@@ -205,7 +211,7 @@ class Update:
     def ref(self) -> Reference:
         """The reference to the record's resource."""
         if self.__ref is None:
-            self.__ref = Reference(self.__process, self.resource_id, self.block)
+            self.__ref = Reference(self.__process.engine.process, self.resource_id, self.block)
         return self.__ref
 
     def cache(self) -> None:

@@ -173,6 +173,42 @@ def _nodes(shown: str, hosts: str, default: int) -> list[tuple[str, int]]:
     return found
 
 
+def _here(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+class Kit(NamedTuple):
+    """What connections are made with.
+
+    Attributes:
+        client: Makes clients, from redis-py's options.
+        cluster: Makes clients of a cluster.
+        sentinel: Makes clients of sentinels.
+        given: Takes a client that the user made; None if it is of another kind.
+        server: Makes a `Server`.
+        cluster_server: Makes a `ClusterServer`.
+        lock: Makes locks that may be held during calls.
+        block: Calls a function that takes its time.
+        scope: Who may share connections: None for all threads, or an event loop.
+    """
+
+    client: Callable[..., Any] = redis.Redis
+    cluster: Callable[..., Any] = redis.RedisCluster
+    sentinel: Callable[..., Any] = Sentinel
+    given: Callable[[Any], Any] = lambda client: (
+        client if isinstance(client, redis.Redis | redis.RedisCluster) else None
+    )
+    server: Callable[..., Server] = Server
+    cluster_server: Callable[..., Server] = ClusterServer
+    lock: Callable[[], Any] = threading.Lock
+    block: Callable[..., Any] = _here
+    scope: Any = None
+
+
+#: redis-py itself.
+SYNC = Kit()
+
+
 class Lease:
     """A share in a server's connections; the last one returned closes them.
 
@@ -195,9 +231,9 @@ class Lease:
 class _Shared:
     """A server's connections and who uses them."""
 
-    def __init__(self) -> None:
+    def __init__(self, kit: Kit) -> None:
         self.users: set[object] = set()
-        self.starting = threading.Lock()
+        self.starting = kit.lock()
         self.server: Server | None = None
         self.stack = contextlib.ExitStack()
 
@@ -212,17 +248,18 @@ def after_fork_in_child() -> None:
     _lock = threading.Lock()
     for key, shared in list(_shared.items()):
         shared.starting = threading.Lock()
-        if shared.server is None:
-            del _shared[key]  # that thread was about to start it
+        if shared.server is None or shared.server.only_here:
+            del _shared[key]  # that thread was about to start it, or had an event loop
     after_fork_drop_connections()
 
 
-def connect_url(url: str, library: Library, **settings: Any) -> Lease:
+def connect_url(url: str, library: Library, kit: Kit = SYNC, **settings: Any) -> Lease:
     """Connect to the server that a URL names, or join a connection that is there.
 
     Args:
         url: Where; see `FORMS`.
         library: The function library to use.
+        kit: What connections are made with.
         settings: See `Server`.
 
     Raises:
@@ -232,10 +269,10 @@ def connect_url(url: str, library: Library, **settings: Any) -> Lease:
         EmbeddedServerError: The bundled server did not start.
     """
     address = parse(url)
-    key = (url, library.name, *sorted(settings.items()))
+    key = (url, library.name, kit.scope, *sorted(settings.items()))
     me = object()
     with _lock:
-        shared = _shared.setdefault(key, _Shared())
+        shared = _shared.setdefault(key, _Shared(kit))
         shared.users.add(me)
 
     def close() -> None:
@@ -253,7 +290,7 @@ def connect_url(url: str, library: Library, **settings: Any) -> Lease:
         with shared.starting:
             if shared.server is None:
                 with contextlib.ExitStack() as stack:
-                    server = _open(address, library, stack, settings)
+                    server = _open(address, library, stack, kit, settings)
                     stack.callback(server.close)
                     server.start()
                     shared.server, shared.stack = server, stack.pop_all()
@@ -263,7 +300,7 @@ def connect_url(url: str, library: Library, **settings: Any) -> Lease:
     return Lease(shared.server, close)
 
 
-def connect_client(client: Any, library: Library, **settings: Any) -> Lease:
+def connect_client(client: Any, library: Library, kit: Kit = SYNC, **settings: Any) -> Lease:
     """Use a client that the caller made, and leave it open.
 
     Raises:
@@ -272,18 +309,20 @@ def connect_client(client: Any, library: Library, **settings: Any) -> Lease:
         ServerError: Its server cannot be used.
     """
     server: Server
-    if isinstance(client, redis.RedisCluster):
-        nodes = ",".join(f"{node.host}:{node.port}" for node in client.get_nodes())
-        server = ClusterServer(client, library, f"the client's cluster at {nodes}", **settings)
-    elif isinstance(client, redis.Redis):
-        kwargs = client.connection_pool.connection_kwargs
-        place = kwargs.get("path") or f"{kwargs.get('host')}:{kwargs.get('port')}"
-        place = getattr(client.connection_pool, "service_name", place)
-        server = Server(client, library, f"the client's server {place}", **settings)
-    else:
+    used = kit.given(client)
+    if used is None:
+        package = "redis.asyncio" if kit.scope else "redis"
         raise ConfigurationError(
-            f"client= takes a redis.Redis or redis.RedisCluster, {_instead(client)}"
+            f"client= takes a {package}.Redis or {package}.RedisCluster, {_instead(client)}"
         )
+    if hasattr(used, "get_nodes"):
+        nodes = ",".join(f"{node.host}:{node.port}" for node in used.get_nodes())
+        server = kit.cluster_server(used, library, f"the client's cluster at {nodes}", **settings)
+    else:
+        kwargs = used.connection_pool.connection_kwargs
+        place = kwargs.get("path") or f"{kwargs.get('host')}:{kwargs.get('port')}"
+        place = getattr(used.connection_pool, "service_name", place)
+        server = kit.server(used, library, f"the client's server {place}", **settings)
     with contextlib.ExitStack() as stack:
         stack.callback(server.close)
         server.start()
@@ -300,27 +339,34 @@ def _instead(client: Any) -> str:
         return "not a Sentinel: give its master_for(service)"
     if isinstance(client, redis.asyncio.Redis | redis.asyncio.RedisCluster):
         return "not one of redis.asyncio: its calls cannot be waited for here"
+    if isinstance(client, redis.Redis | redis.RedisCluster):
+        return "not one of redis: it would hold up the event loop"
     return f"not a {type(client).__module__}.{type(client).__name__}"
 
 
 def _open(
-    address: Address, library: Library, stack: contextlib.ExitStack, settings: dict[str, Any]
+    address: Address,
+    library: Library,
+    stack: contextlib.ExitStack,
+    kit: Kit,
+    settings: dict[str, Any],
 ) -> Server:
     if address.scheme == "embedded":
-        handle = stack.enter_context(embedded.start(address.path or None))
+        handle = kit.block(embedded.start, address.path or None)
+        stack.callback(handle.close)
         address = address._replace(path=handle.socket_path, options=_OPTIONS)
-    client = _plain_client(address)
+    client = _plain_client(address, kit)
     if address.scheme == "redis+sentinel":
-        client = _sentinel_client(address, stack)
+        client = _sentinel_client(address, stack, kit)
     elif address.scheme == "redis+cluster":
-        cluster = _cluster_client(address)
+        cluster = _cluster_client(address, kit)
         stack.callback(cluster.close)
-        return ClusterServer(cluster, library, address.shown, address.nodes, **settings)
+        return kit.cluster_server(cluster, library, address.shown, address.nodes, **settings)
     stack.callback(client.close)
-    return Server(client, library, address.shown, **settings)
+    return kit.server(client, library, address.shown, **settings)
 
 
-def _plain_client(address: Address) -> "redis.Redis":
+def _plain_client(address: Address, kit: Kit) -> Any:
     """A client for the first node. For the others it proves that redis-py knows the options."""
     if address.scheme in ("unix", "embedded"):
         where: dict[str, Any] = {"unix_socket_path": address.path}
@@ -328,7 +374,7 @@ def _plain_client(address: Address) -> "redis.Redis":
         host, port = address.nodes[0]
         where = {"host": host, "port": port}
     try:
-        client = redis.Redis(**where, **address.options)
+        client = kit.client(**where, **address.options)
         # redis-py looks at some options only when it connects.
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
     except (TypeError, ValueError, RedisError) as error:
@@ -344,7 +390,7 @@ def _unknown_option(address: Address, names: set[str]) -> ConfigurationError:
     )
 
 
-def _cluster_client(address: Address) -> "redis.RedisCluster":
+def _cluster_client(address: Address, kit: Kit) -> Any:
     options = {name: value for name, value in address.options.items() if name != "retry"}
     if options.pop("db", 0):
         raise ConfigurationError(f"{address.shown}: a cluster has no database but 0; name none")
@@ -354,7 +400,7 @@ def _cluster_client(address: Address) -> "redis.RedisCluster":
     nodes: list[ClusterNode] = []
     try:
         nodes += [ClusterNode(host, port) for host, port in address.nodes]
-        return redis.RedisCluster(startup_nodes=nodes, **options)
+        return kit.cluster(startup_nodes=nodes, **options)
     except IndexError as error:  # from redis-py 5
         _close(nodes)
         raise unreachable(address.shown, RedisError("none of its nodes has slots")) from error
@@ -377,10 +423,10 @@ def _close(nodes: list[ClusterNode]) -> None:
             node.redis_connection.close()
 
 
-def _sentinel_client(address: Address, stack: contextlib.ExitStack) -> "redis.Redis":
+def _sentinel_client(address: Address, stack: contextlib.ExitStack, kit: Kit) -> Any:
     ssl = {name: value for name, value in address.options.items() if name.startswith("ssl")}
     try:
-        sentinel = Sentinel(
+        sentinel = kit.sentinel(
             address.nodes,
             sentinel_kwargs={**_OPTIONS, **ssl, **address.for_sentinel},
             **address.options,
@@ -391,11 +437,10 @@ def _sentinel_client(address: Address, stack: contextlib.ExitStack) -> "redis.Re
     for client in sentinel.sentinels:
         stack.callback(client.close)
     _check_sentinels(sentinel, address)
-    primary: redis.Redis = sentinel.master_for(address.path)
-    return primary
+    return sentinel.master_for(address.path)
 
 
-def _check_sentinels(sentinel: Sentinel, address: Address) -> None:
+def _check_sentinels(sentinel: Any, address: Address) -> None:
     """Say what is wrong with sentinels, or with what we want from them, which redis-py does not."""
     known: set[str] = set()
     failure: BaseException | None = None

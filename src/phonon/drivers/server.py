@@ -139,6 +139,8 @@ class Server:
     """
 
     colocated = True
+    #: Whether its connections are an event loop's, which no forked child goes on with.
+    only_here = False
     #: How it waits between two attempts.
     sleep = staticmethod(time.sleep)
 
