@@ -219,13 +219,17 @@ class LruCache(Generic[U]):
                     by_engine.setdefault(engine, []).append((entry, failed))
                 continue
             try:
-                entry.end_session()  # type: ignore[attr-defined]
+                self._end_other(entry)
             except Exception as error:  # noqa: BLE001 - collected, and raised by the caller
                 failed()
                 errors.append(error)
         for engine, endings in by_engine.items():
             errors += end_all(engine, endings)
         return errors
+
+    def _end_other(self, entry: Any) -> None:
+        """End the session of what is no update of ours."""
+        entry.end_session()
 
     def _failed(self, key: Hashable, entry: U) -> None:
         self._last_failed = entry

@@ -617,7 +617,7 @@ class Engine:
         try:
             self._renew()
         finally:
-            if self.driver.suspended or self.unstored or self._unended or self._expired:
+            if self.has_left_over:
                 self.upkeep.catch_up()
             if self.recovers:
                 self.upkeep.recover(beat.dead)
@@ -658,6 +658,11 @@ class Engine:
                 "Process(durability=...), keeps its data"
             )
         )
+
+    @property
+    def has_left_over(self) -> bool:
+        """Whether something could not be brought to its end yet."""
+        return bool(self.driver.suspended or self.unstored or self._unended or self._expired)
 
     def catch_up(self) -> None:
         """Go on with what could not be done while the server was gone. Batches may execute."""

@@ -159,6 +159,10 @@ class Process:
         except BaseException:
             self.engine.close()
             raise
+        self._enlist()
+
+    def _enlist(self) -> None:
+        """Stop at the end of the interpreter, and begin anew in a forked child."""
         _alive.add(self)
 
     @classmethod
