@@ -59,6 +59,17 @@ class LruCache(Generic[U]):
             Exception: What ending an evicted or expired entry's session raised. The update that
                 was passed is in the cache, or merged, all the same.
         """
+        answer, out = self.put(key, update)
+        if out:
+            self.end(out)
+        return answer
+
+    def put(self, key: Hashable, update: U) -> tuple[bool | None, list[tuple[Hashable, U]]]:
+        """What `set` does with the cache itself; never waits.
+
+        Returns:
+            The answer, and the entries whose sessions are to be ended.
+        """
         out: list[tuple[Hashable, U]] = []
         with self._lock:
             entry = self._entries.get(key)
@@ -78,9 +89,11 @@ class LruCache(Generic[U]):
                 else:
                     self._entries.move_to_end(key)
                     answer = False
-        if out:
-            raise_together("ending sessions failed", self._end(out))
-        return answer
+        return answer, out
+
+    def end(self, out: list[tuple[Hashable, U]]) -> None:
+        """End the sessions of entries that have left the cache; raises what that raised."""
+        raise_together("ending sessions failed", self._end(out))
 
     def get(self, key: Hashable) -> U | None:
         """The update of a key, which counts as used now.

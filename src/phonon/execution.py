@@ -130,5 +130,8 @@ def _execute_many(cls: "type[Update]", records: Sequence[Record]) -> list[Except
             stack.enter_context(record.update.executing(record.merged, record.token))
             for record in records
         ]
-        failed = {id(update): error for update, error in records[0].runtime.call(cls.execute_many, instances) or ()}
+        failed = {
+            id(update): error
+            for update, error in records[0].runtime.call(cls.execute_many, instances) or ()
+        }
         return [failed.get(id(instance)) for instance in instances]

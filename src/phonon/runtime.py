@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import wait
 from contextlib import AbstractContextManager
 from inspect import iscoroutine, iscoroutinefunction
+from types import TracebackType
 from typing import Any, Protocol
 
 
@@ -29,7 +30,13 @@ class Condition(Protocol):
 
     def __enter__(self) -> Any: ...
 
-    def __exit__(self, *error: object) -> Any: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> bool | None: ...
 
     def wait(self, timeout: float | None = None) -> bool:
         """Let go, and wait to be notified."""
@@ -97,10 +104,14 @@ class Threads:
     is_async = False
     lock = staticmethod(threading.Lock)
     rlock = staticmethod(threading.RLock)
-    condition = staticmethod(threading.Condition)
     local = staticmethod(threading.local)
     me = staticmethod(threading.current_thread)
     sleep = staticmethod(time.sleep)
+
+    @staticmethod
+    def condition(lock: Any = None) -> threading.Condition:
+        """See `Runtime`."""
+        return threading.Condition(lock)
 
     @staticmethod
     def my_name() -> str:

@@ -33,7 +33,7 @@ PATIENCE = 0.5
 LAST_PATIENCE = 5.0
 
 
-class _Green(greenlet):
+class _Green(greenlet):  # type: ignore[misc]  # it has no types
     """Runs the engine's code on behalf of a task, in that task's context."""
 
     def __init__(self, function: Callable[..., Any], parent: greenlet) -> None:
@@ -132,26 +132,26 @@ def _at_once(coroutine: Coroutine[Any, Any, Any]) -> None:
         coroutine.send(None)
 
 
-# What each task has of its own. Those that it starts inherit it.
-_values: ContextVar[Mapping[tuple[Any, str], Any]] = ContextVar("phonon", default={})  # noqa: B039 - never changed
+# The batch that a task is in, by the `Local` of the process. Tasks that it starts inherit it.
+_batches: ContextVar[Mapping[Any, Any]] = ContextVar("phonon_batches", default={})  # noqa: B039 - never changed
 #: Whether this is an ``execute``, or something that it has called.
 _executing: ContextVar[bool] = ContextVar("phonon_executing", default=False)
 
 
 class Local:
-    """Has attributes of their own for each task, and those that it starts."""
+    """What each task has of its own in a process, as do those that it starts."""
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return _values.get()[self, name]
-        except KeyError:
-            raise AttributeError(name) from None
+    @property
+    def batch(self) -> Any:
+        """The batch that it is in, open or not."""
+        return _batches.get().get(self)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        values = {key: old for key, old in _values.get().items() if key != (self, name)}
-        if value is not None:
-            values[self, name] = value
-        _values.set(values)
+    @batch.setter
+    def batch(self, batch: Any) -> None:
+        batches = {local: other for local, other in _batches.get().items() if local is not self}
+        if batch is not None:
+            batches[self] = batch
+        _batches.set(batches)
 
 
 class Lock:
@@ -209,7 +209,7 @@ class Condition:
             timer = self._loop.call_later(timeout, _tell, waiter, False)  # noqa: FBT003 - positional there
         self._lock.release()
         try:
-            return await_(waiter)
+            return bool(await_(waiter))
         finally:
             self._lock.acquire()
             self._waiters.remove(waiter)
@@ -420,12 +420,12 @@ class Places:
             RuntimeError: The process was stopped.
         """
         context = copy_context()
-        context.run(_values.set, {})  # a batch block is the caller's
+        context.run(_batches.set, {})  # a batch block is the caller's
         return Running(self._runtime.start(self._run(work), None, context))
 
     async def _run(self, work: Callable[[], Any]) -> Any:
         if _executing.get():
             return await run(work)
         async with self._places:
-            _executing.set(True)  # noqa: FBT003 - positional there
+            _executing.set(True)
             return await run(work)

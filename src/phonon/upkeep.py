@@ -130,9 +130,7 @@ class Upkeep:
             if self._retrying is None and not self._stopping.is_set():
                 # The interpreter starts no threads while it ends; then stop() tries again.
                 with contextlib.suppress(RuntimeError):
-                    self._retrying = self._runtime.spawn(
-                        self._retry, f"phonon-retry-{self._name}"
-                    )
+                    self._retrying = self._runtime.spawn(self._retry, f"phonon-retry-{self._name}")
             self._changed.notify_all()
 
     def drop_retries(self) -> None:

@@ -21,11 +21,6 @@ class _Entries(LruCache[U]):
         """That of the process whose updates are in here."""
         return self._known_to
 
-    def set(self, key: Hashable, update: U) -> bool | None:
-        if isinstance(update, AsyncUpdate):
-            update.open_now()
-        return super().set(key, update)
-
     def _end_other(self, entry: Any) -> None:
         ending = entry.end_session()
         if isawaitable(ending):
@@ -73,8 +68,13 @@ class AsyncLruCache(Generic[U]):
             Exception: What ending an evicted or expired entry's session raised. The update that
                 was passed is in the cache, or merged, all the same.
         """
-        engine = update.process().engine if isinstance(update, AsyncUpdate) else self._sync.engine
-        return await call(engine, self._sync.set, key, update)
+        if isinstance(update, AsyncUpdate) and update.is_to_be_opened:
+            await call(update.process().engine, update.open_now)
+        # What needs no server needs no greenlet either.
+        answer, out = self._sync.put(key, update)
+        if out:
+            await call(self._sync.engine, self._sync.end, out)
+        return answer
 
     async def get(self, key: Hashable) -> U | None:
         """The update of a key, which counts as used now; see `LruCache.get`."""

@@ -131,9 +131,7 @@ class AsyncLock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        releasing: Awaitable[Any] = call(
-            self._engine, self._sync.__exit__, kind, error, traceback
-        )
+        releasing: Awaitable[Any] = call(self._engine, self._sync.__exit__, kind, error, traceback)
         await leave(error, releasing)
 
 

@@ -1,13 +1,13 @@
 """A process of an event loop."""
 
 import asyncio
+import functools
 import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
-
 
 from phonon.aio.batch import AsyncBatch
 from phonon.aio.lock import AsyncLock, AsyncSemaphore
@@ -37,7 +37,9 @@ class _Inner(Process):
         options: As of a `Process`.
     """
 
-    def __init__(self, public: "AsyncProcess", max_concurrent: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, public: "AsyncProcess", max_concurrent: int, options: dict[str, Any]
+    ) -> None:
         self._public = weakref.ref(public)
         self._runtime = runtime = Tasks()
         self._kit = aio.kit(runtime)
@@ -215,13 +217,18 @@ class AsyncProcess:
             )
         return self._inner
 
-    @property
+    @functools.cached_property  # it is asked for with every update
     def engine(self) -> "Engine":
         """Its machinery."""
         return self.sync.engine
 
-    _sync = sync
-    _engine = engine
+    @property
+    def _sync(self) -> Process:
+        return self.sync
+
+    @property
+    def _engine(self) -> "Engine":
+        return self.engine
 
     @property
     def id(self) -> str:
@@ -283,9 +290,7 @@ class AsyncProcess:
         on_lost: Callable[[AsyncLock], object] | None = None,
     ) -> AsyncSemaphore:
         """A semaphore, for an ``async with`` block; see `Process.semaphore`."""
-        return AsyncSemaphore(
-            self, name, places, block, lease=lease, on_lost=on_lost
-        )
+        return AsyncSemaphore(self, name, places, block, lease=lease, on_lost=on_lost)
 
     def batch(self, *, durable: bool = True) -> AsyncBatch:
         """Collect what this task does, and the tasks that it starts, and send it together.

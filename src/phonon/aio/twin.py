@@ -65,4 +65,4 @@ def twin(
         return await call(self._engine, method, self._sync, *args, **kwargs)
 
     awaited.__qualname__ = f"Async{method.__qualname__}"
-    return awaited
+    return cast("Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]", awaited)

@@ -85,6 +85,11 @@ class AsyncUpdate(Update):
         else:
             self.__init_cache = init_cache
 
+    @property
+    def is_to_be_opened(self) -> bool:
+        """Whether there is something that the constructor could not do."""
+        return self.__init_cache is not None
+
     def open_now(self) -> None:
         """Do what the constructor would have done, had it been able to wait."""
         init_cache, self.__init_cache = self.__init_cache, None

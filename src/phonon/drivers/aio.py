@@ -210,7 +210,7 @@ class _InLoop:
     """What a server of an event loop does in a way of its own."""
 
     only_here = True
-    sleep = staticmethod(Tasks.sleep)
+    sleep: Callable[[float], None] = staticmethod(Tasks.sleep)
     _idle: dict[Any, list[Any]]
 
     def forget_connections(self) -> None:
@@ -254,5 +254,3 @@ def kit(runtime: Tasks) -> Kit:
         block=_block,
         scope=runtime.loop,
     )
-
-

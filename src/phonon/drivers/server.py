@@ -5,7 +5,7 @@ import random
 import re
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import redis
@@ -142,7 +142,7 @@ class Server:
     #: Whether its connections are an event loop's, which no forked child goes on with.
     only_here = False
     #: How it waits between two attempts.
-    sleep = staticmethod(time.sleep)
+    sleep: Callable[[float], None] = staticmethod(time.sleep)
 
     def __init__(
         self,
