@@ -49,7 +49,9 @@ MUTATIONS = {
         "  local token = args[3]\n  if call('EXISTS', r.running) == 0 then",
         "G9",
     ),
-    "a batch is owned under any token": Mutation(" and running[2] == token", "", "G9"),
+    "a batch is owned under any token": Mutation(
+        " and running[2] == token", "", "G9", seed="finds3"
+    ),
     "operation numbers are not remembered": Mutation(
         "          remember(r, answer)",
         "          call('PEXPIRE', r.memory, MEMORY_MS)",
