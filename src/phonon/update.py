@@ -58,6 +58,7 @@ class Update:
     Raises:
         NotStorableError: A value has a type that cannot be stored.
         ConnectionLostError: The server does not answer; whether the data was stored is not known.
+        BacklogFullError: Too much is left undone; this was not taken in.
     """
 
     token: int | None = None
@@ -108,6 +109,8 @@ class Update:
             self.soft_session = soft_session
         engine = self._attach(process)
         self.__check()
+        if engine.backlog.full:
+            engine.backlog.wait(process.BLOCKING_TIMEOUT)
         batch = engine.batch
         if batch is not None and (batch.durable or init_cache):
             batch.add(self)
@@ -475,7 +478,8 @@ class Update:
                 self.__spent()
         instance.token = token
         try:
-            yield instance
+            with self.__process.engine.backlog.working():
+                yield instance
         finally:
             instance.token = None
             if instance is self:
