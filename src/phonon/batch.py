@@ -196,6 +196,7 @@ def store(engine: "Engine", updates: "list[Update]", joins: dict[str, None] | No
         engine.unstored += [update for update, _ in storing if update.has_unsent()]
         raise
     engine.unstored += [update for update, task in storing if task.error is not None]
+    engine.backlog.look()
     errors = [task.error for task in tasks if isinstance(task.error, Exception)]
     if errors:
         raise ExceptionGroup(f"{len(errors)} of {len(tasks)} could not be stored", errors)

@@ -183,6 +183,11 @@ class LruCache(Generic[U]):
             ]
         return self._end_keys(keys)
 
+    @property
+    def surplus(self) -> int:
+        """How many more it holds than it should, because they could not be sent."""
+        return max(0, len(self._entries) - self.max_entries)
+
     def forget_for(self, engine: "Engine") -> None:
         """Drop them: after a fork they are the parent's."""
         # The lock may have been held by a thread of the parent.

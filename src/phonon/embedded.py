@@ -39,7 +39,7 @@ from phonon.errors import ConfigurationError, EmbeddedServerError
 
 __all__ = ["EmbeddedServer", "start"]
 
-_START_TIMEOUT = 10.0
+_START_TIMEOUT = 30.0
 """Seconds for a server to start, counted anew while it reports that it loads its data."""
 
 _FOLDER = "phonon-server"

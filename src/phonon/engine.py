@@ -19,6 +19,7 @@ from concurrent.futures import Executor
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
+from phonon.backlog import Backlog, Overflow
 from phonon.batch import store
 from phonon.drivers.connect import Lease
 from phonon.drivers.sync import SyncDriver, Task
@@ -73,6 +74,10 @@ class SessionCache(Protocol):
     def forget_for(self, engine: "Engine") -> None:
         """Drop them: they are the parent's."""
 
+    @property
+    def surplus(self) -> int:
+        """How many more it holds than it should, because they could not be sent."""
+
 
 class Engine:
     """The machinery of one process.
@@ -88,6 +93,8 @@ class Engine:
         recovers: Whether it takes over from dead processes.
         on_error: Is told what there is no caller to raise it to.
         executor: Runs the user's ``execute``, if not the calling thread.
+        max_backlog: How much may be left undone.
+        overflow: What new updates are met with then.
         runtime: How it waits.
     """
 
@@ -104,6 +111,8 @@ class Engine:
         recovers: bool,
         on_error: Callable[[Exception], object] | None,
         executor: Executor | None = None,
+        max_backlog: int,
+        overflow: Overflow,
         runtime: Runtime = THREADS,
     ) -> None:
         self._process = weakref.ref(process)
@@ -116,6 +125,8 @@ class Engine:
         self.recovers = recovers
         self.on_error = on_error
         self.executor = executor
+        self.max_backlog = max_backlog
+        self.overflow = overflow
         self.runtime = runtime
         self.caches: weakref.WeakSet[SessionCache] = weakref.WeakSet()
         self.stopped = False
@@ -144,6 +155,9 @@ class Engine:
         #: Nobody waits while he has one of them, so they are the same for tasks.
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
         self.local = self.runtime.local()
+        self.backlog = Backlog(
+            self._undone, self.max_backlog, self.overflow, self.local, self.runtime.condition()
+        )
         #: The open batches; each thread or task has its own in ``local``.
         self.batches: set[Batch] = set()
         #: Updates that a batch could not store because the server was gone.
@@ -271,6 +285,7 @@ class Engine:
         """Do no more. A second call does nothing."""
         if not self.stopped:
             self.stopped = True
+            self.backlog.open()
             try:
                 self.upkeep.stop()
             finally:
@@ -336,12 +351,19 @@ class Engine:
     def run(self, base: bytes, flow: Flow[T], done: Callable[[T], None] | None = None) -> T:
         """Run one flow; for ``done`` see `Task`."""
         self.ensure_alive()
-        return self.driver.run(base, flow, done)
+        try:
+            return self.driver.run(base, flow, done)
+        except BaseException:
+            self.backlog.look()
+            raise
 
     def run_all(self, tasks: Sequence[Task[Any]]) -> None:
         """Run many flows together."""
         self.ensure_alive()
-        self.driver.run_all(tasks)
+        try:
+            self.driver.run_all(tasks)
+        finally:
+            self.backlog.look()
 
     def join(self, resource: str, base: bytes, update: "Update | None" = None) -> None:
         """Become a member of a resource."""
@@ -538,6 +560,11 @@ class Engine:
         batch: Batch | None = getattr(self.local, "batch", None)
         return batch if batch in self.batches else None
 
+    def _undone(self) -> int:
+        """How much is left to do, because it did not work the first time."""
+        undone = self.driver.suspended + len(self.unstored) + len(self._unended)
+        return undone + self.upkeep.failed + sum(cache.surplus for cache in list(self.caches))
+
     def _store_unstored(self) -> None:
         left, self.unstored = self.unstored, []
         store(self, left)
@@ -666,6 +693,12 @@ class Engine:
 
     def catch_up(self) -> None:
         """Go on with what could not be done while the server was gone. Batches may execute."""
+        try:
+            self._catch_up()
+        finally:
+            self.backlog.look()
+
+    def _catch_up(self) -> None:
         if self.driver.resume() is not None:
             return
         for error in self._end_unended():

@@ -16,6 +16,7 @@
     ├── AlreadyLockedError                   a lock is held by somebody else
     │   └── DeadlockError (RuntimeError)     by this very thread, which would wait for itself
     ├── LockLostError                        a lock that was ours is ours no longer
+    ├── BacklogFullError                     too much is left undone to take in more
     ├── BatchLostError                       a batch was executed here, and taken over meanwhile
     ├── BatchRunningError                    a parked batch cannot run while another one does
     ├── BatchMissingError (LookupError)      there is no such parked batch
@@ -100,6 +101,13 @@ class LockLostError(PhononError, LockNotOwnedError, RuntimeError):
     """A lock that was held is held no longer: it expired, or the server lost it.
 
     Code that was written for redis-py's locks or the standard library's catches it as theirs.
+    """
+
+
+class BacklogFullError(PhononError):
+    """Too much is left undone, because the database or the server is in trouble.
+
+    What was refused was not taken in: hand it back to wherever it came from.
     """
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import phonon.lock
 from phonon import parked
+from phonon.backlog import Overflow
 from phonon.batch import Batch, raise_together
 from phonon.drivers import connect
 from phonon.drivers.server import Durability
@@ -73,6 +74,10 @@ class Process:
             calling one, so that slow writes overlap. A resource's batches stay in order. It is
             yours to shut down, after `stop`; a forked child does without. Whoever ends a session
             waits for it, so do not end any in these threads themselves.
+        max_backlog: How much may be left undone, because ``execute`` fails or the server does not
+            answer, before no new updates are taken in.
+        overflow: Whether a new update then waits for room, for `BLOCKING_TIMEOUT` at the most
+            (``"block"``), or raises a `BacklogFullError` at once (``"raise"``).
 
     If nothing says where the server is, the environment variable ``PHONON_URL`` does, or it is
     ``redis://localhost:6379/1``.
@@ -89,7 +94,7 @@ class Process:
     TTL: ClassVar[float] = 60.0
     #: Seconds between two attempts to reach a server that does not answer, at the most.
     RETRY_SLEEP: ClassVar[float] = 0.5
-    #: Seconds to wait for a lock at the most.
+    #: Seconds to wait at the most, for a lock or for room in the backlog.
     BLOCKING_TIMEOUT: ClassVar[float] = 500.0
     _runtime: Runtime = THREADS
     _kit: connect.Kit = connect.SYNC
@@ -113,6 +118,8 @@ class Process:
         durability: Durability | None = None,
         on_error: Callable[[Exception], object] | None = None,
         executor: Executor | None = None,
+        max_backlog: int = 100_000,
+        overflow: Overflow = "block",
     ) -> None:
         if isinstance(executor, ProcessPoolExecutor):
             raise ConfigurationError(
@@ -152,6 +159,8 @@ class Process:
             recovers=recover_failed_processes,
             on_error=on_error,
             executor=executor,
+            max_backlog=max_backlog,
+            overflow=overflow,
             runtime=self._runtime,
         )
         try:

@@ -41,6 +41,9 @@ class Condition(Protocol):
     def wait(self, timeout: float | None = None) -> bool:
         """Let go, and wait to be notified."""
 
+    def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait until something is so, and say whether it is."""
+
     def notify(self) -> None:
         """Let one of those that wait go on."""
 

@@ -134,6 +134,8 @@ def _at_once(coroutine: Coroutine[Any, Any, Any]) -> None:
 
 # The batch that a task is in, by the `Local` of the process. Tasks that it starts inherit it.
 _batches: ContextVar[Mapping[Any, Any]] = ContextVar("phonon_batches", default={})  # noqa: B039 - never changed
+#: Whether a task works on what a process has left undone, by the same.
+_working: ContextVar[Mapping[Any, bool]] = ContextVar("phonon_working", default={})  # noqa: B039 - never changed
 #: Whether this is an ``execute``, or something that it has called.
 _executing: ContextVar[bool] = ContextVar("phonon_executing", default=False)
 
@@ -152,6 +154,15 @@ class Local:
         if batch is not None:
             batches[self] = batch
         _batches.set(batches)
+
+    @property
+    def working(self) -> bool:
+        """Whether it works on what was left undone."""
+        return _working.get().get(self, False)
+
+    @working.setter
+    def working(self, working: bool) -> None:
+        _working.set({**_working.get(), self: working})
 
 
 class Lock:
@@ -215,6 +226,16 @@ class Condition:
             self._waiters.remove(waiter)
             if timer is not None:
                 timer.cancel()
+
+    def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait until something is so, and say whether it is."""
+        end = None if timeout is None else self._loop.time() + timeout
+        while not predicate():
+            left = None if end is None else end - self._loop.time()
+            if left is not None and left <= 0:
+                return False
+            self.wait(left)
+        return True
 
     def notify(self) -> None:
         """Let one of those that wait go on."""

@@ -58,6 +58,7 @@ class Update:
     Raises:
         NotStorableError: A value has a type that cannot be stored.
         ConnectionLostError: The server does not answer; whether the data was stored is not known.
+        BacklogFullError: Too much is left undone; this was not taken in.
     """
 
     #: Whether `execute` is a coroutine function, for processes of `phonon.aio`.
@@ -114,6 +115,8 @@ class Update:
 
     def _open(self, engine: "Engine", *, init_cache: bool, keep: bool = False) -> None:
         """Store the data, or join its session; inside a batch, when that ends."""
+        if engine.backlog.full:
+            engine.backlog.wait(self.process().BLOCKING_TIMEOUT)
         batch = engine.batch
         if batch is not None and (batch.durable or init_cache):
             batch.add(self)
@@ -481,7 +484,8 @@ class Update:
                 self.__spent()
         instance.token = token
         try:
-            yield instance
+            with self.__process.engine.backlog.working():
+                yield instance
         finally:
             instance.token = None
             if instance is self:

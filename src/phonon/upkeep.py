@@ -133,6 +133,11 @@ class Upkeep:
                     self._retrying = self._runtime.spawn(self._retry, f"phonon-retry-{self._name}")
             self._changed.notify_all()
 
+    @property
+    def failed(self) -> int:
+        """How many batches wait to be tried again."""
+        return len(self._due)
+
     def drop_retries(self) -> None:
         """Try no batch again: they were another identity's, and whoever takes over does."""
         with self._changed:
@@ -189,7 +194,8 @@ class Upkeep:
         engine = self._engine()
         try:
             if engine is not None:
-                engine.catch_up()
+                with engine.backlog.working():
+                    engine.catch_up()
         except Exception:
             log.exception("process %s could not do all that was left to do", self._name)
 
@@ -203,7 +209,8 @@ class Upkeep:
                     return
                 dead, self._dead = self._dead, {}
             try:
-                take_over(engine, dead, self._leaving.is_set)
+                with engine.backlog.working():
+                    take_over(engine, dead, self._leaving.is_set)
             except ServerUnreachableError as error:
                 log.warning("process %s takes over later: %s", self._name, error)
             except Exception:
@@ -225,7 +232,8 @@ class Upkeep:
             if engine is None:
                 return
             try:
-                engine.run_all([engine.retrying(base, token, update)])
+                with engine.backlog.working():
+                    engine.run_all([engine.retrying(base, token, update)])
             except Exception:
                 log.exception("a retry of batch %d failed", token)
             del engine, update

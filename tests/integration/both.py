@@ -51,6 +51,17 @@ class Api(NamedTuple):
         """A class of updates that remember what they have written."""
         return _tally() if self.is_async else _sync_tally()
 
+    def user_code(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """An ``execute``, ``execute_many`` or callback that does what a function does."""
+        if not self.is_async:
+            return function
+
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
+            await asyncio.sleep(0)
+            return await got(function(*args, **kwargs))
+
+        return awaited
+
     @contextlib.asynccontextmanager
     async def enter(self, manager: Any) -> AsyncIterator[Any]:
         """A ``with`` or an ``async with`` block."""
@@ -64,7 +75,8 @@ class Api(NamedTuple):
     def begin(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Awaitable[Any]:
         """Call something beside the test: in a task, or in a thread."""
         if self.is_async:
-            return asyncio.ensure_future(function(*args, **kwargs))
+            task: Awaitable[Any] = asyncio.ensure_future(function(*args, **kwargs))
+            return task
         return asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
 
 
@@ -112,7 +124,7 @@ def _tally() -> type[AsyncUpdate]:
         def merge(self, other: Any) -> None:
             self.doc = dict(Counter(self.doc) + Counter(other.doc))
 
-        async def execute(self) -> None:
+        async def execute(self) -> None:  # type: ignore[override]  # as of AsyncUpdate
             assert type(self.token) is int
             await asyncio.sleep(0)
             entry = Written(self._id, dict(self.doc), self.token, self.process().id)

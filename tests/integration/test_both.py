@@ -1,13 +1,12 @@
 """The public methods, once for threads, once for asyncio, once for uvloop."""
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from both import APIS, Api, got, until
+
 from conftest import Redis
 from phonon import LockLostError, Parked, RetryPolicy
 from phonon.errors import (
@@ -207,7 +206,7 @@ def test_waiting_for_a_lock(api: Api, make: Make) -> None:
             await got(lock.acquire())
             assert not await got(other.acquire(timeout=0.05))
             waiting = api.begin(other.acquire, timeout=20)
-            await until(lambda: lock.waiters())
+            await until(lock.waiters)
             begun = time.monotonic()
             await got(lock.release())
             assert await waiting
@@ -317,15 +316,7 @@ def test_numbers_add_up(api: Api, make: Make) -> None:
             await got(update.ref.dereference())
 
     class Sums(api.sums):  # type: ignore[misc,name-defined]  # either of them
-        if api.is_async:
-
-            async def execute(self) -> None:
-                return
-
-        else:
-
-            def execute(self) -> None:
-                return
+        execute = api.user_code(lambda self: None)
 
     async def executed() -> None:
         async with make() as process:
@@ -420,21 +411,12 @@ def test_a_failing_execute(api: Api, make: Make) -> None:
         fails = [OSError("down")]
         execute = kind.execute
 
-        if api.is_async:
+        def failing(update: Any) -> Any:
+            if fails:
+                raise fails.pop()
+            return execute(update)
 
-            async def failing(update: Any) -> None:
-                if fails:
-                    raise fails.pop()
-                await execute(update)
-
-        else:
-
-            def failing(update: Any) -> None:
-                if fails:
-                    raise fails.pop()
-                execute(update)
-
-        kind.execute = failing
+        kind.execute = api.user_code(failing)
         async with make(retry=RetryPolicy(first_delay=0.05, jitter=0)) as process:
             cache = api.cache()
             await got(cache.set(1, kind(process, 1, doc={"n": 1})))
@@ -452,17 +434,10 @@ def test_parked_batches(api: Api, make: Make) -> None:
         kind = api.tally()
         execute = kind.execute
 
-        if api.is_async:
+        def failing(update: Any) -> None:
+            raise OSError("down")
 
-            async def failing(update: Any) -> None:
-                raise OSError("down")
-
-        else:
-
-            def failing(update: Any) -> None:
-                raise OSError("down")
-
-        kind.execute = failing
+        kind.execute = api.user_code(failing)
         async with make(retry=RetryPolicy(attempts=1)) as process:
             for _ in range(2):
                 with pytest.raises(OSError, match="down"):
@@ -488,18 +463,10 @@ def test_many_are_executed_at_once(api: Api, make: Make) -> None:
         kind = api.tally()
         calls: list[int] = []
 
-        if api.is_async:
+        def execute_many(cls: Any, updates: Any) -> None:
+            calls.append(len(updates))
 
-            async def execute_many(cls: Any, updates: Any) -> None:
-                await asyncio.sleep(0)
-                calls.append(len(updates))
-
-        else:
-
-            def execute_many(cls: Any, updates: Any) -> None:
-                calls.append(len(updates))
-
-        kind.execute_many = classmethod(execute_many)
+        kind.execute_many = classmethod(api.user_code(execute_many))
         async with make() as process:
             cache = api.cache()
             async with api.enter(process.batch()):

@@ -134,7 +134,7 @@ def silenced(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> tuple[Process, list
     told: list[Exception] = []
     silent: list[Engine] = []
     beat = Engine.beat
-    monkeypatch.setattr(Engine, "beat", lambda engine: None if engine in silent else beat(engine))
+    monkeypatch.setattr(Engine, "beat", lambda engine: 9.0 if engine in silent else beat(engine))
     process = crew.process(on_error=told.append)
     silent.append(process.engine)
     return process, told
@@ -175,6 +175,7 @@ def test_the_next_call_goes_on_under_another_id(
     declare_dead(crew, process)
     CALLS[name](process)
     assert process.id != old
+    wait_until(lambda: told)
     assert [type(error) for error in told] == [DeclaredDeadError]
     assert old in str(told[0])
     if name not in ("leave", "look"):
@@ -200,6 +201,7 @@ def test_an_update_on_its_way_is_stored_once(
     update.end_session()
     assert crew.journal.applied() == {"a": {"n": 7}}
     assert [line.doc for line in crew.journal.lines()] == [{"n": 1}, {"n": 6}]
+    wait_until(lambda: told)
     assert len(told) == 1
 
 
@@ -218,7 +220,8 @@ def test_a_lock_ends_with_the_id_that_took_it(
     assert not two.owned()
     with pytest.raises(LockLostError):
         two.release()
-    assert {type(error) for error in told} == {DeclaredDeadError, LockLostError}
+    both = {DeclaredDeadError, LockLostError}
+    wait_until(lambda: {type(error) for error in told} == both)
     assert one.acquire(), "made anew, it is a lock like any other"
     assert one.owned()
     one.release()
@@ -246,6 +249,7 @@ def test_a_zombie_may_stop_before_it_learns_of_it(
     assert probe.get_registry(f"{probe.namespace}:{{@{old}}}:holds") == []
     process.stop()
     assert crew.journal.applied() == {"a": {"n": 3}}
+    wait_until(lambda: told)
     assert [type(error) for error in told] == [DeclaredDeadError]
     assert probe.create_reference("x").count() == 1
 
@@ -270,7 +274,7 @@ def test_a_zombie_whose_survivors_have_gone(crew: Crew) -> None:
     zombie.go_on()
     wait_until(lambda: zombie.do("id") != zombie.id)
     wait_until(lambda: zombie.do("count", "x") == 1)
-    assert [error[0] for error in zombie.do("told")] == ["DeclaredDeadError"]
+    assert [error[0] for error in wait_until(lambda: zombie.do("told"))] == ["DeclaredDeadError"]
 
 
 def test_many_threads_learn_of_it_at_once(
@@ -291,6 +295,7 @@ def test_many_threads_learn_of_it_at_once(
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(use, range(8)))
+    wait_until(lambda: told)
     assert [type(error) for error in told] == [DeclaredDeadError], "one new id for all"
     assert process.id != old
     assert crew.journal.applied() == {f"u{i}": {"n": 11} for i in range(8)}
@@ -414,6 +419,7 @@ def test_a_pause_between_the_registry_and_the_step(
         act(process)
         assert seen == [step]
         assert process.id != old
+        wait_until(lambda: told)
         assert [type(error) for error in told] == [DeclaredDeadError]
         assert process.get_registry() == ["test.test.other"]
         process.stop()

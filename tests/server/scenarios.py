@@ -119,6 +119,12 @@ def leave_run_with_a_partial(p: Make) -> Ready:
     return p("a"), "leave", (0, LEASE, b"1")
 
 
+def leave_run_alone(p: Make) -> Ready:
+    a = p("a")
+    a.join()
+    return a, "leave", (0, LEASE, b"1")
+
+
 def leave_run_by_force(p: Make) -> Ready:
     p("b").append(b"1")
     return p("a"), "leave", (1, LEASE, b"2")
@@ -310,6 +316,7 @@ SCENARIOS: dict[str, Callable[[Make], Ready]] = {
     "leave deferred": leave_deferred,
     "leave run": leave_run,
     "leave run (with a partial)": leave_run_with_a_partial,
+    "leave run (alone)": leave_run_alone,
     "leave run (by force)": leave_run_by_force,
     "complete done": complete_done,
     "complete lost": complete_lost,

@@ -23,8 +23,8 @@ class Mutation(NamedTuple):
 
 MUTATIONS = {
     "complete does not ask who owns the batch": Mutation(
-        "step('complete', function(r, args)\n  if not owns(r, args[3]) then",
-        "step('complete', function(r, args)\n  if false then",
+        "  local mine, due = owns(r, args[3])\n  if not mine then",
+        "  local _, due = owns(r, args[3])\n  if false then",
     ),
     "complete deletes before it asks who owns the batch": Mutation(
         "step('complete', function(r, args)\n",
@@ -66,6 +66,15 @@ MUTATIONS = {
         "elseif false then",
     ),
     "append does not join": Mutation("  enter(r, args[3])\n  local count", "  local count"),
+    "one who leaves does not look who is there": Mutation(
+        "if #members == 1 and members[1] == r.pid then", "if true then"
+    ),
+    "the only one who was there does not leave": Mutation(
+        "  call('DEL', r.members)\n  call('RPUSH', r.batch", "  call('RPUSH', r.batch"
+    ),
+    "the only one who was there has changed nothing": Mutation(
+        "0, 1, { r.pid, 1 } }, { partial }", "0, 1, {} }, { partial }"
+    ),
     "append stores at the wrong end": Mutation(
         "call('RPUSH', r.partials, args[4])", "call('LPUSH', r.partials, args[4])"
     ),
@@ -104,10 +113,10 @@ MUTATIONS = {
         "for i = 6, #args do", "for i = 6, 6 do"
     ),
     "complete does not start what is due": Mutation(
-        "if due and tonumber(due) > 0 then", "if false then"
+        "if due > 0 then\n    return", "if false then\n    return"
     ),
     "complete takes the newcomers too": Mutation(
-        "start(r, tonumber(due), call('LLEN', r.partials))",
+        "start(r, due, call('LLEN', r.partials))",
         "start(r, call('LLEN', r.partials), call('LLEN', r.partials))",
     ),
     "a batch starts without its last partial": Mutation(
@@ -121,9 +130,7 @@ MUTATIONS = {
     "fail parks nothing": Mutation(
         "call('RENAME', r.batch, r.parked .. ':' .. token)", "call('DEL', r.batch)"
     ),
-    "a parked batch does not make way": Mutation(
-        "next_batch(r, running[1], 'parked')", "{'parked', 0}"
-    ),
+    "a parked batch does not make way": Mutation("next_batch(r, due, 'parked')", "{'parked', 0}"),
     "tokens follow a clock that is set back": Mutation(
         "math.max(r.last_token + 1, r.micros)", "r.micros"
     ),
@@ -311,6 +318,8 @@ BEHIND_DUE = [
     *(Move("append", 0), Move("leave", 0, 2), Move("append", 1), Move("leave", 1, 2)),
     *(Move("append", 1), Move("append", 1), Move("compact", 0, 2)),
 ]
+#: A session of one process that has stored nothing before.
+ALONE = [Move("join", 0, 1), Move("leave", 0, 1), Move("join", 1, 1), Move("leave", 1, 2)]
 #: So many partials come together that some are to be merged: with an append, with a leave, and
 #: with one while a batch runs.
 MANY = (
@@ -325,7 +334,7 @@ def play(lab: Lab) -> None:
     run(lab, 3, OUT_OF_TURN)
     for schedule in UNNOTICED:
         run(lab, 4, schedule)
-    for schedule in (BEHIND_DUE, *MANY):
+    for schedule in (ALONE, BEHIND_DUE, *MANY):
         run(lab, 2, schedule)
 
 

@@ -40,16 +40,18 @@ class Mutation(NamedTuple):
 
 MUTATIONS = {
     "complete does not ask who owns the batch": Mutation(
-        "step('complete', function(r, args)\n  if not owns(r, args[3]) then",
-        "step('complete', function(r, args)\n  if false then",
+        "  local mine, due = owns(r, args[3])\n  if not mine then",
+        "  local _, due = owns(r, args[3])\n  if false then",
         "G9",
     ),
     "fail does not ask who owns the batch": Mutation(
-        "  local token = args[3]\n  if not owns(r, token) then",
-        "  local token = args[3]\n  if call('EXISTS', r.running) == 0 then",
+        "  local mine, due = owns(r, token)\n  if not mine then",
+        "  local _, due = owns(r, token)\n  if call('EXISTS', r.running) == 0 then",
         "G9",
     ),
-    "a batch is owned under any token": Mutation(" and running[2] == token", "", "G9"),
+    "a batch is owned under any token": Mutation(
+        " and running[2] == token", "", "G9", seed="finds3"
+    ),
     "operation numbers are not remembered": Mutation(
         "          remember(r, answer)",
         "          call('PEXPIRE', r.memory, MEMORY_MS)",
@@ -145,12 +147,15 @@ MUTATIONS = {
         ("compaction while a batch runs, two sessions later",),
     ),
     "complete takes the newcomers too": Mutation(
-        "start(r, tonumber(due), call('LLEN', r.partials))",
+        "start(r, due, call('LLEN', r.partials))",
         "start(r, call('LLEN', r.partials), call('LLEN', r.partials))",
         "G7",
     ),
     "complete does not start what is due": Mutation(
-        "if due and tonumber(due) > 0 then", "if false then", "G3"
+        "if due > 0 then\n    return", "if false then\n    return", "G3"
+    ),
+    "one who leaves does not look who is there": Mutation(
+        "if #members == 1 and members[1] == r.pid then", "if true then", "G1 G2 G3 G8"
     ),
     "append does not join": Mutation(
         "  enter(r, args[3])\n  local count", "  local count", "G1 G2"

@@ -13,6 +13,7 @@ from phonon.aio.batch import AsyncBatch
 from phonon.aio.lock import AsyncLock, AsyncSemaphore
 from phonon.aio.reference import AsyncReference
 from phonon.aio.twin import call, twin
+from phonon.backlog import Overflow
 from phonon.drivers import aio
 from phonon.drivers.server import Durability
 from phonon.errors import AlreadyLockedError, ConfigurationError, ProcessStoppedError
@@ -98,6 +99,10 @@ class AsyncProcess:
             it returns something to await.
         max_concurrent: How many ``execute`` run at the same time, each in a task of its own. A
             resource's batches stay in order.
+        max_backlog: How much may be left undone, because ``execute`` fails or the server does not
+            answer, before no new updates are taken in.
+        overflow: Whether `AsyncLruCache.set` then waits for room, for `BLOCKING_TIMEOUT` at the
+            most (``"block"``), or raises a `BacklogFullError` at once (``"raise"``).
 
     Raises:
         ConfigurationError: An argument cannot be meant.
@@ -109,7 +114,7 @@ class AsyncProcess:
     TTL: ClassVar[float] = Process.TTL
     #: Seconds between two attempts to reach a server that does not answer, at the most.
     RETRY_SLEEP: ClassVar[float] = Process.RETRY_SLEEP
-    #: Seconds to wait for a lock at the most.
+    #: Seconds to wait at the most, for a lock or for room in the backlog.
     BLOCKING_TIMEOUT: ClassVar[float] = Process.BLOCKING_TIMEOUT
 
     def __init__(
@@ -131,6 +136,8 @@ class AsyncProcess:
         durability: Durability | None = None,
         on_error: Callable[[Exception], object] | None = None,
         max_concurrent: int = 10,
+        max_backlog: int = 100_000,
+        overflow: Overflow = "block",
     ) -> None:
         check_times(session_length, heartbeat_interval, retry_timeout, self.TTL)
         if max_concurrent < 1:
@@ -156,6 +163,8 @@ class AsyncProcess:
             "retry_timeout": retry_timeout,
             "durability": durability,
             "on_error": on_error,
+            "max_backlog": max_backlog,
+            "overflow": overflow,
         }
         self._starting = asyncio.Lock()
         self._inner: _Inner | None = None

@@ -80,7 +80,7 @@ class AsyncUpdate(Update):
         )
 
     def _open(self, engine: "Engine", *, init_cache: bool, keep: bool = False) -> None:
-        if engine.batch is not None:
+        if engine.batch is not None and not engine.backlog.full:
             super()._open(engine, init_cache=init_cache, keep=keep)
         else:
             self.__init_cache = init_cache

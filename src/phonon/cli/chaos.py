@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import redis
+
 from phonon import Process
 from phonon.cli import chaos_report, sink
 from phonon.cli.chaos_report import Outcome, Watcher
@@ -209,7 +211,11 @@ class _Chaos:
         if any(worker.unacknowledged or not worker.process for worker in living):
             return True
         # The dead are listed until all of them is taken over. We are listed as well.
-        return int(process.client.zcard(process.heartbeat_hash_name)) != len(living) + 1
+        try:
+            listed = int(process.client.zcard(process.heartbeat_hash_name))
+        except (redis.ConnectionError, redis.TimeoutError):  # a disk that is busy holds it up
+            return True
+        return listed != len(living) + 1
 
     def outcome(self, database: sqlite3.Connection, job: Job) -> Outcome:
         """Audit what is left in the database and on the server."""

@@ -201,16 +201,16 @@ class Kept:
 
     def __init__(self) -> None:
         self.queues: dict[bytes, deque[Task[Any]]] = {}
-        self._taken = 0
+        self._count = 0  # also of those that were taken out and have not ended
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        with self._lock:
-            return self._taken + sum(len(queue) for queue in self.queues.values())
+        return self._count
 
     def put(self, task: Task[Any], *, first: bool) -> None:
         """Keep a flow, before or behind what is kept for the resource already."""
         with self._lock:
+            self._count += 1
             queue = self.queues.setdefault(task.base, deque())
             if first:
                 queue.appendleft(task)
@@ -227,13 +227,12 @@ class Kept:
                     taken.append(queue.popleft())
                     if not queue:
                         del self.queues[base]
-            self._taken += len(taken)
             return taken
 
     def ended(self, count: int) -> None:
         """So many that were taken out have ended, or were put back."""
         with self._lock:
-            self._taken -= count
+            self._count -= count
 
     def bases(self) -> list[bytes]:
         """The resources for which there is something."""

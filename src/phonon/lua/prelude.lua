@@ -144,15 +144,20 @@ end
 
 -- Add the batch's content to an answer {'run' or 'again', clear, token, ...}. It is not part of
 -- what is remembered: a repeated call reads it afresh, and learns it if the batch was taken over.
-local function deliver(r, answer)
+-- content: what a step knows to be all of a batch that it has just started.
+local function deliver(r, answer, content)
   if answer[1] ~= 'run' and answer[1] ~= 'again' then
     return answer
   end
-  local running = call('HMGET', r.running, 'owner', 'token', 'attempt')
   local delivered = {}
   for i, value in ipairs(answer) do
     delivered[i] = value
   end
+  if content then
+    delivered[#answer + 1], delivered[#answer + 2], delivered[#answer + 3] = 0, #content, content
+    return delivered
+  end
+  local running = call('HMGET', r.running, 'owner', 'token', 'attempt')
   if running[1] ~= r.pid or tonumber(running[2]) ~= answer[3] then
     delivered[1], delivered[2] = 'lost', let_go(r)
     return delivered
@@ -248,6 +253,7 @@ end
 
 -- Register a step that changes state. args: process id, operation number, then the step's own
 -- from args[3]. A repeat (same number) gets the same answer and changes nothing.
+-- The body returns the answer, and the content of a batch if it has that at hand.
 -- A step that raises half way would leave what it wrote, unremembered, so every body first does
 -- what can raise (a read of each key proves its type), and then what must not be done twice.
 -- frees: the step makes room, so a server that is out of memory still has to run it.
@@ -259,9 +265,9 @@ local function step(name, body, frees)
       local r = open(keys, args)
       r.number = args[2]
       r.op = tonumber(r.number)
-      local answer = recall(r)
+      local answer, content = recall(r), nil
       if not answer then
-        answer = body(r, args)
+        answer, content = body(r, args)
         if not answer.err then
           remember(r, answer)
         end
@@ -269,7 +275,7 @@ local function step(name, body, frees)
       if answer.err then
         return answer
       end
-      return deliver(r, answer)
+      return deliver(r, answer, content)
     end,
   })
 end

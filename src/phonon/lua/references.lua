@@ -135,6 +135,14 @@ plain('meeting', function(r, args)
   return { known, arrived(r), live(r), call('ZSCORE', r.members, r.pid) and 1 or 0 }
 end)
 
+-- The session of one process that has stored nothing before: its partial is the batch. Of all this
+-- nothing exists yet, and a member is in its registry.
+local function leave_alone(r, partial)
+  call('DEL', r.members)
+  call('RPUSH', r.batch, partial)
+  return { 'run', 0, run(r), 0, 1, { r.pid, 1 } }, { partial }
+end
+
 -- leave(pid, op, force, lease_ms, partial or ''): store the last partial, drop this member and
 -- the expired ones. If nobody is left, or force is '1', the session's partials become a batch.
 -- answers {'held', clear, 0, members left, was member [, partials]}   as append: it is time to merge
@@ -145,8 +153,15 @@ step('leave', function(r, args)
   local force, partial = args[3] == '1', args[5]
   local running, total, modified, parties, many = false, 0, {}, 0, nil
   -- Most often there is nothing but members, and one look tells.
-  local bare = partial == '' and call('EXISTS', r.partials, r.running, r.lock, r.sharers, r.modified,
-    r.parties) == 0
+  local bare = call('EXISTS', r.partials, r.running, r.lock, r.sharers, r.modified, r.parties,
+    r.batch) == 0
+  if bare and partial ~= '' then
+    local members = call('ZRANGE', r.members, 0, 1)
+    if #members == 1 and members[1] == r.pid then
+      return leave_alone(r, partial)
+    end
+    bare = false
+  end
   if not bare then
     running = call('HGET', r.running, 'token')
     total = call('LLEN', r.partials)

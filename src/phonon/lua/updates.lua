@@ -106,16 +106,17 @@ step('compact', function(r, args)
   return { 'compacted', 0, total - n + merged }
 end, true)
 
+-- Whether the batch of that token is the caller's, and how many partials wait for it to end.
 local function owns(r, token)
-  local running = call('HMGET', r.running, 'owner', 'token')
-  return running[1] == r.pid and running[2] == token
+  local running = call('HMGET', r.running, 'owner', 'token', 'due')
+  return running[1] == r.pid and running[2] == token, tonumber(running[3] or 0)
 end
 
 -- The running batch is out of the way. If a session ended meanwhile, its batch is this owner's.
 -- due is what the running batch was told; partials behind it belong to the session after.
 local function next_batch(r, due, otherwise)
-  if due and tonumber(due) > 0 then
-    return { 'again', 0, start(r, tonumber(due), call('LLEN', r.partials)) }
+  if due > 0 then
+    return { 'again', 0, start(r, due, call('LLEN', r.partials)) }
   end
   return { otherwise, let_go(r) }
 end
@@ -123,12 +124,14 @@ end
 -- complete(pid, op, token): the batch is executed; drop it if it is still the caller's.
 -- answers {'done', clear} | {'lost', clear} | {'again', 0, token, attempt, count, partials}
 step('complete', function(r, args)
-  if not owns(r, args[3]) then
+  local mine, due = owns(r, args[3])
+  if not mine then
     return { 'lost', let_go(r) }
   end
-  local due = call('HGET', r.running, 'due')
   call('LLEN', r.batch)
-  call('LLEN', r.partials)
+  if due > 0 then
+    call('LLEN', r.partials)
+  end
   call('DEL', r.running, r.batch)
   return next_batch(r, due, 'done')
 end, true)
@@ -139,7 +142,8 @@ end, true)
 --         {'again', 0, token, attempt, count, partials}     parked, and the next session's batch
 step('fail', function(r, args)
   local token = args[3]
-  if not owns(r, token) then
+  local mine, due = owns(r, token)
+  if not mine then
     return { 'lost', let_go(r) }
   end
   call('HLEN', r.parked)
@@ -152,13 +156,13 @@ step('fail', function(r, args)
     call('HSET', r.running, 'error', args[4], 'retry_at', r.now + args[5])
     return { 'retry', 0, tonumber(token), attempts }
   end
-  local running = call('HMGET', r.running, 'due', 'since')
+  local since = tonumber(call('HGET', r.running, 'since'))
   call('RENAME', r.batch, r.parked .. ':' .. token)
   call('HSET', r.parked, token, cmsgpack.pack({
-    error = args[4], attempts = attempts, owner = r.pid, since = tonumber(running[2]), at = r.now,
+    error = args[4], attempts = attempts, owner = r.pid, since = since, at = r.now,
   }))
   call('DEL', r.running)
-  return next_batch(r, running[1], 'parked')
+  return next_batch(r, due, 'parked')
 end, true)
 
 -- resume(pid, op, token): the owner takes its batch up again, to retry it.
