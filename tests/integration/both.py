@@ -88,7 +88,7 @@ async def got(result: Any) -> Any:
 async def until(condition: Callable[[], Any]) -> Any:
     """Wait for a condition."""
     async with asyncio.timeout(20):
-        while not (found := await got(condition())):
+        while not (found := await got(condition())):  # noqa: ASYNC110 - whatever it is about
             await asyncio.sleep(0.002)
         return found
 

@@ -316,7 +316,7 @@ def test_numbers_add_up(api: Api, make: Make) -> None:
             await got(update.ref.dereference())
 
     class Sums(api.sums):  # type: ignore[misc,name-defined]  # either of them
-        execute = api.user_code(lambda self: None)
+        execute = api.user_code(lambda _: None)
 
     async def executed() -> None:
         async with make() as process:

@@ -17,6 +17,21 @@ from phonon.errors import PhononError
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
 
 
+def _require_aio(_: click.Context, __: click.Parameter, wanted: bool) -> bool:
+    if wanted and find_spec("greenlet") is None:
+        raise click.UsageError("--asyncio needs greenlet: pip install 'phonon[aio]'")
+    return wanted
+
+
+asyncio_option = click.option(
+    "--asyncio",
+    "asyncio_",
+    is_flag=True,
+    callback=_require_aio,
+    help="The workers have an event loop each, and use phonon.aio.",
+)
+
+
 class _Commands(click.Group):
     """Says errors in one line."""
 
@@ -94,6 +109,7 @@ def phonon() -> None:
     help="Kill the second worker with SIGKILL while it holds open sessions, and let the others "
     "take them over. A single worker is not killed.",
 )
+@asyncio_option
 def demo(
     workers: int,
     url: str | None,
@@ -103,6 +119,7 @@ def demo(
     max_entries: int,
     database: str | None,
     kill: bool,
+    asyncio_: bool,
 ) -> None:
     """Add up a stream of messages in many processes, and check the result.
 
@@ -148,7 +165,9 @@ def demo(
                 f"--sum {column}: SQLite does not tell upper case from lower case in the names of "
                 "columns; add these up one after the other"
             )
-    options = demo_.Options(workers, url, input_, key or "", sums, max_entries, database, kill)
+    options = demo_.Options(
+        workers, url, input_, key or "", sums, max_entries, database, kill, asyncio_
+    )
     sys.exit(demo_.run(options))
 
 
@@ -183,6 +202,7 @@ def demo(
     "until data is on its disk before they acknowledge.",
 )
 @click.option("--verbose", is_flag=True, help="Show every death, and what the workers log.")
+@asyncio_option
 def chaos(
     workers: int,
     seconds: float | None,
@@ -191,6 +211,7 @@ def chaos(
     cut: bool,
     restart_server: bool,
     verbose: bool,
+    asyncio_: bool,
 ) -> None:
     """Kill and pause workers all the time, and check that nothing is lost or doubled.
 
@@ -220,7 +241,7 @@ def chaos(
     if seed is None:
         seed = secrets.randbelow(1_000_000)
         click.echo(f"--seed {seed}", err=True)
-    options = chaos_.Options(workers, seconds, kills, seed, cut, restart_server, verbose)
+    options = chaos_.Options(workers, seconds, kills, seed, cut, restart_server, verbose, asyncio_)
     sys.exit(chaos_.run(options))
 
 

@@ -54,6 +54,7 @@ class Options:
     cut: bool
     restart_server: bool
     verbose: bool = False
+    asyncio: bool = False
 
 
 def run(options: Options, job: Job | None = None) -> int:
@@ -96,6 +97,7 @@ def run(options: Options, job: Job | None = None) -> int:
             HEARTBEAT,
             Durability() if options.restart_server else None,
             PATIENCE,
+            options.asyncio,
         )
         chaos = _Chaos(options, process)
         chaos.work(setup, proxy if options.cut else None, server)

@@ -44,6 +44,7 @@ class Options:
     max_entries: int
     database: str | None
     kill: bool
+    asyncio: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def run(options: Options) -> int:
         database = enter(sink.create(path, task.job.table))
         if options.url:
             enter(forgetting(process))
-        setup = Setup(task.job, url, namespace, path, options.max_entries)
+        setup = Setup(task.job, url, namespace, path, options.max_entries, asyncio=options.asyncio)
         run = _Run(task, process, options)
         run.work(setup)
         outcome = run.outcome(database)

@@ -7,7 +7,7 @@ from typing import Any
 
 from phonon import Process, Update
 from phonon.cli.formats import Rejected, Values
-from phonon.cli.jobs import Message
+from phonon.cli.jobs import Message, for_process
 from phonon.cli.sink import Sink, Table
 
 #: What the file has where a value is missing.
@@ -117,7 +117,8 @@ class Flights:
     def update(self, process: Process, message: Message) -> Update:
         """One flight."""
         tailnum, origin, dest, distance, delay, minutes = message
-        return FlightUpdate(process, tailnum, {origin, dest}, distance, delay, minutes or 0)
+        kind = for_process(FlightUpdate, process)
+        return kind(process, tailnum, {origin, dest}, distance, delay, minutes or 0)
 
     def figures(self, stored: Sequence[Any]) -> tuple[Any, ...]:
         """The airports are a set."""

@@ -1,7 +1,7 @@
 """What a job of the demo is: something to add up."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from phonon import Process, Update
 from phonon.cli.formats import Values
@@ -11,6 +11,18 @@ from phonon.cli.sink import Table
 Message = tuple[Any, ...]
 #: What came together, by key: the figures in the order of the table's columns.
 Totals = dict[str, tuple[Any, ...]]
+
+U = TypeVar("U", bound=Update)
+
+
+def for_process(kind: type[U], process: Process) -> type[U]:
+    """A class of updates, or its twin if the process is one of `phonon.aio`."""
+    if isinstance(process, Process):
+        return kind
+    from phonon.cli.twins import TWINS  # noqa: PLC0415 - needs an extra
+
+    twin: Any = TWINS[kind]  # with the same constructor
+    return twin
 
 
 class Job(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 from phonon import Process, Update
 from phonon.cli.flights import Flights, FlightUpdate
 from phonon.cli.formats import Values
-from phonon.cli.jobs import Message
+from phonon.cli.jobs import Message, for_process
 from phonon.cli.sink import Sink, Table
 
 
@@ -62,7 +62,7 @@ class Numbered:
 
     def update(self, process: Process, message: Message) -> Update:
         """One flight."""
-        return NumberedUpdate(process, message)
+        return for_process(NumberedUpdate, process)(process, message)
 
     def figures(self, stored: Sequence[Any]) -> tuple[Any, ...]:
         """The figures, and the numbers as a tuple."""

@@ -9,7 +9,7 @@ from typing import Any
 from phonon import Process, Update
 from phonon.cli import exact
 from phonon.cli.formats import Rejected, Values, is_utf8
-from phonon.cli.jobs import Message
+from phonon.cli.jobs import Message, for_process
 from phonon.cli.sink import Sink, Table
 
 
@@ -74,7 +74,8 @@ class Sums:
         """One row."""
         key, *numbers = message
         doc = dict(zip(self._names, (1, *numbers), strict=True))
-        return SumUpdate(process, key, database="demo", collection="totals", doc=doc)
+        kind = for_process(SumUpdate, process)
+        return kind(process, key, database="demo", collection="totals", doc=doc)
 
     def figures(self, stored: Sequence[Any]) -> tuple[Any, ...]:
         """The exact numbers."""

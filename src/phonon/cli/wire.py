@@ -26,6 +26,7 @@ class Setup:
         heartbeat: Seconds between two heartbeats.
         durability: What the server must have done with data before it is acknowledged.
         patience: Seconds for which a server that is not there at the start is tried again.
+        asyncio: Whether the worker is a program with an event loop.
     """
 
     job: Job
@@ -36,6 +37,7 @@ class Setup:
     heartbeat: float = HEARTBEAT
     durability: Durability | None = None
     patience: float = 0.0
+    asyncio: bool = False
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,10 @@ class Link:
         except OSError as error:
             raise ParentGone from error
 
+    def fileno(self) -> int:
+        """The descriptor on which the program is heard."""
+        return self._connection.fileno()
+
     def receive(self) -> Any:
         """Wait for the program.
 
@@ -117,7 +121,7 @@ class _LogToProgram(logging.Handler):
             self._link.send(message)
 
 
-class _Counter:
+class Counter:
     """Tells the program how far this worker is."""
 
     def __init__(self, link: Link) -> None:
@@ -154,7 +158,7 @@ class _Counter:
 def work(link: Link, setup: Setup) -> None:
     """Handle messages until there are no more."""
     job = setup.job
-    counter = _Counter(link)
+    counter = Counter(link)
     Sink.current = Sink(setup.database, job.table, counter.written)
     with (
         contextlib.closing(Sink.current),
@@ -173,17 +177,22 @@ def work(link: Link, setup: Setup) -> None:
         counter.report(done=True)
 
 
-def _connect(setup: Setup, counter: _Counter) -> Process:
+def options(setup: Setup, counter: Counter) -> dict[str, Any]:
+    """What its process is to be like."""
+    return {
+        "url": setup.url,
+        "namespace": setup.namespace,
+        "heartbeat_interval": setup.heartbeat,
+        "durability": setup.durability,
+        "on_error": counter.trouble,
+    }
+
+
+def _connect(setup: Setup, counter: Counter) -> Process:
     give_up = time.monotonic() + setup.patience
     while True:
         try:
-            return Process(
-                url=setup.url,
-                namespace=setup.namespace,
-                heartbeat_interval=setup.heartbeat,
-                durability=setup.durability,
-                on_error=counter.trouble,
-            )
+            return Process(**options(setup, counter))
         except ServerUnreachableError:
             if time.monotonic() >= give_up:
                 raise
@@ -210,7 +219,13 @@ def main() -> None:
     log.addHandler(_LogToProgram(link))
     log.propagate = False
     try:
-        work(link, link.receive())
+        setup: Setup = link.receive()
+        if setup.asyncio:
+            from phonon.cli.async_worker import run  # noqa: PLC0415 - needs an extra
+
+            run(link, setup, stop)
+        else:
+            work(link, setup)
     except ParentGone:
         sys.exit(1)
     except Stopped:  # its sessions have ended
