@@ -153,7 +153,7 @@ class Update:
         """
         raise NotImplementedError(f"{type(self).__qualname__} must define merge(other)")
 
-    def execute(self) -> None:
+    def execute(self) -> Any:  # None; something to await in an AsyncUpdate
         """Write the merged record to the database.
 
         It may run again if it raises or if its process dies before it could report back. A
@@ -169,7 +169,7 @@ class Update:
             raise error
 
     @classmethod
-    def execute_many(cls, updates: Sequence[Self]) -> Iterable[tuple[Self, Exception]] | None:
+    def execute_many(cls, updates: Sequence[Self]) -> Any:
         """Write many merged records to the database at once, if it is overridden.
 
         Sessions that end together, as in `LruCache.expire_all` and at the end of a
@@ -180,8 +180,8 @@ class Update:
             updates: The records, each of another resource.
 
         Returns:
-            Those that failed, with their errors; None if none did. They are kept and tried again,
-            as when `execute` raises.
+            Pairs of those that failed and their errors; None if none did. They are kept and tried
+            again, as when `execute` raises.
 
         Raises:
             Exception: It is called again for each record by itself, so that only those that are at

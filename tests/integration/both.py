@@ -124,7 +124,7 @@ def _tally() -> type[AsyncUpdate]:
         def merge(self, other: Any) -> None:
             self.doc = dict(Counter(self.doc) + Counter(other.doc))
 
-        async def execute(self) -> None:  # type: ignore[override]  # as of AsyncUpdate
+        async def execute(self) -> None:
             assert type(self.token) is int
             await asyncio.sleep(0)
             entry = Written(self._id, dict(self.doc), self.token, self.process().id)

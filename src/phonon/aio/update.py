@@ -110,7 +110,7 @@ class AsyncUpdate(Update):
 
     # To override
 
-    async def execute(self) -> None:  # type: ignore[override]  # that is what it is for
+    async def execute(self) -> None:
         """Write the merged record to the database; see `Update.execute`.
 
         It runs in a task of its own; `AsyncProcess` says how many do at a time. If the call that
@@ -123,9 +123,7 @@ class AsyncUpdate(Update):
             raise error
 
     @classmethod
-    async def execute_many(  # type: ignore[override]  # as above
-        cls, updates: Sequence[Self]
-    ) -> Iterable[tuple[Self, Exception]] | None:
+    async def execute_many(cls, updates: Sequence[Self]) -> Iterable[tuple[Self, Exception]] | None:
         """Write many merged records at once, if it is overridden; see `Update.execute_many`."""
         raise NotImplementedError(f"{cls.__qualname__} must define execute() or execute_many()")
 

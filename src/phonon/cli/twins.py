@@ -13,7 +13,7 @@ from phonon.cli.sums import SumUpdate
 class _Threaded(AsyncUpdate):
     """SQLite has no calls to await, so another thread makes them."""
 
-    async def execute(self) -> None:  # type: ignore[override]  # that is what it is for
+    async def execute(self) -> None:
         """Write the session to the database."""
         execute: Any = super().execute
         await asyncio.to_thread(execute)
@@ -23,7 +23,7 @@ class AsyncFlightUpdate(_Threaded, FlightUpdate, AsyncUpdate):  # type: ignore[m
     """What is known about one aircraft."""
 
 
-class AsyncNumberedUpdate(_Threaded, NumberedUpdate, AsyncUpdate):  # type: ignore[misc]  # as above
+class AsyncNumberedUpdate(_Threaded, NumberedUpdate, FlightUpdate, AsyncUpdate):  # type: ignore[misc]  # as above
     """What is known about one aircraft, and by which messages."""
 
 
