@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import redis
 
@@ -14,11 +15,11 @@ ROUNDS = 31
 
 
 @contextmanager
-def processes(count: int = 1) -> Iterator[list[Process]]:
+def processes(count: int = 1, **options: Any) -> Iterator[list[Process]]:
     """Processes on a server of their own."""
     with tempfile.TemporaryDirectory() as folder, embedded.start(folder) as server:
         url = f"unix://{server.socket_path}?db=1"
-        made = [Process(url=url) for _ in range(count)]
+        made = [Process(url=url, **options) for _ in range(count)]
         # As a server is by default. An empty function writes nothing; ours would be measured
         # against it with one write to a disk in each.
         made[0].client.config_set("appendonly", "no")

@@ -48,9 +48,14 @@ class Backlog:
         self._local = local
         self._changed = changed
 
+    @property
+    def size(self) -> int:
+        """How much is undone."""
+        return self._count()
+
     def look(self) -> None:
         """Something has been left undone, or done after all."""
-        full = self._count() >= self._most
+        full = self.size >= self._most
         if full or self.full:
             with self._changed:
                 self.full = full
@@ -94,7 +99,7 @@ class Backlog:
                     return
         if self.full:
             raise BacklogFullError(
-                f"{self._count():,} sessions could not be written to the database, or sent to the "
+                f"{self.size:,} sessions could not be written to the database, or sent to the "
                 "server, and are tried again; until then no new messages are taken in, and this "
                 "one was not: give it back to the broker. The log says what is wrong; "
                 "Process(max_backlog=...) is the bound"

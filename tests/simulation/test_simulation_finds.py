@@ -50,7 +50,7 @@ MUTATIONS = {
         "G9",
     ),
     "a batch is owned under any token": Mutation(
-        " and running[2] == token", "", "G9", seed="finds3"
+        " and running[2] == token", "", "G9", seed="finds7"
     ),
     "operation numbers are not remembered": Mutation(
         "          remember(r, answer)",
