@@ -79,7 +79,8 @@ def test_arguments(cls: type) -> None:
     twin = TWINS[cls]
     compared = 0
     for name in ["__init__", *(public(cls) & public(twin))]:
-        ours, theirs = getattr(twin, name, None), getattr(cls, name, None)
+        ours: Any = getattr(twin, name, None)
+        theirs: Any = getattr(cls, name, None)
         if not inspect.isfunction(inspect.unwrap(theirs)) and not inspect.ismethod(theirs):
             continue
         compared += 1
