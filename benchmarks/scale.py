@@ -112,10 +112,10 @@ def many_messages(most: int) -> None:
                         stored.set(name, Sum(process, name, doc=1))
 
         # Ten million stored messages would take most of ten minutes, and tell the same.
-        for form, work, most in (("merged in memory", keep, most), ("stored", store, most // 10)):
+        for form, work, end in (("merged in memory", keep, most), ("stored", store, most // 10)):
             print(f"messages/s for {HELD:,} sessions that are held, {form}")
             count = 10_000
-            while count <= most:
+            while count <= end:
                 before, rates = resident(), []
                 for _ in range(5 if count < 1_000_000 else 1):
                     begun = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, cast
 from phonon.drivers.server import Server
 from phonon.errors import ConnectionLostError, PhononError
 from phonon.protocol.effects import Call, Effect, Execute, Flow, Outcome, T, Wait
-from phonon.runtime import THREADS, Runtime
+from phonon.runtime import THREADS, Condition, Runtime
 
 log = logging.getLogger("phonon")
 
@@ -130,6 +130,25 @@ class Task(Generic[T]):
         return self.result
 
 
+class Turn:
+    """A place in the lines for some resources.
+
+    Args:
+        bases: The resources.
+        changed: What is notified when the turn has come.
+
+    Attributes:
+        has_come: Whether it has: the resources are taken.
+    """
+
+    __slots__ = ("bases", "changed", "has_come")
+
+    def __init__(self, bases: AbstractSet[bytes], changed: Condition) -> None:
+        self.bases = bases
+        self.changed = changed
+        self.has_come = False
+
+
 class Guard:
     """Lets one flow at a time talk about a resource, in order of arrival.
 
@@ -138,45 +157,40 @@ class Guard:
     take the later-arriving one for a repeat.
     """
 
-    __slots__ = ("_busy", "_freed", "_lock", "_queue", "_tickets")
+    __slots__ = ("_busy", "_lock", "_queues", "_runtime")
 
     def __init__(self, runtime: Runtime = THREADS) -> None:
+        self._runtime = runtime
         self._busy: set[bytes] = set()
         self._lock = threading.Lock()
-        self._freed = runtime.condition(self._lock)
-        self._tickets = itertools.count()
-        self._queue: dict[int, AbstractSet[bytes]] = {}
+        #: Those that wait, for each resource that somebody waits for.
+        self._queues: dict[bytes, deque[Turn]] = {}
 
     def acquire(self, bases: AbstractSet[bytes]) -> None:
         """Wait until all of these are free, and take them at once: nobody holds some and waits."""
         with self._lock:
-            ticket = next(self._tickets)
-            self._queue[ticket] = bases
+            # Without an order, who wants many would wait for ever beside those that want one each.
+            if self._busy.isdisjoint(bases) and self._queues.keys().isdisjoint(bases):
+                self._busy |= bases
+                return
+            turn = Turn(bases, self._runtime.condition(self._lock))
+            for base in bases:
+                self._queues.setdefault(base, deque()).append(turn)
             try:
-                while not self._has_turn(ticket, bases):
-                    self._freed.wait()
+                while not turn.has_come:
+                    turn.changed.wait()
             except BaseException:
-                self._freed.notify_all()  # those behind need not wait for it any more
+                if turn.has_come:
+                    self._busy -= bases
+                else:
+                    self._leave(turn)
+                self._call_next(bases)
                 raise
-            finally:
-                del self._queue[ticket]
-            self._busy |= bases
-
-    def _has_turn(self, ticket: int, bases: AbstractSet[bytes]) -> bool:
-        if not self._busy.isdisjoint(bases):
-            return False
-        # Without an order, who wants many would wait for ever beside those that want one each.
-        for earlier, wanted in self._queue.items():
-            if earlier == ticket:
-                break
-            if not wanted.isdisjoint(bases):
-                return False
-        return True
 
     def acquire_one(self, base: bytes) -> None:
         """`acquire` for a single resource."""
         with self._lock:
-            if not self._queue and base not in self._busy:
+            if base not in self._busy and base not in self._queues:
                 self._busy.add(base)
                 return
         self.acquire({base})
@@ -185,15 +199,37 @@ class Guard:
         """`release` for a single resource."""
         with self._lock:
             self._busy.discard(base)
-            if self._queue:
-                self._freed.notify_all()
+            if self._queues:
+                self._call_next((base,))
 
     def release(self, bases: AbstractSet[bytes]) -> None:
         """Let others go on."""
         with self._lock:
             self._busy -= bases
-            if self._queue:
-                self._freed.notify_all()
+            if self._queues:
+                self._call_next(bases)
+
+    def _call_next(self, bases: Iterable[bytes]) -> None:
+        """Wake those whose turn it is, now that these resources are free."""
+        for base in bases:
+            queue = self._queues.get(base)
+            if not queue:
+                continue
+            turn = queue[0]
+            if self._busy.isdisjoint(turn.bases) and all(
+                self._queues[wanted][0] is turn for wanted in turn.bases
+            ):
+                self._leave(turn)
+                self._busy |= turn.bases
+                turn.has_come = True
+                turn.changed.notify()
+
+    def _leave(self, turn: Turn) -> None:
+        for base in turn.bases:
+            queue = self._queues[base]
+            queue.remove(turn)
+            if not queue:
+                del self._queues[base]
 
 
 class Kept:
