@@ -43,6 +43,9 @@ bench: $(VENV)/.peers ## measure against bare Redis and peers
 	$(BIN)/python benchmarks/references.py
 	$(BIN)/python benchmarks/takeover.py
 	$(BIN)/python benchmarks/locks.py
+	$(BIN)/python benchmarks/aio.py
+	$(BIN)/python benchmarks/scale.py --keys 100000 --messages 1000000
+	$(BIN)/python benchmarks/backpressure.py --seconds 12
 
 docs: $(VENV)/.installed ## run the examples in README.md and docs/
 	$(BIN)/python -m pytest tests/fundamentals/test_documentation.py

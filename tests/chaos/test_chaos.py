@@ -64,9 +64,10 @@ def check_exact(done: "subprocess.CompletedProcess[str]") -> None:
 
 
 @pytest.mark.slow
-def test_twenty_kills_and_everything_else(temporary: Path) -> None:
+@pytest.mark.parametrize("api", [(), ("--asyncio",)], ids=["threads", "asyncio"])
+def test_twenty_kills_and_everything_else(temporary: Path, api: tuple[str, ...]) -> None:
     arguments = ("--kills", "20", "--seed", "3", "--cut", "--restart-server")
-    done = chaos_program(*arguments, timeout=2 * MINUTE)
+    done = chaos_program(*arguments, *api, timeout=2 * MINUTE)
     check_exact(done)
     assert value(done.stdout, "workers killed with SIGKILL") == 20
     assert value(done.stdout, "workers paused until believed dead") >= 1
@@ -76,7 +77,15 @@ def test_twenty_kills_and_everything_else(temporary: Path) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(10 * MINUTE)
-@pytest.mark.parametrize("options", [(), ("--cut",), ("--cut", "--restart-server")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--cut",),
+        ("--cut", "--restart-server"),
+        ("--asyncio", "--cut", "--restart-server"),
+    ],
+)
 def test_two_hundred_kills(temporary: Path, options: tuple[str, ...]) -> None:
     done = chaos_program("--kills", "200", *options, timeout=9 * MINUTE)
     sys.stdout.write(done.stdout + done.stderr)

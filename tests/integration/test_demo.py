@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from conftest import Redis, wait_until
 from phonon import embedded
-from phonon.cli import report
+from phonon.cli import app, report
 from phonon.cli.check import Difference, compare
 from phonon.cli.flights import Flights
 from phonon.cli.rows import Rejections
@@ -220,12 +221,12 @@ def test_evictions_write_a_key_more_than_once(run: Runs) -> None:
     assert value(done.stdout, "database writes") == value(done.stdout, "sessions")
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
-def test_own_rows(run: Runs, tmp_path: Path, workers: str) -> None:
+@pytest.mark.parametrize("options", [("1",), ("3",), ("3", "--asyncio")], ids=" ".join)
+def test_own_rows(run: Runs, tmp_path: Path, options: tuple[str, ...]) -> None:
     source, path = tmp_path / "sales.csv", tmp_path / "sales.db"
     source.write_text(SALES)
     done = run("demo", "--input", str(source), "--key", "who", "--sum", "amount", "--sum", "count",
-               "--sum", "amount", "--workers", workers, "--no-kill",
+               "--sum", "amount", "--no-kill", "--workers", *options,
                "--database", str(path))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "3 of 3 keys equal" in done.stdout
@@ -492,9 +493,10 @@ def test_its_own_server_is_waited_for(run: Runs, error: type[BaseException] | No
 # Workers that die
 
 
-def test_one_is_killed_and_taken_over(run: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("api", [(), ("--asyncio",)], ids=["threads", "asyncio"])
+def test_one_is_killed_and_taken_over(run: Runs, tmp_path: Path, api: tuple[str, ...]) -> None:
     path = tmp_path / "flights.db"
-    done = run("demo", "--database", str(path))
+    done = run("demo", "--database", str(path), *api)
     assert done.returncode == 0, done.stderr
     assert "3,148 of 3,148 keys equal" in done.stdout
     epitaph = r"worker 2 \(pid \d+\) was killed by SIGKILL"
@@ -571,16 +573,21 @@ def test_what_a_dead_worker_never_looked_at_is_dealt_again(start: Callable[..., 
     assert "1 of 1 keys equal" in out
 
 
+@pytest.mark.parametrize("api", [(), ("--asyncio",)], ids=["threads", "asyncio"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_that_is_told_to_leave_finishes_what_it_has_in_hand(
-    own_server: Redis, start: Callable[..., Running], tmp_path: Path, number: signal.Signals
+    own_server: Redis,
+    start: Callable[..., Running],
+    tmp_path: Path,
+    number: signal.Signals,
+    api: tuple[str, ...],
 ) -> None:
     path = tmp_path / "x.db"
     rows = [f"k{i % 70}\n" for i in range(5_000)]
     proxy = Proxy(own_server.socket)
     try:
         arguments = ("--key", "who", "--url", proxy.url, "--database", str(path))
-        running = start(*arguments, rows="who\n" + rows[0])
+        running = start(*arguments, *api, rows="who\n" + rows[0])
         append = 0
 
         def leave_at(step: str) -> None:
@@ -752,6 +759,13 @@ def test_without_the_extra(run: Runs, missing: str) -> None:
     assert len(done.stderr.splitlines()) == 1
     assert missing in done.stderr
     assert "pip install 'phonon[cli]'" in done.stderr
+
+
+def test_asyncio_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "find_spec", lambda _: None)
+    done = CliRunner().invoke(app.phonon, ["demo", "--asyncio"])
+    assert done.exit_code == 2
+    assert "pip install 'phonon[aio]'" in done.output
 
 
 def test_workers_find_what_the_demo_finds(run: Runs, tmp_path: Path) -> None:
