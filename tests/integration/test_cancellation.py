@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import types
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import Any, ClassVar
 
 import pytest
 from both import until
+from nodes import Cluster
 
-from conftest import Redis
 from phonon import RetryPolicy
 from phonon.aio import AsyncLruCache, AsyncProcess, AsyncUpdate
 from phonon.errors import AlreadyLockedError
@@ -125,9 +125,17 @@ class Lab:
         asyncio.run(checked())
 
 
-@pytest.fixture
-def lab(server: Redis, namespace: str) -> Lab:
-    return Lab(server.url, namespace)
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(params=["server", "cluster"])
+def lab(request: pytest.FixtureRequest, namespace: str) -> Lab:
+    """On one server; and on a cluster, where more exchanges are needed and can be cancelled."""
+    return Lab(request.getfixturevalue(request.param).url, namespace)
 
 
 async def at_each_place(attempt: Callable[[int], Coroutine[Any, Any, bool]], least: int) -> None:

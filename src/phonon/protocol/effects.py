@@ -131,11 +131,14 @@ class Participant:
         """A call that may be repeated as it is: it only reads, or changes nothing twice."""
         return Call(step, base, (self.id, *args))
 
-    def hold(self, base: bytes, *, lock: bool = False) -> Iterable[Effect]:
-        """Enter a resource into the registry, before a step that makes it, or its lock, ours."""
+    def hold(self, base: bytes, *, lock: bool = False, keep: bool = False) -> Iterable[Effect]:
+        """Enter a resource into the registry, before a step that makes it, or its lock, ours.
+
+        A flow that has data in hand keeps this call like the step that stores it.
+        """
         if self.colocated:
             return NOTHING
-        return _once(Call("hold", self.registry, (base, self.id, int(lock))))
+        return _once(Call("hold", self.registry, (base, self.id, int(lock)), keep=keep))
 
     def let_go(self, base: bytes, nothing_left: int) -> Iterable[Effect]:
         """Clear the registry after a step that answered that nothing there is ours."""

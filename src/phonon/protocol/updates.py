@@ -117,7 +117,7 @@ def append(me: Participant, base: bytes, parcel: Parcel, *, keep: bool = True) -
     if partial is None:
         return None
     try:
-        yield from me.hold(base)
+        yield from me.hold(base, keep=keep)
         answer = yield me.step("append", base, me.lease_ms, partial, keep=keep, stores=True)
     except PhononError:
         parcel.put_back(partial)
@@ -146,7 +146,7 @@ def leave(
     """
     partial = parcel.take() if parcel else None
     try:
-        yield from me.hold(base)
+        yield from me.hold(base, keep=True)
         args = (int(force), me.lease_ms, partial or b"")
         answer = yield me.step("leave", base, *args, keep=True, stores=partial is not None)
     except PhononError:
@@ -180,7 +180,9 @@ def execute(
     while batch is not None:
         try:
             ran, failure = yield from _attempt(me, base, batch, run, policy)
-        except PhononError as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - an interrupt is raised by the driver itself
             # We are its owner and nobody else takes it up while we live.
             again_in = policy.pause(batch.attempt + 1)
             failures.append(Failure(batch.token, error, again_in, "retry"))
