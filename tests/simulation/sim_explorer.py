@@ -10,9 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sim_link import Link
-from sim_world import DEAF, RAISES, Move, Point, SimProcess, World
+from sim_world import (
+    CANCELLED,
+    CANCELLED_UNSENT,
+    DEAF,
+    RAISES,
+    Move,
+    Point,
+    SimProcess,
+    World,
+)
 
-from phonon.protocol.effects import Call, Execute
+from phonon.protocol.effects import Call, Execute, Wait
 
 Footprint = frozenset[bytes] | None
 #: What the user of a process does.
@@ -29,7 +38,7 @@ class Scenario:
         dead: Who is killed then; everybody else takes over.
         labels: The class of a process's data, and the classes it knows, if not "K".
         faults: How many there are at the most, in any run.
-        kinds: Which: kill, pause, deaf, raises.
+        kinds: Which: kill, pause, deaf, raises, cancelled.
         victims: Who is killed or paused.
         beats: Whether a paused process soon beats.
     """
@@ -165,6 +174,11 @@ class Explorer:
                 faulty.append((move._replace(fate=DEAF), keys))
             if RAISES in kinds and isinstance(task.effect, Execute):
                 faulty.append((move._replace(fate=RAISES), keys))
+            if CANCELLED in kinds and task.name == "user":
+                if isinstance(task.effect, Call) and not task.effect.keep:
+                    faulty.append((move._replace(fate=CANCELLED_UNSENT), keys))
+                if isinstance(task.effect, Call | Wait):
+                    faulty.append((move._replace(fate=CANCELLED), keys))
         return faulty
 
     @staticmethod
@@ -187,7 +201,7 @@ class Explorer:
             world.survive(process)
             if move.fate == "pause" and self.scenario.beats:
                 world.beat(process)
-        return int(move.fate in {"kill", "pause", DEAF, RAISES})
+        return int(move.fate in {"kill", "pause", DEAF, RAISES, CANCELLED, CANCELLED_UNSENT})
 
     def run(self, most: int = 10**9) -> Explored:
         """Explore everything, or so many interleavings.

@@ -4,6 +4,7 @@ A schedule depends on nothing but its seed.
 """
 
 import random
+from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Generator
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 from sim_checks import Violation
 from sim_link import Link
 from sim_world import (
+    CANCELLED,
+    CANCELLED_UNSENT,
     DEAF,
     GIVEN_UP,
     GIVEN_UP_UNSENT,
@@ -19,6 +22,7 @@ from sim_world import (
     RAISES,
     TWICE,
     Move,
+    Point,
     SimProcess,
     Task,
     World,
@@ -52,6 +56,10 @@ OPERATIONS = {
 TIMES = (400, 3_000, 11_000, 70_000, 910_000)
 
 
+#: Of every hundred moves so many cancel what a user has called, in one schedule of three.
+CANCELLATIONS = 8.0
+
+
 class Result(NamedTuple):
     """What random schedules came to."""
 
@@ -61,15 +69,37 @@ class Result(NamedTuple):
     seen: Counter[str]
 
 
-def wander(p: SimProcess, rng: random.Random, bases: list[bytes]) -> Generator[Any, Any, None]:
-    """What the threads of a process's user do."""
-    names, weights = list(OPERATIONS), list(OPERATIONS.values())
-    while not p.world.ending:
-        base, name = rng.choice(bases), rng.choices(names, weights)[0]
-        try:
-            yield from operate(p, name, base, rng)
-        except ConnectionLostError:
-            p.world.witness.seen["given up by its caller"] += 1
+class Walk:
+    """What a thread or task of a process's user does, one thing after the other.
+
+    Args:
+        p: The process.
+        rng: What it does.
+        bases: With which resources.
+    """
+
+    def __init__(self, p: SimProcess, rng: random.Random, bases: list[bytes]) -> None:
+        self.p, self.rng, self.bases = p, rng, bases
+        self.ended = False
+
+    def begin(self) -> None:
+        self.p.spawn("user", self.steps()).leave_alone = self.go_elsewhere
+
+    def go_elsewhere(self) -> None:
+        """Its call was cancelled, and goes on without it."""
+        self.ended = True
+        Walk(self.p, self.rng, self.bases).begin()
+
+    def steps(self) -> Generator[Any, Any, None]:
+        names, weights = list(OPERATIONS), list(OPERATIONS.values())
+        while not (self.p.world.ending or self.ended):
+            base, name = self.rng.choice(self.bases), self.rng.choices(names, weights)[0]
+            try:
+                yield from operate(self.p, name, base, self.rng)
+            except ConnectionLostError:
+                self.p.world.witness.seen["given up by its caller"] += 1
+            except CancelledError:
+                self.p.world.witness.seen["cancelled by its caller"] += 1
 
 
 def operate(p: SimProcess, name: str, base: bytes, rng: random.Random) -> Generator[Any, Any, None]:
@@ -113,12 +143,15 @@ class Schedule:
         self.length = rng.randint(30, 80) * 2
         bases = [self.world.base(name) for name in "xyz"[: rng.randint(1, 3)]]
         self.quiet = rng.random() < 0.25
+        # By a chance of their own: the other schedules stay what they were without them.
+        self.cancels = random.Random(f"{seed} cancel")  # noqa: S311 - as above
+        self.cancelling = self.cancels.random() < 1 / 3
         for name in "abcde"[: rng.randint(2, 5)]:
             knowing = rng.random() < 0.8
             label = rng.choice("KKKKL")
             process = self.world.start(name, label, ("K", "L") if knowing else ("K",))
             for _ in range(rng.choice((1, 1, 1, 2))):
-                process.spawn("user", wander(process, rng, bases))
+                Walk(process, rng, bases).begin()
 
     def run(self) -> None:
         for _ in range(self.length):
@@ -134,12 +167,30 @@ class Schedule:
         disturb = not self.quiet and self.rng.random() * 100 < sum(DISTURBANCES.values())
         if disturb and self.disturb(self.rng.choice(running)):
             return True
+        if self.cancelling and self.cancels.random() * 100 < CANCELLATIONS and self.cancel():
+            return True
         moves = self.world.moves()
         if not moves:
             return self.world.time_out()
         move = self.rng.choice(moves)
         _, task = self.world.task(move)
         self.world.do(move._replace(fate=OK if self.quiet else self.fate(task)))
+        return True
+
+    def cancel(self) -> bool:
+        """Somebody's call is cancelled. Is there one that waits?"""
+        waiting = [
+            (process, task)
+            for process in self.world.processes.values()
+            if not process.killed
+            for task in process.tasks
+            if task.name == "user" and not isinstance(task.effect, Point)
+        ]
+        if not waiting:
+            return False
+        process, task = self.cancels.choice(waiting)
+        fate = self.cancels.choice((CANCELLED, CANCELLED_UNSENT))
+        self.world.do(Move(process.name, task.number, fate))
         return True
 
     def fate(self, task: Task) -> str:

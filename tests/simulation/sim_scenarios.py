@@ -4,7 +4,7 @@ from collections.abc import Generator
 from typing import Any
 
 from sim_explorer import Scenario, Script
-from sim_world import DEAF, RAISES, SimProcess
+from sim_world import CANCELLED, DEAF, RAISES, SimProcess
 
 from phonon.protocol import heirs
 
@@ -147,6 +147,15 @@ SCENARIOS = {
     "three want a lock": Scenario(_each(locks, "abc"), faults=0),
     "two want a lock, an answer is lost": Scenario(_each(locks, "ab"), kinds=(DEAF,)),
     "a waiter gives up": Scenario({"b": waits_in_vain, "c": locks}, (("a", locks),), faults=0),
+    "two want a lock, one is cancelled": Scenario(_each(locks, "ab"), kinds=(CANCELLED,)),
+    "a member is cancelled": Scenario(
+        {"a": leaves_with_data, "b": stores_and_leaves}, kinds=(CANCELLED,), faults=2
+    ),
+    "compaction is cancelled": Scenario(
+        {"a": compacts, "b": leaves},
+        before=(("a", stores), ("b", stores)),
+        kinds=(CANCELLED,),
+    ),
     "two readers and a writer": Scenario(
         {"b": locks, "c": reads}, before=(("a", reads),), faults=0
     ),
@@ -219,6 +228,12 @@ SCENARIOS = {
 
 #: Larger ones: some of their interleavings, and all of them if one asks for that.
 LARGE = {
+    "a waiter is cancelled": Scenario(
+        {"b": locks, "c": locks}, before=(("a", locks),), kinds=(CANCELLED,)
+    ),
+    "a reader or a writer is cancelled": Scenario(
+        {"b": locks, "c": reads}, before=(("a", reads),), kinds=(CANCELLED,)
+    ),
     "compaction while a batch runs, two sessions later": Scenario(
         {"b": stores_and_leaves_twice, "c": compacts},
         before=(("a", stores_and_leaves),),

@@ -7,6 +7,7 @@ does between two moves touches nothing but its own memory.
 """
 
 import itertools
+from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ OK, DEAF, LOST, TWICE, GIVEN_UP, GIVEN_UP_UNSENT = (
     "unsent",
 )
 RAISES = "raises"
+#: Its caller is cancelled, after or before a call has arrived. What is kept goes on without him.
+CANCELLED, CANCELLED_UNSENT = "cancelled", "cancelled unsent"
 #: What a task waits for while it does not.
 RUNNING = "running"
 
@@ -171,16 +174,18 @@ class Task:
     outcome: Outcome | None = None
     stuck: bool = False
     delivered: bool = False
+    #: Has its caller do something else, while it goes on.
+    leave_alone: Callable[[], None] | None = None
 
     def advance(self, reply: Any = None) -> None:
         self.outcome, self.stuck, self.delivered = None, False, False
         self.effect = RUNNING
         try:
-            if isinstance(reply, Exception):
+            if isinstance(reply, BaseException):
                 self.effect = self.steps.throw(reply)
             else:
                 self.effect = self.steps.send(reply)
-        except StopIteration:
+        except (StopIteration, CancelledError):
             self.effect = None
         except PhononError as error:
             raise Violation(f"unexpected: {self.name} raised {error!r}") from error
@@ -230,11 +235,12 @@ class SimProcess:
 
     # -- tasks
 
-    def spawn(self, name: str, steps: Steps[Any]) -> None:
+    def spawn(self, name: str, steps: Steps[Any]) -> Task:
         task = Task(next(self.task_numbers), name, steps)
         self.tasks.append(task)
         task.advance()
         self.settle()
+        return task
 
     def settle(self) -> None:
         """Whoever waits for a turn that is free takes it; who has ended is forgotten."""
@@ -358,9 +364,11 @@ class SimProcess:
         flow = self.living(lambda me: updates.append(me, base, parcel, keep=keep))
         try:
             yield from self.turn(base, flow)
-        except ConnectionLostError:
-            # Its caller knows no more than that it may be stored, and must not send it again.
-            parcel.unsent.clear()
+        except (ConnectionLostError, CancelledError):
+            if not keep:
+                # Its caller knows no more than that it may be stored, and must not send it again.
+                parcel.unsent.clear()
+                parcel.sent.clear()
             raise
         self.held.setdefault(base)
         self.acknowledge(base)
@@ -430,34 +438,46 @@ class SimProcess:
     ) -> Steps[None]:
         """Take the lock, do two things under it, release it. Who is not patient gives up."""
         me, wish = self.me, self.wish(base, shared=shared, places=places)
-        while True:
-            asked = self.world.link.offset
-            try:
-                answer = yield from self.turn(base, locks.acquire(me, wish, queue=queue))
-            except DeclaredDeadError:
-                yield from self.turn(base, self.be_reborn(me))
-                me, wish = self.me, self.wish(base, shared=shared, places=places)
-                continue
-            except ConnectionLostError:
-                # We may have the lock, or a place in line.
-                yield from self.turn(base, locks.release(me, base, wish.holder))
-                return
-            if answer.kind == "granted":
-                break
-            if answer.kind == "wait" and not patient:
-                yield from self.turn(base, locks.release(me, base, wish.holder))
-            if answer.kind == "busy" or not patient:
-                return
-            yield from locks.wait(base, wish.holder, answer.number / 1000)
+        try:
+            while True:
+                asked = self.world.link.offset
+                try:
+                    answer = yield from self.turn(base, locks.acquire(me, wish, queue=queue))
+                except DeclaredDeadError:
+                    yield from self.turn(base, self.be_reborn(me))
+                    me, wish = self.me, self.wish(base, shared=shared, places=places)
+                    continue
+                except ConnectionLostError:
+                    # We may have the lock, or a place in line.
+                    yield from self.turn(base, locks.release(me, base, wish.holder))
+                    return
+                if answer.kind == "granted":
+                    break
+                if answer.kind == "wait" and not patient:
+                    yield from self.turn(base, locks.release(me, base, wish.holder))
+                if answer.kind == "busy" or not patient:
+                    return
+                yield from locks.wait(base, wish.holder, answer.number / 1000)
+            yield from self.inside(me, wish, answer.number, asked, extend=extend)
+        except CancelledError:
+            # As above. Somebody else sees to it: who was cancelled is gone.
+            self.locks.pop(wish.holder, None)
+            self.spawn("clean up", self.turn(base, locks.release(me, base, wish.holder)))
+            raise
+
+    def inside(
+        self, me: Participant, wish: Wish, token: int, asked: int, *, extend: bool
+    ) -> Steps[None]:
+        """Do two things under a lock that was granted."""
         if me is self.me:
-            self.locks[wish.holder] = base, asked + LOCK_LEASE
-            self.world.check_beliefs(base)
+            self.locks[wish.holder] = wish.base, asked + LOCK_LEASE
+            self.world.check_beliefs(wish.base)
         for name in ("first", "last"):
-            yield Point(name, base, self.use(me, wish, answer.number))
+            yield Point(name, wish.base, self.use(me, wish, token))
             if extend and wish.holder in self.locks:
-                yield from self.turn(base, self.extending(base, wish.holder))
+                yield from self.turn(wish.base, self.extending(wish.base, wish.holder))
         self.locks.pop(wish.holder, None)
-        yield from self.turn(base, locks.release(me, base, wish.holder))
+        yield from self.turn(wish.base, locks.release(me, wish.base, wish.holder))
 
     def extending(self, base: bytes, holder: str) -> Steps[None]:
         """As `Lock.extend`."""
@@ -685,7 +705,9 @@ class World:
 
     def step(self, process: SimProcess, task: Task, fate: str) -> None:
         effect = task.effect
-        if task.outcome is not None:
+        if fate in {CANCELLED, CANCELLED_UNSENT}:
+            self.cancel(process, task, fate)
+        elif task.outcome is not None:
             process.end_execution(task)
         elif isinstance(effect, Call):
             self.call(process, task, effect, fate)
@@ -718,6 +740,23 @@ class World:
             task.advance(ConnectionLostError("no answer"))
         else:
             task.advance(answer)
+
+    def cancel(self, process: SimProcess, task: Task, fate: str) -> None:
+        """As the drivers do."""
+        effect = task.effect
+        self.witness.seen[f"fate {fate}"] += 1
+        self.witness.seen[f"cancelled at {self.where(task)}"] += 1
+        if isinstance(effect, Execute) or (isinstance(effect, Call) and effect.keep):
+            self.note(process, task, "is left alone", fate)
+            if task.leave_alone is not None:
+                task.leave_alone()
+            return
+        self.note(process, task, "is cancelled", fate)
+        if isinstance(effect, Call) and fate == CANCELLED and not task.delivered:
+            if effect.numbered and not effect.number:
+                effect.number = next(process.numbers)
+            self.deliver(process, task, effect, fate)
+        task.advance(CancelledError())
 
     def deliver(self, process: SimProcess, task: Task | None, call: Call, fate: str) -> Any:
         answer = self.link.call(call)

@@ -238,8 +238,20 @@ def test_faults_of_the_library(server: Redis, name: str) -> None:
 # -- faults of the flows
 
 
-def holds_nothing(_: Participant, __: bytes, *, lock: bool = False) -> Iterable[Effect]:
+def holds_nothing(
+    _: Participant, __: bytes, *, lock: bool = False, keep: bool = False
+) -> Iterable[Effect]:
     return NOTHING
+
+
+_hold = Participant.hold
+
+
+def keeps_nothing(
+    me: Participant, base: bytes, *, lock: bool = False, keep: bool = False
+) -> Iterable[Effect]:
+    """Data that is on its way is in nobody's hands if its caller is cancelled here."""
+    return _hold(me, base, lock=lock)
 
 
 def lets_go_always(me: Participant, base: bytes, _: int) -> Iterable[Effect]:
@@ -292,6 +304,7 @@ def indexes_nothing(_: Participant, __: bytes) -> Flow[None]:
 
 FLOWS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "in a cluster the registry is not written first": (Participant, "hold", holds_nothing, "G8"),
+    "in a cluster data is not kept before its step": (Participant, "hold", keeps_nothing, "G1 G3"),
     "in a cluster the registry is always cleared": (Participant, "let_go", lets_go_always, "G8"),
     "the dead registry is cleared before the step": (recovery, "recover", releases_first, "G8 G3"),
     "the dead are struck off, but not recovered": (recovery, "bury", buries_at_once, "G8 G3 G11"),

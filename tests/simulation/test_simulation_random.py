@@ -25,7 +25,14 @@ REACHED = {
     "fate twice": 200,
     "fate gave up": 30,
     "fate unsent": 20,
-    "given up by its caller": 50,
+    "given up by its caller": 25,
+    "cancelled by its caller": 50,
+    "cancelled at append": 20,
+    "cancelled at leave": 20,
+    "cancelled at lock": 10,
+    "cancelled at Wait": 5,
+    "cancelled at Turn": 20,
+    "cancelled at execute": 5,
     "append stored": 1000,
     "append DeclaredDeadError": 2,
     "append StaleOperationError": 5,
@@ -85,7 +92,9 @@ def test_random_schedules(link: Link) -> None:
     print(  # noqa: T201 - what the schedules have reached
         f"\n{result.schedules} schedules, {result.moves} moves, {result.calls} commands, "
         f"{seen['kills']} kills, {seen['zombies']} zombies, "
-        f"{seen['fate deaf'] + seen['fate lost']} lost, {seen['sink applies']} batches, "
+        f"{seen['fate deaf'] + seen['fate lost']} lost, "
+        f"{seen['fate cancelled'] + seen['fate cancelled unsent']} cancelled, "
+        f"{seen['sink applies']} batches, "
         "0 violations"
     )
     share = min(1.0, SIMULATIONS / 300)
