@@ -29,7 +29,7 @@ class Parcel:
 
 class Runner:
     def __call__(self, batch: Batch) -> None:
-        raise AssertionError("nothing is to be executed here")
+        raise AssertionError(f"{batch} is not to be executed here")
 
     def merge(self, partials: list[bytes]) -> list[bytes]:
         return partials
