@@ -11,6 +11,18 @@ from phonon.runtime import Condition
 Overflow = Literal["block", "raise"]
 
 
+def check(max_backlog: int, overflow: Overflow) -> None:
+    """Refuse what cannot be meant, before anything is begun.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    if max_backlog < 1:
+        raise ConfigurationError(f"max_backlog is at least 1, not {max_backlog!r}")
+    if overflow not in ("block", "raise"):
+        raise ConfigurationError(f'overflow is "block" or "raise", not {overflow!r}')
+
+
 class Backlog:
     """Keeps new messages out while too much is left undone.
 
@@ -37,10 +49,6 @@ class Backlog:
         local: Any,
         changed: Condition,
     ) -> None:
-        if most < 1:
-            raise ConfigurationError(f"max_backlog is at least 1, not {most!r}")
-        if overflow not in ("block", "raise"):
-            raise ConfigurationError(f'overflow is "block" or "raise", not {overflow!r}')
         self.full = False
         self._count = count
         self._most = most

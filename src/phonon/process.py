@@ -11,8 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import phonon.lock
-from phonon import parked
-from phonon.backlog import Overflow
+from phonon import backlog, parked
 from phonon.batch import Batch, raise_together
 from phonon.drivers import connect
 from phonon.drivers.server import Durability
@@ -119,7 +118,7 @@ class Process:
         on_error: Callable[[Exception], object] | None = None,
         executor: Executor | None = None,
         max_backlog: int = 100_000,
-        overflow: Overflow = "block",
+        overflow: backlog.Overflow = "block",
     ) -> None:
         if isinstance(executor, ProcessPoolExecutor):
             raise ConfigurationError(
@@ -127,6 +126,7 @@ class Process:
                 "process; give a concurrent.futures.ThreadPoolExecutor"
             )
         check_times(session_length, heartbeat_interval, retry_timeout, self.TTL)
+        backlog.check(max_backlog, overflow)
         keys = Keys(namespace)
         address = (host, port, db)
         settings: dict[str, Any] = {

@@ -9,11 +9,11 @@ from concurrent.futures import Executor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
+from phonon import backlog
 from phonon.aio.batch import AsyncBatch
 from phonon.aio.lock import AsyncLock, AsyncSemaphore
 from phonon.aio.reference import AsyncReference
 from phonon.aio.twin import call, twin
-from phonon.backlog import Overflow
 from phonon.drivers import aio
 from phonon.drivers.server import Durability
 from phonon.errors import AlreadyLockedError, ConfigurationError, ProcessStoppedError
@@ -137,9 +137,10 @@ class AsyncProcess:
         on_error: Callable[[Exception], object] | None = None,
         max_concurrent: int = 10,
         max_backlog: int = 100_000,
-        overflow: Overflow = "block",
+        overflow: backlog.Overflow = "block",
     ) -> None:
         check_times(session_length, heartbeat_interval, retry_timeout, self.TTL)
+        backlog.check(max_backlog, overflow)
         if max_concurrent < 1:
             raise ConfigurationError(f"max_concurrent is 1 at the least, not {max_concurrent!r}")
         self.session_length = session_length
