@@ -221,16 +221,24 @@ class Engine:
         self.executor = None  # its threads are the parent's
         self._begin()
 
+    def abandon(self) -> None:
+        """The child is another process, and cannot be this one's likeness: it holds nothing."""
+        self.stopped = True
+        self.home = object()
+        self._lives_until = 0.0
+
     def ensure_alive(self) -> None:
         """Start what a fork, or a bug in a thread, has ended.
 
         Raises:
             ProcessStoppedError: `stop` was called.
+            ConfigurationError: The caller cannot wait here. What he wants must not be kept either.
         """
         if self.stopped:
             raise ProcessStoppedError(
                 f"process {self.me.id.decode()} was stopped: make a new Process"
             )
+        self.runtime.admit()
         if not self._started:
             self.start()
 

@@ -226,10 +226,10 @@ class Reference:
         """
         if callback is None:
             return self._leave(None)
-        call = callback
+        call, user_code = self._process.engine.runtime.call, callback
 
         def run() -> Any:
-            return call(*(args or ()), **(kwargs or {}))
+            return call(user_code, *(args or ()), **(kwargs or {}))
 
         if any(not grant.lock.shared for grant in self._process.engine.grants.here(self._base)):
             return self._leave(run)

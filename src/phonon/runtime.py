@@ -69,6 +69,9 @@ class Runtime(Protocol):
     def local(self) -> Any:
         """An object with attributes of their own for everybody."""
 
+    def admit(self) -> None:
+        """Refuse a caller who cannot wait here, before anything has been done for him."""
+
     def me(self) -> object:
         """Who is running: a thread or a task."""
 
@@ -88,7 +91,7 @@ class Runtime(Protocol):
     def wait(self, futures: Iterable[Any], timeout: float) -> None:
         """Wait until all of what an executor runs is done, for so many seconds at the most."""
 
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the user's ``execute``, ``execute_many`` or callback."""
 
     def tell(self, function: Callable[..., Any], *args: Any) -> None:
@@ -117,6 +120,10 @@ class Threads:
         return threading.Condition(lock)
 
     @staticmethod
+    def admit() -> None:
+        """See `Runtime`. Any thread may wait."""
+
+    @staticmethod
     def my_name() -> str:
         """The thread's name."""
         return threading.current_thread().name
@@ -134,13 +141,13 @@ class Threads:
         wait(futures, timeout)
 
     @staticmethod
-    def call(function: Callable[..., Any], *args: Any) -> Any:
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """See `Runtime`.
 
         Raises:
             TypeError: It is a coroutine function: it would not run, and its data would be lost.
         """
-        result = function(*args)
+        result = function(*args, **kwargs)
         if iscoroutine(result):
             result.close()
             raise TypeError(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 from greenlet import getcurrent, greenlet
 
-from phonon.errors import ConfigurationError
+from phonon.errors import ConfigurationError, ForkedError
 from phonon.protocol.effects import Outcome
 
 log = logging.getLogger("phonon")
@@ -77,10 +77,7 @@ def await_(awaitable: Awaitable[T], timeout: float | None = None) -> T:
     if not isinstance(green, _Green):
         if inspect.iscoroutine(awaitable):
             awaitable.close()
-        raise ConfigurationError(
-            "this belongs to an AsyncProcess and cannot be called from here: await the method of "
-            "its asyncio twin, in the event loop of that process"
-        )
+        raise _refusal()
     steps: Any = awaitable if inspect.iscoroutine(awaitable) else awaitable.__await__()
     try:
         pending = steps.send(None)
@@ -90,6 +87,14 @@ def await_(awaitable: Awaitable[T], timeout: float | None = None) -> T:
         return cast("T", _finish(green, steps, pending))
     with limit(timeout):
         return cast("T", _finish(green, steps, pending))
+
+
+def _refusal() -> ConfigurationError:
+    """What ordinary code is told."""
+    return ConfigurationError(
+        "this belongs to an AsyncProcess and cannot be called from here: await the method of "
+        "its asyncio twin, in the event loop of that process"
+    )
 
 
 def _finish(green: _Green, steps: Any, pending: Any) -> Any:
@@ -179,6 +184,7 @@ class Lock:
         self._depth = 0
 
     def __enter__(self) -> None:
+        Tasks.admit()
         me = asyncio.current_task()
         if not (self._reentrant and self._owner is me):
             await_(self._lock.acquire())
@@ -282,10 +288,11 @@ class Tasks:
 
     is_async = True
     local = staticmethod(Local)
-    me = staticmethod(asyncio.current_task)
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        #: Whether this is the copy of it in a forked child.
+        self.forked = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -304,9 +311,25 @@ class Tasks:
         return Condition(self.loop, lock)
 
     @staticmethod
-    def my_name() -> str:
+    def admit() -> None:
+        """See `Runtime`.
+
+        Raises:
+            ConfigurationError: The caller is ordinary code.
+        """
+        if not isinstance(getcurrent(), _Green):
+            raise _refusal()
+
+    @staticmethod
+    def me() -> "asyncio.Task[Any] | None":
+        """The task, if it is one."""
+        with contextlib.suppress(RuntimeError):  # no event loop runs in this thread
+            return asyncio.current_task()
+        return None
+
+    def my_name(self) -> str:
         """The task's name."""
-        task = asyncio.current_task()
+        task = self.me()
         return task.get_name() if task is not None else ""
 
     @staticmethod
@@ -347,11 +370,11 @@ class Tasks:
         await_(asyncio.wait([running.task for running in futures], timeout=max(0.0, timeout)))
 
     @staticmethod
-    def call(function: Callable[..., Any], *args: Any) -> Any:
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """See `Runtime`. Code that is not ``async`` runs in a thread: the event loop goes on."""
         if inspect.iscoroutinefunction(function):
-            return await_(function(*args))
-        result = await_(asyncio.to_thread(function, *args))
+            return await_(function(*args, **kwargs))
+        result = await_(asyncio.to_thread(function, *args, **kwargs))
         return await_(result) if inspect.isawaitable(result) else result
 
     def tell(self, function: Callable[..., Any], *args: Any) -> None:
@@ -382,7 +405,13 @@ class Tasks:
 
         Raises:
             ConfigurationError: It is another one that runs.
+            ForkedError: It is the parent process's.
         """
+        if self.forked:
+            raise ForkedError(
+                "this AsyncProcess belongs to the parent process, as does its event loop: make one "
+                "in the child, in a loop of its own"
+            )
         if asyncio.get_running_loop() is not self.loop:
             raise ConfigurationError(
                 "this AsyncProcess belongs to another event loop: make one in each loop"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from phonon import Process, RetryPolicy, Update
+from phonon.aio import AsyncUpdate
 from phonon.drivers.server import Durability
 from phonon.lock import Lock
 from phonon.reference import Reference
@@ -106,12 +107,19 @@ class Entry(Update):
             raise OSError(f"no database for {record}")
         elif record.startswith("slow-"):
             time.sleep(0.05)
-        line = Line(record, dict(self.doc), self.token or 0, self.process().id, os.getpid())
-        descriptor = os.open(folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        try:
-            os.write(descriptor, (json.dumps(line) + "\n").encode())  # one write: it stays whole
-        finally:
-            os.close(descriptor)
+        note(self)
+
+
+def note(update: Update | AsyncUpdate) -> None:
+    """Write to the journal what is executed."""
+    record, doc, token = str(update._id), dict(update.doc), update.token or 0
+    line = Line(record, doc, token, update.process().id, os.getpid())
+    journal = Path(os.environ[FOLDER]) / "journal"
+    descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        os.write(descriptor, (json.dumps(line) + "\n").encode())  # one write: it stays whole
+    finally:
+        os.close(descriptor)
 
 
 def learn(name: str) -> type[Entry]:
@@ -219,6 +227,9 @@ class Refused(Exception):  # noqa: N818 - the other side's error is inside
 class Member:
     """A process that does what a test says."""
 
+    #: What it runs.
+    program = "import member; member.main()"
+
     def __init__(self, journal: Journal, options: dict[str, Any]) -> None:
         paths = [HERE, HERE.parent, HERE.parents[1] / "src"]
         environment = {
@@ -231,7 +242,7 @@ class Member:
         self._writing = threading.Lock()
         with (journal.folder / "errors").open("ab") as errors:
             self.popen = subprocess.Popen(
-                [sys.executable, "-c", "import member; member.main()", json.dumps(options)],
+                [sys.executable, "-c", self.program, json.dumps(options)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

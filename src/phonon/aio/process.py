@@ -42,12 +42,14 @@ class _Inner(Process):
         self, public: "AsyncProcess", max_concurrent: int, options: dict[str, Any]
     ) -> None:
         self._public = weakref.ref(public)
-        self._runtime = runtime = Tasks()
-        self._kit = aio.kit(runtime)
+        self._runtime: Tasks = Tasks()
+        self._kit = aio.kit(self._runtime)
         # A subclass of the twin may set them.
         for name in ("TTL", "RETRY_SLEEP", "BLOCKING_TIMEOUT"):
             setattr(self, name, getattr(public, name))
-        super().__init__(**options, executor=cast("Executor", Places(runtime, max_concurrent)))
+        super().__init__(
+            **options, executor=cast("Executor", Places(self._runtime, max_concurrent))
+        )
 
     def __repr__(self) -> str:
         return super().__repr__().replace("<phonon.", "<phonon.aio.Async", 1)
@@ -63,8 +65,8 @@ class _Inner(Process):
     def begin_after_fork(self) -> None:
         """The child has no event loop to go on with: what is here is the parent's."""
         self.engine.lease.server.forget_connections()
-        self.engine.stopped = True
-        self.engine.home = object()
+        self._runtime.forked = True
+        self.engine.abandon()
 
 
 class AsyncProcess:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Self
 from phonon.aio.lock import AsyncLock
 from phonon.aio.twin import call, twin
 from phonon.reference import Reference
-from phonon.tasks import await_
 
 if TYPE_CHECKING:
     from phonon.aio.process import AsyncProcess
@@ -119,9 +118,9 @@ class AsyncReference:
             block: Whether to wait for the resource's lock. None: as the reference was told to.
         """
 
-        def awaited(*args: Any, **kwargs: Any) -> Any:
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
             result = callback(*args, **kwargs) if callback is not None else None
-            return await_(result) if isawaitable(result) else result
+            return await result if isawaitable(result) else result
 
         return await call(
             self._engine,
