@@ -34,7 +34,7 @@ def test_all_contenders_come_to_the_same(tmp_path: Path) -> None:
     assert figures["settings"]["messages"] == 2000
     rates = {(entry["group"], entry["name"]): entry["per_second"] for entry in figures["rates"]}
     without = {name for (_, name), measured in rates.items() if not measured}
-    assert without <= {"Bytewax"}
+    assert without <= {"Bytewax", "python-redis-lock", "pottery Redlock"}
     assert all(rate > 0 for measured in rates.values() for rate in measured)
     assert len(figures["ratios"]) >= 8
     for ratio in figures["ratios"]:

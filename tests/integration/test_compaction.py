@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -150,6 +151,36 @@ def test_what_is_larger_than_an_answer(make: Make, executed: list[tuple[str, Any
     assert length(process) == 1
     update.end_session()
     assert executed == [("Numbers", parts)]
+
+
+def test_a_large_value_is_executed_in_little_memory(make: Make) -> None:
+    """What merges is merged as it comes: 50 MB in pieces, of which a few are there at a time."""
+    process = make()
+    longest = ["x" * 100_000]
+
+    class Longest(Update):
+        def merge(self, other: Any) -> None:
+            self.doc = max(self.doc, other.doc)
+
+        def execute(self) -> None:
+            found.append(self.doc)
+
+    found: list[list[str]] = []
+    update = Longest(process, "record", doc=longest)
+    (partial,) = partials(process)
+    key = process.engine.keys.base(update.resource_id) + b":partials"
+    for _ in range(50):  # as of a time when nobody merged them
+        process.client.rpush(key, *[partial] * 10)
+    size = int(process.client.llen(key)) * len(partial)
+    assert size > 50_000_000
+    tracemalloc.start()
+    try:
+        update.end_session()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == [longest]
+    assert peak < size / 4
 
 
 def test_attributes_are_merged_too(make: Make, executed: list[tuple[str, Any]]) -> None:

@@ -106,6 +106,7 @@ class Suite:
         self._durable()
         self._end_to_end()
         self._calls()
+        self._locks()
         self._flat()
 
     def close(self) -> None:
@@ -205,6 +206,22 @@ class Suite:
         calls = add(group, "two bare pipelined calls", "", contenders.pipelined_calls, count=n)
         ends = add(group, "Phonon, expire_all", "", contenders.end_sessions, count=n)
         self.targets += [Target(ours, bare, 0.8), Target(ends, calls, 0.4)]
+
+    def _locks(self) -> None:
+        group, n = "locks nobody else wants, pairs/s", stream.BATCH
+        redis_py = self._add(group, "redis-py Lock", "", contenders.redis_py_lock, count=n)
+        package = self._add(
+            group, "python-redis-lock", "", contenders.python_redis_lock, count=n, peer="redis_lock"
+        )
+        pottery = self._add(
+            group, "pottery Redlock", "", contenders.pottery_lock, count=n, peer="pottery"
+        )
+        ours = self._add(group, "Phonon, lock", "", contenders.phonon_lock, count=n)
+        self.targets += [
+            Target(ours, redis_py, 1.0),
+            Target(ours, package, 1.4),
+            Target(ours, pottery, 1.0),
+        ]
 
     def _flat(self) -> None:
         """Whether it costs more with more keys, or with more messages."""
