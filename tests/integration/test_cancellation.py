@@ -102,10 +102,10 @@ class Lab:
     def __init__(self, url: str, namespace: str) -> None:
         self._options: dict[str, Any] = {"url": url, "namespace": namespace}
 
-    def make(self) -> AsyncProcess:
+    def make(self, heartbeat_interval: float = 0.25) -> AsyncProcess:
         """One of them. It tries failed batches again soon, and its death is noticed soon."""
         retry = RetryPolicy(first_delay=0.01, longest_delay=0.05)
-        return AsyncProcess(**self._options, heartbeat_interval=0.25, retry=retry)
+        return AsyncProcess(**self._options, heartbeat_interval=heartbeat_interval, retry=retry)
 
     @contextlib.asynccontextmanager
     async def process(self) -> AsyncIterator[AsyncProcess]:
@@ -309,6 +309,23 @@ def test_ending_a_session(lab: Lab) -> None:
             return reached
 
         await at_each_place(attempt, 3)
+
+    lab.run(test)
+
+
+def test_what_was_cut_off_does_not_wait_for_the_heartbeat(lab: Lab) -> None:
+    async def test() -> None:
+        async def attempt(place: int) -> bool:
+            key = f"soon-{place}"
+            async with lab.make(heartbeat_interval=50) as process:
+                update = Row(process, key, doc=1)
+                reached = await cancelled_at(place, update.end_session())
+                if reached:
+                    await until(lambda: Row.rows[key])
+            assert Row.rows[key] == 1
+            return reached
+
+        await at_each_place(attempt, 2)
 
     lab.run(test)
 
