@@ -137,37 +137,48 @@ def _at_once(coroutine: Coroutine[Any, Any, Any]) -> None:
         coroutine.send(None)
 
 
-# The batch that a task is in, by the `Local` of the process. Tasks that it starts inherit it.
-_batches: ContextVar[Mapping[Any, Any]] = ContextVar("phonon_batches", default={})  # noqa: B039 - never changed
-#: Whether a task works on what a process has left undone, by the same.
-_working: ContextVar[Mapping[Any, bool]] = ContextVar("phonon_working", default={})  # noqa: B039 - never changed
 #: Whether this is an ``execute``, or something that it has called.
 _executing: ContextVar[bool] = ContextVar("phonon_executing", default=False)
+
+
+class _Own:
+    """An attribute of a `Local` that each task has of its own. Tasks that it starts inherit it.
+
+    Args:
+        name: What to call it in the task's context.
+        default: What it is if it was not set.
+    """
+
+    def __init__(self, name: str, default: Any) -> None:
+        self._default = default
+        self._values: ContextVar[Mapping[Local, Any]] = ContextVar(name, default={})  # noqa: B039 - never changed
+
+    def __get__(self, local: "Local", _: "type[Local] | None" = None) -> Any:
+        return self._values.get().get(local, self._default)
+
+    def __set__(self, local: "Local", value: Any) -> None:
+        values = {
+            other: theirs for other, theirs in self._values.get().items() if other is not local
+        }
+        if value is not self._default:
+            values[local] = value
+        self._values.set(values)
+
+    def forget(self) -> None:
+        """Nothing was set, of any process."""
+        self._values.set({})
+
+
+#: The batch that a task is in, open or not.
+_batch = _Own("phonon_batches", None)
 
 
 class Local:
     """What each task has of its own in a process, as do those that it starts."""
 
-    @property
-    def batch(self) -> Any:
-        """The batch that it is in, open or not."""
-        return _batches.get().get(self)
-
-    @batch.setter
-    def batch(self, batch: Any) -> None:
-        batches = {local: other for local, other in _batches.get().items() if local is not self}
-        if batch is not None:
-            batches[self] = batch
-        _batches.set(batches)
-
-    @property
-    def working(self) -> bool:
-        """Whether it works on what was left undone."""
-        return _working.get().get(self, False)
-
-    @working.setter
-    def working(self, working: bool) -> None:
-        _working.set({**_working.get(), self: working})
+    batch = _batch
+    #: Whether it works on what was left undone.
+    working = _Own("phonon_working", False)  # noqa: FBT003 - what it is is said there
 
 
 class Lock:
@@ -470,7 +481,7 @@ class Places:
             RuntimeError: The process was stopped.
         """
         context = copy_context()
-        context.run(_batches.set, {})  # a batch block is the caller's
+        context.run(_batch.forget)  # a batch block is the caller's
         return Running(self._runtime.start(self._run(work), None, context))
 
     async def _run(self, work: Callable[[], Any]) -> Any:

@@ -1,6 +1,6 @@
 """References, for tasks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Self
 
@@ -117,16 +117,21 @@ class AsyncReference:
             kwargs: Its keyword arguments.
             block: Whether to wait for the resource's lock. None: as the reference was told to.
         """
-
-        async def awaited(*args: Any, **kwargs: Any) -> Any:
-            result = callback(*args, **kwargs) if callback is not None else None
-            return await result if isawaitable(result) else result
-
         return await call(
             self._engine,
             self._sync.dereference,
-            None if callback is None else awaited,
+            None if callback is None else _awaited(callback),
             args,
             kwargs,
             block,
         )
+
+
+def _awaited(callback: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Call it in the event loop, whatever it is."""
+
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        result = callback(*args, **kwargs)
+        return await result if isawaitable(result) else result
+
+    return awaited
