@@ -28,36 +28,35 @@ RESOURCES = 100
 THREADS = 8
 
 
-class Sum(Update):
+class Summed:
     """Sum and union."""
 
-    written = 0
+    doc: dict[str, Any]
 
-    def __init__(self, process: Process, message: Message) -> None:
-        super().__init__(process, message.key, doc={"n": message.times, "seen": {message.element}})
+    def __init__(self, process: Any, message: Message) -> None:
+        doc = {"n": message.times, "seen": {message.element}}
+        super().__init__(process, message.key, doc=doc)  # type: ignore[call-arg]  # of an update
 
     def merge(self, other: Any) -> None:
         """Add the other one."""
         self.doc["n"] += other.doc["n"]
         self.doc["seen"] |= other.doc["seen"]
+
+
+class Sum(Summed, Update):
+    """For threads."""
+
+    written = 0
 
     def execute(self) -> None:
         """Count it."""
         Sum.written += self.doc["n"]
 
 
-class AsyncSum(AsyncUpdate):
-    """The same."""
+class AsyncSum(Summed, AsyncUpdate):
+    """For tasks."""
 
     written = 0
-
-    def __init__(self, process: AsyncProcess, message: Message) -> None:
-        super().__init__(process, message.key, doc={"n": message.times, "seen": {message.element}})
-
-    def merge(self, other: Any) -> None:
-        """Add the other one."""
-        self.doc["n"] += other.doc["n"]
-        self.doc["seen"] |= other.doc["seen"]
 
     async def execute(self) -> None:
         """Count it."""

@@ -14,10 +14,9 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, ClassVar
 
-from common import processes
+from common import processes, resident
 from phonon import LruCache, Process, RetryPolicy, Update
 from phonon.errors import PhononError
 
@@ -49,12 +48,6 @@ class Row(Update):
         Row.written += 1
 
 
-def megabytes() -> float:
-    """The memory of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
-
-
 def produce(process: Process, stop: threading.Event, taken: list[int]) -> None:
     """Take in as much as there is room for."""
     cache: LruCache[Row] = LruCache(ENTRIES)
@@ -77,7 +70,7 @@ def watch(name: str, process: Process, seconds: float) -> None:
         time.sleep(seconds / LINES)
         undone = process.engine.backlog.size
         now = time.monotonic() - begun
-        print(f"{now:9.0f}{taken[0]:12,}{undone:9,}{megabytes():8.1f}", flush=True)
+        print(f"{now:9.0f}{taken[0]:12,}{undone:9,}{resident() / 2**20:8.1f}", flush=True)
     stop.set()
     Row.is_down = False
     thread.join()

@@ -27,36 +27,32 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import pottery
 import redis
-import redis_lock
 from rich.console import Console
 from rich.table import Table
 
 from common import processes
 from phonon import Process
+from phonon.bench.locks import Maker, phonon, pottery, python_redis_lock, redis_py
 from round_trips import Counting
 
-LEASE = 60
 CONTENDERS = 8
 WARM_UP = 0.5
 
 #: Makes a lock object, given what makes them (a `Process` or a client) and a name.
-MAKERS: dict[str, Callable[[Any, str], Any]] = {
-    "phonon": lambda process, name: process.lock(name),
-    "redis-py": lambda client, name: client.lock(name, timeout=LEASE),
-    "python-redis-lock": lambda client, name: redis_lock.Lock(client, name, expire=LEASE),
-    "pottery": lambda client, name: pottery.Redlock(
-        key=name, masters={client}, auto_release_time=LEASE
-    ),
+MAKERS: dict[str, Maker] = {
+    "phonon": phonon(),
+    "redis-py": redis_py(),
+    "python-redis-lock": python_redis_lock(),
+    "pottery": pottery(),
 }
 #: Without a peer.
-MORE: dict[str, Callable[[Any, str], Any]] = {
+MORE: dict[str, Maker] = {
     "phonon, shared": lambda process, name: process.lock(name, shared=True),
     "phonon, semaphore": lambda process, name: process.semaphore(name, 4),
 }

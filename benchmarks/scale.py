@@ -14,10 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from common import processes
+from common import processes, resident
 from phonon import LruCache, Process, Update
 
 BATCH = 1000
@@ -33,12 +32,6 @@ class Sum(Update):
 
     def execute(self) -> None:
         """Write nothing."""
-
-
-def resident() -> int:
-    """The bytes of this process's memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
 
 
 @contextmanager

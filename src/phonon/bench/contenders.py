@@ -11,6 +11,7 @@ from typing import Any
 import redis
 
 from phonon import LruCache, Process
+from phonon.bench.locks import Maker
 from phonon.bench.stream import BATCH, Message, Total, batches, totals
 from phonon.bench.updates import Silent, Tally
 
@@ -220,42 +221,14 @@ def references(lab: Lab) -> Result:
     return seconds(), None
 
 
-#: Seconds that a lock lasts.
-LEASE = 60
-
-
-def _pairs(make: Callable[[], Any]) -> Result:
+def lock_pairs(owner: Any, make: Maker) -> Result:
     """Acquire and release a new lock object, a thousand times; nobody else wants it."""
     with _timed() as seconds:
         for _ in range(BATCH):
-            lock = make()
+            lock = make(owner, "lock")
             lock.acquire()
             lock.release()
     return seconds(), None
-
-
-def redis_py_lock(lab: Lab) -> Result:
-    """That of redis-py."""
-    return _pairs(lambda: lab.client.lock("lock", timeout=LEASE))
-
-
-def python_redis_lock(lab: Lab) -> Result:
-    """That of python-redis-lock."""
-    from redis_lock import Lock  # noqa: PLC0415 - a peer, which need not be installed
-
-    return _pairs(lambda: Lock(lab.client, "lock", expire=LEASE))
-
-
-def pottery_lock(lab: Lab) -> Result:
-    """Pottery's Redlock, with one server."""
-    from pottery import Redlock  # noqa: PLC0415 - a peer, which need not be installed
-
-    return _pairs(lambda: Redlock(key="lock", masters={lab.client}, auto_release_time=LEASE))
-
-
-def phonon_lock(lab: Lab) -> Result:
-    """Phonon's."""
-    return _pairs(lambda: lab.process.lock("lock"))
 
 
 SESSIONS = 10_000

@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from phonon import Process, embedded
-from phonon.bench import contenders, stream, workers
+from phonon.bench import contenders, locks, stream, workers
 from phonon.bench.contenders import Lab
 from phonon.bench.stream import Message
 
@@ -208,15 +208,18 @@ class Suite:
         self.targets += [Target(ours, bare, 0.8), Target(ends, calls, 0.4)]
 
     def _locks(self) -> None:
-        group, n = "locks nobody else wants, pairs/s", stream.BATCH
-        redis_py = self._add(group, "redis-py Lock", "", contenders.redis_py_lock, count=n)
-        package = self._add(
-            group, "python-redis-lock", "", contenders.python_redis_lock, count=n, peer="redis_lock"
-        )
-        pottery = self._add(
-            group, "pottery Redlock", "", contenders.pottery_lock, count=n, peer="pottery"
-        )
-        ours = self._add(group, "Phonon, lock", "", contenders.phonon_lock, count=n)
+        def add(name: str, load: Callable[[], locks.Maker], peer: str = "") -> Contender:
+            def work(lab: Lab) -> contenders.Result:
+                owner = lab.process if load is locks.phonon else lab.client
+                return contenders.lock_pairs(owner, load())
+
+            group = "locks nobody else wants, pairs/s"
+            return self._add(group, name, "", work, count=stream.BATCH, peer=peer)
+
+        redis_py = add("redis-py Lock", locks.redis_py)
+        package = add("python-redis-lock", locks.python_redis_lock, "redis_lock")
+        pottery = add("pottery Redlock", locks.pottery, "pottery")
+        ours = add("Phonon, lock", locks.phonon)
         self.targets += [
             Target(ours, redis_py, 1.0),
             Target(ours, package, 1.4),
