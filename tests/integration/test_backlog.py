@@ -7,14 +7,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from conftest import Redis, wait_until
-from phonon import LruCache, Process, RetryPolicy, Update
+from conftest import ALWAYS, Make, Redis, wait_until
+from phonon import LruCache, Process, Update
 from phonon.errors import BacklogFullError, ConfigurationError, ServerUnreachableError
-
-Make = Callable[..., Process]
-
-#: Tried again as soon as the database is there again, and all the time until then.
-ALWAYS = RetryPolicy(attempts=1_000_000, first_delay=0.01, longest_delay=0.02, jitter=0)
 
 
 class Database:

@@ -174,7 +174,7 @@ def test_waiting_for_a_lock(lab: Lab) -> None:
                 lock = process.lock(f"taken-{place}")
                 waiting = asyncio.create_task(cancelled_at(place, lock.acquire(timeout=0.3)))
                 reached = await waiting
-                await until(lambda: _nobody_waits(held))
+                await until(lambda: _so_many_wait(held, 0))
                 await held.release()
                 async with asyncio.timeout(10), other.lock(f"taken-{place}"):
                     assert not lock.owned()
@@ -183,10 +183,6 @@ def test_waiting_for_a_lock(lab: Lab) -> None:
             await at_each_place(attempt, 3)
 
     lab.run(test)
-
-
-async def _nobody_waits(lock: Any) -> bool:
-    return not await lock.waiters()
 
 
 def test_a_waiter_that_is_cancelled_does_not_hold_up_the_next(lab: Lab) -> None:
@@ -255,21 +251,19 @@ def test_references(lab: Lab) -> None:
     """Created or not, and let go of or not: in the end nobody holds it."""
 
     async def test() -> None:
-        places = 0
-        while True:
+        async def attempt(place: int) -> bool:
             async with lab.process() as process, lab.process() as other:
-                name = f"resource-{places}"
-                joined = await cancelled_at(places, process.create_reference(name))
+                name = f"resource-{place}"
+                joined = await cancelled_at(place, process.create_reference(name))
                 reference = await process.create_reference(name)
-                left = await cancelled_at(places, reference.dereference())
+                left = await cancelled_at(place, reference.dereference())
                 await process.stop()
                 mine = await other.create_reference(name)
                 assert await mine.count() == 1
                 assert await mine.dereference()
-            if not joined and not left:
-                break
-            places += 1
-        assert places >= 1
+            return joined or left
+
+        await at_each_place(attempt, 1)
 
     lab.run(test)
 
