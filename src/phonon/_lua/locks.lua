@@ -1,0 +1,319 @@
+-- The lock of a resource, exclusive or shared, and the semaphore: lock, unlock, renew.
+-- A holder is one acquisition, named '<process>/<number>', so that two threads of a process exclude
+-- each other too. The name tells what is wanted, also of those that wait: an 's' follows the number
+-- of a shared one, and the number of places where those are limited: '<process>/12s5'.
+-- A lock lasts as long as its process's lease, unless it was given a lease of its own.
+
+-- How long a wake-up may lie in a mailbox. A living waiter takes it at once; a dead one does not.
+local UNTAKEN_US = 200000
+-- How long a waiter that has taken its wake-up may take to come for the lock.
+local COMING_US = 2000000
+-- A waiter asks again by then, in case its wake-up was lost.
+local ASK_AGAIN_MS = 5000
+
+local function is_shared(holder)
+  return string.find(holder, 's%d*$') ~= nil
+end
+
+-- How many may share it; nil if any number may.
+local function places_of(holder)
+  return tonumber(string.match(holder, 's(%d+)$'))
+end
+
+local function free(c, resource, holder)
+  local T = c.T
+  if call('EXISTS', T .. 'leases:' .. resource) == 1 then
+    call('ZREM', T .. 'leases:' .. resource, holder)
+  end
+  if is_shared(holder) then
+    return call('HDEL', T .. 'shared:' .. resource, holder) == 1
+  end
+  if call('HGET', T .. 'lock:' .. resource, 'holder') == holder then
+    return call('DEL', T .. 'lock:' .. resource) == 1
+  end
+  return false
+end
+
+-- Free what was taken with a lease of its own that is over.
+local function drop_expired(c, resource)
+  local leases = c.T .. 'leases:' .. resource
+  if call('EXISTS', leases) == 1 then
+    for _, holder in ipairs(call('ZRANGEBYSCORE', leases, '-inf', fmt(now_ms(c)))) do
+      free(c, resource, holder)
+    end
+  end
+end
+
+-- Raise if a key is of a foreign type, before anything is written. Where nobody else is there, it is
+-- not needed.
+local function prove_lock(c, resource)
+  local T = c.T
+  call('HLEN', T .. 'lock:' .. resource)
+  call('HLEN', T .. 'shared:' .. resource)
+  call('HLEN', T .. 'woken:' .. resource)
+  call('ZCARD', T .. 'queue:' .. resource)
+  call('ZCARD', T .. 'leases:' .. resource)
+end
+
+local function quit_queue(c, resource, holder)
+  call('ZREM', c.T .. 'queue:' .. resource, holder)
+  if call('HDEL', c.T .. 'woken:' .. resource, holder) == 1 then
+    redis.pcall('LREM', c.T .. 'mailbox:' .. process_of(holder), 0, holder)
+  end
+end
+
+-- The first in line, once those in front are dropped that let their wake-up lie, except one that
+-- is asking now. Answers the waiter, and when it was woken.
+local function first_waiter(c, resource, asking)
+  local T = c.T
+  while true do
+    local first = call('ZRANGE', T .. 'queue:' .. resource, 0, 0)[1]
+    if not first then
+      return nil
+    end
+    local woken = tonumber(call('HGET', T .. 'woken:' .. resource, first) or nil)
+    if not woken or first == asking then
+      return first, woken
+    end
+    local lies = redis.pcall('LPOS', T .. 'mailbox:' .. process_of(first), first)
+    if now(c) - woken <= (type(lies) == 'number' and UNTAKEN_US or COMING_US) then
+      return first, woken
+    end
+    quit_queue(c, resource, first)
+  end
+end
+
+-- The waiter in front of a holder that cannot go in together with it, and when it was woken. For a
+-- shared holder that is an exclusive one; for an exclusive one, or where places are limited, any.
+local function waiter_in_front(c, resource, holder)
+  local first, woken = first_waiter(c, resource, holder)
+  if not first then
+    return nil
+  end
+  local together = is_shared(holder) and not places_of(holder)
+  local at = 0
+  while true do
+    local waiters = call('ZRANGE', c.T .. 'queue:' .. resource, at, at + 99)
+    for _, waiter in ipairs(waiters) do
+      if waiter == holder then
+        return nil
+      end
+      if not (together and is_shared(waiter)) then
+        if waiter ~= first then
+          woken = tonumber(call('HGET', c.T .. 'woken:' .. resource, waiter) or nil)
+        end
+        return waiter, woken
+      end
+    end
+    if #waiters < 100 then
+      return nil
+    end
+    at = at + 100
+  end
+end
+
+local function wake(c, resource, waiter)
+  -- A wake-up is not renewed: a waiter that died would be given time for ever.
+  if call('HSETNX', c.T .. 'woken:' .. resource, waiter, fmt(now(c))) == 1 then
+    send_mail(c.T, waiter)
+  end
+end
+
+local function held_by(c, resource)
+  if call('EXISTS', c.T .. 'lock:' .. resource) == 1 then
+    return math.huge
+  end
+  return call('HLEN', c.T .. 'shared:' .. resource)
+end
+
+-- Wake those that can go in now: the first waiter, and if it shares those behind it that share too,
+-- up to the first that does not, or as many as there are places left.
+local function wake_next(c, resource)
+  if not first_waiter(c, resource) then
+    return
+  end
+  local inside = held_by(c, resource)
+  local at = 0
+  repeat
+    local waiters = call('ZRANGE', c.T .. 'queue:' .. resource, at, at + 99)
+    for _, waiter in ipairs(waiters) do
+      if inside >= (places_of(waiter) or is_shared(waiter) and math.huge or 1) then
+        return
+      end
+      wake(c, resource, waiter)
+      inside = is_shared(waiter) and inside + 1 or math.huge
+    end
+    at = at + 100
+  until #waiters < 100
+end
+
+local function grant(c, resource, holder, lease_ms, thread)
+  local T, token = c.T, next_token(c)
+  local since = fmt(now_ms(c))
+  if lease_ms > 0 then
+    call('ZADD', T .. 'leases:' .. resource, fmt(now_ms(c) + lease_ms), holder)
+  end
+  if is_shared(holder) then
+    call('HSET', T .. 'shared:' .. resource, holder, fmt(token) .. ' ' .. since .. ' ' .. thread)
+  else
+    call('HSET', T .. 'lock:' .. resource, 'holder', holder, 'pid', c.pid, 'token', fmt(token),
+      'since', since, 'thread', thread)
+  end
+  if c.registry[resource] ~= BATCH then
+    track(c, resource, LOCKER)
+  end
+  return { GRANTED, token }
+end
+
+-- One of those that hold it, for a message: holder, ms until its own lease is over or -1, since, thread.
+local function somebody(c, resource)
+  local T = c.T
+  local held = call('HMGET', T .. 'lock:' .. resource, 'holder', 'since', 'thread')
+  local holder, since, thread = held[1], tonumber(held[2] or 0), held[3] or ''
+  if not holder then
+    local sharers = call('HGETALL', T .. 'shared:' .. resource)
+    if not sharers[1] then
+      return nil
+    end
+    holder = sharers[1]
+    local at, by = string.match(sharers[2], '^%d+ (%d+) (.*)$')
+    since, thread = tonumber(at or 0), by or ''
+  end
+  local till = call('ZRANGE', T .. 'leases:' .. resource, 0, 0, 'WITHSCORES')[2]
+  return holder, till and math.max(1, tonumber(till) - now_ms(c)) or -1, since, thread
+end
+
+-- lock(resource, holder, 1 to queue up when it is taken, lease ms or 0, thread)
+-- answers { GRANTED, token }
+--         { WAIT, ms until it is worth asking again, holder, since ms, thread }
+--         { BUSY, ms until the holder's own lease is over or -1, holder, since ms, thread }
+operation(LOCK, 6, function(c, o, i)
+  local resource, holder, queued, lease_ms, thread = o[i + 1], o[i + 2], o[i + 3], o[i + 4], o[i + 5]
+  local T = c.T
+  local lock, shared, queue = T .. 'lock:' .. resource, T .. 'shared:' .. resource, T .. 'queue:' .. resource
+  if call('EXISTS', lock, shared, queue) == 0 then
+    return grant(c, resource, holder, lease_ms, thread) -- most often nobody is there
+  end
+  prove_lock(c, resource)
+  last_token(c)
+  drop_expired(c, resource)
+  local held = call('HMGET', lock, 'holder', 'token')
+  if held[1] == holder then
+    return { GRANTED, tonumber(held[2]) }
+  end
+  local has = call('HGET', shared, holder)
+  if has then
+    return { GRANTED, tonumber(string.match(has, '^%d+')) }
+  end
+  local places = places_of(holder)
+  local room = not held[1]
+  if is_shared(holder) then
+    room = room and call('HLEN', shared) < (places or math.huge)
+  else
+    room = room and call('HLEN', shared) == 0
+  end
+  local first, woken = waiter_in_front(c, resource, holder)
+  if room and not first then
+    quit_queue(c, resource, holder)
+    local granted = grant(c, resource, holder, lease_ms, thread)
+    if is_shared(holder) then
+      wake_next(c, resource) -- a waiter may have come for a place before it was its turn
+    end
+    return granted
+  end
+  if room and not woken then
+    wake_next(c, resource) -- the one that was woken in its place has not come
+    woken = now(c)
+  end
+  -- Taken, or free but promised to the waiter that was woken for it.
+  local owner, left_ms, since, by = somebody(c, resource)
+  if room then
+    owner, since, by = first, now_ms(c), ''
+    left_ms = math.max(1, math.ceil((woken + UNTAKEN_US - now(c)) / 1000) + 1)
+    if left_ms <= 1 then
+      left_ms = math.max(1, math.ceil((woken + COMING_US - now(c)) / 1000) + 1)
+    end
+  end
+  if queued == 0 then
+    return { BUSY, left_ms, owner, since, by }
+  end
+  call('ZADD', queue, 'NX', fmt(now(c)), holder)
+  if call('HDEL', T .. 'woken:' .. resource, holder) == 1 then
+    redis.pcall('LREM', T .. 'mailbox:' .. c.pid, 0, holder) -- what it told of, the waiter has seen by now
+  end
+  if c.registry[resource] ~= BATCH then
+    track(c, resource, LOCKER)
+  end
+  if left_ms < 0 or left_ms > ASK_AGAIN_MS then
+    left_ms = ASK_AGAIN_MS
+  end
+  return { WAIT, left_ms, owner, since, by }
+end)
+
+-- unlock(resource, holder): release the lock, or leave its queue, and wake the next.
+-- answers RELEASED | NOT_HELD: the lock was not this holder's (any more)
+operation(UNLOCK, 3, function(c, o, i)
+  local resource, holder, T = o[i + 1], o[i + 2], c.T
+  local others = call('EXISTS', T .. 'shared:' .. resource, T .. 'queue:' .. resource,
+    T .. 'leases:' .. resource) > 0 -- most often nobody is there
+  if others then
+    prove_lock(c, resource)
+    drop_expired(c, resource)
+    quit_queue(c, resource, holder)
+  end
+  local mine = free(c, resource, holder)
+  if others then
+    wake_next(c, resource)
+  end
+  settle(c, resource)
+  return mine and RELEASED or NOT_HELD
+end)
+
+-- renew(resource, holder, lease ms): make the lease of a holder longer, never shorter; 0 only asks.
+-- answers RENEWED | NOT_HELD
+operation(RENEW, 4, function(c, o, i)
+  local resource, holder, lease_ms, T = o[i + 1], o[i + 2], o[i + 3], c.T
+  prove_lock(c, resource)
+  drop_expired(c, resource)
+  if call('HGET', T .. 'lock:' .. resource, 'holder') ~= holder
+    and call('HEXISTS', T .. 'shared:' .. resource, holder) == 0 then
+    call('ZREM', T .. 'leases:' .. resource, holder)
+    settle(c, resource)
+    return NOT_HELD
+  end
+  if lease_ms > 0 and call('ZSCORE', T .. 'leases:' .. resource, holder) then
+    call('ZADD', T .. 'leases:' .. resource, 'XX', 'GT', fmt(now_ms(c) + lease_ms), holder)
+  end
+  return RENEWED
+end)
+
+-- lockers(resource): { { holder, token, since ms, ms left of its own lease or -1, thread, ... },
+-- { waiter, ... } }
+read('lockers', function(T, args)
+  local resource, at = args[1], math.floor(micros() / 1000)
+  local holders = {}
+  local function add(holder, token, since, thread)
+    local till = tonumber(call('ZSCORE', T .. 'leases:' .. resource, holder) or nil)
+    if not till or till > at then
+      for _, value in ipairs({ holder, token, since, till and till - at or -1, thread }) do
+        holders[#holders + 1] = value
+      end
+    end
+  end
+  local held = call('HMGET', T .. 'lock:' .. resource, 'holder', 'token', 'since', 'thread')
+  if held[1] then
+    add(held[1], tonumber(held[2]), tonumber(held[3]), held[4])
+  end
+  local sharers = call('HGETALL', T .. 'shared:' .. resource)
+  for j = 1, #sharers, 2 do
+    local token, since, thread = string.match(sharers[j + 1], '^(%d+) (%d+) (.*)$')
+    add(sharers[j], tonumber(token), tonumber(since), thread)
+  end
+  return { holders, call('ZRANGE', T .. 'queue:' .. resource, 0, -1) }
+end)
+
+-- nudge(process): wake its reader of mail, which finds out why.
+plain('nudge', function(T, args)
+  send_mail(T, args[1] .. '/')
+  return 1
+end)

@@ -1,0 +1,251 @@
+-- Shared by all files: the clock, tokens, the registry, and how operations are registered.
+-- README.md beside this file has the table of keys. Operation and answer codes (JOIN, HELD, ...)
+-- are constants that _protocol/library.py puts in front of this text.
+
+-- redis.call, which does not exist yet while the library is being loaded.
+local call
+
+local WEEK_MS = 604800000
+-- Partials sent along with a batch; the client fetches the rest piece by piece.
+local FIRST_PARTIALS = 128
+-- Partials are read so many at a time.
+local PIECE = 16
+-- The content of one batch, and of all batches in one answer, bytes.
+local PIECE_BYTES = 1048576
+local ANSWER_BYTES = 4194304
+-- Whenever so many more partials have come together, the process that stored the last one merges some.
+local COMPACT_AT = 64
+-- Lua's unpack() fails at 8,001 values.
+local MOST_VALUES = 4000
+
+-- Scores in a registry. A lock comes first, at minus the time since when; a membership at that time;
+-- a running batch behind all of them; then what a reaper left, and what it could not reap.
+local BATCH_SCORE = 1125899906842624 -- 2^50, added to the time in ms
+local LEFT_SCORE = 4503599627370496 -- 2^52
+local MEMBER, MEMBER_ANEW, LOCKER, BATCH = 'member', 'anew', 'lock', 'batch'
+
+-- What the clock says: microseconds, or seconds and microseconds as the server answers them.
+local function clock()
+  local set = TEST_CLOCK and call('GET', TEST_CLOCK)
+  if set then
+    return set
+  end
+  local time = call('TIME')
+  return time[1], time[2]
+end
+
+local function micros()
+  local seconds, rest = clock()
+  return rest and seconds * 1000000 + rest or tonumber(seconds)
+end
+
+-- Numbers above 2^47 lose digits when Lua makes text of them by itself.
+local function fmt(number)
+  return string.format('%d', number)
+end
+
+-- A call has one time. As text it names the answer, and costs less than the number.
+local function stamp_of(c)
+  if not c.stamp then
+    c.seconds, c.rest = clock()
+    c.stamp = c.rest and c.seconds .. '.' .. c.rest or c.seconds
+  end
+  return c.stamp
+end
+
+local function now(c)
+  if not c.now then
+    stamp_of(c)
+    c.now = c.rest and c.seconds * 1000000 + c.rest or tonumber(c.seconds)
+  end
+  return c.now
+end
+
+local function now_ms(c)
+  return math.floor(now(c) / 1000)
+end
+
+local function ms_text(c)
+  if not c.ms_text then
+    c.ms_text = fmt(now_ms(c))
+  end
+  return c.ms_text
+end
+
+-- A number greater than all that this partition has handed out. It follows the clock, so it still
+-- grows when the partition's last token was lost with the server's data.
+local function last_token(c)
+  if not c.last_token then
+    c.last_token = tonumber(call('GET', c.T .. 'token') or 0)
+  end
+  return c.last_token
+end
+
+local function next_token(c)
+  local token = math.max(last_token(c) + 1, now(c))
+  c.last_token = token
+  c.token = token
+  return token
+end
+
+local function process_of(holder)
+  return string.match(holder, '^(.*)/') or holder
+end
+
+local function state_error(key, wrong)
+  error({ err = 'PHONONSTATE ' .. key .. ' ' .. wrong })
+end
+
+-- What the caller is responsible for from now on. The registry is written once a call.
+local function track(c, resource, class)
+  c.registry[resource] = class
+end
+
+-- The caller is a member. A batch or lock that the same call made its own stays the class.
+local function track_member(c, resource)
+  local class = c.registry[resource]
+  if not class then
+    c.registry[resource] = class == nil and MEMBER or MEMBER_ANEW
+  end
+end
+
+local function untrack(c, resource)
+  c.registry[resource] = false
+end
+
+-- What settle reads, it reads by pcall: it comes after writes, and a key of a foreign type must not
+-- make an operation fail that is done. Nothing of such a key is the caller's.
+local function is_mine(c, resource, owner)
+  if owner == nil then
+    owner = redis.pcall('HGET', c.T .. 'running:' .. resource, 'owner')
+  end
+  return owner == c.pid
+end
+
+local function waits_or_shares(c, resource)
+  for _, holder in ipairs(redis.pcall('HKEYS', c.T .. 'shared:' .. resource)) do
+    if process_of(holder) == c.pid then
+      return true
+    end
+  end
+  for _, holder in ipairs(redis.pcall('ZRANGE', c.T .. 'queue:' .. resource, 0, -1)) do
+    if process_of(holder) == c.pid then
+      return true
+    end
+  end
+  return false
+end
+
+-- After the last write of an operation that ended something of the caller's: enter what the caller
+-- is still responsible for here, or nothing. owner: who has the running batch, false if there is
+-- none, nil if it has to be read.
+local function settle(c, resource, owner)
+  local T = c.T
+  if call('EXISTS', T .. 'members:' .. resource, T .. 'lock:' .. resource, T .. 'shared:' .. resource,
+    T .. 'queue:' .. resource) > 0 then
+    if is_mine(c, resource, owner) then
+      return track(c, resource, BATCH)
+    end
+    if redis.pcall('HGET', T .. 'lock:' .. resource, 'pid') == c.pid or waits_or_shares(c, resource) then
+      return track(c, resource, LOCKER)
+    end
+    if redis.pcall('HEXISTS', T .. 'members:' .. resource, c.pid) == 1 then
+      return track(c, resource, MEMBER_ANEW)
+    end
+  elseif is_mine(c, resource, owner) then
+    return track(c, resource, BATCH)
+  end
+  untrack(c, resource)
+end
+
+-- What Redis calls the values of keys: those of a resource, then that of a process.
+local TYPES = {
+  members = 'hash', left = 'hash', partials = 'list', running = 'hash', batch = 'list',
+  parked = 'hash', parties = 'hash', lock = 'hash', shared = 'hash', leases = 'zset',
+  queue = 'zset', woken = 'hash', registry = 'zset',
+}
+
+-- The text of an error. Redis does not say which key it is that holds a value of a foreign type.
+-- names: the resources, or processes, that it may be about.
+local function text_of(problem, T, names)
+  local text = type(problem) == 'table' and problem.err or tostring(problem)
+  if string.find(text, 'WRONGTYPE', 1, true) then
+    for _, name in ipairs(names) do
+      for kind, wanted in pairs(TYPES) do
+        local key = T .. kind .. ':' .. tostring(name)
+        local found = redis.pcall('TYPE', key)
+        if type(found) == 'table' and found.ok and found.ok ~= 'none' and found.ok ~= wanted then
+          return 'WRONGTYPE ' .. key .. ' holds a ' .. found.ok .. ' where Phonon keeps a ' .. wanted
+        end
+      end
+    end
+  end
+  return text
+end
+
+-- Operations by code: { how many words, the function(c, words, at) }. A function first does what can
+-- raise (a read proves a key's type), then what must not be done twice.
+local operations = {}
+
+local function operation(code, words, body)
+  operations[code] = { words, body }
+end
+
+-- The answers to a message that wakes nobody any more expire by themselves.
+local MAILBOX_MS = 10000
+
+-- Tell a waiter of some process to look again.
+local function send_mail(T, holder)
+  local mailbox = T .. 'mailbox:' .. process_of(holder)
+  -- A mailbox of a foreign type must not fail the step that frees a lock: the waiter asks again.
+  if type(redis.pcall('RPUSH', mailbox, holder)) == 'number' then
+    call('PEXPIRE', mailbox, MAILBOX_MS)
+  end
+end
+
+-- Register a function that reads, outside of lanes. It gets the partition's prefix and its arguments.
+local function read(name, body)
+  redis.register_function({
+    function_name = NAME .. '_' .. name,
+    flags = { 'no-writes' },
+    callback = function(keys, args)
+      call = redis.call
+      local ok, answer = pcall(body, keys[1], args)
+      if not ok then
+        return redis.error_reply(text_of(answer, keys[1], args))
+      end
+      return answer
+    end,
+  })
+end
+
+-- Register a function outside of lanes that writes, and may be repeated as it is.
+local function plain(name, body)
+  redis.register_function({
+    function_name = NAME .. '_' .. name,
+    flags = { 'allow-oom' },
+    callback = function(keys, args)
+      call = redis.call
+      return body(keys[1], args)
+    end,
+  })
+end
+
+-- Add elements of a list to an answer, up to the last one or as far as they fit, but one at least.
+local function add_piece(list, answer, first, last)
+  local bytes = 0
+  for i = first, last, PIECE do
+    local piece = call('LRANGE', list, i, math.min(i + PIECE - 1, last))
+    for _, partial in ipairs(piece) do
+      bytes = bytes + #partial
+      if bytes > PIECE_BYTES and bytes > #partial then
+        return answer, bytes
+      end
+      answer[#answer + 1] = partial
+    end
+    if #piece < PIECE then
+      break
+    end
+  end
+  return answer, bytes
+end

@@ -1,0 +1,237 @@
+-- The processes of a namespace, and their lanes in a partition. Keys of the namespace begin with N.
+
+-- The epoch names the data of this server. A server that lost its data has another one, or none.
+local function epoch_of(N, make)
+  local epoch = call('GET', N .. 'epoch')
+  if not epoch and make then
+    epoch = fmt(micros())
+    call('SET', N .. 'epoch', epoch)
+  end
+  return epoch or ''
+end
+
+-- list(process, ttl ms, partitions, card, 1 to insist on the partitions): a process appears. A late
+-- duplicate lists it again under another number, which no beat carries.
+-- answers { epoch, number of the listing, partitions }
+plain('list', function(N, args)
+  local pid, ttl, partitions = args[1], args[2] * 1000, args[3]
+  if args[5] == '1' then
+    call('SET', N .. 'partitions', partitions)
+  else
+    call('SETNX', N .. 'partitions', partitions)
+  end
+  if call('ZADD', N .. 'processes', 'NX', fmt(micros() + ttl), pid) == 1 then
+    call('HSET', N .. 'listings', pid, fmt(micros()))
+    call('HSET', N .. 'cards', pid, args[4])
+  end
+  return { epoch_of(N, true), call('HGET', N .. 'listings', pid), tonumber(call('GET', N .. 'partitions')) }
+end)
+
+-- The dead are handed out to those that beat, so many to each. At first to one survivor alone, which is
+-- mostly enough; after some time to many: they share the work, and a survivor that dies itself keeps
+-- nobody from it.
+local HANDED_OUT = 16
+local SHARERS = 16
+
+-- beat(process, ttl ms, epoch, number of the listing, 1 if it may mark, 1 if it executes batches, ms
+-- for which the dead that it is told of are not handed to others): renew the process's lease.
+-- A process whose deadline has passed is dead once another one's beat has marked it, with 0, and not
+-- before. A beat that finds itself overdue marks nobody and gives the others time: then it was the
+-- server that was away.
+-- answers { 'alive', ms until the next deadline or -1, dead process ... } | { 'dead' } | { 'forgotten' }
+plain('beat', function(N, args)
+  local pid, ttl, at = args[1], args[2] * 1000, micros()
+  local processes = N .. 'processes'
+  local score = tonumber(call('ZSCORE', processes, pid) or nil)
+  if epoch_of(N) ~= args[3] or not score or call('HGET', N .. 'listings', pid) ~= args[4] then
+    return { 'forgotten' }
+  end
+  if score == 0 then
+    return { 'dead' }
+  end
+  for _, other in ipairs(call('ZRANGEBYSCORE', processes, '(0', fmt(at))) do
+    if other ~= pid then
+      if score <= at then
+        call('ZADD', processes, fmt(at + ttl), other)
+      elseif args[5] == '1' then
+        call('ZADD', processes, 0, other)
+      end
+    end
+  end
+  call('ZADD', processes, fmt(at + ttl), pid)
+  local answer = { 'alive', -1 }
+  local next_ones = call('ZRANGEBYSCORE', processes, '(' .. fmt(at), '+inf', 'WITHSCORES', 'LIMIT', 0, 2)
+  for j = 1, #next_ones, 2 do
+    if next_ones[j] ~= pid then
+      answer[2] = math.ceil((tonumber(next_ones[j + 1]) - at) / 1000)
+      break
+    end
+  end
+  local dead = call('ZRANGEBYSCORE', processes, 0, 0)
+  for _, other in ipairs(dead) do
+    -- Those that only reap and those that execute as well are told apart: what the first leave, the
+    -- others have to take over.
+    local field = args[6] .. other
+    local known = call('HGET', N .. 'reapers', field)
+    local till, more = 0, 1
+    if known then
+      till, more = string.match(known, '^(%d+) (%d+)$')
+      till, more = tonumber(till), tonumber(more)
+    end
+    if till <= at then
+      till, more = at + args[7] * 1000, known and SHARERS or 1
+    end
+    if more > 0 then
+      call('HSET', N .. 'reapers', field, fmt(till) .. ' ' .. fmt(more - 1))
+      answer[#answer + 1] = other
+      if #answer - 2 >= HANDED_OUT then
+        break
+      end
+    end
+  end
+  return answer
+end)
+
+-- unlist(process): it has left nothing behind. With the last one goes all that is known of them.
+plain('unlist', function(N, args)
+  call('HDEL', N .. 'listings', args[1])
+  call('HDEL', N .. 'cards', args[1])
+  call('HDEL', N .. 'reapers', '0' .. args[1], '1' .. args[1])
+  local was = call('ZREM', N .. 'processes', args[1])
+  if call('EXISTS', N .. 'processes') == 0 then
+    call('DEL', N .. 'epoch')
+  end
+  return was
+end)
+
+-- expire(process): mark a process as dead, so that survivors take over what it has left.
+plain('expire', function(N, args)
+  call('ZADD', N .. 'processes', 'XX', 0, args[1])
+  return 1
+end)
+
+-- processes(): all that are listed, dead ones included
+read('processes', function(N)
+  return call('ZRANGE', N .. 'processes', 0, -1)
+end)
+
+-- cards(process, ...): where they run, as they were listed, or ''
+read('cards', function(N, args)
+  local answer = {}
+  for j, pid in ipairs(args) do
+    answer[j] = call('HGET', N .. 'cards', pid) or ''
+  end
+  return answer
+end)
+
+-- open(process, partitions): make the lane, unless it is there. Nothing else makes lanes, so a call of
+-- a lane that was closed, or was lost, is refused.
+-- answers { number of the lane, partitions }; the number is '' if the process was fenced here
+plain('open', function(T, args)
+  local lane = T .. 'lane:' .. args[1]
+  local other = call('SRANDMEMBER', T .. 'lanes')
+  local partitions = other and call('HGET', T .. 'lane:' .. other, 'partitions') or args[2]
+  if partitions ~= args[2] then
+    return { '', tonumber(partitions) }
+  end
+  local number = call('HGET', lane, 'number')
+  if not number then
+    local c = { T = T }
+    number = fmt(next_token(c))
+    call('SET', T .. 'token', number)
+    call('HSET', lane, 'number', number, 'sequence', 0, 'partitions', args[2])
+    call('SADD', T .. 'lanes', args[1])
+  elseif call('HEXISTS', lane, 'fenced') == 1 then
+    number = ''
+  end
+  return { number, tonumber(partitions) }
+end)
+
+-- fence(process): nothing of this id is carried out here any more.
+-- answers { sequence or -1 if nothing is known of the lane, answers, digest, number of the lane }
+plain('fence', function(T, args)
+  local lane = call('HMGET', T .. 'lane:' .. args[1], 'sequence', 'answers', 'digest', 'number')
+  fence(T, args[1])
+  return { tonumber(lane[1] or -1), lane[2] or '', lane[3] or '', lane[4] or '' }
+end)
+
+-- verify(process, before ms, page): what the server knows of a lane, the class queues that wait, and
+-- some of the batches and locks that it says are the process's since before then.
+-- answers { sequence or -1, number, stamp, 1 if fenced, { queue, ... }, { resource, token, ... },
+--           { resource, ... } }
+read('verify', function(T, args)
+  local pid = args[1]
+  local lane = call('HMGET', T .. 'lane:' .. pid, 'sequence', 'number', 'stamp', 'fenced')
+  local registry, batches = T .. 'registry:' .. pid, {}
+  local at, size = args[3] * 64, 64
+  for _, resource in ipairs(call('ZRANGEBYSCORE', registry, fmt(BATCH_SCORE), fmt(BATCH_SCORE + args[2]),
+    'LIMIT', at, size)) do
+    local run = call('HMGET', T .. 'running:' .. resource, 'owner', 'token')
+    if run[1] == pid then
+      batches[#batches + 1] = resource
+      batches[#batches + 1] = tonumber(run[2])
+    end
+  end
+  local locks = call('ZRANGEBYSCORE', registry, fmt(-args[2]), '(0', 'LIMIT', at, size)
+  return { tonumber(lane[1] or -1), lane[2] or '', lane[3] or '', lane[4] and 1 or 0,
+    call('SMEMBERS', T .. 'handed'), batches, locks }
+end)
+
+-- survey(): the processes that have a lane in this partition
+read('survey', function(T)
+  return call('SMEMBERS', T .. 'lanes')
+end)
+
+-- probe(): use each command that a step needs, so that one which is forbidden is found before it
+-- fails in the middle of a step and leaves it half done.
+plain('probe', function(T)
+  local key, other = T .. 'probe', T .. 'probe:2'
+  local function all()
+    call('DEL', key, other)
+    call('HSETNX', key, 'a', 0)
+    call('HSET', key, 'b', 1)
+    call('HINCRBY', key, 'a', 1)
+    call('HGET', key, 'a')
+    call('HMGET', key, 'a')
+    call('HGETALL', key)
+    call('HKEYS', key)
+    call('HLEN', key)
+    call('HEXISTS', key, 'a')
+    call('HDEL', key, 'a')
+    call('DEL', key)
+    call('RPUSH', key, 'a')
+    call('LLEN', key)
+    call('LINDEX', key, 0)
+    call('LPOS', key, 'a')
+    call('LRANGE', key, 0, 0)
+    call('LTRIM', key, 0, 0)
+    call('LREM', key, 0, 'b')
+    call('RENAME', key, other)
+    call('EXISTS', key)
+    call('RPOP', other)
+    call('ZADD', key, 1, 'a')
+    call('ZCARD', key)
+    call('ZCOUNT', key, 0, 0)
+    call('ZSCORE', key, 'a')
+    call('ZRANGE', key, 0, 0)
+    call('ZRANGEBYSCORE', key, 0, 0)
+    call('ZREM', key, 'a')
+    call('SADD', key, 'a')
+    call('SCARD', key)
+    call('SMEMBERS', key)
+    call('SRANDMEMBER', key)
+    call('SREM', key, 'a')
+    call('SET', key, 1)
+    call('SETNX', key, 1)
+    call('GET', key)
+    call('PEXPIRE', key, 1000)
+    call('PERSIST', key)
+    call('TIME')
+    call('DEL', key, other)
+  end
+  local ok, problem = pcall(all)
+  if not ok then
+    return redis.error_reply(type(problem) == 'table' and problem.err or tostring(problem))
+  end
+  return 1
+end)

@@ -1,0 +1,120 @@
+"""Answers to operations, as the server packs them: a code, or a list that begins with one."""
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+
+class Reply(IntEnum):
+    """What an operation came to. The Lua text gets these as constants.
+
+    ``STORED`` is 1, so that it and a number of partials can share one answer of ``append``.
+    """
+
+    JOINED = 0
+    STORED = 1
+    HELD = 2
+    LAST = 3
+    DEFERRED = 4
+    RUN = 5
+    DONE = 6
+    AGAIN = 7
+    LOST = 8
+    RETRY = 9
+    PARKED = 10
+    GRANTED = 11
+    WAIT = 12
+    BUSY = 13
+    RELEASED = 14
+    NOT_HELD = 15
+    RENEWED = 16
+    REAPED = 17
+    CLOSED = 18
+    LEFT_OVER = 19
+    HANDED = 20
+    MISSING = 21
+    RUNNING = 22
+    DISCARDED = 23
+    COMPACTED = 24
+    CHANGED = 25
+    MEETING = 26
+    FAILED = 99
+
+
+#: Those that come with the content of a batch.
+STARTS_BATCH = frozenset({int(Reply.RUN), int(Reply.AGAIN)})
+
+
+class Run(NamedTuple):
+    """A batch to be executed: an answer with `Reply.RUN` or `Reply.AGAIN`, field by field.
+
+    Attributes:
+        code: Which of the two.
+        left: Members left.
+        last: 1 if the caller is told that it was the last member.
+        token: The partition's token of the batch.
+        size: The number of its partials.
+        attempts: How often its execution has failed.
+        crashes: How many of its owners have died.
+        modifications: The session's, if they were asked for: process, times, process, times, ...
+        content: The first partials; the rest is fetched. False if another process has the batch.
+    """
+
+    code: int
+    left: int
+    last: int
+    token: int
+    size: int
+    attempts: int
+    crashes: int
+    modifications: list[Any] | None
+    content: Any
+
+
+class Granted(NamedTuple):
+    """A lock was granted."""
+
+    code: int
+    token: int
+
+
+class Taken(NamedTuple):
+    """A lock is held, or promised to a waiter: an answer with `Reply.WAIT` or `Reply.BUSY`.
+
+    Attributes:
+        code: Which of the two.
+        again_ms: When it is worth asking again; below 0 if that is not known.
+        holder: Who has it.
+        since_ms: Since when, by the server's clock.
+        thread: The name of the thread that took it.
+    """
+
+    code: int
+    again_ms: int
+    holder: bytes
+    since_ms: int
+    thread: bytes
+
+
+class Reaped(NamedTuple):
+    """What a reap has taken over.
+
+    Attributes:
+        code: `Reply.REAPED`.
+        left: Resources that the caller can still take over.
+        left_in_all: Those and the ones that it leaves to others.
+        batches: Of the caller's now: resource, token, ms until it is due, resource, ...
+        wrong: What could not be reaped: resource, error, resource, ...
+        resources: How many resources the caller has taken over, those not that it leaves.
+    """
+
+    code: int
+    left: int
+    left_in_all: int
+    batches: list[Any]
+    wrong: list[Any]
+    resources: int
+
+
+def code_of(answer: Any) -> int:
+    """Return the code of an answer."""
+    return int(answer[0]) if isinstance(answer, list) else int(answer)

@@ -1,0 +1,467 @@
+"""A lane: one process's ordered, idempotent stream of calls to one partition.
+
+This is the state machine alone, as in h2: it never touches a socket, a clock or a thread. A driver
+puts operations in, sends the calls that come out, and tells it what came back. Threads, asyncio and
+the simulation drive the same objects.
+
+::
+
+    IDLE --next_call--> IN_FLIGHT --receive--> IDLE
+                        IN_FLIGHT --no_answer--> UNANSWERED --next_call--> IN_FLIGHT  (same bytes)
+                        IN_FLIGHT --refuse--> REFUSED --next_call--> IN_FLIGHT  (empty, same number)
+                        any --fence--> FENCED
+
+A call that was refused as a whole (out of memory, no permission) uses up its number all the same:
+an earlier copy of it may have been carried out, a later one may yet be. So an empty call with the
+same number follows, whose answer says which.
+
+Any thread may call any method at any time, also in the middle of another call of the same thread (a
+signal handler, a finalizer), and an exception may break off any of them anywhere. So there is no
+lock, which a re-entrant call would wait for in vain. A lane moves from one position to the next by
+``dict.setdefault``, which is atomic: whoever comes second goes on with what the first has made.
+Two that send at the same time send the same bytes, which changes nothing.
+"""
+
+import sys
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from enum import Enum
+from itertools import islice
+from operator import call as call_function
+from typing import Any
+
+import msgpack
+
+from phonon._protocol.answers import STARTS_BATCH, Reply
+from phonon._protocol.operations import Code, Operation
+
+#: Operations in one call, and their bytes, so that a call never blocks the server for long.
+MOST_OPERATIONS = 256
+MOST_BYTES = 512 * 1024
+
+_CLOSE = int(Code.CLOSE)
+_EMPTY = msgpack.packb([])
+# One C call that runs no Python, so that nothing comes in the middle and finds it half used.
+_pack = msgpack.Packer(use_bin_type=False, unicode_errors="surrogatepass", autoreset=True).pack
+
+
+class State(Enum):
+    """What a lane waits for."""
+
+    IDLE = "idle"
+    IN_FLIGHT = "in flight"
+    UNANSWERED = "unanswered"
+    REFUSED = "refused"
+    FENCED = "fenced"
+
+
+class Call:
+    """A call, byte for byte as it is sent and repeated.
+
+    Attributes:
+        operations: What it carries.
+        sequence: Its number.
+        frees: Whether a server that is out of memory still has to run it.
+        arguments: Process, number of the lane, sequence, stamp, operations, digest.
+        error: Why the server refused the call, if this is the empty one that asks about it.
+        taken: Whether its operations have been removed from the lane's queue.
+    """
+
+    __slots__ = ("arguments", "digest", "error", "frees", "operations", "sequence", "taken")
+
+    def __init__(
+        self,
+        lane: "Lane",
+        sequence: int,
+        stamp: bytes,
+        operations: Sequence[Operation],
+        error: Exception | None = None,
+    ) -> None:
+        self.operations = operations
+        self.sequence = sequence
+        self.error = error
+        self.taken = error is not None
+        if error is None:
+            words: list[Any] = []
+            frees = True
+            for operation in operations:
+                words += operation.words
+                frees = frees and operation.frees
+            body = _pack(words)
+            self.frees = frees
+        else:
+            body, self.frees = _EMPTY, True
+        self.digest = b"%d" % zlib.crc32(body)
+        self.arguments = (
+            lane.process,
+            lane.number,
+            b"%d" % sequence,
+            stamp,
+            body,
+            self.digest,
+        )
+
+    @property
+    def process(self) -> bytes:
+        """The identity under which it was made."""
+        return self.arguments[0]
+
+    @property
+    def number(self) -> bytes:
+        """The number of the lane that it belongs to."""
+        return self.arguments[1]
+
+
+class _Position:
+    """A place between two calls.
+
+    Attributes:
+        sequence: The number of the last call that was answered.
+        stamp: The stamp of that answer.
+        again: Operations of a refused call that the next one carries.
+        once: The call that follows, and the position behind it, as soon as there are any.
+    """
+
+    __slots__ = ("again", "once", "sequence", "stamp")
+
+    def __init__(self, sequence: int, stamp: bytes, again: Sequence[Operation] = ()) -> None:
+        self.sequence = sequence
+        self.stamp = stamp
+        self.again = again
+        self.once: dict[str, Any] = {}
+
+
+class Lane:
+    """One process's lane in one partition.
+
+    Args:
+        partition: Which.
+        process: The process's id.
+        number: What the server has answered when the lane was opened.
+
+    Attributes:
+        queue: Operations that no call carries yet.
+        deferred: Operations that wait until the process's former self is reaped here; None if
+            nothing does.
+    """
+
+    __slots__ = (
+        "_fenced",
+        "_position",
+        "_progress",
+        "deferred",
+        "number",
+        "partition",
+        "process",
+        "queue",
+    )
+
+    def __init__(self, partition: int, process: bytes, number: bytes) -> None:
+        self.partition = partition
+        self.process = process
+        self.number = number
+        self.queue: deque[Operation] = deque()
+        self.deferred: deque[Operation] | None = None
+        self._fenced = False
+        self._position = _Position(0, b"")
+        self._progress = State.IN_FLIGHT
+
+    # What it is about to do
+
+    @property
+    def state(self) -> State:
+        """What it waits for."""
+        if self._fenced:
+            return State.FENCED
+        return State.IDLE if self.call is None else self._progress
+
+    @property
+    def answered(self) -> int:
+        """The number of the last call that was answered."""
+        return self._at().sequence
+
+    @property
+    def sequence(self) -> int:
+        """The number of the last call that was made."""
+        position = self._at()
+        return position.sequence + 1 if position.once.get("call") else position.sequence
+
+    @property
+    def stamp(self) -> bytes:
+        """The stamp of the last answer; the next call names it."""
+        return self._at().stamp
+
+    @property
+    def call(self) -> Call | None:
+        """The call that is under way."""
+        return self._at().once.get("call") or None
+
+    @call.setter
+    def call(self, call: None) -> None:
+        # A fenced lane gives up its call, and makes no other.
+        self._at().once["call"] = call or _NONE
+
+    def _at(self) -> _Position:
+        position = self._position
+        while (following := position.once.get("next")) is not None:
+            position = self._position = following
+        return position
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to send."""
+        if self._fenced:
+            return False
+        position = self._at()
+        return bool(self.queue or position.once.get("call") or position.again)
+
+    # Operations come in
+
+    def enqueue(self, operation: Operation, *, first: bool = False) -> None:
+        """Take an operation in.
+
+        Args:
+            operation: What to send.
+            first: Whether it goes before those that wait for the former self to be reaped.
+        """
+        place = self.place(first=first)
+        place.append(operation)
+        self.catch_up(place, (operation,))
+
+    def place(self, *, first: bool = False) -> deque[Operation]:
+        """Return where an operation has to be put; `catch_up` has to follow."""
+        deferred = self.deferred
+        return self.queue if first or deferred is None else deferred
+
+    def catch_up(self, place: deque[Operation], operations: Sequence[Operation]) -> None:
+        """Move operations on that were put where nothing is taken from any more."""
+        if place is not self.queue and place is not self.deferred:
+            for operation in operations:
+                move(operation, place, self.queue)
+
+    def defer(self) -> None:
+        """Hold operations back: a leave among them would be told of its own former self."""
+        if self.deferred is None:
+            self.deferred = deque()
+
+    def release(self) -> None:
+        """Hold nothing back any more."""
+        deferred, self.deferred = self.deferred, None
+        if deferred is not None:
+            self.catch_up(deferred, _first(deferred, sys.maxsize))
+
+    # Calls go out
+
+    def next_call(self) -> Call | None:
+        """Return what to send now: the call that is not answered yet, or a new one.
+
+        Returns:
+            None if there is nothing to send, or the lane is fenced.
+        """
+        if self._fenced:
+            return None
+        position = self._at()
+        once = position.once
+        call: Call | None = once.get("call")
+        if call is None:
+            operations = self._choose(position.again)
+            if operations:
+                made = Call(self, position.sequence + 1, position.stamp, operations)
+                call = once.setdefault("call", made)
+            else:
+                call = once.get("call")  # another one has taken all
+        if not call:
+            return None
+        if not call.taken:
+            self._take(call)
+        self._progress = State.IN_FLIGHT
+        return call
+
+    def _choose(self, again: Sequence[Operation]) -> list[Operation]:
+        """Return the operations of the next call. They stay in the queue until it is made."""
+        queued = _first(self.queue, MOST_OPERATIONS - len(again))
+        if not again and len(queued) <= 1:
+            return queued
+        operations = list(again)
+        size = sum([operation.size for operation in again])
+        for operation in queued:
+            size += operation.size
+            if operations and (size > MOST_BYTES or operation.words[0] == _CLOSE):
+                break
+            operations.append(operation)
+            if operation.words[0] == _CLOSE:
+                break
+        return operations
+
+    def _take(self, call: Call) -> None:
+        """Remove the operations of a call from the queue. To do it again does no harm."""
+        remove = self.queue.remove
+        for place, operation in enumerate(call.operations):
+            sent = operation.sent
+            if sent is None or sent[0] is not call:
+                operation.sent = (call, place, sent)
+            try:  # noqa: SIM105 - the alternative costs as much as all the rest
+                remove(operation)  # the first one, as a rule
+            except ValueError:
+                pass  # removed already, or sent again after the whole call was refused
+        call.taken = True
+
+    # Answers come in
+
+    def no_answer(self) -> None:
+        """The call that is under way was not answered: it is repeated, byte for byte."""
+        if self._progress is State.IN_FLIGHT:
+            self._progress = State.UNANSWERED
+
+    def is_under_way(self, call: Call) -> bool:
+        """Return whether a call is still to be answered; another sender may have been faster."""
+        return self._at().once.get("call") is call
+
+    def refuse(self, error: Exception, call: Call | None = None) -> None:
+        """The server refused the whole call: ask, under the same number, what became of it.
+
+        Args:
+            error: Why.
+            call: The call, if another one may be under way by now.
+        """
+        position = self._at()
+        refused: Call | None = position.once.get("call")
+        if not refused or self._fenced or (call is not None and call is not refused):
+            return
+        if refused.error is None:
+            position.once["call"] = Call(
+                self, refused.sequence, position.stamp, refused.operations, error
+            )
+        self._progress = State.REFUSED
+
+    def read(
+        self, call: Call, reply: Sequence[bytes]
+    ) -> tuple[list[tuple[Operation, Any]], list[Operation]]:
+        """Return what an answer says, and change nothing.
+
+        Answers are handed out before `advance`, or an exception between the two would lose them.
+
+        Returns:
+            Each operation of the call with its answer: what the server packed, a batch's content
+            appended to it, or the error with which the server refused the call. Then the operations
+            that have to be sent again, because a full server would have run them by themselves.
+        """
+        answers: list[Any] = msgpack.unpackb(reply[0], raw=True, strict_map_key=False)
+        if call.error is not None and not answers:
+            return _refused(call, call.error)
+        if len(reply) == 2 and call.error is None:  # noqa: PLR2004 - no contents: no batch starts
+            return list(zip(call.operations, answers, strict=True)), []
+        add_contents(answers, reply[2] if len(reply) > 2 else None)  # noqa: PLR2004 - the third part
+        told = list(zip(call.operations, answers, strict=True))
+        for operation, answer in told:
+            if answer.__class__ is list and answer[-1] is True:
+                answer[-1] = [operation.words[3]]  # nothing but the partial that was sent
+        return told, []
+
+    def advance(self, call: Call, stamp: bytes, again: Sequence[Operation] = ()) -> None:
+        """Go on to the next call, unless that has happened already.
+
+        Args:
+            call: The call that was answered.
+            stamp: The stamp of the answer.
+            again: What `read` has returned as to be sent again.
+        """
+        position = self._at()
+        if position.sequence + 1 == call.sequence:
+            self._position = position.once.setdefault(
+                "next", _Position(call.sequence, stamp, again)
+            )
+
+    def receive(self, reply: Sequence[bytes]) -> list[tuple[Operation, Any]]:
+        """Take in the answer to the call that is under way: `read` and `advance`."""
+        call = self.call
+        if call is None:
+            return []
+        told, again = self.read(call, reply)
+        self.advance(call, reply[1], again)
+        return told
+
+    def closed(self, call: Call) -> list[tuple[Operation, Any]]:
+        """Return the answers to a call on a lane that is gone: if it was its own `close`, some."""
+        if call.operations[0].words[0] != _CLOSE:
+            return []
+        return [(operation, int(Reply.CLOSED)) for operation in call.operations]
+
+    def close(self) -> list[tuple[Operation, Any]]:
+        """The lane is not there any more: if its own `close` was under way, that is the answer."""
+        call = self.call
+        told = [] if call is None else self.closed(call)
+        if call is not None and told:
+            self.advance(call, b"")
+        return told
+
+    def fence(self) -> None:
+        """Send nothing any more: the process goes on under another identity.
+
+        What is queued afterwards is in no call, and what is in a call is not in the queue.
+        """
+        self._fenced = True
+        position = self._at()
+        call = position.once.setdefault("call", _NONE)
+        if call and not call.taken:
+            self._take(call)
+        if not call and position.again:
+            again, position.again = position.again, ()
+            self.queue.extendleft(reversed(again))
+
+
+#: In place of a call, where there will be none.
+_NONE = False
+
+
+def move(operation: Operation, source: deque[Operation], target: deque[Operation]) -> bool:
+    """Move an operation between queues, unless it has left the first already.
+
+    Both happen in one step that no signal handler can come between, or it would be lost or doubled.
+
+    Returns:
+        Whether it was moved.
+    """
+    steps = map(call_function, (source.remove, target.append), (operation, operation))
+    try:
+        deque(steps, 0)
+    except ValueError:
+        return False
+    return True
+
+
+def _first(queue: deque[Operation], count: int) -> list[Operation]:
+    while True:
+        try:
+            return list(islice(queue, count))
+        except RuntimeError:
+            continue  # it has changed meanwhile
+
+
+def _refused(call: Call, error: Exception) -> tuple[list[tuple[Operation, Any]], list[Operation]]:
+    """Tell those that were refused, and send those again that a full server would run."""
+    told: list[tuple[Operation, Any]] = []
+    again: list[Operation] = []
+    mixed = any(not operation.frees for operation in call.operations)
+    for operation in call.operations:
+        if mixed and operation.frees:
+            again.append(operation)
+        else:
+            told.append((operation, error))
+    return told, again
+
+
+def add_contents(answers: list[Any], packed: bytes | None) -> None:
+    """Append to each answer that starts a batch its content, so that it reads as a `Run`.
+
+    Args:
+        answers: The answers of one call.
+        packed: The contents of its batches, or None if they are to be fetched.
+    """
+    contents = iter(()) if packed is None else iter(msgpack.unpackb(packed, raw=True))
+    for answer in answers:
+        if type(answer) is list and answer[0] in STARTS_BATCH:
+            if len(answer) == 7:  # noqa: PLR2004 - without modifications
+                answer.append(None)
+            answer.append(next(contents, []))

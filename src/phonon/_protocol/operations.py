@@ -1,0 +1,283 @@
+"""Operations: one change of one resource each. A call of a lane carries many of them."""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+
+class Code(IntEnum):
+    """How the server knows an operation. The Lua text gets these as constants."""
+
+    JOIN = 1
+    APPEND = 2
+    LEAVE = 3
+    COMPLETE = 4
+    FAIL = 5
+    RESUME = 6
+    REAP = 7
+    LOCK = 8
+    UNLOCK = 9
+    RENEW = 10
+    CLOSE = 11
+    MODIFY = 12
+    RESTORE = 13
+    MEET = 14
+    AWAIT = 15
+    FORGET = 16
+    HAND_OFF = 17
+    REPLAY = 18
+    DISCARD = 19
+    COMPACT = 20
+    TRACK = 21
+    UNTRACK = 22
+
+
+#: A full server still runs a call of nothing but these: they free memory, or lead to that.
+_FREES = frozenset(
+    map(
+        int,
+        {
+            Code.LEAVE,
+            Code.COMPLETE,
+            Code.FAIL,
+            Code.RESUME,
+            Code.REAP,
+            Code.UNLOCK,
+            Code.RENEW,
+            Code.CLOSE,
+            Code.FORGET,
+            Code.HAND_OFF,
+            Code.DISCARD,
+            Code.COMPACT,
+            Code.UNTRACK,
+        },
+    )
+)
+
+#: What a lock or a waiter is called on the server; see `holder_name`.
+Holder = str
+
+#: Flags of `leave`.
+FORCE = 1
+MODIFICATIONS = 2
+
+# Each of them once: a message's operation costs no conversion of an enum.
+_JOIN, _APPEND, _LEAVE, _COMPLETE = (
+    int(Code.JOIN),
+    int(Code.APPEND),
+    int(Code.LEAVE),
+    int(Code.COMPLETE),
+)
+
+
+class Operation:
+    """One change, on its way to the server.
+
+    Args:
+        partition: Where its resource is.
+        words: Code, the server's name of the resource, and what else the operation takes.
+        size: About how many bytes it has.
+
+    Attributes:
+        owner: What waits for the answer; the driver's business.
+        index: Its place among those that the owner sent together.
+        sent: The calls that it was ever part of, latest first, as ``(call, place, earlier)``.
+        held: Of a leave, whether its process was a member: it is one again before the leave is
+            repeated under another identity.
+        ahead: Whether it goes before those that wait for the former self to be reaped, also when it
+            is repeated under another identity.
+    """
+
+    __slots__ = ("ahead", "held", "index", "owner", "partition", "sent", "size", "words")
+
+    def __init__(self, partition: int, words: Sequence[Any], size: int = 64) -> None:
+        self.partition = partition
+        self.words = words
+        self.size = size
+        self.owner: Any = None
+        self.index = 0
+        self.sent: tuple[Any, int, Any] | None = None
+        self.held = False
+        self.ahead = False
+
+    def __repr__(self) -> str:
+        return f"<{self.code.name} {self.words[1:]!r} in partition {self.partition}>"
+
+    @property
+    def code(self) -> Code:
+        """What it does."""
+        return Code(self.words[0])
+
+    @property
+    def resource(self) -> bytes:
+        """The server's name of the resource."""
+        name: bytes = self.words[1]
+        return name
+
+    @property
+    def frees(self) -> bool:
+        """Whether a server that is out of memory still has to run it."""
+        # A membership that a rebirth renews takes the place of one that is reaped.
+        return self.words[0] in _FREES or self.ahead
+
+
+def join(partition: int, resource: bytes) -> Operation:
+    """Become a member."""
+    return Operation(partition, (_JOIN, resource))
+
+
+def append(partition: int, resource: bytes, partial: bytes) -> Operation:
+    """Become a member and store a partial."""
+    return Operation(partition, (_APPEND, resource, partial), len(partial) + 64)
+
+
+def leave(partition: int, resource: bytes, partial: bytes = b"", flags: int = 0) -> Operation:
+    """Store the last partial, if any, and be a member no more; see `FORCE` and `MODIFICATIONS`."""
+    return Operation(partition, (_LEAVE, resource, flags, partial), len(partial) + 64)
+
+
+def complete(partition: int, resource: bytes, token: int) -> Operation:
+    """Drop a batch that was executed."""
+    return Operation(partition, (_COMPLETE, resource, token))
+
+
+def fail(
+    partition: int, resource: bytes, token: int, error: bytes, delay_ms: int, attempts: int
+) -> Operation:
+    """Keep a batch whose execution failed for a retry, or park it after so many attempts."""
+    words = (int(Code.FAIL), resource, token, error, delay_ms, attempts)
+    return Operation(partition, words, len(error) + 64)
+
+
+def resume(partition: int, resource: bytes, token: int) -> Operation:
+    """Take a batch of one's own up again."""
+    return Operation(partition, (int(Code.RESUME), resource, token))
+
+
+def hand_off(partition: int, resource: bytes, token: int, queue: bytes) -> Operation:
+    """Leave a batch to a process that knows its class; see `class_queue`."""
+    return Operation(partition, (int(Code.HAND_OFF), resource, token, queue))
+
+
+def replay(partition: int, resource: bytes, token: int) -> Operation:
+    """Take a parked batch up again, under a token of its own."""
+    return Operation(partition, (int(Code.REPLAY), resource, token))
+
+
+def discard(partition: int, resource: bytes, token: int) -> Operation:
+    """Delete a parked batch."""
+    return Operation(partition, (int(Code.DISCARD), resource, token))
+
+
+def compact(
+    partition: int, resource: bytes, first: int, count: int, digest: str, merged: list[bytes]
+) -> Operation:
+    """Replace partials by what they come to, if they are still those that the digest is of."""
+    words = (int(Code.COMPACT), resource, first, count, digest, merged)
+    return Operation(partition, words, sum(map(len, merged)) + 128)
+
+
+def modify(partition: int, resource: bytes, times: int = 1) -> Operation:
+    """Become a member and count modifications."""
+    return Operation(partition, (int(Code.MODIFY), resource, times))
+
+
+def restore(partition: int, resource: bytes, modifications: dict[bytes, int]) -> Operation:
+    """Become a member again, with the modifications of a session that had ended."""
+    pairs = [word for pair in modifications.items() for word in pair]
+    return Operation(partition, (int(Code.RESTORE), resource, pairs), 64 * (len(pairs) + 1))
+
+
+def meet(partition: int, resource: bytes, parties: int, first_id: bytes) -> Operation:
+    """Join a session of known parties, under the process's first id: a rebirth counts once."""
+    return Operation(partition, (int(Code.MEET), resource, parties, first_id))
+
+
+def await_parties(partition: int, resource: bytes, waiter: Holder) -> Operation:
+    """Look who has come and left, and ask for mail when that changes."""
+    return Operation(partition, (int(Code.AWAIT), resource, waiter))
+
+
+def forget(partition: int, resource: bytes, waiter: Holder) -> Operation:
+    """Wait for parties no more."""
+    return Operation(partition, (int(Code.FORGET), resource, waiter))
+
+
+def lock(
+    partition: int,
+    resource: bytes,
+    holder: Holder,
+    *,
+    queue: bool,
+    lease_ms: int = 0,
+    thread: str = "",
+) -> Operation:
+    """Ask for a lock; ``lease_ms`` 0 ties it to the process's lease."""
+    words = (int(Code.LOCK), resource, holder, int(queue), lease_ms, thread)
+    return Operation(partition, words, 128)
+
+
+def unlock(partition: int, resource: bytes, holder: Holder) -> Operation:
+    """Release a lock, or leave its queue."""
+    return Operation(partition, (int(Code.UNLOCK), resource, holder))
+
+
+def renew(partition: int, resource: bytes, holder: Holder, lease_ms: int) -> Operation:
+    """Make a lock's own lease longer, never shorter; 0 only asks whether it is held."""
+    return Operation(partition, (int(Code.RENEW), resource, holder, lease_ms))
+
+
+def reap(partition: int, dead: bytes, most: int, *, recovers: bool) -> Operation:
+    """Take over up to so many resources of a dead process, or of a class queue."""
+    return Operation(partition, (int(Code.REAP), dead, most, int(recovers)))
+
+
+def close(partition: int) -> Operation:
+    """Close the lane: the process stops."""
+    return Operation(partition, (int(Code.CLOSE),))
+
+
+def track(partition: int, resource: bytes) -> Operation:
+    """Enter a resource into the registry by hand."""
+    return Operation(partition, (int(Code.TRACK), resource))
+
+
+def untrack(partition: int, resource: bytes) -> Operation:
+    """Remove a resource from the registry by hand."""
+    return Operation(partition, (int(Code.UNTRACK), resource))
+
+
+def holder_name(process: str, number: int, *, shared: bool = False, places: int = 0) -> Holder:
+    """Return what a holder or waiter is called, which tells the server what it wants.
+
+    Args:
+        process: The id of its process.
+        number: A number that the process has used for no other.
+        shared: Whether it shares the lock with others that do.
+        places: How many may share it at the same time; 0 if any number may.
+    """
+    return f"{process}/{number}{'s' * shared}{places or ''}"
+
+
+def process_of(holder: Holder) -> str:
+    """Return the id of the process that a holder or waiter belongs to."""
+    return holder.rpartition("/")[0]
+
+
+def is_shared(holder: Holder) -> bool:
+    """Return whether a holder shares the lock, or a waiter wants to."""
+    return "s" in holder.rpartition("/")[2]
+
+
+_CLASS = "class:"
+
+
+def class_queue(class_name: str) -> bytes:
+    """Return the id under which batches of a class wait for a process that knows it."""
+    return f"{_CLASS}{class_name}".encode("utf-8", "surrogatepass")
+
+
+def class_of_queue(process: bytes) -> str | None:
+    """Return whose batches wait under an id; None if it is a process's."""
+    text = process.decode("utf-8", "surrogatepass")
+    return text.removeprefix(_CLASS) if text.startswith(_CLASS) else None
