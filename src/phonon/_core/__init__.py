@@ -1,0 +1,1 @@
+"""The parts of a process, with one topic each: conversations with the server as flows."""

@@ -1,0 +1,470 @@
+"""The codec: the envelope of partials, and how a batch becomes records.
+
+A partial is a msgpack array: the layout's number, the class's name, the serializer's name, and the
+content, which the serializer has made of ``[_id, database, collection, spec, doc, state]``.
+Everything read here may be forged or damaged: it is decoded within bounds, it sets no attribute but
+those that the class's ``state`` names, and whatever cannot be decoded is an `UndecodableError`.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from inspect import iscoroutine
+from typing import Any, ClassVar, Protocol
+
+import msgpack
+
+from phonon._core import classes
+from phonon._core.classes import forget
+from phonon.errors import NotStorableError, UndecodableError, UnknownClassError
+from phonon.serializers import ExactSerializer, Serializer
+
+__all__ = ["Storable", "UpdateCodec", "UpdateRecord", "dump", "forget", "merge", "pack"]
+
+log = logging.getLogger("phonon")
+
+#: The layout of a partial; it changes when partials of the old one can no longer be read.
+FORMAT = 1
+#: _id, database, collection, spec, doc, state
+CONTENT_LENGTH = 6
+#: Data longer than this is looked through before it is decoded: a forged array header of five bytes
+#: makes msgpack allocate eight times the data's length, at each level.
+_LOOK_THROUGH = 2048
+
+
+class Storable(Protocol):
+    """What the codec needs of an update."""
+
+    _id: Any
+    database: str
+    collection: str
+    spec: Any
+    doc: Any
+    resource_id: str
+    is_async: ClassVar[bool]
+    #: The class's own: how its partials begin, by the serializer's name.
+    _headers_: ClassVar[dict[str, bytes]]
+
+    def merge(self, other: Any) -> None:
+        """Combine another one of the same record into this one."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the attributes of its own, by name."""
+
+    @classmethod
+    def executes_many(cls) -> bool:
+        """Return whether its records are executed together."""
+
+    def attach(self, process: Any) -> None:
+        """Belong to a process."""
+
+    def begin_execution(self, merged: Any, token: int) -> Any:
+        """Return the instance that executes a merged record."""
+
+    def end_execution(self, instance: Any) -> None:
+        """Note that an instance has executed."""
+
+
+#: The names of attributes that a class's `state` has been seen to return.
+_states: "weakref.WeakKeyDictionary[type[Any], set[tuple[str, ...]]]" = weakref.WeakKeyDictionary()
+
+
+# Encoding
+
+
+def pack(update: Storable, serializer: Serializer) -> bytes:
+    """Return an update's content as a partial.
+
+    Raises:
+        NotStorableError: A value has a type that cannot be stored; the message names the attribute.
+    """
+    content = dump(update, serializer)
+    length = len(content)
+    header = update._headers_.get(serializer.name) or _header(type(update), serializer)
+    if length < 0x100:  # noqa: PLR2004 - msgpack's bin 8, 16 and 32
+        return b"%b\xc4%c%b" % (header, length, content)
+    if length < 0x10000:  # noqa: PLR2004
+        return b"%b\xc5%b%b" % (header, length.to_bytes(2, "big"), content)
+    return b"%b\xc6%b%b" % (header, length.to_bytes(4, "big"), content)
+
+
+def dump(update: Storable, serializer: Serializer) -> bytes:
+    """Return an update's content, encoded by the serializer."""
+    try:
+        state = update.state()
+    except StopIteration as error:
+        raise stopped(update, "state", error) from error
+    content = [update._id, update.database, update.collection, update.spec, update.doc, state]  # noqa: SLF001 - its public name
+    try:
+        return serializer.dumps(content)
+    except NotStorableError:
+        if type(state) is not dict:
+            raise TypeError(
+                f"{type(update).__qualname__}.state() returned {state!r}: it returns a dict of "
+                "attributes by name"
+            ) from None
+        named = {"_id": content[0], "spec": update.spec, "doc": update.doc, **state}
+        for name, value in named.items():
+            _explain(serializer, value, f"{type(update).__qualname__}.{name}")
+        raise
+
+
+def state_of(update: Storable) -> dict[str, Any]:
+    """Return what an update's `state` returns."""
+    try:
+        return update.state()
+    except StopIteration as error:
+        raise stopped(update, "state", error) from error
+
+
+def stopped(update: Storable, method: str, error: StopIteration) -> RuntimeError:
+    """Return the error for a method that has raised StopIteration, which would end a flow."""
+    return RuntimeError(f"{type(update).__qualname__}.{method}() has raised {error!r}")
+
+
+def _explain(serializer: Serializer, value: Any, where: str) -> None:
+    """Raise the error that names where the value is, if it is this one that cannot be stored."""
+    if isinstance(serializer, ExactSerializer):
+        serializer.dumps(value, where)
+        return
+    try:
+        serializer.dumps(value)
+    except NotStorableError as error:
+        raise NotStorableError(f"{where}: {error}") from error
+
+
+def _header(cls: type[Any], serializer: Serializer) -> bytes:
+    """Return how all partials of a class begin."""
+    named = [FORMAT, classes.name_of(cls), serializer.name]
+    parts = [msgpack.packb(part, unicode_errors="surrogatepass") for part in named]
+    header: bytes = b"\x94" + b"".join(parts)
+    cls._headers_[serializer.name] = header
+    return header
+
+
+# Decoding
+
+
+def merge(mine: Storable, other: Storable) -> None:
+    """Call a class's `merge`.
+
+    Raises:
+        TypeError: It has returned something: a coroutine, say, that nobody awaits.
+        Exception: What it raises.
+    """
+    try:
+        result: object = mine.merge(other)  # type: ignore[func-returns-value]  # it should not
+    except StopIteration as error:
+        raise stopped(mine, "merge", error) from error
+    if result is not None:
+        raise returned(mine, result)
+
+
+def returned(update: Storable, result: Any) -> TypeError:
+    """Return the error for a `merge` that has returned something."""
+    if iscoroutine(result):
+        result.close()
+    return TypeError(
+        f"{type(update).__qualname__}.merge() returned {result!r}: it changes self and returns None"
+    )
+
+
+class UpdateCodec:
+    """Makes records of partials, and partials of records.
+
+    Args:
+        serializer: Encodes contents.
+        owner: Returns the public process that decoded updates belong to.
+        is_async: Whether coroutine functions can be executed here.
+        key: Returns the key of a resource, given the key's kind, for messages.
+    """
+
+    def __init__(
+        self,
+        serializer: Serializer,
+        owner: Callable[[], Any],
+        is_async: bool,
+        key: Callable[[str, str], str] = lambda kind, resource: f"{kind}:{resource}",
+    ) -> None:
+        self.serializer = serializer
+        self._owner = owner
+        self._is_async = is_async
+        self._key = key
+        #: Of which resources and classes it was logged that their partials are not merged early.
+        self._unmerged: set[tuple[str, str]] = set()
+
+    def can_execute(self, class_name: str) -> bool:
+        """Return whether this process can execute batches of a class."""
+        cls = classes.find(class_name)
+        return cls is not None and (self._is_async or not cls.is_async)
+
+    def records(self, resource: str, partials: Sequence[bytes], local: Any) -> list["UpdateRecord"]:
+        """Merge the partials of a batch, class by class, in the order of the classes' first ones.
+
+        Args:
+            resource: Whose.
+            partials: In the order in which they were stored.
+            local: The update whose session ended here; it executes what is of its class.
+
+        Raises:
+            UnknownClassError: A class is not known here.
+            UndecodableError: Something cannot be read.
+            Exception: The user's ``merge`` has raised.
+        """
+        merged: dict[type[Any], Any] = {}
+        where = ""
+        for partial in partials:
+            where = where or self._key("batch", resource)
+            update = self.decode(resource, partial, where)
+            cls = type(update)
+            self._check_loop(cls, resource)
+            first = merged.setdefault(cls, update)
+            if first is not update:
+                merge(first, update)
+        return [
+            UpdateRecord(local if type(local) is cls else update, update)
+            for cls, update in merged.items()
+        ]
+
+    def _check_loop(self, cls: type[Any], resource: str) -> None:
+        if cls.is_async and not self._is_async:
+            name = classes.name_of(cls)
+            raise UnknownClassError(
+                f"a batch of {resource!r} belongs to {name}, an AsyncUpdate, and this process has "
+                "no event loop: run an AsyncProcess that imports it",
+                name,
+            )
+
+    def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:
+        """Merge partials into fewer, class by class, for as long as their session goes on.
+
+        What is executed in the end is the same: each class has its partials in the order in which
+        they were stored, and the classes come in the order of their first ones. What cannot be
+        merged here stays as it is, and what cannot be read is not passed over.
+
+        Returns:
+            Partials that come to the same as these.
+        """
+        where = self._key("partials", resource)
+        merged: list[bytes | None] = list(partials)
+        groups: dict[type[Any], list[tuple[int, Any]]] = {}
+        for i, partial in enumerate(partials):
+            try:
+                update = self.decode(resource, partial, where)
+            except UnknownClassError as error:
+                self._not_merged(resource, error.class_name, error)
+            except Exception as error:  # noqa: BLE001 - setting its attributes may run the user's code
+                self._not_merged(resource, "", error)
+                self._merge_groups(resource, groups, merged)
+                groups.clear()
+            else:
+                groups.setdefault(type(update), []).append((i, update))
+        self._merge_groups(resource, groups, merged)
+        return [partial for partial in merged if partial is not None]
+
+    def _merge_groups(
+        self,
+        resource: str,
+        groups: dict[type[Any], list[tuple[int, Any]]],
+        merged: list[bytes | None],
+    ) -> None:
+        """Put the merge of each group into the place of its first partial."""
+        for cls, ((at, first), *others) in groups.items():
+            if not others:
+                continue
+            try:
+                for _, other in others:
+                    merge(first, other)
+                partial = pack(first, self.serializer)
+            except Exception as error:  # noqa: BLE001 - it will be raised when the batch is executed
+                self._not_merged(resource, classes.name_of(cls), error)
+                continue
+            merged[at] = partial
+            for i, _ in others:
+                merged[i] = None
+
+    def _not_merged(self, resource: str, class_name: str, error: Exception) -> None:
+        """Log it once: the same partials are met again and again."""
+        if (resource, class_name) in self._unmerged:
+            return
+        if len(self._unmerged) >= MOST_UNMERGED:
+            self._unmerged.clear()
+        self._unmerged.add((resource, class_name))
+        log.debug("partials of %r are not merged before their session ends: %s", resource, error)
+
+    def check(self, resource: str, partial: bytes, where: str = "") -> None:
+        """Check that a partial can be decoded, and executed, here.
+
+        Raises:
+            UnknownClassError: Its class is not known here.
+            UndecodableError: It cannot be read.
+        """
+        update = self.decode(resource, partial, where or self._key("batch", resource))
+        self._check_loop(type(update), resource)
+
+    def decode(self, resource: str, partial: bytes, where: str) -> Any:
+        """Make an update of a partial, without calling its constructor.
+
+        Args:
+            resource: The resource that it is stored under.
+            partial: The partial.
+            where: The key that holds it, for messages.
+
+        Raises:
+            UndecodableError: It cannot be read.
+            UnknownClassError: Its class is not imported here.
+        """
+        cls, body = self._open(resource, partial, where)
+        try:
+            content = self.serializer.loads(body)
+        except Exception as error:
+            raise UndecodableError(f"{_place(resource, where)}: {error}") from error
+        if (
+            type(content) is not list
+            or len(content) != CONTENT_LENGTH
+            or type(content[1]) is not str
+            or type(content[2]) is not str
+            or not isinstance(content[5], dict)
+        ):
+            raise UndecodableError(f"{_place(resource, where)} does not hold an update's content")
+        update: Any = object.__new__(cls)
+        update._id, update.database, update.collection, update.spec, update.doc, state = content  # noqa: SLF001 - its public name
+        update.attach(self._owner())
+        if update.resource_id != resource:
+            raise UndecodableError(
+                f"{_place(resource, where)} belongs to another resource, {update.resource_id!r}"
+            )
+        if state:
+            _set_state(update, state, resource, where)
+        return update
+
+    def _open(self, resource: str, partial: bytes, where: str) -> tuple[type[Any], bytes]:
+        try:
+            if len(partial) > _LOOK_THROUGH:
+                _look_through(partial)
+            opened = msgpack.unpackb(partial, unicode_errors="surrogatepass")
+            layout, name, serializer, body = opened
+        except Exception as error:
+            raise UndecodableError(
+                f"{_place(resource, where)} is not one of Phonon's: {error}"
+            ) from error
+        if layout != FORMAT:
+            raise UndecodableError(
+                f"{_place(resource, where)} has layout {layout!r}; this release reads {FORMAT}"
+            )
+        if serializer != self.serializer.name:
+            raise UndecodableError(
+                f"{_place(resource, where)} was stored by serializer {serializer!r}, and this "
+                f"process has {self.serializer.name!r}: give all processes the same serializer="
+            )
+        if type(name) is not str or type(body) is not bytes:
+            raise UndecodableError(f"{_place(resource, where)} is not one of Phonon's")
+        cls = classes.find(name)
+        if cls is None:
+            raise UnknownClassError(
+                f"{_place(resource, where)} belongs to {name}, which is not imported in this "
+                "process: import it, so that its batches can be executed here",
+                name,
+            )
+        return cls, body
+
+
+class UpdateRecord:
+    """What a batch comes to for one class.
+
+    Attributes:
+        together: The class, if its records are executed together; else None.
+        instance: The update that executes it.
+    """
+
+    __slots__ = ("_local", "_merged", "instance", "together")
+
+    def __init__(self, local: Any, merged: Any) -> None:
+        self._local = local
+        self._merged = merged
+        self.together = type(merged) if merged.executes_many() else None
+        self.instance: Any = None
+
+    def begin(self, token: int) -> Any:
+        """Return the instance that executes; it knows its token until `finish`."""
+        self.instance = self._local.begin_execution(self._merged, token)
+        return self.instance
+
+    def finish(self) -> None:
+        """Note that the execution has ended."""
+        self._local.end_execution(self.instance)
+
+
+def _place(resource: str, where: str) -> str:
+    return f"a partial of {resource!r} in {where}"
+
+
+def _look_through(data: bytes) -> None:
+    """Find out, in memory of constant size, whether data has all the elements that it announces.
+
+    Raises:
+        ValueError: It has not, or has something behind them.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=len(data))
+    unpacker.feed(data)
+    try:
+        unpacker.skip()
+    except msgpack.OutOfData:
+        raise ValueError("it ends too early") from None
+    if unpacker.tell() != len(data):
+        raise ValueError("it goes on behind its end")
+
+
+def _set_state(update: Any, state: dict[Any, Any], resource: str, where: str) -> None:
+    """Set attributes of a decoded update: those that its `state` names, and no others."""
+    cls = type(update)
+    names = tuple(state)
+    known = _states.get(cls)
+    if known is None:
+        known = _states[cls] = set()
+    if names not in known:
+        wrong = [name for name in names if not _may_be_set(cls, name)]
+        if wrong:
+            raise _not_named(cls, wrong, resource, where)
+    for name, value in state.items():
+        setattr(update, name, value)
+    if names not in known:
+        named = state_of(update)
+        wrong = [name for name in names if name not in named]
+        if wrong:
+            raise _not_named(cls, wrong, resource, where)
+        if len(known) < MOST_STATES:
+            known.add(names)
+
+
+def _not_named(cls: type[Any], wrong: Iterable[Any], resource: str, where: str) -> UndecodableError:
+    listed = ", ".join(map(repr, wrong))
+    return UndecodableError(
+        f"{_place(resource, where)} has attributes that {cls.__qualname__}.state() does not name: "
+        f"{listed}"
+    )
+
+
+def _may_be_set(cls: type[Any], name: Any) -> bool:
+    """Return whether an attribute may be data of the user's: no method, and nothing of Phonon's."""
+    if type(name) is not str or name.startswith("__") or name in _OWN_NAMES:
+        return False
+    found = None
+    for base in cls.__mro__:
+        if name in base.__dict__:
+            if base is object or base.__module__ in _OWN_MODULES:
+                return False
+            found = base.__dict__[name]
+            break
+    if found is None or hasattr(type(found), "__set__"):
+        return True
+    return not callable(found) and not isinstance(found, classmethod | staticmethod)
+
+
+_OWN_MODULES = frozenset({"phonon._core.local", "phonon.update", "phonon.aio.update"})
+_OWN_NAMES = frozenset({"_id", "database", "collection", "spec", "doc", "resource_id", "token"})
+
+#: So many resources and classes are remembered. To log one twice is better than to remember all.
+MOST_UNMERGED = 1000
+#: So many lists of attributes a class are remembered: `state` may return others each time.
+MOST_STATES = 100

@@ -1,0 +1,53 @@
+"""Copies of the caller's data, which is made sure to be storable without encoding it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+# Types that need no look inside to be stored, and those that are looked into without ado.
+PLAIN = frozenset({type(None), bool, int, float, str, bytes})
+FLAT = frozenset({list, tuple, set, frozenset})
+
+#: Stands for a value that has to be copied by the serializer.
+DEEP: Any = object()
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a plain value, or of a collection of such; else `DEEP`.
+
+    The caller's data is the caller's, who may refill one dict for each message.
+    """
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if kind is dict:
+        if not PLAIN.issuperset(map(type, value)):
+            return DEEP
+        copy = {}
+        for key, item in value.items():
+            own = item if type(item) in PLAIN else _flat_copy(item)
+            if own is DEEP:
+                return DEEP
+            copy[key] = own
+        return copy
+    return _flat_copy(value)
+
+
+def _flat_copy(value: Any) -> Any:
+    kind = type(value)
+    if kind in FLAT:
+        return kind(value) if PLAIN.issuperset(map(type, value)) else DEEP
+    if (
+        kind is dict
+        and PLAIN.issuperset(map(type, value))
+        and PLAIN.issuperset(map(type, value.values()))
+    ):
+        return value.copy()
+    return DEEP
+
+
+def has_plain_items(values: Iterable[Any]) -> bool:
+    """Return whether a collection surely can be stored."""
+    for value in values:  # noqa: SIM110 - all() is slower for the few that there are
+        if type(value) not in PLAIN:
+            return False
+    return True

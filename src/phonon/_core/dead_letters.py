@@ -1,0 +1,223 @@
+"""Dead letters: batches that failed too often, kept until somebody replays or discards them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgpack
+
+from phonon._core.executor import TOKENS, Batch, Executor
+from phonon._core.flows import REBORN, Flow, Read, read, single
+from phonon._core.identity import Identity
+from phonon._core.members import Members
+from phonon._protocol import operations
+from phonon._protocol.answers import Reply, Run
+from phonon._protocol.partitions import decode
+from phonon.errors import BatchMissingError, BatchRunningError, ConfigurationError
+
+#: Partials, or resources, read at a time.
+PIECE = 1000
+#: Lua's numbers are exact up to here: a greater token was never handed out.
+_MOST = 2**53
+
+_MISSING, _RUNNING = int(Reply.MISSING), int(Reply.RUNNING)
+
+
+class Parked(NamedTuple):
+    """A batch that was given up on.
+
+    Attributes:
+        resource: The resource that it belongs to.
+        token: Its number, for `Process.replay` and `Process.discard`.
+        error: What its last attempt raised: type and text.
+        attempts: How often it was tried.
+        owner: The id of the process that tried last.
+        since: When its session ended, seconds since the epoch by the server's clock.
+        parked_at: When it was given up on.
+        size: The number of its partials.
+    """
+
+    resource: str
+    token: int
+    error: str
+    attempts: int
+    owner: str
+    since: float
+    parked_at: float
+    size: int
+
+
+class Codec(Protocol):
+    """Tells whether a partial can be executed."""
+
+    def check(self, resource: str, partial: bytes, where: str) -> None:
+        """Check that a partial can be decoded, and executed, here.
+
+        Raises:
+            UnknownClassError: Its class is not known here.
+            UndecodableError: It cannot be read.
+        """
+
+
+class DeadLetters:
+    """The batches of a namespace that were given up on.
+
+    Args:
+        identity: Who looks.
+        members: Knows where resources are.
+        executor: Executes what is replayed.
+        codec: Reads partials.
+    """
+
+    def __init__(
+        self, identity: Identity, members: Members, executor: Executor, codec: Codec
+    ) -> None:
+        self._identity = identity
+        self._members = members
+        self._executor = executor
+        self._codec = codec
+
+    def find(self) -> Flow[list[Parked]]:
+        """Return all of the namespace, by resource and token.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        identity = self._identity
+        places: list[tuple[int, bytes]] = []
+        replies = _checked((yield Read(identity.everywhere("parked"))))
+        for partition, names in enumerate(replies):
+            places += [(partition, name) for name in names]
+        found: list[Parked] = []
+        for first in range(0, len(places), PIECE):
+            some = places[first : first + PIECE]
+            replies = _checked(
+                (yield Read([identity.in_partition(p, "entries", name) for p, name in some]))
+            )
+            for (_, name), entries in zip(some, replies, strict=True):
+                found += [
+                    _parked(name, *entry)
+                    for entry in zip(entries[::3], entries[1::3], entries[2::3], strict=True)
+                ]
+        return sorted(found)
+
+    def look(self, resource: str, token: int) -> Flow[list[bytes]]:
+        """Return a batch's partials, in the order in which they were stored.
+
+        Raises:
+            BatchMissingError: There is no such batch.
+        """
+        partition, name = self._members.place(resource)
+        stored = _stored_token(resource, token)
+        partials: list[bytes] = []
+        while True:
+            piece = yield from self._piece(partition, name, stored, len(partials), PIECE)
+            if not piece:
+                break
+            partials += piece
+        if not partials:
+            raise missing(resource, token)
+        return partials
+
+    def _piece(
+        self, partition: int, name: bytes, token: int, first: int, count: int
+    ) -> Flow[Sequence[bytes]]:
+        words = (name, b"%d" % token, b"%d" % first, b"%d" % (first + count - 1))
+        piece: Sequence[bytes] = yield from read(
+            self._identity.in_partition(partition, "look", *words)
+        )
+        return piece
+
+    def key(self, resource: str, token: int) -> str:
+        """Return the key that holds a batch's partials, for messages."""
+        partition, name = self._members.place(resource)
+        prefix = decode(self._identity.partitions.prefixes[partition])
+        return f"{prefix}dead:{_stored_token(resource, token)}:{decode(name)}"
+
+    def replay(self, resource: str, token: int) -> Flow[list[BaseException]]:
+        """Execute a batch after all, under a new token.
+
+        Returns:
+            What went wrong while it was executed.
+
+        Raises:
+            BatchMissingError: There is no such batch.
+            BatchRunningError: Another batch of the resource is being executed.
+            UnknownClassError: Its class is not imported here. Nothing has changed.
+            UndecodableError: It cannot be read. Nothing has changed.
+        """
+        partition, name = self._members.place(resource)
+        stored = _stored_token(resource, token)
+        # A batch of an unknown class would be handed off, and lose its error and its place here.
+        first = yield from self._piece(partition, name, stored, 0, 1)
+        if not first:
+            raise missing(resource, token)
+        self._codec.check(resource, first[0], self.key(resource, token))
+        with self._executor.expects((name,)):
+            answer = yield from single(operations.replay(partition, name, stored))
+        if answer == _MISSING:
+            raise missing(resource, token)
+        if answer == _RUNNING:
+            raise BatchRunningError(
+                f"another batch of {resource!r} is being executed: replay {token} when it is done"
+            )
+        errors: list[BaseException] = []
+        if answer is REBORN:
+            return errors
+        run = Run(*answer)
+        if run.content is not False:  # else a survivor has taken it over, and executes it
+            batch = Batch(partition, name, run, resource=resource, errors=errors)
+            yield from self._executor.execute([batch])
+        return errors
+
+    def discard(self, resource: str, token: int) -> Flow[None]:
+        """Delete a batch, with its data.
+
+        Raises:
+            BatchMissingError: There is no such batch.
+        """
+        partition, name = self._members.place(resource)
+        stored = _stored_token(resource, token)
+        answer = yield from single(operations.discard(partition, name, stored))
+        if answer == _MISSING:
+            raise missing(resource, token)
+
+
+def missing(resource: str, token: int) -> BatchMissingError:
+    """Return the error for a batch that is not there."""
+    return BatchMissingError(
+        f"{resource!r} has no parked batch {token}: it was replayed or discarded; "
+        "Process.parked() lists those that there are"
+    )
+
+
+def _stored_token(resource: str, token: Any) -> int:
+    """Return a token as the server has it."""
+    if not isinstance(token, int) or isinstance(token, bool):
+        raise ConfigurationError(
+            f"token is a number, not {token!r}: give the token of an entry of Process.parked()"
+        )
+    stored, index = divmod(token, TOKENS)
+    if index or not 0 <= stored < _MOST:
+        raise missing(resource, token)
+    return stored
+
+
+def _parked(name: bytes, token: bytes, entry: bytes, size: int) -> Parked:
+    try:
+        known = msgpack.unpackb(entry, raw=True)
+        error = known[b"error"].decode("utf-8", "replace")
+        owner = known[b"owner"].decode("utf-8", "replace")
+        numbers = [int(known[field]) for field in (b"attempts", b"since", b"at")]
+    except (ValueError, KeyError, TypeError, AttributeError, msgpack.exceptions.UnpackException):
+        # A foreign or damaged entry must not keep the others from being listed.
+        error, owner, numbers = "UndecodableError: its entry cannot be read", "", [0, 0, 0]
+    attempts, since, at = numbers
+    number = int(token) * TOKENS if token.isdigit() else 0
+    return Parked(decode(name), number, error, attempts, owner, since / 1000, at / 1000, int(size))
+
+
+def _checked(replies: Sequence[Any]) -> Sequence[Any]:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies

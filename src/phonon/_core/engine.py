@@ -1,0 +1,523 @@
+"""The engine: builds the parts of a process, and starts, forks and stops them."""
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from inspect import isawaitable, iscoroutinefunction
+from typing import Any, NamedTuple, Protocol
+
+from phonon._core.clock import clock
+from phonon._core.executor import Executor
+from phonon._core.flows import REBORN, Flow, Read, Send, Sleep, call, read
+from phonon._core.heartbeat import DEAD_AFTER, Heartbeat
+from phonon._core.identity import Identity
+from phonon._core.leases import Leases
+from phonon._core.members import Members
+from phonon._core.outbox import Ending, Outbox, Overflow
+from phonon._core.rebirth import Rebirth
+from phonon._core.reports import Reports
+from phonon._core.retry import RetryPolicy
+from phonon._core.takeover import Takeover
+from phonon._protocol import operations
+from phonon._protocol.answers import Reply
+from phonon._protocol.library import Library
+from phonon._protocol.partitions import decode, is_semaphore
+from phonon.errors import PhononError, ProcessStoppedError
+
+log = logging.getLogger("phonon")
+
+#: Updates share this many locks; two updates that share one merely take turns.
+STRIPES = 64
+#: Seconds between two looks at a worker that is to end.
+_LOOK = 0.002
+#: Seconds in which those that wait for locks have to go when the process stops.
+_DISMISSAL = 5.0
+
+
+class Options(NamedTuple):
+    """What a process was told; see `phonon.Process`."""
+
+    namespace: str
+    partitions: int | None
+    heartbeat_interval: float
+    recovers: bool
+    retry: RetryPolicy
+    max_backlog: int
+    overflow: Overflow
+
+
+class SessionCache(Protocol):
+    """A cache that holds updates of a process."""
+
+    def endings_for(self, engine: "Engine") -> list[tuple[Ending, Callable[[], object]]]:
+        """Remove the updates of that process; return how they end, and what to call on failure."""
+
+    def forget_for(self, engine: "Engine") -> None:
+        """Drop the updates of that process: they are the parent's."""
+
+    @property
+    def surplus(self) -> int:
+        """How many more it holds than it should, because they could not be sent."""
+
+
+class Engine:
+    """The parts of one process.
+
+    Args:
+        options: What the process was told.
+        public: Returns the public object, or None if nobody has it any more.
+        library: Names the server's functions.
+        make_driver: Makes the driver, given the identity whose lanes it sends.
+        make_codec: Makes the codec, given the engine.
+        on_error: The user's function for errors that nobody else is told.
+        address: Where the server is, for messages.
+        client: The redis-py client.
+
+    Attributes:
+        stopped: Whether the process has ended.
+        caches: The caches that hold updates of this process.
+        prefixes: The beginnings of resource names, by database and collection.
+        batches: The open batches; each thread or task has its own in ``local``.
+        is_async: Whether its calls are awaited.
+        stripes: Locks of updates. They are never held across I/O, so they serve asyncio as well.
+    """
+
+    #: Whether it belongs to an event loop.
+    is_async: bool
+
+    def __init__(
+        self,
+        options: Options,
+        public: Callable[[], Any],
+        library: Library,
+        make_driver: Callable[[Identity], Any],
+        make_codec: Callable[["Engine"], Any],
+        *,
+        on_error: Callable[[Exception], object] | None,
+        address: str,
+        client: Any,
+    ) -> None:
+        self.options = options
+        self.public = public
+        self.address = address
+        self.client = client
+        self.identity = Identity(
+            namespace=options.namespace,
+            partitions=options.partitions,
+            lease=DEAD_AFTER * options.heartbeat_interval,
+            card=_card(),
+            library=library,
+            clock=clock,
+            new_id=lambda: uuid.uuid4().hex,
+        )
+        self.driver = make_driver(self.identity)
+        self.reports = Reports(on_error, self.tell)
+        self.members = Members(self.identity)
+        self.leases = Leases(self.identity, self.in_background)
+        self.outbox = Outbox(
+            self.identity,
+            self.members,
+            self.reports,
+            most=options.max_backlog,
+            overflow=options.overflow,
+            clock=clock,
+        )
+        self.codec = make_codec(self)
+        self.executor = Executor(
+            self.identity, self.codec, options.retry, self.reports, self.outbox.schedule
+        )
+        self.takeover = Takeover(
+            self.identity,
+            self.outbox,
+            recovers=options.recovers,
+            can_execute=self.codec.can_execute,
+        )
+        self.rebirth = Rebirth(
+            self.identity,
+            self.members,
+            self.leases,
+            self.takeover,
+            self.reports,
+            deliver=self.driver.deliver,
+            address=address,
+        )
+        self.heartbeat = Heartbeat(
+            self.identity,
+            self.rebirth,
+            self.takeover,
+            self.outbox,
+            self.leases,
+            interval=options.heartbeat_interval,
+            recovers=options.recovers,
+            is_wanted=lambda: public() is not None,
+        )
+        self.outbox.executor = self.executor
+        self.outbox.surplus = lambda: sum(cache.surplus for cache in list(self.caches))
+        self.outbox.start_worker = lambda: self._ensure("outbox", self.outbox.work)
+        self.takeover.start_worker = lambda: self._ensure(
+            "takeover", self.takeover.work, anyhow=not self.takeover.is_working
+        )
+        self.leases.start_worker = lambda: self._ensure(
+            "leases", self.leases.work, anyhow=not self.leases.is_working
+        )
+        self.outbox.resume = self.driver.resume
+        self.outbox.is_ready = self.driver.detached_ready
+        self.driver.on_detached = self.outbox.detach
+        self.driver.on_ready = self.outbox.is_answered
+        self.caches: weakref.WeakSet[SessionCache] = weakref.WeakSet()
+        self.prefixes: dict[tuple[str, str], str] = {}
+        self.stopped = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Hold nothing, and have no workers: at first, and in a forked child."""
+        self._pid = os.getpid()
+        self._started = False
+        self._starting = threading.RLock()
+        self._spawning = threading.RLock()
+        self._workers: dict[str, Any] = {}
+        self.outbox.signal = self.driver.signal()
+        self.leases.signal = self.driver.signal()
+        self.heartbeat.signal = self.identity.signal = self.driver.signal()
+        self.local = self.make_local()
+        self.batches: set[Any] = set()
+        self.stripes = [threading.RLock() for _ in range(STRIPES)]
+
+    def tell(self, function: Callable[..., object], *arguments: object) -> None:
+        """Run the user's ``on_error`` or ``on_lost``.
+
+        Raises:
+            TypeError: It is a coroutine function, which this process cannot run.
+        """
+        if iscoroutinefunction(function):
+            raise TypeError(f"{function!r} is a coroutine function: use phonon.aio.AsyncProcess")
+        function(*arguments)
+
+    @staticmethod
+    def make_local() -> Any:
+        """Return an object with attributes of their own for each thread or task."""
+        return threading.local()
+
+    # Life
+
+    def starting(self) -> Flow[None]:
+        """Appear among the processes."""
+        if not self.identity.lanes:
+            yield from self.identity.start()
+
+    def start_heart(self) -> None:
+        """Begin to beat."""
+        self._started = True
+        # One that has died of a bug may still be about to end.
+        self._ensure("heartbeat", self._beating, anyhow=True)
+
+    def _beating(self) -> Flow[None]:
+        pid = os.getpid()
+        try:
+            yield from self.heartbeat.work()
+        finally:
+            # It may have died of a bug, or its task was cancelled: the next call starts another.
+            # What a forked child drops is the parent's heartbeat, which goes on there.
+            if os.getpid() == pid:
+                self._started = self.heartbeat.stopping
+                if not self._started and self.public() is not None:
+                    log.error("the heartbeat thread of process %s has died", self.name)
+
+    def _ensure(self, name: str, work: Callable[[], Flow[Any]], *, anyhow: bool = False) -> None:
+        """Start a worker, unless it runs; or anyhow, if it is about to end."""
+        # A worker that has just been started may come here itself, before it is entered.
+        with self._spawning:
+            worker = self._workers.get(name)
+            if worker is not None and worker.is_alive() and not anyhow:
+                return
+            # The interpreter starts no threads while it ends; `stop` does that work then.
+            with contextlib.suppress(RuntimeError):
+                self._workers[name] = self.driver.spawn(
+                    work(), f"phonon-{name}-{self.identity.name[:8]}"
+                )
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether the caller is one of the workers, which `stopping` waits for."""
+        return any(worker.is_me() for worker in list(self._workers.values()))
+
+    def in_background(self, function: Callable[[], object], name: str = "tell") -> None:
+        """Run a function of the user's in a thread or task of its own."""
+
+        def flow() -> Flow[None]:
+            self.reports.call(function)
+            return
+            yield  # a flow without effects
+
+        with contextlib.suppress(RuntimeError):
+            self.driver.spawn(flow(), f"phonon-{name}-{self.identity.name[:8]}")
+
+    def after_fork_in_child(self) -> None:
+        """Be another process, which holds nothing: the child's copy of a process."""
+        for cache in list(self.caches):
+            cache.forget_for(self)
+        for part in (
+            self.identity,
+            self.members,
+            self.leases,
+            self.outbox,
+            self.executor,
+            self.takeover,
+            self.heartbeat,
+        ):
+            part.begin()
+        self.driver.after_fork_in_child()
+        self._begin()
+
+    def check(self) -> None:
+        """Refuse work after the process was stopped, and notice a fork that ran no hooks.
+
+        Raises:
+            ProcessStoppedError: `stop` was called.
+        """
+        if os.getpid() != self._pid:
+            self.after_fork_in_child()
+        if self.stopped:
+            raise ProcessStoppedError(f"process {self.name} was stopped: make a new Process")
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the process is listed and beats."""
+        return self._started
+
+    @property
+    def generation(self) -> object:
+        """Another object in a forked child: what belongs to the parent shows."""
+        return self.identity.generation
+
+    @property
+    def name(self) -> str:
+        """The process's id."""
+        return self.identity.name
+
+    @property
+    def batch(self) -> Any:
+        """The batch that this thread or task is in, or None."""
+        if not self.batches:
+            return None
+        batch = getattr(self.local, "batch", None)
+        return batch if batch in self.batches else None
+
+    # The end
+
+    def stopping(self) -> Flow[list[BaseException]]:
+        """End all sessions, release all locks, execute what is due, and disappear.
+
+        Returns:
+            What went wrong.
+        """
+        errors: list[BaseException] = []
+        if not self._started:
+            return errors
+        try:
+            yield from self._stop_workers("takeover", "outbox", "leases")
+            yield from self._dismiss_waiters()
+            begun = self.outbox.mark()
+            cached = [out for cache in list(self.caches) for out in cache.endings_for(self)]
+            results = yield from self.outbox.end([ending for ending, _ in cached])
+            for (_, failed), result in zip(cached, results, strict=True):
+                errors += result.errors
+                if result.errors:
+                    failed()
+            yield from self.takeover.work()
+            yield from self.outbox.catch_up()
+            errors += yield from self.leases.release_all()
+            errors += yield from self._leave_all()
+            # What has failed just now is not tried again at once: it is left to the survivors.
+            errors += yield from self.outbox.retry(math.inf, begun)
+            yield from self._close_lanes()
+        except PhononError as error:
+            errors.append(error)
+        return errors
+
+    def _stop_workers(self, *names: str) -> Flow[None]:
+        self.leases.stopping = self.members.stopping = True
+        self.takeover.leaving = True
+        self.leases.wake()
+        for part in (self.outbox, self.heartbeat):
+            if part is self.outbox or "heartbeat" in names:
+                part.stopping = True
+                if part.signal is not None:
+                    part.signal.set()
+        self.identity.reborn()  # those that wait for locks look up, and find that it is over
+        for name in names:
+            worker = self._workers.get(name)
+            while worker is not None and worker.is_alive() and not worker.is_me():
+                yield Sleep(_LOOK)
+
+    def _dismiss_waiters(self) -> Flow[None]:
+        """Send waiters away: one that leaves its line after the lanes are closed would stay in it.
+
+        A waiter in whose frame stop() is called, by a signal handler, cannot go.
+        """
+        identity = self.identity
+        give_up = clock() + _DISMISSAL
+        while identity.waiters and clock() < give_up:
+            yield Read(identity.nudges(identity.id))
+            yield Sleep(_LOOK)
+
+    def _leave_all(self) -> Flow[list[BaseException]]:
+        # The server's word, not our memory: it names all that we may be responsible for.
+        names = yield from self.members.registered()
+        resources = dict.fromkeys(decode(name) for name in names if not is_semaphore(name))
+        resources.update(dict.fromkeys(self.members.held))
+        endings = []
+        for resource in resources:
+            opener = self.members.held.get(resource)
+            update = opener() if opener is not None else None
+            endings.append(Ending(resource, update, update is not None and update.forced))
+        results = yield from self.outbox.end(endings)
+        return [error for result in results for error in result.errors]
+
+    def _close_lanes(self) -> Flow[None]:
+        """Close the lanes, then disappear. The heart beats until they are closed."""
+        identity = self.identity
+        partitions = range(identity.partitions.count)
+        answers: list[Any] = [REBORN]
+        while any(answer is REBORN for answer in answers):
+            self.heartbeat.closing = True
+            answers = yield Send([operations.close(p) for p in partitions])
+            if any(answer is REBORN for answer in answers):
+                # Declared dead at the last moment: what the new identity has got is left as well.
+                self.heartbeat.closing = False
+                yield from self.takeover.work()
+                yield from self._leave_all()
+                yield from self.outbox.retry(math.inf)
+        # A heartbeat after the end would look after what is gone.
+        yield from self._stop_workers("heartbeat")
+        # If anything is left, survivors take it.
+        closed = all(answer == int(Reply.CLOSED) for answer in answers)
+        yield from read(identity.in_namespace("unlist" if closed else "expire", identity.id))
+
+    def close(self) -> None:
+        """Do no more. A second call does nothing."""
+        self.stopped = True
+        self.outbox.stopping = self.heartbeat.stopping = True
+        self.leases.stopping = self.members.stopping = True
+        self.takeover.leaving = True
+        self.outbox.open()
+        self.identity.reborn()
+        for signal in (self.outbox.signal, self.heartbeat.signal):
+            if signal is not None:
+                signal.set()
+
+
+def _card() -> dict[str, str | int]:
+    """Return where this process runs, for people to read."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "start": f"{time.time():.3f}",
+        "version": metadata.version("phonon"),
+    }
+
+
+def errors_only(errors: Iterable[BaseException]) -> list[Exception]:
+    """Return errors; interrupts among them are raised here and now."""
+    for error in errors:
+        if not isinstance(error, Exception):
+            raise error
+    return [error for error in errors if isinstance(error, Exception)]
+
+
+class ThreadEngine(Engine):
+    """The engine of a `phonon.Process`."""
+
+    is_async = False
+
+    def start(self) -> None:
+        """Appear among the processes, and begin to beat."""
+        with self._starting:
+            if not self._started:
+                self.driver.run(self.starting())
+                self.start_heart()
+
+    def ensure_alive(self) -> None:
+        """Start what a fork, or a bug in a thread, has ended.
+
+        Raises:
+            ProcessStoppedError: `stop` was called.
+        """
+        if self.stopped or not self._started or os.getpid() != self._pid:
+            self.check()
+            self.start()
+
+    def run(self, flow: Flow[Any]) -> Any:
+        """Run a flow for a caller."""
+        self.ensure_alive()
+        return self.driver.run(flow)
+
+    def stop(self) -> list[BaseException]:
+        """End everything. Returns what went wrong."""
+        if self.stopped:
+            return []
+        try:
+            return list(self.driver.run(self.stopping()))
+        finally:
+            self.close()
+
+
+class TaskEngine(Engine):
+    """The engine of a `phonon.aio.AsyncProcess`."""
+
+    is_async = True
+
+    def tell(self, function: Callable[..., object], *arguments: object) -> None:
+        """Run the user's ``on_error`` or ``on_lost``, and await its result in the background."""
+        result = function(*arguments)
+        if isawaitable(result):
+
+            def flow() -> Flow[None]:
+                outcome = yield from call(lambda: result)
+                if outcome.error is not None:
+                    log.error("%r has raised", function, exc_info=outcome.error)
+
+            with contextlib.suppress(RuntimeError):
+                self.driver.spawn(flow(), f"phonon-tell-{self.identity.name[:8]}")
+
+    async def start(self) -> None:
+        """Appear among the processes, and begin to beat."""
+        await self.driver.run(self.starting())
+        self.start_heart()
+
+    def ensure_alive(self) -> None:
+        """Refuse work after a stop, or in another loop, and start a heart that died.
+
+        Raises:
+            ProcessStoppedError: `stop` was called.
+            ConfigurationError: Another event loop runs.
+            ForkedError: The process belongs to the parent.
+        """
+        self.driver.check()
+        if self.stopped:
+            raise ProcessStoppedError(f"process {self.name} was stopped: make a new AsyncProcess")
+        if not self._started:
+            self.start_heart()
+
+    async def run(self, flow: Flow[Any]) -> Any:
+        """Run a flow for a caller."""
+        self.ensure_alive()
+        return await self.driver.run(flow)
+
+    async def stop(self) -> list[BaseException]:
+        """End everything. Returns what went wrong."""
+        if self.stopped:
+            return []
+        try:
+            return list(await self.driver.run(self.stopping()))
+        finally:
+            self.close()
+            await self.driver.close()

@@ -1,0 +1,539 @@
+"""Executing batches: fetch, merge, run the user's code, report to the server; in lists."""
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from phonon._core import classes, compaction
+from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, read
+from phonon._core.identity import Identity
+from phonon._core.reports import Reports
+from phonon._core.retry import RetryPolicy
+from phonon._protocol import operations
+from phonon._protocol.answers import Reply, Run
+from phonon._protocol.operations import Operation
+from phonon._protocol.partitions import decode
+from phonon.errors import BatchLostError, PhononError, UndecodableError, UnknownClassError
+
+log = logging.getLogger("phonon")
+
+#: A partition's token is multiplied by this; an index is added where a batch has several classes.
+TOKENS = 1024
+#: Records that ``execute_many`` is given at once, at the most.
+MOST_TOGETHER = 250
+#: Partials fetched at a time, where a batch has more than came with it.
+PIECE = 1000
+#: Bytes of a batch's partials that are held in memory before they are merged.
+MOST_HELD = 4 * 1024 * 1024
+#: As much of an error's text as is kept with a batch, characters.
+ERROR_LENGTH = 4000
+
+_RUN, _AGAIN, _LOST = int(Reply.RUN), int(Reply.AGAIN), int(Reply.LOST)
+_RETRY = int(Reply.RETRY)
+
+
+class Record(Protocol):
+    """What a batch comes to for one class."""
+
+    #: The class, if its records are executed together; else None.
+    together: Any
+
+    def begin(self, token: int) -> Any:
+        """Return the instance that executes; it knows its token until `finish`."""
+
+    def finish(self) -> None:
+        """The execution has ended."""
+
+
+class Codec(Protocol):
+    """Makes records of partials."""
+
+    def records(self, resource: str, partials: Sequence[bytes], local: Any) -> Sequence[Record]:
+        """Merge the partials of a batch, class by class.
+
+        Args:
+            resource: Whose.
+            partials: In the order in which they were stored.
+            local: The update whose session ended here; it executes what is of its class.
+
+        Raises:
+            UnknownClassError: A class is not known here.
+            UndecodableError: Something cannot be read.
+            Exception: The user's ``merge`` has raised.
+        """
+
+    def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:
+        """Merge partials into fewer."""
+
+    def check(self, partial: bytes) -> None:
+        """Raise if the batch that a partial is of cannot be executed here.
+
+        Raises:
+            UnknownClassError: Its class is not known here.
+            UndecodableError: It cannot be read.
+        """
+
+    def can_execute(self, class_name: str) -> bool:
+        """Return whether this process can execute batches of a class."""
+
+
+class Failure(NamedTuple):
+    """A batch that could not be executed.
+
+    Attributes:
+        token: Which.
+        error: Why.
+        retry_in: Seconds until it is tried again here; None if it is not.
+    """
+
+    token: int
+    error: BaseException
+    retry_in: float | None
+
+
+class Batch:
+    """A batch of this process's, on its way through execution.
+
+    Attributes:
+        resource: Whose.
+        name: The server's name of it.
+        partition: Where it is.
+        run: What the server has answered.
+        local: The update whose session ended here, if there is one.
+        errors: Where what went wrong is noted; of the session that ended with this batch.
+        background: Whether no caller waits for these errors.
+        partials: The batch's content, as far as it is here and not merged.
+        records: What it comes to, class by class, and ``at`` the one whose turn it is.
+        job: What runs that one.
+        error: Why the batch has failed.
+        pause: Seconds until it is tried again.
+    """
+
+    __slots__ = (
+        "at",
+        "background",
+        "error",
+        "errors",
+        "job",
+        "local",
+        "name",
+        "partials",
+        "partition",
+        "pause",
+        "records",
+        "resource",
+        "run",
+    )
+
+    def __init__(
+        self,
+        partition: int,
+        name: bytes,
+        run: Run,
+        *,
+        resource: str = "",
+        local: Any = None,
+        errors: list[BaseException] | None = None,
+        background: bool = False,
+    ) -> None:
+        self.partition = partition
+        self.name = name
+        self.resource = resource or decode(name)
+        self.run = run
+        self.local = local
+        self.errors: list[BaseException] = [] if errors is None else errors
+        self.background = background
+        self.partials: list[bytes] = run.content or []
+        self.records: Sequence[Record] = ()
+        self.at = 0
+        self.job: Job | None = None
+        self.error: BaseException | None = None
+        self.pause = 0.0
+
+    @property
+    def token(self) -> int:
+        """The token as users see it."""
+        return self.run.token * TOKENS
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        """What names it among all batches of this process."""
+        return self.name, self.run.token
+
+
+class Executor:
+    """Executes batches.
+
+    Args:
+        identity: Who it is.
+        codec: Makes records of partials.
+        policy: What to do with what failed.
+        reports: Told about failures.
+        schedule: Called with a batch that failed and is to be tried again in so many seconds.
+
+    Attributes:
+        busy: The batches that are being executed: another attempt at them is not begun.
+        expected: How many operations are under way that a batch of a resource may come with. An
+            answer may lie here, unseen, while others of the same `Send` are still to come.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        codec: Codec,
+        policy: RetryPolicy,
+        reports: Reports,
+        schedule: Callable[[Batch, float], None],
+    ) -> None:
+        self._identity = identity
+        self._codec = codec
+        self._policy = policy
+        self._reports = reports
+        self._schedule = schedule
+        self.busy: dict[tuple[bytes, int], Batch] = {}
+        self.expected: Counter[bytes] = Counter()
+
+    def begin(self) -> None:
+        """Execute nothing: in a forked child."""
+        self.busy = {}
+        self.expected = Counter()
+
+    @contextlib.contextmanager
+    def expects(self, names: Iterable[bytes]) -> Iterator[None]:
+        """Take no batch of these resources for a forgotten one meanwhile."""
+        expected, names = self.expected, list(names)
+        expected.update(names)
+        try:
+            yield
+        finally:
+            for name in names:
+                expected[name] -= 1
+                if expected[name] <= 0:
+                    del expected[name]
+
+    def execute(
+        self, batches: Sequence[Batch], more: Callable[[], Sequence[Operation]] | None = None
+    ) -> Flow[list[Any]]:
+        """Execute batches of ours, and those that come up behind them.
+
+        A batch stays on the server until ``complete`` says that it is done, so that a process that
+        dies in between leaves it to a survivor, under the same token.
+
+        Args:
+            batches: Of different resources.
+            more: Makes operations to send together with the first completions.
+
+        Returns:
+            The answers to those operations.
+        """
+        answers: list[Any] | None = None
+        waiting = list(batches)
+        for batch in waiting:
+            self.busy[batch.key] = batch
+        try:
+            while waiting:
+                yield from self._prepare([b for b in waiting if not b.records and b.error is None])
+                yield from self._run_some(waiting)
+                done = [batch for batch in waiting if batch.job is None]
+                waiting = [batch for batch in waiting if batch.job is not None]
+                sent = [operation for batch in done for operation in self._conclusions(batch)]
+                more_now = more() if answers is None and more is not None else ()
+                with self.expects(batch.name for batch in done):
+                    got = (yield Send([*sent, *more_now])) if sent or more_now else []
+                    if answers is None:
+                        answers = got[len(sent) :]
+                    told = iter(got)
+                    for batch in done:
+                        # First: if it is to be tried again, that may be due before we are done
+                        # here, and what is busy is not tried.
+                        self.busy.pop(batch.key, None)
+                        following = self._concluded(batch, self._conclusion_of(batch, told))
+                        if following is not None:
+                            self.busy[following.key] = following
+                            waiting.append(following)
+        finally:
+            for batch in waiting:
+                self.busy.pop(batch.key, None)
+        if answers is None:
+            more_now = more() if more is not None else ()
+            answers = (yield Send(more_now)) if more_now else []
+        return answers
+
+    # Before
+
+    def _prepare(self, batches: Iterable[Batch]) -> Flow[None]:
+        """Fetch what did not come along, and merge."""
+        for batch in batches:
+            if batch.run.crashes > self._policy.crashes:
+                batch.error = PhononError(
+                    f"{batch.run.crashes} processes have died while they executed it"
+                )
+                continue
+            if len(batch.partials) < batch.run.size and not (yield from self._fetch(batch)):
+                batch.error = _TAKEN_OVER
+                continue
+            try:
+                batch.records = self._codec.records(batch.resource, batch.partials, batch.local)
+            except BaseException as error:  # noqa: BLE001 - the user's merge: the batch has failed
+                batch.error = error
+            batch.partials = []
+
+    def _fetch(self, batch: Batch) -> Flow[bool]:
+        """Fetch the partials that did not come with the batch, merging them as they come.
+
+        Returns:
+            False if another process has the batch. What is here then is not all of it, and to
+            execute that under its token would keep the new owner's from counting.
+        """
+        at = len(batch.partials)
+        enough = MOST_HELD
+        pid = self._identity.id
+        while at < batch.run.size:
+            words = (pid, batch.name, b"%d" % batch.run.token, b"%d" % at, b"%d" % (at + PIECE - 1))
+            try:
+                piece = yield from read(
+                    self._identity.in_partition(batch.partition, "fetch", *words)
+                )
+            except PhononError as error:
+                batch.error = _NotFetchedError(error)
+                return True
+            if not piece:
+                return False
+            at += len(piece)
+            batch.partials.extend(piece)
+            if sum(map(len, batch.partials)) > enough:
+                outcome = yield from call(lambda: self._codec.merge(batch.resource, batch.partials))
+                # What went wrong does so again when the batch is executed, and is dealt with there.
+                if outcome.error is None:
+                    batch.partials[:] = outcome.value
+                # What does not merge is not merged over and over.
+                enough = max(MOST_HELD, 2 * sum(map(len, batch.partials)))
+        return True
+
+    # The user's code
+
+    def _run_some(self, batches: Sequence[Batch]) -> Flow[None]:
+        """Run the next record of each batch. A batch without a job has come to its end."""
+        self._begin_jobs(batches)
+        jobs: dict[int, Job] = {}
+        for batch in batches:
+            if batch.job is not None and batch.job.outcome is None:
+                jobs[id(batch.job)] = batch.job
+        if jobs:
+            yield Execute(list(jobs.values()))
+        for batch in batches:
+            if batch.job is not None and batch.job.outcome is not None:
+                self._end_job(batch, batch.job)
+
+    def _begin_jobs(self, batches: Sequence[Batch]) -> None:
+        together: dict[Any, list[tuple[Batch, Any]]] = {}
+        for batch in batches:
+            if batch.job is not None or batch.error is not None or batch.at >= len(batch.records):
+                continue
+            record = batch.records[batch.at]
+            instance = record.begin(batch.token + batch.at)
+            if record.together is None:
+                batch.job = Job(instance.execute)
+            else:
+                together.setdefault(record.together, []).append((batch, instance))
+        for cls, group in together.items():
+            for first in range(0, len(group), MOST_TOGETHER):
+                some = group[first : first + MOST_TOGETHER]
+                job = _ManyJob(cls, [instance for _, instance in some])
+                for batch, _ in some:
+                    batch.job = job
+
+    def _end_job(self, batch: Batch, job: Job) -> None:
+        record = batch.records[batch.at]
+        outcome = job.outcome
+        assert outcome is not None  # noqa: S101 - for the type checker
+        if isinstance(job, _ManyJob):
+            error = job.error_of(batch.records[batch.at])
+            if error is _AGAIN_ALONE:
+                # It is not known which of them was at fault, so each is executed by itself: then
+                # what is at fault holds up nothing else.
+                instance = record.begin(batch.token + batch.at)
+                batch.job = _ManyJob(job.cls, [instance])
+                return
+        else:
+            error = outcome.error
+            if error is None and outcome.value is not None:
+                error = _unused(outcome.value)
+        record.finish()
+        batch.job = None
+        batch.at += 1
+        if error is not None:
+            batch.error = error
+        elif batch.at < len(batch.records):
+            self._begin_jobs((batch,))
+
+    # After
+
+    def _conclusions(self, batch: Batch) -> list[Operation]:
+        """Return the operation that reports a batch, if there is anything to report."""
+        error, place = batch.error, (batch.partition, batch.name, batch.run.token)
+        if error is None:
+            return [operations.complete(*place)]
+        if error is _TAKEN_OVER or isinstance(error, _NotFetchedError):
+            return []
+        if isinstance(error, UnknownClassError):
+            return [operations.hand_off(*place, operations.class_queue(error.class_name))]
+        attempts = self._policy.attempts
+        if isinstance(error, UndecodableError) or batch.run.crashes > self._policy.crashes:
+            attempts = 0  # it will not become readable
+        batch.pause = self._policy.pause(batch.run.attempts + 1)
+        return [operations.fail(*place, _text_of(error), int(batch.pause * 1000), attempts)]
+
+    @staticmethod
+    def _conclusion_of(batch: Batch, told: Any) -> Any:
+        if batch.error is _TAKEN_OVER:
+            return _LOST
+        return batch.error if isinstance(batch.error, _NotFetchedError) else next(told)
+
+    def _concluded(self, batch: Batch, answer: Any) -> Batch | None:
+        """See to what a batch came to; returns the one that comes up behind it."""
+        if isinstance(answer, Exception) or answer is REBORN:
+            # Nothing is lost: the batch is still ours, and is reported once more.
+            error = batch.error or (answer if isinstance(answer, Exception) else None)
+            if isinstance(error, _NotFetchedError):
+                error = error.cause
+            if error is not None:
+                self._failed(batch, error, self._policy.pause(1))
+            return None
+        code = answer[0] if isinstance(answer, list) else answer
+        if code == _LOST:
+            self._lost(batch)
+            return None
+        if batch.error is not None:
+            retry = batch.pause if code == _RETRY else None
+            if isinstance(batch.error, UnknownClassError):
+                self._handed_off(batch, batch.error)
+            else:
+                self._failed(batch, batch.error, retry)
+        if code == _AGAIN:
+            return Batch(
+                batch.partition,
+                batch.name,
+                Run(*answer),
+                resource=batch.resource,
+                local=batch.local,
+                errors=batch.errors,
+                background=batch.background,
+            )
+        return None
+
+    def _lost(self, batch: Batch) -> None:
+        if batch.error is _TAKEN_OVER:
+            return
+        resource, token = batch.resource, batch.token
+        if batch.error is not None:
+            batch.errors.append(batch.error)
+            return
+        self._reports.report_error(
+            BatchLostError(
+                f"batch {token} of {resource!r} was executed here, but another process has taken "
+                "it over: this one was believed dead; a database that checks the token has it once",
+                resource,
+                token,
+            )
+        )
+
+    def _failed(self, batch: Batch, error: BaseException, retry_in: float | None) -> None:
+        if retry_in is not None:
+            self._schedule(batch, retry_in)
+            then = f"is tried again in {retry_in:.1f} s"
+        else:
+            then = "is parked: see Process.parked()"
+        text = f"batch {batch.token} of {batch.resource!r} failed and {then}"
+        error.add_note(f"phonon: {text}; its data is kept")
+        log.warning("%s: %s: %s", text, type(error).__name__, error)
+        batch.errors.append(error)
+        if batch.background:
+            self._reports.notify(error)
+
+    def _handed_off(self, batch: Batch, error: UnknownClassError) -> None:
+        """A batch was left to others. There may be very many of that kind: log the first one."""
+        if self._reports.once(f"class {error.class_name}"):
+            is_known = classes.find(error.class_name) is not None
+            whom = "an AsyncProcess" if is_known else "a process"
+            text = f"batches of {error.class_name} are left to {whom} that has imported it"
+            error.add_note(f"phonon: {text}; their data is kept")
+            log.warning("%s: %s", text, error)
+            self._reports.notify(error)
+        batch.errors.append(error)
+
+    def compact(self, partition: int, name: bytes, count: int) -> Flow[None]:
+        """Merge some partials of a session that goes on."""
+        resource = decode(name)
+        yield from compaction.compact(
+            self._identity,
+            partition,
+            name,
+            count,
+            lambda partials: self._codec.merge(resource, partials),
+        )
+
+
+class _NotFetchedError(PhononError):
+    """The server did not answer with all of a batch: it is no fault of the batch's.
+
+    Args:
+        cause: What callers are told.
+    """
+
+    def __init__(self, cause: PhononError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+_TAKEN_OVER = PhononError("another process has the batch by now")
+_AGAIN_ALONE = PhononError("executed by itself")
+
+
+class _ManyJob(Job):
+    """Runs ``execute_many`` on the records of several batches."""
+
+    __slots__ = ("cls", "instances")
+
+    def __init__(self, cls: Any, instances: list[Any]) -> None:
+        super().__init__(partial(cls.execute_many, instances))
+        self.cls = cls
+        self.instances = instances
+
+    def error_of(self, record: Any) -> BaseException | None:
+        """Return what went wrong with a record."""
+        outcome = self.outcome
+        assert outcome is not None  # noqa: S101 - for the type checker
+        if outcome.error is not None:
+            if len(self.instances) > 1 and isinstance(outcome.error, Exception):
+                return _AGAIN_ALONE
+            return outcome.error
+        if outcome.value is None:
+            return None
+        try:
+            failed = {id(update): error for update, error in outcome.value}
+        except Exception as error:  # noqa: BLE001 - what the user returned is not what is asked for
+            return TypeError(
+                f"{self.cls.__qualname__}.execute_many() returns pairs of an update and its error, "
+                f"or None, not {outcome.value!r} ({error})"
+            )
+        return failed.get(id(record.instance))
+
+
+def _unused(value: Any) -> BaseException | None:
+    """Return an error if a return value shows that the user's code never ran."""
+    if hasattr(value, "__next__") or hasattr(value, "__anext__"):
+        return TypeError(
+            f"execute() returned {type(value).__name__} that nobody runs: it has a yield in it; "
+            "the batch is kept"
+        )
+    return None
+
+
+def _text_of(error: BaseException) -> bytes:
+    """Return an error as it is kept with a batch."""
+    text = f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
+    return text.encode("utf-8", "backslashreplace")

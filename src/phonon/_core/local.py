@@ -1,0 +1,438 @@
+"""The local state of an update: what is unsent, how long its session lasts, who may touch it.
+
+An update is emptied when its content goes to the server, and goes on, as an entry of a cache say.
+"""
+
+import marshal
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+from phonon._core import codec
+from phonon._core.engine import Engine
+from phonon.errors import ConfigurationError, ForkedError
+
+#: Seconds without a message after which a session is over.
+SOFT_SESSION = 30 * 60.0
+#: Seconds after which a session is over although messages keep coming.
+HARD_SESSION = 12 * 3600.0
+#: The database and the collection, unless something else is said.
+DEFAULT = "test"
+#: What an update without attributes of its own looks like when it was emptied.
+_EMPTY = hash(b"")
+
+
+class LocalUpdate:
+    """The part of an update that the core, caches and batches use; see `phonon.update.Update`."""
+
+    # Names that end in an underscore are Phonon's own: subclasses may have any others. They are
+    # slots because a message reads and sets most of them.
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_batch_",
+        "_begun_",
+        "_check_at_",
+        "_emptied_",
+        "_engine_",
+        "_generation_",
+        "_id",
+        "_lock_",
+        "_opens_",
+        "_process_",
+        "_touched_",
+        "_unsent_",
+        "collection",
+        "database",
+        "doc",
+        "resource_id",
+        "spec",
+    )
+
+    #: Whether `execute` is a coroutine function, for processes of `phonon.aio`.
+    is_async: ClassVar[bool] = False
+    token: int | None = None
+    block: bool = True
+    hard_session: float = HARD_SESSION
+    soft_session: float = SOFT_SESSION
+    _id: Any
+    database: str
+    collection: str
+    resource_id: str
+    spec: Any
+    doc: Any
+    _process_: Any
+    _engine_: Any
+    #: Of the process that it belongs to: a forked child has another one.
+    _generation_: object
+    #: When the session began, and when it was last extended.
+    _begun_: float
+    _touched_: float
+    #: It is surely not over before this; it may have been extended since this was set.
+    _check_at_: float
+    #: The lock of the cache that it is in; None: one of the engine's stripes.
+    _lock_: Any
+    #: Whether it has data that is nowhere else; and if not, how it looked when it was emptied.
+    _unsent_: bool
+    _emptied_: int | None
+    #: The batch that is going to store it.
+    _batch_: Any
+    #: Whether it may be the update with which `Process.stop` ends the session.
+    _opens_: bool
+    _ref_: Any = None
+    #: The codec's: how partials of this class begin, by the serializer's name.
+    _headers_: ClassVar[dict[str, bytes]]
+    #: Whether the class has a `state` of its own.
+    _has_state_: ClassVar[bool] = False
+    #: Whether a cache may merge without calling `refresh` and `is_expired`.
+    _direct_: ClassVar[bool] = True
+
+    # The user's
+
+    def merge(self, other: Any) -> None:
+        """Combine another update of the same record into this one."""
+        raise NotImplementedError(f"{type(self).__qualname__} must define merge(other)")
+
+    def state(self) -> dict[str, Any]:
+        """Return the attributes of the subclass that are part of the record, by name."""
+        return {}
+
+    def clear(self) -> Any:
+        """Empty these attributes."""
+
+    def is_expired(self) -> bool:
+        """Return whether the session is over."""
+        return self._is_over_(self._now_())
+
+    @classmethod
+    def executes_many(cls) -> bool:
+        """Return whether the class has an `execute_many` of its own."""
+        raise NotImplementedError
+
+    # The parcel that flows move to the server
+
+    @property
+    def forced(self) -> bool:
+        """Whether the end of the session does not wait for other processes."""
+        return self.is_expired() or (self._ref_ is not None and self._ref_.force_expiry)
+
+    def has_unsent(self) -> bool:
+        """Return whether it has data that is not on the server."""
+        if self._unsent_:
+            return True
+        try:
+            return self._emptied_ is not None and self._look_() != self._emptied_
+        except Exception:  # noqa: BLE001 - it could be stored when it was emptied, so it has changed
+            return True
+
+    def take(self) -> bytes | None:
+        """Move out what is unsent, as one partial; None if there is nothing.
+
+        Raises:
+            NotStorableError: A value has a type that cannot be stored; nothing was moved.
+            ForkedError: The data is the parent process's.
+        """
+        engine = self._engine_
+        if self._generation_ is not engine.identity.generation:
+            self._own_engine_()
+        partial: bytes | None = self._locked_(self._take_, engine)
+        return partial
+
+    def _take_(self, engine: Engine) -> bytes | None:
+        if not (self._unsent_ or self.has_unsent()):
+            return None
+        partial = codec.pack(self, engine.codec.serializer)
+        self._empty_()
+        return partial
+
+    def put_back(self, partial: bytes) -> None:
+        """Take a partial back that the server refused: it is unsent again."""
+        engine: Engine = self._engine_
+        older = engine.codec.decode(self.resource_id, partial, "memory")
+        try:
+            self._locked_(self._put_back_, older)
+        except Exception:  # noqa: BLE001 - merging raises again when the batch is executed
+            older = engine.codec.decode(self.resource_id, partial, "memory")
+            engine.outbox.unstored.append(older)
+
+    def _put_back_(self, older: Self) -> None:
+        if self.has_unsent():
+            codec.merge(older, self)
+        self._adopt_(older)
+        self._unsent_ = True
+
+    def discard(self) -> bool:
+        """Give up what is unsent: the caller keeps it. Return whether there was anything."""
+        return bool(self._locked_(self._discard_))
+
+    def _discard_(self) -> bool:
+        had = self.has_unsent()
+        self.spend()
+        return had
+
+    # For caches
+
+    def absorb(self, other: Any) -> bool:
+        """Merge another update into this one, whose lock is held.
+
+        Args:
+            other: It is spent afterwards.
+
+        Returns:
+            Whether the session was over.
+
+        Raises:
+            ConfigurationError: It is of another record or class. Nothing was merged.
+            ForkedError: It is the parent process's.
+            Exception: What ``merge`` raised.
+        """
+        if type(other) is not type(self) or other.resource_id != self.resource_id:
+            raise self._not_the_same_(other)
+        now = other._begun_
+        batch = self._batch_
+        if (
+            now >= self._check_at_
+            or other._batch_ is not batch
+            or not (other._unsent_ and self._unsent_)
+            or other._opens_
+            or other is self
+            or other._generation_ is not self._generation_
+        ):
+            return self._absorb_slowly_(other, self._now_() if other is self else now)
+        result: object = self.merge(other)  # type: ignore[func-returns-value]  # it should not
+        if result is not None:
+            raise codec.returned(self, result)
+        other._unsent_ = False
+        self._touched_ = now
+        if batch is not None:
+            fresh = batch.fresh
+            if fresh and fresh[-1] is other:
+                fresh.pop()
+        elif self._engine_.batches:
+            # Something was merged into it that no batch has.
+            batch = getattr(self._engine_.local, "batch", None)
+            if batch is not None and batch.durable and batch.is_open:
+                batch.add(self)
+        return False
+
+    def cached_under(self, lock: Any) -> None:
+        """Be an entry of a cache: the cache's lock is this update's from now on.
+
+        Raises:
+            ForkedError: It is the parent process's.
+        """
+        self._own_engine_()
+        if self._direct_:
+            self._locked_(setattr, self, "_lock_", lock)
+
+    # For the codec
+
+    def attach(self, process: Any) -> None:
+        """Belong to a process: an update that no constructor has made."""
+        self._process_ = process
+        self._engine_ = engine = process.engine
+        self._generation_ = engine.identity.generation
+        self.resource_id = f"{prefix_of(engine, self.database, self.collection)}{self._id}"
+        self._lock_ = self._emptied_ = self._batch_ = None
+        self._unsent_ = True
+        self._opens_ = False
+        self._check_at_ = 0.0
+        self._begun_ = self._touched_ = self._now_()
+
+    def begin_execution(self, merged: Self, token: int) -> Self:
+        """Return the instance that executes a merged record.
+
+        That is this one, which has what its constructor gave it, unless it has newer data.
+        """
+        instance: Self = merged
+        if merged is not self:
+            instance = self._locked_(self._instance_for_, merged)
+        instance.token = token
+        return instance
+
+    def _instance_for_(self, merged: Self) -> Self:
+        if self.has_unsent():
+            return merged
+        self._adopt_(merged)
+        self.spend()
+        return self
+
+    def end_execution(self, instance: Self) -> None:
+        """Note that an instance has executed. What is changed from here on is unsent."""
+        if instance is not None:
+            instance.token = None
+        if instance is self:
+            self._locked_(self._mark_)
+
+    # Machinery
+
+    def _now_(self) -> float:
+        raise NotImplementedError
+
+    def spend(self) -> None:
+        """Have nothing unsent: another update has it, or its caller."""
+        self._unsent_, self._emptied_ = False, None
+
+    def _adopt_(self, other: "LocalUpdate") -> None:
+        """Become what the other is: replaced, not merged, so `merge` needs no identity element."""
+        self.spec, self.doc = other.spec, other.doc
+        if self._has_state_:
+            for name, value in codec.state_of(other).items():
+                setattr(self, name, value)
+
+    def _empty_(self) -> None:
+        """Go on with no content: it is on the server."""
+        doc = self.doc
+        if doc is not None:
+            self.doc = {}
+        try:
+            values = self.clear()
+        except BaseException as error:
+            self.doc = doc
+            if isinstance(error, StopIteration):
+                raise codec.stopped(self, "clear", error) from error
+            raise
+        if isinstance(values, dict):
+            for name, value in values.items():
+                setattr(self, name, value)
+        self._unsent_ = False
+        if self._has_state_ or self.spec is not None or self.doc != {}:
+            self._mark_()
+        else:
+            self._emptied_ = _EMPTY
+
+    def _mark_(self) -> None:
+        """Note how it looks: what is changed from here on, without our being told, is unsent."""
+        if self._unsent_:
+            return
+        try:
+            self._emptied_ = self._look_()
+        except Exception:  # noqa: BLE001 - what execute has left need not be storable
+            self._emptied_ = None
+
+    def _look_(self) -> int:
+        """Return a digest of the content, to see whether it changes."""
+        if self._has_state_:
+            content: Any = (self.spec, self.doc, self.state())
+        elif self.spec is None and type(self.doc) is dict and not self.doc:
+            return _EMPTY
+        else:
+            content = (self.spec, self.doc)
+        try:
+            return hash(marshal.dumps(content, 2))
+        except ValueError:  # not of the interpreter's own types
+            return hash(codec.dump(self, self._engine_.codec.serializer))
+
+    def _open_(self, engine: Engine) -> None:
+        """Register as the update that `stop` flushes."""
+        self._opens_ = True
+        engine.members.held[self.resource_id] = weakref.ref(self)
+
+    def _take_over_(self, other: "LocalUpdate") -> None:
+        """Be registered in the place of an update that was merged into this one."""
+        engine = self._engine_
+        other._opens_, self._opens_ = False, True
+        held = engine.members.held.get(self.resource_id)
+        if held is not None and held() is other:
+            engine.members.held[self.resource_id] = weakref.ref(self)
+        batch = engine.batch
+        if batch is not None and batch.joins.get(self.resource_id) is other:
+            batch.joins[self.resource_id] = self
+
+    def _is_over_(self, now: float) -> bool:
+        return now - self._touched_ >= self.soft_session or now - self._begun_ >= self.hard_session
+
+    def _absorb_slowly_(self, other: Any, now: float) -> bool:
+        """Merge another update, whatever is special about one of them; see `absorb`."""
+        over = self._is_over_(now)
+        engine = self._engine_
+        other._own_engine_()
+        batch = other._batch_
+        if batch is None or not batch.is_open:
+            batch = engine.batch if engine.batches else None
+            if batch is not None and not batch.durable:
+                batch = None
+        theirs = self._batch_
+        if theirs is not None and batch is not None and theirs is not batch and other is not self:
+            # Another thread's batch is storing this one. Its end says nothing to our caller, who is
+            # to know that all is stored: the other one is stored by itself.
+            if other._batch_ is not batch:
+                batch.add(other)
+        else:
+            if other is not self:
+                self._merge_or_adopt_(other)
+            if other._opens_:
+                self._take_over_(other)
+            if batch is not None:
+                batch.replace(other, self)
+        if not over:
+            self._touched_ = now
+            self._check_at_ = min(now + self.soft_session, self._begun_ + self.hard_session)
+        return over
+
+    def _merge_or_adopt_(self, other: Any) -> None:
+        if not (other._unsent_ or other.has_unsent()):
+            return
+        if self._unsent_ or self.has_unsent():
+            result: object = self.merge(other)  # type: ignore[func-returns-value]  # it should not
+            if result is not None:
+                raise codec.returned(self, result)
+        else:
+            self._adopt_(other)
+        self._unsent_ = True
+        other._unsent_, other._emptied_ = False, None
+
+    def _renew_(self) -> None:
+        """Begin another session: whatever comes after the end belongs to it."""
+        self._begun_ = self._touched_ = self._now_()
+        self._check_at_ = 0.0
+
+    def _own_engine_(self) -> Any:
+        engine = self._engine_
+        if self._generation_ is not engine.identity.generation:
+            raise ForkedError(
+                f"{self!r} was made before fork() and belongs to the parent process: make updates "
+                "in the process that handles the message"
+            )
+        return engine
+
+    def _current_lock_(self) -> Any:
+        if self._lock_ is not None:
+            return self._lock_
+        stripes = self._engine_.stripes
+        return stripes[hash(self.resource_id) % len(stripes)]
+
+    def _locked_(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function under this update's lock, which changes when it enters a cache."""
+        while True:
+            lock = self._current_lock_()
+            with lock:
+                if lock is self._current_lock_():
+                    return function(*arguments)
+
+    def _not_the_same_(self, other: Any) -> ConfigurationError:
+        if isinstance(other, LocalUpdate) and type(other) is type(self):
+            what = f"of {other.resource_id!r}"
+        else:
+            what = f"a {type(other).__qualname__}"
+        return ConfigurationError(
+            f"an update {what} cannot be merged into the {type(self).__qualname__} of "
+            f"{self.resource_id!r}: a cache has one key for each record and class; give "
+            "LruCache.set the record's own key, as in cache.set(update.resource_id, update)"
+        )
+
+
+def prefix_of(engine: Engine, database: Any, collection: Any) -> str:
+    """Return how the names of a collection's resources begin.
+
+    Raises:
+        ConfigurationError: A name is no str.
+    """
+    for name, value in (("database", database), ("collection", collection)):
+        if not isinstance(value, str):
+            raise ConfigurationError(f"{name} is a str, not {value!r}: write {name}=str(...)")
+    prefix = engine.prefixes.get((database, collection))
+    if prefix is None:
+        escaped = [part.replace("%", "%25").replace(".", "%2E") for part in (database, collection)]
+        prefix = engine.prefixes[database, collection] = ".".join(escaped) + "."
+    return prefix

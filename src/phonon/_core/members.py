@@ -1,0 +1,315 @@
+"""Memberships: which resources this process holds, who else does, and who has modified them."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+
+from phonon._core.flows import CALLER_GONE, REBORN, AwaitMail, Flow, Read, Send, read, single
+from phonon._core.identity import Identity
+from phonon._protocol import operations
+from phonon._protocol.answers import Reply
+from phonon._protocol.operations import Operation
+from phonon._protocol.partitions import decode, encode_resource
+
+#: Seconds after which a waiter looks by itself, in case its wake-up was lost.
+ASK_AGAIN = 5.0
+
+
+class ProcessInfo(NamedTuple):
+    """Where a process runs.
+
+    Attributes:
+        id: Its id.
+        host: Its host name; empty if the process has just gone.
+        pid: Its number in its operating system; 0 if the process has just gone.
+        since: Since when it holds the resource, seconds since the epoch by the server's clock; 0 if
+            that is not known.
+    """
+
+    id: str
+    host: str
+    pid: int
+    since: float
+
+
+class _Entry:
+    """A membership that no answer has confirmed yet.
+
+    Attributes:
+        pending: Operations under way that make this process a member.
+        entered: Whether one of them has.
+        identity: Under which the first one was sent. A rebirth joins all that is held.
+    """
+
+    __slots__ = ("entered", "identity", "pending")
+
+    def __init__(self, identity: bytes) -> None:
+        self.pending = 0
+        self.entered = False
+        self.identity = identity
+
+
+class Members:
+    """What this process is a member of.
+
+    Args:
+        identity: Who it is.
+
+    Attributes:
+        held: The resources, each with the update that ends its session in `stop`, if there is one.
+            It goes by the order in which operations are sent, not by that of the answers.
+        undelivered_results: Resources that a leave, whose caller had gone, was the last to let go
+            of: the next one is told.
+        stopping: Whether the process stops: nobody waits for others any more.
+    """
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self.stopping = False
+        self.held: dict[str, weakref.ref[Any] | None] = {}
+        self._entries: dict[str, _Entry] = {}
+        self.undelivered_results: set[str] = set()
+
+    def begin(self) -> None:
+        """Hold nothing: in a forked child."""
+        self.stopping = False
+        self.held = {}
+        self._entries = {}
+        self.undelivered_results = set()
+
+    def place(self, resource: str) -> tuple[int, bytes]:
+        """Return the partition of a resource, and the server's name of it."""
+        name = encode_resource(resource)
+        return self._identity.partitions.of(name), name
+
+    def joins(self, more: Iterable[bytes] = ()) -> list[Operation]:
+        """Return the operations that make a new identity a member of all that is held.
+
+        Args:
+            more: The server's names of other resources to join.
+        """
+        names = dict.fromkeys(map(encode_resource, list(self.held)))
+        names.update(dict.fromkeys(more))
+        of = self._identity.partitions.of
+        return [operations.join(of(name), name) for name in names]
+
+    def join(self, resource: str) -> Flow[None]:
+        """Become a member.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        yield from self.join_all((resource,))
+
+    def join_all(self, resources: Sequence[str]) -> Flow[None]:
+        """Become a member of many resources, in one exchange.
+
+        Raises:
+            PhononError: The server refused some; the first of its errors.
+        """
+        yield from self._enter(resources, [operations.join(*self.place(r)) for r in resources])
+
+    def meet(self, resource: str, parties: int) -> Flow[None]:
+        """Join a session of known parties."""
+        partition, name = self.place(resource)
+        first = self._identity.first_id
+        yield from self._enter((resource,), [operations.meet(partition, name, parties, first)])
+
+    def modify(self, resource: str) -> Flow[None]:
+        """Count that this process modified the resource; it becomes a member."""
+        yield from self._enter((resource,), [operations.modify(*self.place(resource))])
+
+    def restore(self, resource: str, modifications: dict[bytes, int]) -> Flow[None]:
+        """Become a member again after a callback has failed, as before it was called."""
+        partition, name = self.place(resource)
+        yield from self._enter((resource,), [operations.restore(partition, name, modifications)])
+
+    def _enter(self, resources: Sequence[str], sent: Sequence[Operation]) -> Flow[None]:
+        entries = self.entering(resources)
+        answers = yield Send(sent)
+        error = None
+        for resource, entry, answer in zip(resources, entries, answers, strict=True):
+            failed = isinstance(answer, Exception)
+            self.entered(resource, entry, failed=failed)
+            if failed:
+                error = error or answer
+        if error is not None:
+            raise error
+
+    def is_sure(self, resource: str) -> bool:
+        """Return whether a resource is held, and no answer about that is still to come."""
+        return resource in self.held and resource not in self._entries
+
+    def entering(self, resources: Sequence[str]) -> list[_Entry | None]:
+        """Hold resources from now on; `entered` has to be told for each what it came to.
+
+        Returns:
+            What `entered` is given, for each of them.
+        """
+        entries: list[_Entry | None] = []
+        for resource in resources:
+            entry = None
+            if not self.is_sure(resource):
+                entry = self._entries.setdefault(resource, _Entry(self._identity.id))
+                entry.pending += 1
+                self.held.setdefault(resource)
+            entries.append(entry)
+        return entries
+
+    def entered(self, resource: str, entry: _Entry | None, *, failed: bool) -> None:
+        """Hold a resource no more that nobody could enter after all."""
+        if entry is None:
+            return
+        entry.pending -= 1
+        entry.entered = entry.entered or not failed
+        if not entry.pending and self._entries.get(resource) is entry:
+            del self._entries[resource]
+            # After a rebirth it is a member all the same, and stays one until somebody leaves.
+            if not entry.entered and entry.identity == self._identity.id:
+                self.held.pop(resource, None)
+
+    def leaving(self, resource: str) -> Any:
+        """Hold a resource no more. Return what was held, or `ABSENT`."""
+        self._entries.pop(resource, None)
+        return self.held.pop(resource, ABSENT)
+
+    def count(self, resource: str) -> Flow[int]:
+        """Return the number of processes that hold a resource, read atomically."""
+        partition, name = self.place(resource)
+        reply = yield from read(self._identity.in_partition(partition, "count", name))
+        return int(reply)
+
+    def modified(self, resource: str) -> Flow[dict[str, int]]:
+        """Return which process modified the resource how often in this session."""
+        partition, name = self.place(resource)
+        reply = yield from read(self._identity.in_partition(partition, "modified", name))
+        return modifications_of(reply)
+
+    def holders(self, resource: str) -> Flow[list[ProcessInfo]]:
+        """Return the processes that hold a resource, by since when."""
+        partition, name = self.place(resource)
+        reply = yield from read(self._identity.in_partition(partition, "members", name))
+        pairs = sorted(zip(reply[::2], reply[1::2], strict=True), key=lambda pair: pair[1])
+        return (yield from self.process_info([(pid, since / 1000) for pid, since in pairs]))
+
+    def process_info(self, processes: Sequence[tuple[bytes, float]]) -> Flow[list[ProcessInfo]]:
+        """Return where processes run, given their ids and since when they hold something."""
+        if not processes:
+            return []
+        request = self._identity.in_namespace("cards", *(pid for pid, _ in processes))
+        cards = yield from read(request)
+        return [
+            _info(pid, since, card) for (pid, since), card in zip(processes, cards, strict=True)
+        ]
+
+    def wait_for_parties(self, resource: str, seconds: float) -> Flow[bool]:
+        """Wait until all announced parties have come, and all others have left.
+
+        Returns:
+            Whether they have. False if it took too long.
+        """
+        waiters: list[str] = []
+        try:
+            return (yield from self._wait(resource, seconds, waiters))
+        finally:
+            for waiter in waiters:
+                self._identity.waiters.pop(waiter, None)
+
+    def _wait(self, resource: str, seconds: float, waiters: list[str]) -> Flow[bool]:
+        partition, name = self.place(resource)
+        identity = self._identity
+        deadline = identity.clock() + seconds
+        waiter = ""
+        try_again = True
+        found = False
+        while try_again:
+            if not waiter or operations.process_of(waiter) != identity.name:
+                waiter = operations.holder_name(identity.name, identity.new_number())
+                waiters.append(waiter)
+                identity.waiters[waiter] = partition
+            meeting = yield from single(operations.await_parties(partition, name, waiter))
+            if meeting is REBORN:
+                continue
+            _, parties, arrived, members, member = meeting
+            found = members <= member and arrived >= parties
+            left = deadline - identity.clock()
+            gone = yield CALLER_GONE
+            try_again = not (found or left <= 0 or gone or self.stopping)
+            if try_again:
+                yield AwaitMail(partition, waiter, min(left, ASK_AGAIN))
+        yield Send((operations.forget(partition, name, waiter),))
+        return found
+
+    def registry(self, process: bytes | None = None) -> Flow[list[str]]:
+        """Return the resources that a process may be responsible for.
+
+        Args:
+            process: Its id. None: this one's.
+        """
+        names = yield from self.registered(process)
+        return [decode(name) for name in names]
+
+    def registered(self, process: bytes | None = None) -> Flow[list[bytes]]:
+        """Return the server's names of these resources."""
+        pid = process or self._identity.id
+        names: list[bytes] = []
+        partitions = range(self._identity.partitions.count)
+        at = 0
+        while partitions:
+            last = at + _PAGE - 1
+            replies = yield Read(
+                [
+                    self._identity.in_partition(p, "registry", pid, b"%d" % at, b"%d" % last)
+                    for p in partitions
+                ]
+            )
+            more = []
+            for partition, reply in zip(partitions, replies, strict=True):
+                if isinstance(reply, Exception):
+                    raise reply
+                names += reply
+                if len(reply) == _PAGE:
+                    more.append(partition)
+            partitions, at = more, at + _PAGE  # type: ignore[assignment]  # a range, then a list
+        return names
+
+    def track(self, resource: str, *, there: bool) -> Flow[int]:
+        """Enter a resource into the registry by hand, or remove it.
+
+        Returns:
+            1 if that changed anything.
+        """
+        make = operations.track if there else operations.untrack
+        return int((yield from single(make(*self.place(resource)))))
+
+
+#: In place of what was held, where nothing was.
+ABSENT: Any = object()
+#: Names read at a time.
+_PAGE = 1000
+
+
+def modifications_of(pairs: Sequence[Any] | None) -> dict[str, int]:
+    """Return modifications by process id, of what the server has answered."""
+    found: dict[str, int] = {}
+    for process, times in zip((pairs or ())[::2], (pairs or ())[1::2], strict=True):
+        if int(times):
+            name = process.decode()
+            found[name] = found.get(name, 0) + int(times)
+    return found
+
+
+def _info(process: bytes, since: float, card: bytes) -> ProcessInfo:
+    try:
+        known = msgpack.unpackb(card) if card else {}
+        host, pid = str(known.get("host", "")), int(known.get("pid", 0))
+    except (ValueError, AttributeError, msgpack.exceptions.UnpackException):
+        host, pid = "", 0  # not one of ours: it must fail no list of holders
+    return ProcessInfo(decode(process), host, pid, since)
+
+
+def is_last(answer: Any) -> bool:
+    """Return whether the answer to a leave says that its caller was the last."""
+    return isinstance(answer, list) and answer[0] != Reply.HELD and bool(answer[2])

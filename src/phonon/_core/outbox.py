@@ -1,0 +1,650 @@
+"""The outbox: all work of this process that is unfinished, with one bound on it.
+
+Unfinished are updates that could not be stored, sessions that could not be ended, batches that
+failed and are to be tried again, batches that were taken over, and flows whose callers have gone.
+One worker in the background sees to all of it, in this order: what is on its way, what was not
+sent, what is due.
+"""
+
+import functools
+import heapq
+import itertools
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+from phonon._core.executor import Batch, Executor
+from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Wait
+from phonon._core.identity import Identity
+from phonon._core.members import ABSENT, Members, modifications_of
+from phonon._core.reports import Reports
+from phonon._protocol import operations
+from phonon._protocol.answers import Reply, Run
+from phonon._protocol.operations import Operation
+from phonon.errors import BacklogFullError, PhononError
+
+log = logging.getLogger("phonon")
+
+#: What happens to those that would add to an outbox that is full.
+Overflow = Literal["block", "raise"]
+#: Sessions ended, or batches executed, together: a bound on what is held in memory.
+CHUNK = 1000
+#: Seconds after which the worker looks by itself.
+IDLE = 60.0
+#: Seconds between two attempts to send what was not answered.
+AGAIN = 0.25
+
+_HELD, _RUN = int(Reply.HELD), int(Reply.RUN)
+
+
+class Parcel(Protocol):
+    """Local data on its way to the server: all that the core knows of an update."""
+
+    #: The resource.
+    resource_id: str
+
+    @property
+    def forced(self) -> bool:
+        """Whether the end of the session does not wait for other processes."""
+
+    def take(self) -> bytes | None:
+        """Move out what is unsent, as one partial; None if there is nothing."""
+
+    def put_back(self, partial: bytes) -> None:
+        """Take a partial back that the server refused: it is unsent again."""
+
+
+class Ending(NamedTuple):
+    """A session to be ended here.
+
+    Attributes:
+        resource: Which.
+        parcel: The last data, and what executes the batch if it falls to us.
+        force: Execute what has come together so far although others hold the resource.
+        modifications: Whether the session's modifications are wanted.
+    """
+
+    resource: str
+    parcel: Any = None
+    force: bool = False
+    modifications: bool = False
+
+
+class SessionResult:
+    """What the end of a session came to.
+
+    Attributes:
+        last: Whether this process was the last member.
+        left: How many members are left.
+        modifications: By process id, if they were asked for.
+        errors: What went wrong: the data was not sent, or ``execute`` raised.
+        sent: Whether the data is on the server.
+    """
+
+    __slots__ = ("errors", "last", "left", "modifications", "sent")
+
+    def __init__(self) -> None:
+        self.last = False
+        self.left = 0
+        self.modifications: dict[str, int] = {}
+        self.errors: list[BaseException] = []
+        self.sent = False
+
+
+#: A leave that is sent: its ending, the data with it, what was held before, and its result.
+_Leaving = tuple[Ending, bytes | None, Any, SessionResult]
+
+
+class Due(NamedTuple):
+    """A batch of ours that is to be executed.
+
+    Attributes:
+        at: When, by the clock.
+        order: Which of those at the same time comes first.
+        partition: Where it is.
+        name: The server's name of its resource.
+        token: The partition's token.
+        local: The update whose session ended with it, if it is still here.
+        failed: Whether its execution has failed here: it counts towards the bound.
+    """
+
+    at: float
+    order: int
+    partition: int
+    name: bytes
+    token: int
+    local: Any
+    failed: bool
+
+
+class Outbox:
+    """All unfinished work of a process.
+
+    Args:
+        identity: Who it is.
+        members: What it holds.
+        reports: Told about errors in the background.
+        most: How much may be unfinished.
+        overflow: What new updates are met with then.
+        changed: A condition on which those wait that are kept out.
+
+    Attributes:
+        full: Whether new updates are kept out, as of the last look.
+        unstored: Updates with data that could not be stored.
+        signal: Wakes the worker.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        members: Members,
+        reports: Reports,
+        *,
+        most: int,
+        overflow: Overflow,
+        clock: Callable[[], float],
+    ) -> None:
+        self._identity = identity
+        self._members = members
+        self._reports = reports
+        self._most = most
+        self._overflow = overflow
+        self._clock = clock
+        self.executor: Executor | None = None
+        self.signal: Signal | None = None
+        #: Goes on with a flow whose caller has gone; the driver's.
+        self.resume: Callable[[Any], Any] = lambda _: None
+        self.is_ready: Callable[[Any], bool] = lambda _: False
+        self.surplus: Callable[[], int] = lambda: 0
+        self.start_worker: Callable[[], None] = lambda: None
+        self.begin()
+
+    def begin(self) -> None:
+        """Have nothing to do: at first, and in a forked child."""
+        self.full = False
+        self.unstored: list[Any] = []
+        self.unended: list[Ending] = []
+        self.detached: dict[Any, object] = {}
+        self._continued: dict[Any, object] = {}
+        self._catching_up: set[object] = set()
+        self._due: dict[tuple[bytes, int], Due] = {}
+        self._heap: list[Due] = []
+        # Taken from those that are due, and not executed yet: their answers may be under way.
+        self._resuming: set[tuple[bytes, int]] = set()
+        self._retrying = 0
+        self._order = itertools.count()
+        self._room = threading.Condition()
+        self.stopping = False
+
+    # The bound
+
+    @property
+    def size(self) -> int:
+        """How much is unfinished."""
+        failed = sum(due.failed for due in list(self._due.values()))
+        undone = (
+            failed + self._retrying + len(self.unstored) + len(self.unended) + len(self.detached)
+        )
+        return undone + self.surplus()
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether something is still to be stored or ended, or somebody is about to do it now.
+
+        Code of the user's that runs for that does not wait for itself.
+        """
+        if EXECUTING.get():
+            return bool(
+                self.unstored or self.unended or self.detached.keys() - self._continued.keys()
+            )
+        return bool(self.unstored or self.unended or self.detached or self._catching_up)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether something is unfinished, apart from batches that are not due."""
+        return bool(self.unstored or self.unended or self.detached) or any(
+            lane.has_work for lane in self._identity.lanes
+        )
+
+    def look(self) -> None:
+        """Something has been left undone, or done after all: is there room?"""
+        full = self.size >= self._most
+        if full or self.full:
+            with self._room:
+                self.full = full
+                if not full:
+                    self._room.notify_all()
+
+    def open(self) -> None:
+        """Keep nobody out any more: the process has stopped."""
+        with self._room:
+            self.full = False
+            self._room.notify_all()
+
+    def wait_for_room(self, timeout: float) -> None:
+        """Wait until there is room, in a thread.
+
+        Raises:
+            BacklogFullError: There is none, and waiting was not wanted or took too long.
+        """
+        if EXECUTING.get():
+            return
+        if self._overflow == "block":
+            with self._room:
+                if self._room.wait_for(lambda: not self.full, timeout):
+                    return
+        if self.full:
+            raise self.refusal()
+
+    @property
+    def blocks(self) -> bool:
+        """Whether new updates wait for room."""
+        return self._overflow == "block"
+
+    def refusal(self) -> BacklogFullError:
+        """Return the error that new updates are met with."""
+        return BacklogFullError(
+            f"{self.size:,} sessions could not be written to the database, or sent to the "
+            "server, and are tried again; until then no new messages are taken in, and this "
+            "one was not: give it back to the broker. The log says what is wrong; "
+            "Process(max_backlog=...) is the bound"
+        )
+
+    # Storing and ending
+
+    def store(
+        self, parcels: Sequence[Parcel], joins: Sequence[str] = ()
+    ) -> Flow[list[BaseException]]:
+        """Store what updates have unsent, and join resources, in one exchange.
+
+        Args:
+            parcels: The updates; several of one resource are stored one after the other.
+            joins: Resources to become a member of.
+
+        Returns:
+            What went wrong. The data is back in its update then.
+        """
+        errors: list[BaseException] = []
+        sent: list[Operation] = []
+        partials: list[tuple[Parcel, bytes]] = []
+        held, place = self._members.held, self._members.place
+        for parcel in parcels:
+            try:
+                partial = parcel.take()
+            except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
+                errors.append(error)
+                continue
+            if partial is None:
+                continue
+            sent.append(operations.append(*place(parcel.resource_id), partial))
+            partials.append((parcel, partial))
+        entered = [parcel.resource_id for parcel, _ in partials]
+        for resource in joins:
+            if not self._members.is_sure(resource):
+                sent.append(operations.join(*place(resource)))
+                entered.append(resource)
+        if not sent:
+            return errors
+        entries = self._members.entering(entered)
+        for parcel, _ in partials:
+            if held.get(parcel.resource_id) is None:
+                held[parcel.resource_id] = weakref.ref(parcel)
+        answers = yield Send(sent)
+        many: list[tuple[Operation, int]] = []
+        for (parcel, partial), operation, answer in zip(partials, sent, answers, strict=False):
+            if isinstance(answer, Exception):
+                parcel.put_back(partial)
+                self.unstored.append(parcel)
+                errors.append(answer)
+            elif answer != Reply.STORED:
+                many.append((operation, answer))
+        errors += [answer for answer in answers[len(partials) :] if isinstance(answer, Exception)]
+        for resource, entry, answer in zip(entered, entries, answers, strict=True):
+            if entry is not None:
+                self._members.entered(resource, entry, failed=isinstance(answer, Exception))
+        if errors:
+            self.look()
+        yield from self._compact(many)
+        return errors
+
+    def _compact(self, many: Sequence[tuple[Operation, int]]) -> Flow[None]:
+        """Merge some partials of sessions that go on. The data is stored: it fails no call."""
+        executor = self.executor
+        for operation, count in many if executor is not None else ():
+            assert executor is not None  # noqa: S101 - for the type checker
+            yield Branch(executor.compact(operation.partition, operation.resource, count))
+
+    def end(self, endings: Sequence[Ending]) -> Flow[list[SessionResult]]:
+        """End sessions: store the last data, leave, and execute the batches that fall to us.
+
+        Many are ended in pieces; the leaves of the next piece go with the completions of this one.
+
+        Args:
+            endings: Of different resources.
+
+        Returns:
+            What each came to. Data that could not be sent is back in its update.
+        """
+        executor = self.executor
+        assert executor is not None  # noqa: S101 - for the type checker
+        results: list[SessionResult] = []
+        batches: list[Batch] = []
+        many: list[tuple[Operation, int]] = []
+        for first in range(0, len(endings), CHUNK):
+            sent: list[Operation] = []
+            about: list[_Leaving] = []
+            # They are made when they are sent, not before batches are executed: a join in between
+            # would be held here, and undone there.
+            some = endings[first : first + CHUNK]
+            leaves = functools.partial(self._leaves, some, results, sent, about)
+            with executor.expects(self._members.place(e.resource)[1] for e in some):
+                answers = yield from executor.execute(batches, leaves)
+                batches = []
+                for operation, leaving, answer in zip(sent, about, answers, strict=True):
+                    batch = self._left(operation, leaving, answer, many)
+                    if batch is not None:
+                        executor.busy[batch.key] = batch
+                        batches.append(batch)
+        yield from executor.execute(batches)
+        yield from self._compact(many)
+        self.look()
+        return results
+
+    def _left(
+        self,
+        operation: Operation,
+        leaving: _Leaving,
+        answer: Any,
+        many: list[tuple[Operation, int]],
+    ) -> Batch | None:
+        """See to the answer to a leave. Return the batch that falls to us, if there is one."""
+        ending, data, was_held, result = leaving
+        if isinstance(answer, Exception):
+            self._not_left(ending, data, was_held)
+            result.errors.append(answer)
+            return None
+        result.sent = True
+        result.left = answer[1]
+        result.last = answer[0] != _HELD and bool(answer[2])
+        if answer[0] == _RUN:
+            run = Run(*answer)
+            if run.modifications is not None:
+                result.modifications = modifications_of(run.modifications)
+            if run.content is not False:
+                return Batch(
+                    operation.partition,
+                    operation.resource,
+                    run,
+                    resource=ending.resource,
+                    local=ending.parcel,
+                    errors=result.errors,
+                )
+        elif answer[0] == _HELD:
+            if answer[3]:
+                many.append((operation, answer[3]))
+        elif len(answer) > 3:  # noqa: PLR2004 - the session's modifications
+            result.modifications = modifications_of(answer[3] or None)
+            if len(answer) > 4:  # noqa: PLR2004 - it is time to merge some
+                many.append((operation, answer[4]))
+        return None
+
+    def _leaves(
+        self,
+        endings: Sequence[Ending],
+        results: list[SessionResult],
+        sent: list[Operation],
+        about: list[_Leaving],
+    ) -> list[Operation]:
+        place = self._members.place
+        for ending in endings:
+            result = SessionResult()
+            results.append(result)
+            try:
+                data = ending.parcel.take() if ending.parcel is not None else None
+            except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
+                result.errors.append(error)
+                continue
+            was_held = self._members.leaving(ending.resource)
+            flags = operations.FORCE * ending.force
+            flags += operations.MODIFICATIONS * ending.modifications
+            operation = operations.leave(*place(ending.resource), data or b"", flags)
+            operation.held = was_held is not ABSENT
+            sent.append(operation)
+            about.append((ending, data, was_held, result))
+        return sent
+
+    def _not_left(self, ending: Ending, data: bytes | None, was_held: Any) -> None:
+        """The server refused: the data is local again, and the session goes on."""
+        if was_held is not ABSENT:
+            self._members.held.setdefault(ending.resource, was_held)
+        if data is not None:
+            ending.parcel.put_back(data)
+            self.unended.append(ending)
+
+    # What is due
+
+    def schedule(self, batch: Batch, seconds: float) -> None:
+        """Try a batch again that has failed."""
+        self._enter(
+            self._clock() + seconds,
+            batch.partition,
+            batch.name,
+            batch.run.token,
+            batch.local,
+            True,  # noqa: FBT003 - in field order
+        )
+        self.look()
+
+    def take_over(self, partition: int, name: bytes, token: int, seconds: float) -> None:
+        """Execute a batch that was taken over, or that its executor has forgotten."""
+        if (name, token) in self.busy or (name, token) in self._resuming:
+            return
+        known = self._due.get((name, token))
+        local = known.local if known else None
+        failed = known.failed if known else False
+        self._enter(self._clock() + seconds, partition, name, token, local, failed)
+
+    def knows(self, name: bytes, token: int) -> bool:
+        """Whether a batch is being executed here, or waits for that."""
+        key = name, token
+        if key in self._due or key in self.busy or key in self._resuming:
+            return True
+        return self.executor is not None and name in self.executor.expected
+
+    @property
+    def taken_over(self) -> int:
+        """How many batches are due in the background, or being executed there."""
+        now = self._clock()
+        waiting = sum(due.at <= now for due in list(self._due.values()))
+        running = sum(batch.background for batch in list(self.busy.values()))
+        return waiting + len(self._resuming) + running
+
+    @property
+    def busy(self) -> dict[tuple[bytes, int], Batch]:
+        """The batches that are being executed."""
+        return self.executor.busy if self.executor is not None else {}
+
+    def _enter(
+        self, at: float, partition: int, name: bytes, token: int, local: Any, failed: bool
+    ) -> None:
+        due = Due(at, next(self._order), partition, name, token, local, failed)
+        self._due[name, token] = due
+        heapq.heappush(self._heap, due)
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to do: wake the worker, or start it."""
+        if not self.stopping:
+            self.start_worker()
+        if self.signal is not None:
+            self.signal.set()
+
+    def _take_due(self, until: float, most: int, order: int, failed_before: int) -> list[Due]:
+        """Remove and return batches that are due, of different resources, entered before then."""
+        taken: dict[bytes, Due] = {}
+        later: list[Due] = []
+        while self._heap and len(taken) < most:
+            due = self._heap[0]
+            if due.at > until:
+                break
+            heapq.heappop(self._heap)
+            if self._due.get((due.name, due.token)) is not due:
+                continue  # entered anew since
+            too_new = due.order > order or (due.failed and due.order > failed_before)
+            if due.name in taken or too_new:
+                later.append(due)
+                continue
+            self._resuming.add((due.name, due.token))
+            del self._due[due.name, due.token]
+            taken[due.name] = due
+        for due in later:
+            heapq.heappush(self._heap, due)
+        return list(taken.values())
+
+    def _next_due(self) -> float:
+        return self._heap[0].at if self._heap else math.inf
+
+    def mark(self) -> int:
+        """Return a number that tells what has failed before this moment; see `retry`."""
+        return next(self._order)
+
+    def retry(self, until: float, failed_before: int | None = None) -> Flow[list[BaseException]]:
+        """Execute batches that are due by then, a piece at a time, each once.
+
+        Args:
+            until: By when they are due, by the clock.
+            failed_before: Leave those that have failed since this `mark`.
+
+        Returns:
+            What went wrong.
+        """
+        errors: list[BaseException] = []
+        # What fails now is not tried again now, or it would use up its attempts in a moment.
+        order = self.mark()
+        failed_before = order if failed_before is None else failed_before
+        while dues := self._take_due(until, CHUNK, order, failed_before):
+            outcome = yield Branch(self._resume(dues))
+            errors += [outcome.error] if outcome.error is not None else outcome.value
+        return errors
+
+    def _resume(self, dues: Sequence[Due]) -> Flow[list[BaseException]]:
+        executor = self.executor
+        assert executor is not None  # noqa: S101 - for the type checker
+        errors: list[BaseException] = []
+        failed = sum(due.failed for due in dues)
+        self._retrying += failed  # they are undone until it is known what came of this attempt
+        try:
+            batches = yield from self._take_up(dues, executor, errors)
+            yield from executor.execute(batches)
+        finally:
+            self._retrying -= failed
+        self.look()
+        return errors
+
+    def _take_up(
+        self, dues: Sequence[Due], executor: Executor, errors: list[BaseException]
+    ) -> Flow[list[Batch]]:
+        """Return those batches that are still ours, with their content."""
+        batches = []
+        taken = [(due.name, due.token) for due in dues]
+        try:
+            dues = [due for due in dues if (due.name, due.token) not in self.busy]
+            answers = yield Send([operations.resume(d.partition, d.name, d.token) for d in dues])
+            for due, answer in zip(dues, answers, strict=True):
+                if isinstance(answer, Exception) or answer is REBORN:
+                    at = self._clock() + 1.0
+                    self._enter(at, due.partition, due.name, due.token, due.local, due.failed)
+                elif isinstance(answer, list) and answer[-1] is not False:
+                    batch = Batch(
+                        due.partition,
+                        due.name,
+                        Run(*answer),
+                        local=due.local,
+                        errors=errors,
+                        background=True,
+                    )
+                    executor.busy[batch.key] = batch
+                    batches.append(batch)
+        finally:
+            self._resuming.difference_update(taken)
+        return batches
+
+    # The worker
+
+    def detach(self, run: Any) -> None:
+        """Go on with a flow whose caller has gone."""
+        self.detached[run] = object()
+        self.look()
+        self.wake()
+
+    def is_answered(self, run: Any) -> None:
+        """Go on with a flow whose caller has gone, now that it has its answers."""
+        if run in self.detached:
+            self.wake()
+
+    def work(self) -> Flow[None]:
+        """Do in the background what is to be done, until the process stops."""
+        while not self.stopping:
+            try:
+                yield from self.catch_up()
+                yield from self.retry(self._clock())
+            except Exception as error:  # noqa: BLE001 - whatever it is, the rest is to be done
+                log.warning("unfinished work goes on later: %s", error)
+            pause = AGAIN if self.has_work else IDLE
+            pause = min(pause, max(0.0, self._next_due() - self._clock()))
+            if self.signal is not None and not self.stopping:
+                yield Wait(self.signal, pause)
+
+    def catch_up(self) -> Flow[None]:
+        """Send what was not answered, go on with flows that have their answers, store and end."""
+        me = object()
+        self._catching_up.add(me)
+        try:
+            yield from self._catch_up()
+        finally:
+            self._catching_up.discard(me)
+
+    def _catch_up(self) -> Flow[None]:
+        yield FLUSH
+        for run in [run for run in list(self.detached) if self.is_ready(run)]:
+            self._continue(run)
+        if self.unended:
+            unended, self.unended = self.unended, []
+            outcome = yield Branch(self.end(_one_each(unended)))
+            for result in outcome.value or ():
+                for error in result.errors:
+                    # It may be refused for long, and is tried again all the time.
+                    if self._reports.once(f"end {error}"):
+                        log.error("a session could still not be ended: %s", error)
+                        self._reports.notify(error)
+        if self.unstored:
+            unstored, self.unstored = self.unstored, []
+            yield Branch(self.store(unstored))
+        self.look()
+
+    def _continue(self, run: Any) -> None:
+        """Go on with a flow, unless another thread does: it would execute a batch twice."""
+        me, entered = object(), self.detached.get(run)
+        try:
+            if self._continued.setdefault(run, me) is not me:
+                return
+            try:
+                self.resume(run)
+            except PhononError as error:
+                log.warning("a call that went on in the background failed: %s", error)
+            except Exception as error:  # noqa: BLE001 - nobody is there to raise it to
+                self._reports.notify(error)
+            # Unless it was entered anew. An interrupt on the way here leaves it to the next one.
+            if self.detached.get(run) is entered:
+                self.detached.pop(run, None)
+        finally:
+            if self._continued.get(run) is me:
+                del self._continued[run]
+
+
+def _one_each(endings: Sequence[Ending]) -> list[Ending]:
+    """Return one ending for each update and resource."""
+    return list({(ending.resource, id(ending.parcel)): ending for ending in endings}.values())

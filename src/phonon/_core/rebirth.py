@@ -1,0 +1,254 @@
+"""Rebirth: the one way back for a zombie, and after a server has lost data: a new identity.
+
+1. List the new identity and open its lanes.
+2. Fence the old lanes that have a call unanswered. Merely to look at them is not enough: a late
+copy
+   may be carried out after the look. The answers say of each operation whether it was carried out,
+   under whatever identity it was ever sent. One that was has its remembered answer; one that was
+   not never will be.
+3. Under the new identity: join what is held; reap the old self; and only behind that send again
+what
+   is to go on, or a leave is told that its own former self is still there.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import msgpack
+
+from phonon._core.flows import REBORN, Flow, Read
+from phonon._core.identity import REMEMBERED, Identity
+from phonon._core.leases import Leases
+from phonon._core.members import Members
+from phonon._core.reports import Reports
+from phonon._core.takeover import Takeover
+from phonon._protocol.lane import Lane, add_contents
+from phonon._protocol.operations import Code, Operation
+from phonon.errors import (
+    ConnectionLostError,
+    DeclaredDeadError,
+    PhononError,
+    ServerStateLostError,
+)
+
+log = logging.getLogger("phonon")
+
+#: Operations in the name of an identity, which are not repeated under another one.
+_PERSONAL = frozenset(map(int, (Code.LOCK, Code.UNLOCK, Code.RENEW, Code.AWAIT, Code.FORGET)))
+
+_LEAVE, _REAP, _CLOSE = int(Code.LEAVE), int(Code.REAP), int(Code.CLOSE)
+
+
+class _Record(NamedTuple):
+    """What a fenced lane has done last."""
+
+    sequence: int
+    answers: bytes
+    digest: bytes
+    number: bytes
+
+
+class Rebirth:
+    """Gives a process a new identity. What is local is kept.
+
+    Args:
+        identity: Who it is.
+        members: What it holds.
+        leases: Its locks, which are lost.
+        takeover: Reaps the former self.
+        reports: Told why.
+        deliver: Gives an operation its answer.
+        address: Where the server is, for messages.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        members: Members,
+        leases: Leases,
+        takeover: Takeover,
+        reports: Reports,
+        *,
+        deliver: Callable[[Operation, Any], None],
+        address: str,
+    ) -> None:
+        self._identity = identity
+        self._members = members
+        self._leases = leases
+        self._takeover = takeover
+        self._reports = reports
+        self._deliver = deliver
+        self._address = address
+        self._next_id = b""
+
+    def run(self, *, forgotten: bool = False) -> Flow[None]:
+        """Take a new identity.
+
+        A failure in the middle leaves the old one, fenced; the next attempt goes on with the same
+        new one.
+
+        Args:
+            forgotten: Whether the server does not know this process.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        identity = self._identity
+        identity.suspected = True
+        old, lanes = identity.id, identity.lanes
+        for lane in lanes:
+            lane.fence()
+        lost_calls = dict(identity.lost_calls)
+        self._next_id = self._next_id or identity.new_id().encode()
+        begun = identity.clock()
+        epoch, listing, opened = yield from identity.appear(self._next_id, insist=True)
+        silent = begun - (identity.lives_until - identity.lease)
+        # A process that was declared dead is not listed any more, nor are its lanes that were never
+        # used. That may be a loss, so all is fenced again; but it proves none.
+        suspicious = forgotten or bool(lost_calls) or epoch != identity.epoch
+        records = yield from self._fence(lanes, old, lost_data=suspicious)
+        for lane in lanes if suspicious else ():
+            if not lane.stamp:
+                continue  # never used, or closed and gone
+            record = records[lane.partition, old]
+            gone = lane.answered - (record.sequence if record.number == lane.number else 0)
+            if gone > lost_calls.get(lane.partition, 0):
+                lost_calls[lane.partition] = gone
+        # After a week of silence the server may have forgotten them by itself.
+        lost_data = any(lost_calls.values()) and silent <= REMEMBERED
+        identity.former.append(old)
+        for lane in opened:
+            lane.defer()
+        identity.become(self._next_id, epoch, listing, opened, begun)
+        self._next_id = b""
+        # Nothing is put into the old lanes any more.
+        told: list[tuple[Operation, Any]] = []
+        left: list[bytes] = []
+
+        for lane, new in zip(lanes, opened, strict=True):
+            for operation in _take_all(lane):
+                answer = _fate(operation, records, silent, lost_data=lost_data)
+                if answer is not _NOT_CARRIED_OUT:
+                    told.append((operation, answer))
+                elif operation.words[0] in _PERSONAL or operation.words[0] == _CLOSE:
+                    told.append((operation, REBORN))
+                else:
+                    if operation.words[0] == _LEAVE and operation.held:
+                        left.append(operation.resource)
+                    new.enqueue(operation, first=operation.ahead or operation.words[0] == _REAP)
+        reaped = identity.former if suspicious else [old]
+
+        self._takeover.add_former(reaped, self._members.joins(left))
+        error = self._error(old, lost_calls, lost_data=lost_data)
+        self._leases.lose_former()
+        for operation, answer in told:
+            self._deliver(operation, answer)
+        self._reports.report_error(error)
+        identity.reborn()
+        nudges = identity.nudges(old)
+        if nudges:  # those that read mail read the former self's
+            yield Read(nudges, 1.0)
+
+    def _fence(
+        self, lanes: Iterable[Lane], old: bytes, *, lost_data: bool
+    ) -> Flow[dict[tuple[int, bytes], _Record]]:
+        """Fence the identities under which something may have been sent that is not answered."""
+        wanted: dict[tuple[int, bytes], None] = {}
+        for lane in lanes:
+            if lane.call is not None:
+                wanted[lane.partition, old] = None
+            for operation in _all_of(lane):
+                sent = operation.sent
+                while sent is not None:
+                    call, _, sent = sent
+                    wanted[lane.partition, call.process] = None
+            if lost_data:  # their fences may be among what was lost
+                for process in (*self._identity.former, old):
+                    wanted[lane.partition, process] = None
+        if not wanted:
+            return {}
+        replies = yield Read(
+            [self._identity.in_partition(p, "fence", process) for p, process in wanted]
+        )
+        records = {}
+        for key, reply in zip(wanted, replies, strict=True):
+            if isinstance(reply, Exception):
+                raise reply
+            records[key] = _Record(*reply)
+        return records
+
+    def _error(self, old: bytes, lost_calls: dict[int, int], *, lost_data: bool) -> PhononError:
+        who, seconds = old.decode(), self._identity.lease
+        if not lost_data:
+            return DeclaredDeadError(
+                f"process {who} was silent for more than {seconds:g} s and was declared dead: "
+                f"others take over its batches and locks. It goes on as {self._identity.name} with "
+                "all that is local"
+            )
+        lost = sum(lost_calls.values())
+        what = f"the last {lost} calls" if lost else "data"
+        return ServerStateLostError(
+            f"{self._address} has lost {what} of process {who}. What was stored there and not yet "
+            "written to the database is lost, unless it is restored from a backup; what was "
+            "executed since may be executed again. The process goes on as "
+            f"{self._identity.name}, renews its {len(self._members.held)} memberships, and has "
+            f"lost its {len(self._leases)} locks. A server with appendonly yes, or "
+            "Process(durability=...), keeps its data",
+            lost,
+        )
+
+
+def _all_of(lane: Lane) -> list[Operation]:
+    call = lane.call.operations if lane.call is not None else ()
+    return [*call, *lane.queue, *(lane.deferred or ())]
+
+
+def _take_all(lane: Lane) -> list[Operation]:
+    """Remove and return what a lane has, in order."""
+    found = list(lane.call.operations) if lane.call is not None else []
+    lane.call = None
+    for queue in (lane.queue, lane.deferred):
+        while queue:
+            found.append(queue.popleft())
+    return found
+
+
+_NOT_CARRIED_OUT = object()
+
+
+def _fate(
+    operation: Operation,
+    records: dict[tuple[int, bytes], _Record],
+    silent: float,
+    *,
+    lost_data: bool,
+) -> Any:
+    """Return the remembered answer to an operation, or that it was never carried out."""
+    sent = operation.sent
+    unknown = False
+    while sent is not None:
+        call, place, sent = sent
+        record = records.get((operation.partition, call.process))
+        if record is None:  # it was sent, and answered, in a partition's lane of long ago
+            continue
+        if record.number != call.number:
+            unknown = unknown or (silent > REMEMBERED and not lost_data)
+        elif record.sequence == call.sequence and record.digest == call.digest:
+            answers = msgpack.unpackb(record.answers, raw=True, strict_map_key=False)
+            if place < len(answers):
+                add_contents(answers, None)
+                return _without_content(answers[place])
+    if unknown:
+        return ConnectionLostError(
+            f"{operation!r} was not answered for more than a week, and the server does not "
+            "remember it any more: it may have been carried out, and is not repeated"
+        )
+    return _NOT_CARRIED_OUT
+
+
+def _without_content(answer: Any) -> Any:
+    """Leave the batch to the takeover from the former self: who has it by now is read afresh."""
+    if isinstance(answer, list) and len(answer) == 9:  # noqa: PLR2004 - a Run
+        answer[-1] = False
+    return answer

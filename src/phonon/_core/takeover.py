@@ -1,0 +1,286 @@
+"""Takeover: reaping what dead processes have left, and what this one's former identities have."""
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from phonon._core.flows import FLUSH, REBORN, Flow, Read, Send, Sleep
+from phonon._core.identity import Identity
+from phonon._core.outbox import Outbox
+from phonon._protocol import operations
+from phonon._protocol.answers import Reaped
+from phonon._protocol.operations import Operation
+from phonon._protocol.partitions import decode
+from phonon.errors import PhononError
+
+log = logging.getLogger("phonon")
+
+#: Resources that one operation reaps at the most.
+MOST = 128
+#: At first it reaps fewer that there is something to execute for; more if that is done soon.
+FIRST = 2
+QUICK = 0.05
+#: Batches of dead processes that may be left to execute when more are taken, and seconds between
+#: two looks at that.
+FEW = 16
+PAUSE = 0.01
+#: Memberships renewed in one exchange.
+MOST_JOINS = 4096
+
+#: What is logged when a dead process has left something; see `phonon.cli.report`.
+TAKEN_OVER = (
+    "process %s has taken over %d resources of process %s, which was declared dead, and %d batches"
+)
+
+
+@dataclass
+class _Taken:
+    """What a takeover has come to so far."""
+
+    resources: int = 0
+    batches: int = 0
+
+
+class Takeover:
+    """Works through the registries of dead processes.
+
+    Memberships and locks are taken over by every process. Batches only by those that execute; but
+    a process always takes over from its own former identities.
+
+    Args:
+        identity: Who it is.
+        outbox: Executes the batches.
+        recovers: Whether this process executes the batches of others.
+        can_execute: Tells whether it knows a class.
+
+    Attributes:
+        former: Own former identities, each with the partitions where it is not reaped yet. Until
+            then the lanes there hold back what would be told of the former self.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        outbox: Outbox,
+        *,
+        recovers: bool,
+        can_execute: Callable[[str], bool],
+    ) -> None:
+        self._identity = identity
+        self._outbox = outbox
+        self._recovers = recovers
+        self._can_execute = can_execute
+        self.start_worker: Callable[[], None] = lambda: None
+        self.begin()
+
+    def begin(self) -> None:
+        """Have nothing to take over: at first, and in a forked child."""
+        self.former: dict[bytes, set[int]] = {}
+        self._dead: dict[bytes, None] = {}
+        self._joins: list[Operation] = []
+        self._released: set[bytes] = set()
+        self.leaving = False
+        self.is_working = False
+
+    def add(self, dead: Iterable[bytes]) -> None:
+        """Take over from dead processes, and class queues, in the background."""
+        for process in dead:
+            if process == self._identity.id or (self.leaving and process not in self.former):
+                continue
+            class_name = operations.class_of_queue(process)
+            if class_name is None or (self._recovers and self._can_execute(class_name)):
+                self._dead.setdefault(process)
+        if self._dead:
+            self.start_worker()
+
+    def add_former(self, former: Iterable[bytes], joins: Sequence[Operation]) -> None:
+        """Take over from own former identities, before anything else of theirs is repeated.
+
+        Args:
+            former: The identities.
+            joins: Make this process a member of what it holds, before its former self is none.
+        """
+        self._joins = renewed(joins)
+        partitions = range(self._identity.partitions.count)
+        for process in former:
+            self.former[process] = set(partitions)
+            self._dead.pop(process, None)
+        self._dead = dict.fromkeys([*self.former, *self._dead])
+        self.start_worker()
+
+    def work(self) -> Flow[None]:
+        """Take over from all that are known to be dead."""
+        self.is_working = True
+        while self._has_more():
+            process = next(iter(self._dead))
+            del self._dead[process]
+            try:
+                yield from self.take_over(process)
+            except PhononError as error:
+                log.warning("process %s takes over later: %s", self._identity.name, error)
+                if process in self.former:
+                    self._dead.setdefault(process)
+                self.is_working = False
+                return
+
+    def _has_more(self) -> bool:
+        """Return whether there is more to do. If not, a dead one that is added starts a worker."""
+        if not self._dead:
+            self.is_working = False
+        self.is_working = bool(self._dead)
+        return self.is_working
+
+    def take_over(self, dead: bytes) -> Flow[None]:
+        """Take over all that a dead process has left.
+
+        Dying in between leaves the rest listed, for the next survivor.
+
+        Raises:
+            PhononError: The server does not answer.
+        """
+        if dead == self._identity.id:
+            return  # listed anew under this id by a late duplicate: the next beat tells
+        while self._joins:
+            me = self._identity.id
+            joins, self._joins = self._joins[:MOST_JOINS], self._joins[MOST_JOINS:]
+            answers = yield Send(joins, first=True)
+            refused = [
+                (operation, answer)
+                for operation, answer in zip(joins, answers, strict=True)
+                if isinstance(answer, Exception)
+            ]
+            if refused and me == self._identity.id:
+                # To go on without them would end sessions of which this process is a member.
+                self._joins += renewed(operation for operation, _ in refused)
+                raise refused[0][1]
+        me = self._identity.id
+        recovers = self._recovers or dead in self._identity.former
+        taken = _Taken()
+        try:
+            left = yield from self._reap(dead, recovers, taken)
+        finally:
+            self._released.discard(dead)
+            foreign = dead not in self._identity.former
+            if taken.resources and foreign and operations.class_of_queue(dead) is None:
+                log.warning(
+                    TAKEN_OVER,
+                    self._identity.name,
+                    taken.resources,
+                    decode(dead),
+                    taken.batches,
+                )
+        if me != self._identity.id:
+            # Reborn meanwhile, perhaps because the server has lost what was reaped: a former self
+            # is reaped anew, and any other one that is still dead comes with the next beat.
+            return
+        self.former.pop(dead, None)
+        if not left and operations.class_of_queue(dead) is None:
+            (reply,) = yield Read((self._identity.in_namespace("unlist", dead),))
+            if isinstance(reply, Exception):
+                raise reply
+
+    def _reap(self, dead: bytes, recovers: bool, taken: _Taken) -> Flow[int]:
+        """Reap a dead process in all partitions.
+
+        Memberships and locks at once. Batches as they are executed: survivors share them, and none
+        takes more than it can see to.
+
+        Returns:
+            How many resources are left to survivors that execute batches.
+        """
+        if not recovers:
+            return (yield from self._reap_everywhere(dead, taken, recovers=False))
+        if dead not in self.former and operations.class_of_queue(dead) is None:
+            yield from self._release(dead, taken)
+        return (yield from self._reap_everywhere(dead, taken, recovers=True))
+
+    def _release(self, dead: bytes, taken: _Taken) -> Flow[None]:
+        """Release what a dead process held, but for what there is to execute."""
+        if dead not in self._released:
+            yield from self._reap_everywhere(dead, taken, recovers=False)
+            self._released.add(dead)
+
+    def _wait_for_capacity(self, me: bytes) -> Flow[float]:
+        """Wait until what was taken over is nearly executed. Return the seconds that this took.
+
+        Meanwhile other dead processes are released: their locks do not wait for the user's code.
+        """
+        clock = self._identity.clock
+        begun = clock()
+        while self._outbox.taken_over > FEW and not self.leaving and me == self._identity.id:
+            fresh = self._dead.keys() - self._released - self.former.keys() - {me}
+            others = [dead for dead in fresh if operations.class_of_queue(dead) is None]
+            if others:
+                yield from self._release(others[0], _Taken())
+            else:
+                yield Sleep(PAUSE)
+        return clock() - begun
+
+    def _reap_everywhere(self, dead: bytes, taken: _Taken, *, recovers: bool) -> Flow[int]:
+        todo = list(range(self._identity.partitions.count))
+        random.shuffle(todo)  # survivors do not all begin at the same place
+        left = 0
+        me = self._identity.id
+        paced = recovers and dead not in self.former
+        most = min(FIRST, MOST) if paced else MOST
+        while todo and me == self._identity.id:
+            before = taken.batches
+            reaps = [operations.reap(p, dead, most, recovers=recovers) for p in todo]
+            answers = yield Send(reaps, first=True)
+            again = []
+            for partition, answer in zip(todo, answers, strict=True):
+                if isinstance(answer, Exception):
+                    raise answer
+                if answer is REBORN:
+                    again.append(partition)
+                    continue
+                reaped = Reaped(*answer)
+                taken.resources += reaped.resources
+                taken.batches += self._take(partition, reaped)
+                if reaped.left > 0:
+                    again.append(partition)
+                else:
+                    left += reaped.left_in_all
+                    if me == self._identity.id and self._reaped(dead, partition):
+                        yield FLUSH
+            todo = again
+            if paced and todo:
+                quick = taken.batches == before or (yield from self._wait_for_capacity(me)) < QUICK
+                most = min(most * 2, MOST) if quick else max(most // 2, 1)
+        return left
+
+    def _take(self, partition: int, reaped: Reaped) -> int:
+        found = reaped.batches
+        for name, token, later_ms in zip(found[::3], found[1::3], found[2::3], strict=True):
+            self._outbox.take_over(partition, name, token, later_ms / 1000)
+        for name, error in zip(reaped.wrong[::2], reaped.wrong[1::2], strict=True):
+            text = error.decode("utf-8", "replace")
+            log.error("%r could not be taken over from a dead process: %s", decode(name), text)
+        return len(found) // 3
+
+    def _reaped(self, dead: bytes, partition: int) -> bool:
+        """Note that nothing of a former self is left in a partition.
+
+        Returns:
+            Whether operations that waited for that may be sent there now.
+        """
+        left = self.former.get(dead)
+        if left is None:
+            return False
+        left.discard(partition)
+        if any(partition in others for others in self.former.values()):
+            return False
+        self._identity.lanes[partition].release()
+        return True
+
+
+def renewed(joins: Iterable[Operation]) -> list[Operation]:
+    """Return operations that renew memberships.
+
+    The former self is reaped behind them, so to wait for that would be for ever.
+    """
+    fresh = [operations.join(operation.partition, operation.resource) for operation in joins]
+    for operation in fresh:
+        operation.ahead = True
+    return fresh

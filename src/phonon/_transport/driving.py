@@ -1,0 +1,328 @@
+"""What the drivers of threads and of asyncio share: tickets, answers, the user's code."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from inspect import isasyncgen, isawaitable, iscoroutine, isgenerator
+from operator import call as call_function
+from typing import Any, Protocol, TypeAlias
+
+from redis.exceptions import ResponseError
+
+from phonon._core.flows import EXECUTING, FlowRun, Outcome, Send
+from phonon._protocol.answers import Reply
+from phonon._protocol.lane import Call, Lane, move
+from phonon._protocol.library import Library, Request
+from phonon._protocol.operations import Code, Operation
+from phonon._protocol.partitions import ENCODING, ERRORS, Partitions
+from phonon._transport.server import Reply as Answer
+from phonon._transport.server import Server
+from phonon._transport.steps import Steps
+
+#: Goes on while the machine sleeps, where there is such a clock.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+#: Errors that end a lane, unless it was closing.
+REFUSALS = frozenset({"PHONONFENCED", "PHONONLOST", "PHONONSTALE"})
+#: In place of an answer that has not come yet.
+UNANSWERED: Any = object()
+
+_FAILED = int(Reply.FAILED)
+_APPEND, _LEAVE = int(Code.APPEND), int(Code.LEAVE)
+
+Explain = Callable[[ResponseError], Exception]
+
+
+class Identity(Protocol):
+    """As much of the process's identity as a driver sees."""
+
+    partitions: Partitions
+    lanes: list[Lane]
+
+    def suspect(self, lane: Lane, kind: str, last: int) -> None:
+        """A call of a lane was refused; fences the lane, never blocks."""
+
+    def on_rebirth(self, callback: Callable[[], object]) -> None:
+        """Have a function called after each rebirth."""
+
+
+def clock() -> float:
+    """Return seconds, from a clock that is never set."""
+    return time.clock_gettime(_CLOCK)
+
+
+# Sending
+
+
+def exchange(
+    server: Server, requests: Sequence[Request], calls: Sequence[Call], patience: float
+) -> Steps[list[Answer]]:
+    """Send calls of lanes, and have confirmed what has to be safe before anybody goes by it.
+
+    That is data that was stored; and a batch's start, before it is executed: a failover that took
+    it back would have its contents come again, under a higher token.
+    """
+    durability = server.durability
+    confirm = durability is not None and any(map(_stores, calls))
+    replies = yield from server.exchange(requests, patience, confirm=confirm)
+    if durability is None or confirm:
+        return replies
+    # The third part is the content of batches. A repeat writes too, so that it can be confirmed.
+    starts = [i for i, reply in enumerate(replies) if isinstance(reply, list) and len(reply) > 2]  # noqa: PLR2004
+    if starts:
+        again = yield from server.exchange([requests[i] for i in starts], patience, confirm=True)
+        for i, reply in zip(starts, again, strict=True):
+            replies[i] = reply
+    return replies
+
+
+def _stores(call: Call) -> bool:
+    for operation in call.operations:
+        words = operation.words
+        if words[0] == _APPEND or (words[0] == _LEAVE and words[3]):
+            return True
+    return False
+
+
+#: Where some operations were put: the lanes of the identity of that time, one of them, its queue,
+#: and the operations.
+Place: TypeAlias = tuple[list[Lane], Lane, deque[Operation], Sequence[Operation]]
+
+
+class Ticket:
+    """Waits for the answers to the operations of one `Send`: the owner of each of them.
+
+    Args:
+        send: The effect.
+        run: Whose.
+
+    Attributes:
+        answers: By position; `UNANSWERED` where there is none yet.
+        places: Where the operations are; empty until the first is in a lane.
+    """
+
+    _answered = 0
+
+    def __init__(self, send: Send, run: FlowRun) -> None:
+        self.send = send
+        self.run = run
+        self.answers: list[Any] = [UNANSWERED] * len(send.operations)
+        self.places: list[Place] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all answers are there."""
+        answers = self.answers
+        at, end = self._answered, len(answers)
+        while at < end and answers[at] is not UNANSWERED:
+            at += 1
+        self._answered = at
+        return at == end
+
+    def answer(self, index: int, answer: Any) -> None:
+        """Take in the answer to one operation. A second one for the same is ignored."""
+        if self.answers[index] is UNANSWERED:
+            self.answers[index] = answer
+        self.tell()
+
+    def tell(self) -> None:
+        """Wake what waits, if all answers are there."""
+        raise NotImplementedError
+
+    # Into the lanes
+
+    def enqueue(self, identity: Identity) -> None:
+        """Put what is in no lane yet into the lanes."""
+        operations = self.send.operations
+        there = {id(operation) for place in self.places for operation in place[3]}
+        groups: dict[int, list[Operation]] = {}
+        for i, operation in enumerate(operations):
+            if there and id(operation) in there:
+                continue
+            operation.owner = self
+            operation.index = i
+            group = groups.get(operation.partition)
+            if group is None:
+                groups[operation.partition] = [operation]
+            else:
+                group.append(operation)
+        lanes = identity.lanes
+        for partition, group in groups.items():
+            self.put(lanes, lanes[partition], group)
+        self.catch_up(identity)
+
+    def put(self, lanes: list[Lane], lane: Lane, operations: Sequence[Operation]) -> None:
+        """Put operations into a lane; `catch_up` has to follow.
+
+        That they are there, and that this is known here, is one step that no signal handler can
+        come between: they would be sent twice, or never.
+        """
+        queue = lane.place(first=self.send.first)
+        place = (lanes, lane, queue, operations)
+        both: tuple[Callable[..., None], ...] = (queue.extend, self.places.append)
+        deque(map(call_function, both, (operations, place)), 0)
+
+    def catch_up(self, identity: Identity) -> None:
+        """Move operations on that a rebirth, or the end of one, has overtaken."""
+        lanes = identity.lanes
+        for i, (known, lane, queue, operations) in enumerate(self.places):
+            if known is not lanes:
+                new = lanes[lane.partition]
+                target = new.place(first=self.send.first)
+                for operation in operations:
+                    # Those that are gone are in a call, or the rebirth has moved them.
+                    move(operation, queue, target)
+                new.catch_up(target, operations)
+                self.places[i] = (lanes, new, target, operations)
+            elif queue is not lane.queue:
+                lane.catch_up(queue, operations)
+
+    def lanes(self) -> list[Lane]:
+        """Return the lanes in which answers are still to come, each once."""
+        answers = self.answers
+        return [
+            lane
+            for _, lane, _, operations in self.places
+            if any(answers[operation.index] is UNANSWERED for operation in operations)
+        ]
+
+
+def request_of(library: Library, partitions: Partitions, lane: Lane, call: Call) -> Request:
+    """Return the request that a call is sent as."""
+    name = "apply_free" if call.frees else "apply"
+    return library.request(name, partitions.prefixes[lane.partition], *call.arguments)
+
+
+class Receiver:
+    """Takes in what the server answers to the calls of lanes, and hands it to the tickets.
+
+    Args:
+        identity: Who it is.
+        explain: Turns an error of the server's into one that names the remedy.
+    """
+
+    def __init__(self, identity: Identity, explain: Explain) -> None:
+        self.identity = identity
+        self.explain = explain
+
+    def take(self, lane: Lane, call: Call, reply: Any) -> bool:
+        """Take in a reply to a call, or the error that there is none.
+
+        Returns:
+            Whether the lane can go on at once.
+        """
+        if not lane.is_under_way(call):
+            return True  # another frame or thread has sent the same, and was faster
+        if reply.__class__ is list:
+            told, again = lane.read(call, reply)
+            # Handed out before the lane goes on: an exception in between only makes it ask again.
+            self.deliver(told)
+            lane.advance(call, reply[1], again)
+            return True
+        if isinstance(reply, ResponseError):
+            return self._refused(lane, call, reply)
+        lane.no_answer()
+        return False
+
+    def _refused(self, lane: Lane, call: Call, error: ResponseError) -> bool:
+        kind, _, last = str(error).partition(" ")
+        if kind in REFUSALS:
+            told = lane.closed(call) if kind == "PHONONLOST" else []
+            if told:
+                self.deliver(told)
+                lane.advance(call, b"")
+                return True
+            self.identity.suspect(lane, kind, int(last or 0))
+            return False
+        again = call.error is not None
+        lane.refuse(self.explain(error), call)
+        return not again
+
+    def deliver(self, told: Iterable[tuple[Operation, Any]]) -> None:
+        """Hand answers to the tickets that wait for them."""
+        touched: list[Ticket] = []
+        ticket: Any = None
+        for operation, answer in told:
+            owner = operation.owner
+            if owner is None:
+                continue
+            if answer.__class__ is list and answer[0] == _FAILED:
+                text = answer[1].decode(ENCODING, "replace")
+                answer = self.explain(ResponseError(text))  # noqa: PLW2901 - the answer, as it is told
+            answers = owner.answers
+            if answers[operation.index] is UNANSWERED:
+                answers[operation.index] = answer
+            if owner is not ticket:
+                ticket = owner
+                touched.append(ticket)
+        for ticket in touched:
+            ticket.tell()
+
+
+def mailbox(partitions: Partitions, lane: Lane) -> bytes:
+    """Return the key of the list in which a process's waiters of a partition are told."""
+    return b"%bmailbox:%b" % (partitions.prefixes[lane.partition], lane.process)
+
+
+def waiter_of(mail: bytes) -> str:
+    """Return the waiter's name that a mail is for."""
+    return mail.decode(ENCODING, ERRORS)
+
+
+def is_nudge(waiter: str) -> bool:
+    """Return whether a mail is for the reader itself, which has to look at the mailboxes again."""
+    return waiter.endswith("/")
+
+
+# Executing
+
+
+def run_user_code(function: Callable[[], Any]) -> Outcome:
+    """Run the user's code, whatever it raises.
+
+    Raises:
+        BaseException: A signal handler's, after the code had come to its end.
+    """
+    box: deque[Any] = deque(maxlen=1)
+    token = EXECUTING.set(True)
+    try:
+        # One step: an interrupt behind the code's end must not make it run again.
+        box.extend(map(call_function, (function,)))
+    except BaseException as error:
+        if box:
+            raise
+        return Outcome(error=error)
+    finally:
+        EXECUTING.reset(token)
+    if not box:
+        return Outcome(error=RuntimeError(f"{name_of(function)} raised StopIteration"))
+    return Outcome(box[0])
+
+
+def check_result(function: Callable[[], Any], outcome: Outcome, *, is_async: bool) -> Outcome:
+    """Return the outcome, or an error if the result shows that the user's code never ran."""
+    value = outcome.value
+    if isgenerator(value) or isasyncgen(value):
+        if isgenerator(value):
+            value.close()
+        return Outcome(
+            error=TypeError(
+                f"{name_of(function)} never ran: it has a yield in it, so calling it only makes a "
+                "generator"
+            )
+        )
+    if not is_async and isawaitable(value):
+        if iscoroutine(value):
+            value.close()
+        return Outcome(
+            error=TypeError(
+                f"{name_of(function)} is a coroutine function, and this process has no event loop: "
+                "use phonon.aio, with AsyncProcess and AsyncUpdate"
+            )
+        )
+    return outcome
+
+
+def name_of(function: Any) -> str:
+    """Return the name of a function, for people."""
+    function = getattr(function, "func", function)  # of a partial
+    return str(getattr(function, "__qualname__", function))

@@ -1,0 +1,389 @@
+"""One server, or the primary that a sentinel names: sends requests, survives lost connections."""
+
+import logging
+import random
+import re
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from phonon._core.settings import Durability
+from phonon._protocol.library import Request
+from phonon._transport import failures
+from phonon._transport.failures import is_passing, lacks_library
+from phonon._transport.steps import GONE, Invoke, Node, Pause, RoundTrip, Share, Steps
+from phonon.errors import ConfigurationError, ConnectionLostError, ServerError, ServerTooOldError
+
+__all__ = ["FIRST_PAUSE", "Library", "Reply", "Request", "Server", "after_fork_in_child"]
+
+log = logging.getLogger("phonon")
+
+#: Seconds; the pauses between attempts to reach a server double from the first to the longest.
+FIRST_PAUSE = 0.01
+LONGEST_PAUSE = 1.0
+#: Seconds that are no time at all: timers are early by less.
+AT_ONCE = 0.001
+#: Seconds that an attempt gets at the least, however little is left of the caller's patience.
+SHORTEST_TIMEOUT = 0.05
+#: Seconds that the server may be late with the answer to a wait.
+WAIT_GRACE = 5.0
+#: Seconds that it may be late with a confirmation: it looks at its clock ten times a second.
+CONFIRM_GRACE = 1.0
+#: Seconds before `Server.wait` returns if the server is gone.
+WAIT_PAUSE = 0.1
+
+UNANSWERED = object()
+
+#: The answer to a request: the server's, its error, or ours if there is none.
+Reply: TypeAlias = Any | ResponseError | ConnectionLostError
+
+
+class Library(Protocol):
+    """The function library that the server must have."""
+
+    @property
+    def name(self) -> str:
+        """Its name, which changes with its text."""
+
+    @property
+    def source(self) -> str:
+        """Its text."""
+
+
+_servers: "weakref.WeakSet[Server]" = weakref.WeakSet()
+
+
+def after_fork_in_child() -> None:
+    """Drop the connections of all servers: the parent talks on them."""
+    for server in list(_servers):
+        server.forget_connections()
+
+
+class Server:
+    """Sends requests to one Redis or Valkey server.
+
+    Args:
+        node: Makes the connections.
+        library: The function library, loaded when the server lacks it.
+        address: The server's name in messages, without a password.
+        longest_pause: Seconds between two attempts, at the most.
+        durability: How safe data must be before a request that wants confirmation is answered.
+
+    Attributes:
+        troubles: How many attempts have left a request unanswered.
+    """
+
+    #: Whether one ``BLPOP`` may name lists of several partitions.
+    colocated = True
+
+    def __init__(
+        self,
+        node: Node,
+        library: Library,
+        address: str,
+        *,
+        longest_pause: float = LONGEST_PAUSE,
+        durability: Durability | None = None,
+    ) -> None:
+        self.library = library
+        self.address = address
+        self.longest_pause = longest_pause
+        self.durability = durability
+        self.troubles = 0
+        self._node = node
+        _servers.add(self)
+
+    def start(self) -> Steps[None]:
+        """Check that there is a server we can work with, and load the library.
+
+        Raises:
+            ServerUnreachableError: Nothing answers.
+            AuthenticationError: The server wants other credentials.
+            ServerTooOldError: It has no Functions.
+            ConfigurationError: It is a node of a cluster, a sentinel or a replica, or cannot
+                confirm what ``durability`` demands.
+        """
+        try:
+            yield from self._prepare(self._node, check_mode=True)
+        except GONE as error:
+            raise failures.unreachable(self.address, error) from error
+        except ResponseError as error:
+            raise self.explain(error) from error
+
+    def exchange(
+        self, requests: Sequence[Request], patience: float, *, confirm: bool = False
+    ) -> Steps[list[Reply]]:
+        """Send requests together, and repeat those that are not answered.
+
+        Args:
+            requests: The requests; a repeated one is the same, byte for byte.
+            patience: Seconds after the first sending in which they are repeated; with 0 they are
+                sent once.
+            confirm: Whether answers count only once data is as safe as ``durability`` demands.
+
+        Returns:
+            For each request, in order, its answer, or the error.
+        """
+        replies: list[Reply] = [UNANSWERED] * len(requests)
+        unanswered: list[int] = list(range(len(requests)))
+        give_up = time.monotonic() + patience
+        pause = FIRST_PAUSE
+        limit: float | None = patience or None
+        while True:
+            failure = yield from self._attempt(requests, unanswered, replies, limit, confirm)
+            unanswered = [i for i in unanswered if replies[i] is UNANSWERED]
+            if not unanswered:
+                return replies
+            self.troubles += 1
+            left = give_up - time.monotonic()
+            if left < AT_ONCE or isinstance(failure, failures.REFUSED):
+                for i in unanswered:
+                    replies[i] = self.lost(failure)  # one each: a traceback grows as it is raised
+                return replies
+            yield Pause(min(left, pause * random.uniform(0.5, 1.0)))  # noqa: S311 - no secret
+            pause = min(pause * 2, self.longest_pause)
+            limit = max(give_up - time.monotonic(), SHORTEST_TIMEOUT)
+
+    def wait(self, keys: Sequence[bytes], timeout: float) -> Steps[tuple[bytes, bytes] | None]:
+        """Wait for an element in lists and take it, on a connection of its own.
+
+        Args:
+            keys: The lists; in a cluster all of one slot.
+            timeout: Seconds.
+
+        Returns:
+            The list and the element; None if none came in time, or the server is gone.
+
+        Raises:
+            ServerError: The server refuses to wait.
+        """
+        node = self.node_of(keys[0])
+        words = (b"BLPOP", *keys, b"%.3f" % max(timeout, 0.001))
+        share = Share(node, [words], timeout + WAIT_GRACE, alone=True)
+        yield RoundTrip([share])
+        reply = share.replies[0] if share.replies else None
+        if share.failure is not None or (isinstance(reply, ResponseError) and is_passing(reply)):
+            # An error wakes us where the server is no primary any more, or not of this slot.
+            if isinstance(reply, ResponseError):
+                self._note(node, reply)
+            yield Pause(min(timeout, WAIT_PAUSE))
+            return None
+        if isinstance(reply, ResponseError):
+            raise self.explain(reply, keys)
+        return None if reply is None else (reply[0], reply[1])
+
+    def close(self) -> Steps[None]:
+        """Close the connections; a wait in another thread ends."""
+        yield Invoke(self._node.close)
+
+    def forget_connections(self) -> None:
+        """Drop the connections after a fork, for they are the parent's."""
+        self._node.forget()
+
+    def node_of(self, key: bytes) -> Node:  # noqa: ARG002 - a cluster wants to know
+        """Return the node that has a key."""
+        return self._node
+
+    def explain(self, error: ResponseError, keys: Sequence[bytes | str] = ()) -> Exception:
+        """Turn an answer that is an error into one that names the remedy."""
+        return failures.explain(self.address, error, keys)
+
+    def lost(self, error: BaseException | None) -> ConnectionLostError:
+        """Return the error for a server that stopped answering in the middle of a call."""
+        return failures.lost(self.address, error)
+
+    # One attempt
+
+    def _attempt(
+        self,
+        requests: Sequence[Request],
+        indices: Sequence[int],
+        replies: list[Reply],
+        limit: float | None,
+        confirm: bool,
+    ) -> Steps[BaseException | None]:
+        """Send requests once and take their answers.
+
+        Those that must be sent again stay unanswered.
+
+        Returns:
+            Why there are any.
+        """
+        shares: dict[Node, list[int]] = {}
+        for i in indices:
+            shares.setdefault(self.node_of(requests[i].key), []).append(i)
+        confirm = confirm and self.durability is not None
+        sent = [
+            self._share(node, [requests[i].words for i in mine], limit, confirm)
+            for node, mine in shares.items()
+        ]
+        yield RoundTrip(sent)
+        failure: BaseException | None = None
+        for share, mine in zip(sent, shares.values(), strict=True):
+            problem = yield from self._take(share, mine, replies, confirm)
+            failure = problem or failure
+        return failure
+
+    def _share(
+        self, node: Node, commands: list[tuple[bytes, ...]], limit: float | None, confirm: bool
+    ) -> Share:
+        timeout = node.reply_timeout if limit is None else min(node.reply_timeout, limit)
+        if confirm and self.durability is not None:
+            # Alone: whoever comes behind it on the same connection would wait for the disk too.
+            commands = [*commands, self.durability.command]
+            timeout += self.durability.timeout + CONFIRM_GRACE
+            return Share(node, commands, timeout, alone=True)
+        return Share(node, commands, timeout)
+
+    def _take(
+        self, share: Share, indices: Sequence[int], replies: list[Reply], confirm: bool
+    ) -> Steps[BaseException | None]:
+        """Take the answers of a share; returns why some of its requests have none."""
+        if isinstance(share.failure, ResponseError):
+            # While connecting: the database, or the right to use it, has gone.
+            for i in indices:
+                replies[i] = share.failure
+            return None
+        failure = share.failure
+        safe = not confirm or self._is_safe(share, len(indices))
+        lacking = []
+        for i, reply in zip(indices, share.replies, strict=False):
+            if isinstance(reply, ResponseError) and (is_passing(reply) or lacks_library(reply)):
+                failure = failure or reply
+                self._note(share.node, reply)
+                if lacks_library(reply):
+                    lacking.append(i)
+            elif safe or isinstance(reply, ResponseError):
+                replies[i] = reply
+            # An unconfirmed one is repeated, which changes nothing and asks once more.
+        if lacking:
+            failure = (yield from self._reload(share.node, lacking, replies)) or failure
+        if not safe and failure is None:
+            failure = RedisTimeoutError(f"data is not as safe as {self.durability} demands")
+        return failure
+
+    def _reload(
+        self, node: Node, indices: Sequence[int], replies: list[Reply]
+    ) -> Steps[BaseException | None]:
+        """Load the library for requests that missed it; they have the error if that is refused."""
+        problem = yield from self._load(node)
+        if isinstance(problem, ResponseError) and not is_passing(problem):
+            for i in indices:
+                replies[i] = problem
+        return problem
+
+    def _is_safe(self, share: Share, count: int) -> bool:
+        """Return whether the server has confirmed that the share's data is safe."""
+        if self.durability is None or len(share.replies) <= count:
+            return False
+        reply = share.replies[count]
+        # An error: the append-only file was switched off, or the server is no primary now.
+        return not isinstance(reply, ResponseError) and self.durability.is_reached(reply)
+
+    def _note(self, node: Node, error: ResponseError) -> None:
+        """Learn from an error that will pass."""
+        if str(error).startswith(failures.DEMOTED):
+            node.retire()
+
+    # Single commands
+
+    def _commands(self, node: Node, *commands: tuple[bytes, ...]) -> Steps[list[Any]]:
+        """Send commands to one node; returns their answers or errors.
+
+        Raises:
+            Exception: One of `GONE`, or a ``ResponseError`` while connecting.
+        """
+        share = Share(node, list(commands), node.reply_timeout)
+        yield RoundTrip([share])
+        if share.failure is not None:
+            raise share.failure
+        return share.replies
+
+    def _load(self, node: Node) -> Steps[BaseException | None]:
+        """Load the library; returns why that did not work."""
+        try:
+            command = (b"FUNCTION", b"LOAD", self.library.source.encode())
+            reply = (yield from self._commands(node, command))[0]
+        except (*GONE, ResponseError) as error:
+            return error
+        if isinstance(reply, ResponseError) and "already exists" not in str(reply):
+            return reply
+        return None  # loaded, by us or by somebody a moment earlier
+
+    # The start
+
+    def _prepare(self, node: Node, *, check_mode: bool) -> Steps[None]:
+        """Check one server, and load the library there."""
+        info = (yield from self._commands(node, (b"INFO",)))[0]
+        # A user who may not ask is no reason not to start: what is wrong shows in what fails.
+        facts = _facts(info) if isinstance(info, bytes) else {}
+        if check_mode:
+            self._check_mode(node, facts)
+        problem = yield from self._load(node)
+        if problem is not None:
+            text = str(problem)
+            if "unknown command" in text.lower():
+                raise self._too_old(facts) from problem
+            if isinstance(problem, ResponseError) and is_passing(problem):
+                raise RedisConnectionError(text)
+            raise problem
+        policy = facts.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            log.warning(
+                "%s has maxmemory-policy %s: under memory pressure it deletes keys that Phonon "
+                "needs; set maxmemory-policy noeviction there",
+                self.address,
+                policy,
+            )
+        yield from self._check_durability(node, facts)
+
+    def _check_mode(self, node: Node, facts: dict[str, str]) -> None:
+        if facts.get("cluster_enabled") == "1":
+            raise ConfigurationError(
+                f"{self.address} is a node of a cluster: connect with redis+cluster://host:port"
+            )
+        if "sentinel" in (facts.get("redis_mode"), facts.get("server_mode")):
+            raise ConfigurationError(
+                f"{self.address} is a sentinel: connect with redis+sentinel://host:port/service"
+            )
+        if facts.get("role") == "slave" and node.service is None:
+            primary = f"{facts.get('master_host')}:{facts.get('master_port')}"
+            raise ConfigurationError(
+                f"{self.address} is a replica; its primary is at {primary}: connect there"
+            )
+
+    def _check_durability(self, node: Node, facts: dict[str, str]) -> Steps[None]:
+        """Check that the server can confirm what is demanded."""
+        if self.durability is None:
+            return
+        reason = None
+        if self.durability.fsync and facts.get("aof_enabled") == "0":
+            reason = "its appendonly is no"
+        else:
+            command = self.durability._replace(replicas=0, timeout=0.001).command
+            reply = (yield from self._commands(node, command))[0]
+            reason = str(reply) if isinstance(reply, ResponseError) else None
+        if reason is not None:
+            raise ConfigurationError(
+                f"{self.address} cannot confirm that data is safe ({reason}): fsync needs Redis "
+                "7.2 or Valkey 7.2 with appendonly yes; without, use Durability(fsync=False)"
+            )
+
+    def _too_old(self, facts: dict[str, str]) -> ServerError:
+        version = facts.get("redis_version")
+        runs = f"Redis {version}" if version else "an unknown version"
+        return ServerTooOldError(
+            f"{self.address} runs {runs}, which has no Functions: Phonon needs Redis 7.0 "
+            "or Valkey 7.2 at the least"
+        )
+
+
+def _facts(info: bytes) -> dict[str, str]:
+    """Return what ``INFO`` says."""
+    lines: Iterable[str] = re.split(r"\r?\n", info.decode(errors="replace"))
+    return dict(line.split(":", 1) for line in lines if ":" in line)

@@ -1,0 +1,785 @@
+"""Runs flows in threads, without a thread of its own: callers send for each other.
+
+The caller whose lane is idle becomes its *leader*: it sends all that queues there, and hands out
+the answers (group commit). Behind its own answer it gives the lane up and wakes one of those that
+wait.
+
+A signal handler, a finalizer or a trace function may call in the middle of a call of the same
+thread, and a signal handler may raise, at any bytecode. So nothing here is right only because one
+thread does it: two leaders of one lane send the same bytes and hand out the same answers, which
+changes nothing (see `phonon._protocol.lane`). To lead is a claim in a dictionary, which keeps
+others from doing the same work. A claim of an outer frame of one's own thread, or of a frame that
+an exception has ended, is taken over.
+"""
+
+import contextvars
+import itertools
+import logging
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, wait
+from operator import call as call_function
+from typing import Any, TypeVar, cast
+
+from redis.exceptions import ResponseError
+
+from phonon._core.flows import (
+    CALLER_GONE,
+    FLUSH,
+    AnyEffect,
+    AwaitMail,
+    Branch,
+    Done,
+    Execute,
+    Flow,
+    FlowRun,
+    Job,
+    Outcome,
+    Read,
+    Send,
+    Sleep,
+    Wait,
+)
+from phonon._protocol.lane import Call, Lane, State
+from phonon._protocol.library import Library
+from phonon._protocol.operations import Operation
+from phonon._transport import sync_io
+from phonon._transport.driving import (
+    UNANSWERED,
+    Explain,
+    Identity,
+    Receiver,
+    Ticket,
+    check_result,
+    clock,
+    exchange,
+    is_nudge,
+    mailbox,
+    request_of,
+    run_user_code,
+    waiter_of,
+)
+from phonon._transport.server import FIRST_PAUSE, Server
+from phonon.errors import ConnectionLostError, ServerUnreachableError
+
+log = logging.getLogger("phonon")
+
+T = TypeVar("T")
+
+#: Seconds after which a waiting thread looks whether its lane still has a leader.
+LOOK_AGAIN = 0.1
+#: Seconds of user code after which finished batches are completed before more are executed.
+SLICE = 0.5
+#: Seconds for which mail that nobody waits for yet is kept, and how much of it.
+KEEP_MAIL = 10.0
+MOST_MAIL = 1000
+#: How often to try to keep a flow, if signals keep interrupting that.
+ATTEMPTS = 100
+#: Seconds between two questions where the thread's own outer frame reads the mail.
+POLL = 0.05
+
+_get_ident = threading.get_ident
+
+
+class Bell:
+    """Wakes one thread. It may ring before, and more than once.
+
+    Unlike a `threading.Event` it has no lock that a signal handler could meet in the middle.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """Wake the thread that waits, now or as soon as it does."""
+        try:  # noqa: SIM105 - on the way of each answer
+            self._lock.release()
+        except RuntimeError:
+            pass  # it rings already
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it rings, which ends with that. Return whether it has."""
+        return self._lock.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
+
+
+class _Ticket(Ticket):
+    """A ticket that a thread waits for.
+
+    Args:
+        send: The effect.
+        run: Whose.
+
+    Attributes:
+        bell: Wakes the thread, while it waits.
+        driver: Told if all answers are there and no thread waits.
+    """
+
+    bell: Bell | None = None
+    driver: "ThreadDriver"
+
+    def tell(self) -> None:
+        """Wake the thread, or tell that the flow can go on in the background."""
+        bell = self.bell
+        if bell is not None:
+            if self.is_done:
+                bell.set()
+        elif self.run.caller_gone and self.is_done:
+            self.driver.on_ready(self.run)
+
+
+class _Leader:
+    """A claim to something that one thread does for all."""
+
+    __slots__ = ("thread",)
+
+    def __init__(self) -> None:
+        self.thread = _get_ident()
+
+
+class _Claims:
+    """Who leads what. A claim is one atomic step."""
+
+    def __init__(self) -> None:
+        self._leaders: dict[Hashable, _Leader] = {}
+        # A claim is alive as long as one of these runs with it in its variable ``leader``.
+        self.codes: set[Any] = set()
+
+    def claim(self, thing: Hashable, leader: _Leader) -> bool:
+        """Try to become the leader. One's own thread's outer frame gives way."""
+        other = self._leaders.setdefault(thing, leader)
+        if other is leader:
+            return True
+        if other.thread == leader.thread:
+            self._leaders[thing] = leader
+            return True
+        return False
+
+    def claim_from_the_dead(self, thing: Hashable, leader: _Leader) -> bool:
+        """Become the leader if the one that is does not run any more."""
+        other = self._leaders.get(thing)
+        if other is not None and self._runs(other):
+            return False
+        self._leaders[thing] = leader
+        return True
+
+    def is_free(self, thing: Hashable) -> bool:
+        """Return whether nobody leads."""
+        return thing not in self._leaders
+
+    def leads_in_this_thread(self, thing: Hashable, leader: _Leader) -> bool:
+        """Return whether an outer frame leads."""
+        other = self._leaders.get(thing)
+        return (
+            other is not None
+            and other is not leader
+            and other.thread == leader.thread
+            and self._runs(other)
+        )
+
+    def release(self, thing: Hashable, leader: _Leader) -> None:
+        """Give up a claim, if there is one."""
+        if self._leaders.get(thing) is leader:
+            self._leaders.pop(thing, None)
+
+    def forget(self) -> None:
+        """Nobody leads, in a forked child."""
+        self._leaders = {}
+
+    def _runs(self, leader: _Leader) -> bool:
+        """Return whether the frame that leads still runs.
+
+        A signal handler's exception may have ended it before it gave up its claim.
+        """
+        frame = sys._current_frames().get(leader.thread)  # noqa: SLF001 - documented, in spite of its name
+        while frame is not None:
+            if frame.f_code in self.codes and frame.f_locals.get("leader") is leader:
+                return True
+            frame = frame.f_back
+        return False
+
+
+class ThreadWorker:
+    """A flow in a thread of the background.
+
+    Args:
+        thread: The thread.
+    """
+
+    def __init__(self, thread: threading.Thread) -> None:
+        self._thread = thread
+
+    def is_alive(self) -> bool:
+        """Return whether it has not ended yet."""
+        return self._thread.is_alive()
+
+    def is_me(self) -> bool:
+        """Return whether it is the one that asks."""
+        return self._thread is threading.current_thread()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until it has ended, for so many seconds at the most."""
+        self._thread.join(timeout)
+
+
+class ThreadDriver:
+    """Runs the flows of one process in the threads that call it.
+
+    Args:
+        server: Where calls go.
+        library: Names the server's functions.
+        identity: Whose lanes they go through.
+        retry_timeout: Seconds after which a caller is told that there is no answer.
+        explain: Turns an error of the server's into one that names the remedy.
+        executor: Where the user's code runs, if not in the calling thread.
+        slice: Seconds of user code after which an `Execute` returns with what is done.
+
+    Attributes:
+        on_detached: Told a flow whose caller has gone. `resume` goes on with it.
+        on_ready: Told a detached flow that has its answers.
+    """
+
+    is_async = False
+    clock = staticmethod(clock)
+
+    def __init__(
+        self,
+        server: Server,
+        library: Library,
+        identity: Identity,
+        *,
+        retry_timeout: float,
+        explain: Explain | None = None,
+        executor: Executor | None = None,
+        slice: float = SLICE,  # noqa: A002 - the setting's name
+    ) -> None:
+        self.server = server
+        self.library = library
+        self.identity = identity
+        self.retry_timeout = retry_timeout
+        self.explain = explain or server.explain
+        self.executor = executor
+        self.slice = slice
+        self.on_detached: Callable[[FlowRun], object] = lambda _: None
+        self.on_ready: Callable[[FlowRun], object] = lambda _: None
+        self._receiver = Receiver(identity, self.explain)
+        self._claims = _Claims()
+        self._claims.codes |= {
+            ThreadDriver._send.__code__,
+            ThreadDriver._lead.__code__,
+            ThreadDriver._await_mail.__code__,
+        }
+        self._waiting: dict[_Ticket, None] = {}
+        self._mail = _Mail()
+        self._trouble: Exception | None = None
+        self._closed = False
+        identity.on_rebirth(self.look_again)
+
+    # Flows
+
+    def run(self, flow: Flow[T], name: str = "") -> T:
+        """Run a flow to its end.
+
+        Raises:
+            ConnectionLostError: The server has not answered for `retry_timeout` seconds. The flow
+                goes on in the background.
+            BaseException: What the flow raises.
+        """
+        run = FlowRun(flow, name)
+        try:
+            run.advance(None)
+            return cast("T", self._go_on(run))
+        except BaseException as error:
+            self._left(run, error)
+            raise
+
+    def resume(self, run: FlowRun) -> Any:
+        """Go on with a flow whose caller has gone, in this thread.
+
+        Raises:
+            ConnectionLostError: There still is no answer; `on_detached` is told again.
+            BaseException: What the flow raises.
+        """
+        run.caller_gone = True
+        if run.is_over:
+            return None
+        try:
+            return self._go_on(run)
+        except BaseException:
+            if not run.is_over:
+                self.on_detached(run)
+            raise
+
+    def detached_ready(self, run: FlowRun) -> bool:
+        """Return whether a flow has what it waits for."""
+        ticket = run.ticket
+        if ticket is None or run.is_over or ticket.send is not run.effects[0]:
+            return True
+        # What was not put into a lane yet is sent when the flow goes on.
+        placed = sum(len(operations) for _, _, _, operations in ticket.places)
+        return ticket.is_done or placed < len(ticket.answers)
+
+    def spawn(self, flow: Flow[Any], name: str) -> ThreadWorker:
+        """Run a flow in the background.
+
+        Raises:
+            RuntimeError: It is too late for that: the interpreter is ending.
+        """
+        run = FlowRun(flow, name, background=True)
+        thread = threading.Thread(target=self._work, args=(run,), name=name, daemon=True)
+        thread.start()
+        return ThreadWorker(thread)
+
+    def _work(self, run: FlowRun) -> None:
+        try:
+            run.advance(None)
+            self._go_on(run)
+        except Exception:
+            log.exception("%s has failed", run.name)
+
+    def _go_on(self, run: FlowRun) -> Any:
+        effects = run.effects
+        while True:
+            effect = effects[0]
+            if effect.__class__ is Send:
+                try:
+                    reply = self._send(run, effect)
+                except ConnectionLostError as error:
+                    if not run.background:
+                        raise
+                    run.throw(error)
+                    continue
+                run.has_sent = True
+            elif effect.__class__ is Done:
+                return effect.value
+            else:
+                reply = self._perform(run, cast("AnyEffect", effect))
+            run.advance(reply)
+
+    def _left(self, run: FlowRun, error: BaseException) -> None:
+        """The caller goes with an error: go on in the background with what has begun."""
+        problem: BaseException | None = None
+        for _ in range(ATTEMPTS):
+            try:
+                if run.is_over:
+                    return
+                ticket = run.ticket
+                if not run.has_sent and not (ticket is not None and ticket.places):
+                    # Nobody has seen anything of it: it ends, and may yet have something to undo.
+                    run.caller_gone = True
+                    self._break_off(run, error)
+                    if run.is_over:
+                        return
+                run.caller_gone = True
+                self.on_detached(run)
+            except BaseException as another:  # noqa: BLE001 - a signal's: the first one is raised
+                problem = another
+            else:
+                return
+        log.error("%r cannot go on in the background", run, exc_info=problem)
+
+    @staticmethod
+    def _break_off(run: FlowRun, error: BaseException) -> None:
+        try:
+            if run.effects:
+                run.throw(error)
+            else:
+                run.flow.close()
+        except BaseException as other:
+            if other is not error and not run.is_over:
+                raise
+
+    # Sending
+
+    def _send(self, run: FlowRun, send: Any) -> list[Any]:
+        operations = send.operations
+        ticket = run.ticket
+        if ticket is None or ticket.send is not send:
+            ticket = _Ticket(send, run)
+            ticket.driver = self
+            run.ticket = ticket
+        identity = self.identity
+        deadline = time.monotonic() + self.retry_timeout
+        if len(operations) == 1 and not ticket.places and self.server.durability is None:
+            # As `_await` does for many, without the bookkeeping: it costs a third of a round trip.
+            operation = operations[0]
+            lanes = identity.lanes
+            lane = lanes[operation.partition]
+            queue = lane.place(first=send.first)
+            operation.owner = ticket
+            operation.index = 0
+            place = (lanes, lane, queue, operations)
+            steps = map(call_function, (queue.append, ticket.places.append), (operation, place))
+            deque(steps, 0)
+            leader = _Leader()
+            try:
+                if queue is lane.queue and self._claims.claim(lane, leader):
+                    call = lane.next_call()
+                    if call is not None:
+                        request = request_of(self.library, identity.partitions, lane, call)
+                        reply = sync_io.exchange_now(self.server, request)
+                        if reply is not None:
+                            self._receiver.take(lane, call, reply)
+            finally:
+                self._claims.release(lane, leader)
+            if ticket.answers[0] is not UNANSWERED:
+                if lane.queue:
+                    self._pass_on(lane)
+                return cast("list[Any]", ticket.answers)
+        elif operations:
+            ticket.enqueue(identity)
+        self._await(ticket, deadline)
+        return cast("list[Any]", ticket.answers)
+
+    def _await(self, ticket: _Ticket, deadline: float) -> None:
+        """Lead or wait until all answers are there.
+
+        Raises:
+            ConnectionLostError: They do not come in time.
+        """
+        bell = ticket.bell = Bell()
+        self._waiting[ticket] = None
+        lanes: Sequence[Lane] = ()
+        pause = FIRST_PAUSE
+        steal = False
+        try:
+            while not ticket.is_done:
+                ticket.catch_up(self.identity)
+                before, lanes = lanes, ticket.lanes()
+                if len(before) > len(lanes):
+                    # We do not come back to these, and may wait for one who waits for them.
+                    for lane in set(before).difference(lanes):
+                        self._pass_on(lane)
+                left = deadline - time.monotonic()
+                sent = left > 0 and self._lead(lanes, left, steal=steal)
+                if ticket.is_done:
+                    break
+                if sent:
+                    pause = FIRST_PAUSE
+                    steal = False
+                    continue
+                left = deadline - time.monotonic()
+                if left <= 0 or (
+                    ticket.run.background
+                    and ticket.send.first
+                    and any(lane.state is State.FENCED for lane in lanes)
+                ):
+                    # The heartbeat's own flow must not wait for a rebirth, which is its to do.
+                    raise self._lost()
+                steal = not bell.wait(min(left, pause))
+                pause = min(pause * 2, LOOK_AGAIN)
+        finally:
+            ticket.bell = None
+            self._waiting.pop(ticket, None)
+            for lane in lanes:
+                self._pass_on(lane)
+
+    def _lead(self, lanes: Sequence[Lane], patience: float, *, steal: bool = False) -> bool:
+        """Send once what those of some lanes have that nobody leads.
+
+        Args:
+            lanes: The lanes.
+            patience: Seconds in which to repeat what is not answered.
+            steal: Whether to look if those who lead still run.
+
+        Returns:
+            Whether something was answered, so that it is worth looking again at once.
+        """
+        claims = self._claims
+        leader = _Leader()
+        try:
+            calls: list[tuple[Lane, Call]] = []
+            for lane in lanes:
+                if claims.claim(lane, leader) or (
+                    steal and claims.claim_from_the_dead(lane, leader)
+                ):
+                    call = lane.next_call()
+                    if call is not None:
+                        calls.append((lane, call))
+            return bool(calls) and self._exchange(calls, patience)
+        finally:
+            for lane in lanes:
+                claims.release(lane, leader)
+
+    def _exchange(self, calls: Sequence[tuple[Lane, Call]], patience: float) -> bool:
+        partitions = self.identity.partitions
+        requests = [request_of(self.library, partitions, lane, call) for lane, call in calls]
+        server = self.server
+        if not server.colocated:
+            # The lanes of nodes that answer do not wait for one that does not.
+            patience = 0
+        until = time.monotonic() + patience
+        sent = [call for _, call in calls]
+        replies = sync_io.run(exchange(server, requests, sent, patience))
+        moved = False
+        lost: Exception | None = None
+        for (lane, call), reply in zip(calls, replies, strict=True):
+            if isinstance(reply, Exception):
+                self._trouble = reply
+                if isinstance(reply, ConnectionLostError):
+                    lost = reply
+            moved = self._receiver.take(lane, call, reply) or moved
+        if lost is not None and time.monotonic() < until:
+            raise lost  # given up early: the server does not let us in
+        return moved
+
+    def _pass_on(self, lane: Lane) -> None:
+        """Wake one of those that wait for a lane without a leader."""
+        if not lane.has_work or not self._claims.is_free(lane):
+            return
+        call = lane.call
+        queued = itertools.chain(call.operations if call is not None else (), _copy(lane.queue))
+        for operation in queued:
+            bell = getattr(operation.owner, "bell", None)
+            if bell is not None:
+                bell.set()
+                return
+
+    def _lost(self) -> ConnectionLostError:
+        trouble = self._trouble
+        if isinstance(trouble, ConnectionLostError):
+            return ConnectionLostError(*trouble.args)
+        if isinstance(trouble, ResponseError):
+            trouble = self.explain(trouble)
+        return self.server.lost(trouble)
+
+    def deliver(self, operation: Operation, answer: Any) -> None:
+        """Hand the answer to an operation, which a rebirth has found, to the thread that waits."""
+        self._receiver.deliver(((operation, answer),))
+
+    def flush(self, patience: float = 0.0) -> None:
+        """Send once what is queued in lanes that nobody leads."""
+        lanes = [lane for lane in self.identity.lanes if lane.has_work]
+        self._lead(lanes, patience, steal=True)
+        for lane in lanes:
+            self._pass_on(lane)
+
+    def look_again(self) -> None:
+        """Wake all that wait: their lanes or mailboxes are others now."""
+        for ticket in _copy(self._waiting):
+            bell = ticket.bell
+            if bell is not None:
+                bell.set()
+        self._mail.wake_all()
+
+    # Everything else
+
+    def _perform(self, run: FlowRun, effect: AnyEffect) -> Any:  # noqa: PLR0911 - one an effect
+        if isinstance(effect, Read):
+            return self._read(effect)
+        if isinstance(effect, Execute):
+            return self._execute(effect.jobs)
+        if isinstance(effect, Wait):
+            return effect.signal.wait(effect.seconds)
+        if isinstance(effect, AwaitMail):
+            return not run.caller_gone and self._await_mail(effect)
+        if isinstance(effect, Sleep):
+            return None if run.caller_gone else time.sleep(effect.seconds)
+        if isinstance(effect, Branch):
+            return self._branch(effect)
+        if effect is FLUSH:
+            return self.flush()
+        if effect is CALLER_GONE:
+            return run.caller_gone
+        raise TypeError(f"a flow has yielded {effect!r}, which is no effect")
+
+    def _branch(self, effect: Branch) -> Outcome:
+        run = FlowRun(effect.flow)
+        run.caller_gone = True
+        try:
+            run.advance(None)
+            return Outcome(self._go_on(run))
+        except Exception as error:  # noqa: BLE001 - it is the result
+            self._left(run, error)
+            return Outcome(error=error)
+        except BaseException as error:
+            self._left(run, error)
+            raise
+
+    def _read(self, effect: Read) -> list[Any]:
+        patience = self.retry_timeout if effect.patience is None else effect.patience
+        replies = sync_io.run(self.server.exchange(effect.requests, patience))
+        for i, reply in enumerate(replies):
+            if isinstance(reply, ResponseError):
+                replies[i] = self.explain(reply)
+        return replies
+
+    def _execute(self, jobs: Sequence[Job]) -> None:
+        enough = time.monotonic() + self.slice
+        for job in jobs:
+            if job.outcome is None and job.running is None and not self._submit(job):
+                job.outcome = _outcome_of(job)
+                if time.monotonic() > enough:
+                    return
+        running = [job.running for job in jobs if job.outcome is None]
+        if running:
+            done, _ = wait(running, max(0.0, enough - time.monotonic()))
+            if not done and all(job.outcome is None for job in jobs):
+                wait(running, return_when=FIRST_COMPLETED)
+
+    def _submit(self, job: Job) -> bool:
+        """Have the executor run a job, if there is one that takes it."""
+        if self.executor is None or job.is_callers:
+            return False
+        try:
+            context = contextvars.copy_context()
+            job.running = self.executor.submit(context.run, _run_job, job)
+        except RuntimeError:  # it was shut down: what is to be done is done here
+            return False
+        return True
+
+    # Mail
+
+    def _await_mail(self, effect: AwaitMail) -> bool:
+        """Wait for mail. One of those that wait reads it for all of them."""
+        mail = self._mail
+        deadline = time.monotonic() + effect.seconds
+        generation = self.identity.lanes
+        group = None if self.server.colocated else effect.partition
+        bell = Bell()
+        leader = _Leader()
+        try:
+            mail.waiting[effect.waiter] = bell
+            mail.groups[bell] = group
+            if mail.take(effect.waiter):
+                return True
+            while not mail.was_told(bell):
+                left = deadline - time.monotonic()
+                if self._closed or self.identity.lanes is not generation:
+                    break  # who waits asks again
+                if left <= 0:
+                    return False
+                if self._claims.leads_in_this_thread(("mail", group), leader):
+                    # Our own outer frame may have our mail on its connection: ask again soon.
+                    bell.wait(min(left, POLL))
+                    break
+                if self._claims.claim(("mail", group), leader):
+                    self._read_mail(group, left)
+                elif not bell.wait(min(left, 2 * LOOK_AGAIN)):
+                    self._claims.claim_from_the_dead(("mail", group), leader)
+            return True
+        finally:
+            if mail.waiting.get(effect.waiter) is bell:
+                mail.waiting.pop(effect.waiter, None)
+            mail.groups.pop(bell, None)
+            mail.told.pop(bell, None)
+            self._claims.release(("mail", group), leader)
+            mail.wake_one(group)
+
+    def _read_mail(self, group: int | None, seconds: float) -> None:
+        """Read one mail, and hand it to the thread that it is for."""
+        lanes = self.identity.lanes
+        chosen = lanes if group is None else [lanes[group]]
+        keys = [mailbox(self.identity.partitions, lane) for lane in chosen]
+        try:
+            found = sync_io.run(self.server.wait(keys, seconds))
+        except ServerUnreachableError:
+            found = None
+            time.sleep(min(seconds, LOOK_AGAIN))
+        if found is not None:
+            self._mail.hand_out(waiter_of(found[1]))
+
+    # The rest
+
+    @staticmethod
+    def signal() -> Bell:
+        """Return something to wait for."""
+        return Bell()
+
+    @staticmethod
+    def me() -> threading.Thread:
+        """Return the thread that runs."""
+        return threading.current_thread()
+
+    @staticmethod
+    def my_name() -> str:
+        """Return the thread's name."""
+        return threading.current_thread().name
+
+    def check(self) -> None:
+        """Any thread may call."""
+
+    def close(self) -> None:
+        """Wake all that wait for mail: the process stops."""
+        self._closed = True
+        self._mail.wake_all()
+
+    def after_fork_in_child(self) -> None:
+        """Forget what threads of the parent do: they do not exist here."""
+        self._claims.forget()
+        self._waiting = {}
+        self._mail = _Mail()
+        self._trouble = None
+
+
+class _Mail:
+    """The threads that wait for mail, and mail that came before its thread waited."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, Bell] = {}
+        self.groups: dict[Bell, int | None] = {}
+        #: Threads that are woken by their mail, and not only to read.
+        self.told: dict[Bell, None] = {}
+        self._early: OrderedDict[str, float] = OrderedDict()
+
+    def hand_out(self, waiter: str) -> None:
+        """Wake the thread that a mail is for."""
+        bell = self.waiting.get(waiter)
+        if bell is not None:
+            self.told[bell] = None
+            bell.set()
+        elif is_nudge(waiter):
+            for bell in _copy(self.groups):
+                self.told[bell] = None
+                bell.set()
+        else:
+            # It was asked for already, but its thread does not wait yet.
+            self._early[waiter] = time.monotonic()
+            while len(self._early) > MOST_MAIL:
+                try:
+                    self._early.popitem(last=False)
+                except KeyError:
+                    break
+
+    def take(self, waiter: str) -> bool:
+        """Return whether a waiter's mail has come already."""
+        came = self._early.pop(waiter, None)
+        return came is not None and time.monotonic() - came < KEEP_MAIL
+
+    def was_told(self, bell: Bell) -> bool:
+        """Return whether there was mail for a thread."""
+        return bell in self.told
+
+    def wake_one(self, group: int | None) -> None:
+        """Wake a thread that reads from now on."""
+        for bell, its in _copy(self.groups.items()):
+            if its == group:
+                bell.set()
+                return
+
+    def wake_all(self) -> None:
+        """Wake all threads: they look who they are, and ask again."""
+        for bell in _copy(self.groups):
+            self.told[bell] = None
+            bell.set()
+
+
+def _run_job(job: Job) -> None:
+    job.outcome = _outcome_of(job)
+
+
+def _outcome_of(job: Job) -> Outcome:
+    return check_result(job.function, run_user_code(job.function), is_async=False)
+
+
+def _copy(things: Any) -> list[Any]:
+    while True:
+        try:
+            return list(things)
+        except RuntimeError:
+            continue  # they have changed meanwhile
