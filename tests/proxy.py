@@ -12,12 +12,19 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgpack
+
+from phonon._protocol.operations import Code
+
 #: What redis-py and Phonon say to a server besides the protocol's steps: always passed on.
 HOUSEKEEPING = frozenset({"hello", "auth", "client", "select", "ping", "info", "function", "type"})
+#: What heartbeats do, which come when they like.
+OF_HEARTBEATS = frozenset({"beat", "verify", "survey", "processes"})
 LENGTHS = frozenset(b"$=!")
 AGGREGATES = {b"*"[0]: 1, b"~"[0]: 1, b">"[0]: 1, b"%"[0]: 2}
 PUSH = b">"[0]
@@ -73,11 +80,15 @@ def words(request: bytes) -> list[bytes]:
 
 
 def step_of(request: bytes) -> str:
-    """The name of the step that a request calls, or of its command."""
+    """The first operation of a lane's call, the function of another call, or the command."""
     command, *rest = words(request)
-    if command.upper() == b"FCALL":
-        return rest[0].decode().partition("_")[2].partition("_")[2]
-    return command.decode().lower()
+    if command.upper() not in (b"FCALL", b"FCALL_RO"):
+        return command.decode().lower()
+    function = rest[0].decode().partition("_")[2].partition("_")[2]
+    if function in ("apply", "apply_free"):
+        operations = msgpack.unpackb(rest[-2], raw=True)
+        return Code(operations[0]).name.lower() if operations else "empty"
+    return function
 
 
 class Stream:
@@ -120,11 +131,12 @@ class Proxy:
         self.socket = str(self.folder / "s")
         self.url = f"unix://{self.socket}?db=1"
         self.steps: list[str] = []
-        self.ignored = frozenset({"beat"})
+        self.ignored = OF_HEARTBEATS
         self.on_reply: Callable[[str], None] = nothing
         self._upstream = upstream
         self._plan: Plan = nothing
         self._gone_then = False
+        self._going: set[int] = set()
         self._lock = threading.Lock()
         self._running = threading.Event()
         self._running.set()
@@ -170,7 +182,14 @@ class Proxy:
         self.cut()
 
     def back(self) -> None:
-        """Accept connections again."""
+        """Accept connections again, and lose nothing any more.
+
+        A client in a hurry may have given up before a fault has befallen its request.
+        """
+        if self._gone_then:
+            self.plan()
+        while self._going:
+            time.sleep(0.001)
         with self._lock:
             if self._listener is not None:
                 return
@@ -247,10 +266,20 @@ class Proxy:
                 self._clients.discard(client)
 
     def _relay(self, requests: Stream, replies: Stream) -> None:
-        client, upstream = requests.sock, replies.sock
-        request = requests.next(upstream)
+        request = requests.next(replies.sock)
         step = step_of(request)
         fault = self._decide(step)
+        try:
+            self._pass_on(requests, replies, request, step, fault)
+        finally:
+            if threading.get_ident() in self._going:
+                self.gone()
+                self._going.discard(threading.get_ident())
+
+    def _pass_on(
+        self, requests: Stream, replies: Stream, request: bytes, step: str, fault: Fault | None
+    ) -> None:
+        client, upstream = requests.sock, replies.sock
         self._running.wait()
         if fault is not Fault.LOST_REQUEST:
             upstream.sendall(request)
@@ -263,8 +292,6 @@ class Proxy:
             if fault is not Fault.LOST_REPLY:
                 client.sendall(reply[: len(reply) // 2] if fault else reply)
         if fault is not None:
-            if self._gone_then:
-                self.gone()
             raise Cut
 
     def _decide(self, step: str) -> Fault | None:
@@ -273,4 +300,7 @@ class Proxy:
         with self._lock:
             plan, number = self._plan, len(self.steps)
             self.steps.append(step)
-        return plan(number, step)
+            fault = plan(number, step)
+            if fault is not None and self._gone_then:
+                self._going.add(threading.get_ident())
+        return fault

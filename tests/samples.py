@@ -4,7 +4,8 @@ import threading
 from collections import Counter
 from typing import Any, ClassVar, NamedTuple
 
-from phonon import Process, Update, partials
+from phonon import Process, Update
+from phonon._core import classes
 
 
 class Written(NamedTuple):
@@ -47,7 +48,7 @@ def fresh() -> type[Tally]:
 
 def forget(kind: type[Update]) -> None:
     """As if this process had not imported a class."""
-    del partials._classes[f"{kind.__module__}.{kind.__qualname__}"]
+    classes.forget(kind)
 
 
 def put(kind: type[Tally], process: Process, record: Any, n: int = 1, **options: Any) -> Tally:

@@ -1,14 +1,13 @@
 """Distributed references, locks and session-aggregated updates over Redis or Valkey."""
 
 from phonon.cache import LruCache
-from phonon.drivers.server import Durability
+from phonon.dead_letters import Parked
 from phonon.errors import AlreadyLockedError, LockLostError, PhononError
 from phonon.lock import Lock, Semaphore
-from phonon.parked import Parked
 from phonon.process import Process
-from phonon.protocol.updates import RetryPolicy
 from phonon.reference import Reference
 from phonon.serializers import ExactSerializer, Serializer, SignedPickleSerializer
+from phonon.settings import Durability, RetryPolicy
 from phonon.update import ConflictFreeUpdate, Update
 
 __all__ = [

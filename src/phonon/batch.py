@@ -1,23 +1,227 @@
 """Many joins and partials in one exchange."""
 
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+import sys
+import weakref
+from collections.abc import Callable, Generator, Iterable, Sequence
+from inspect import GEN_CREATED, getgeneratorstate
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from phonon.drivers.sync import Task
-from phonon.protocol.effects import Flow
+from phonon._core.engine import Engine, errors_only
+from phonon._core.flows import Flow
+from phonon._core.outbox import Ending
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from phonon.engine import Engine
     from phonon.update import Update
 
-    #: An update whose session is to end, and what is called if that raises.
-    Ending = tuple[Update, Callable[[], None]]
+#: When so many updates have been collected, those of one record that nobody else has are merged.
+MANY = 1024
+#: What `sys.getrefcount` says of an object that only the function that asks has.
+_UNREFERENCED = 2
 
 
-class Batch:
+class Out(NamedTuple):
+    """An update whose session is to end.
+
+    Attributes:
+        update: The update.
+        failed: Called if that goes wrong, and the update may still have its data.
+    """
+
+    update: Any
+    failed: Callable[[], None]
+
+
+class BaseBatch:
+    """What `Batch` and `AsyncBatch` share: everything but the waiting.
+
+    Args:
+        engine: The process's.
+        durable: Whether to store the data of updates that are made with ``init_cache=False``.
+
+    Attributes:
+        is_open: Whether it collects.
+        joins: Resources to join, each with the update that opens its session, if there is one.
+        fresh: Updates to store. One that was merged into another may be among them.
+        merge_at: When there are more than so many, `shrink` is called.
+    """
+
+    def __init__(self, engine: Engine, *, durable: bool = True) -> None:
+        self.durable = durable
+        self.is_open = False
+        self.joins: dict[str, Any] = {}
+        self.fresh: list[Any] = []
+        self.merge_at = MANY
+        self._engine = engine
+        self._endings: dict[int, Out] = {}
+        self._depth = 0
+        self._outer: Any = None
+        self._pid = 0
+
+    # What is collected
+
+    def join(self, resource: str) -> None:
+        """Become a member of a resource when the block ends."""
+        self.joins.setdefault(resource)
+
+    def take_join(self, resource: str) -> bool:
+        """Remove a resource from those to be joined. Return whether it was one."""
+        if resource not in self.joins:
+            return False
+        del self.joins[resource]
+        return True
+
+    def add(self, update: "Update") -> None:
+        """Store what the update has unsent when the block ends."""
+        if update._batch_ is not self:
+            update._batch_ = self
+            self.fresh.append(update)
+
+    def replace(self, spent: "Update", update: "Update") -> None:
+        """Store an update into which another one was merged, in the place of that."""
+        fresh = self.fresh
+        last = bool(fresh) and fresh[-1] is spent and spent is not update
+        if update._batch_ is not self:
+            update._batch_ = self
+            if last:
+                fresh[-1] = update
+            else:
+                fresh.append(update)
+        elif last:
+            fresh.pop()
+
+    def shrink(self) -> None:
+        """Merge updates of the same record and class that nobody else has any more."""
+        waiting, self.fresh = self.fresh, []
+        waiting.reverse()  # the very list, or it would be one more reference to each
+        firsts: dict[tuple[str, type], Any] = {}
+        kept: list[Any] = []
+        while waiting:
+            update = waiting.pop()
+            first = firsts.setdefault((update.resource_id, type(update)), update)
+            # One that the user has may still be changed.
+            if first is not update and sys.getrefcount(update) <= _UNREFERENCED:
+                try:
+                    first.refresh(update)
+                except Exception:  # noqa: BLE001 - merging raises again when the batch is executed
+                    kept.append(update)
+            else:
+                kept.append(update)
+        self.fresh = kept + self.fresh
+        self.merge_at = max(MANY, 2 * len(self.fresh))
+
+    def end(self, update: "Update", failed: Callable[[], None] | None = None) -> None:
+        """End the update's session when the block ends.
+
+        Args:
+            update: The update.
+            failed: Called if that goes wrong.
+        """
+        self._endings[id(update)] = Out(update, failed or (lambda: self._keep(update)))
+
+    def _keep(self, update: "Update") -> None:
+        if update.has_unsent():
+            self._engine.outbox.unstored.append(update)
+
+    # Opening and closing
+
+    def _open(self) -> None:
+        """Collect what this thread or task does from now on."""
+        if self._depth == 0:
+            self._engine.ensure_alive()  # type: ignore[attr-defined]  # of threads or tasks
+            self._outer = self._engine.batch
+            self._engine.local.batch = self
+            self._engine.batches.add(self)
+            self._pid = os.getpid()
+            self.is_open = True
+        self._depth += 1
+
+    def _leaves(self) -> bool:
+        """Leave a block. Return whether the batch is to be closed: the block was the outermost."""
+        self._depth -= 1
+        # A block that was forked inside of is the parent's, and `stop` closes a batch itself.
+        return not self._depth and self.is_open and self._pid == os.getpid()
+
+    def _closing(self) -> "Closing | None":
+        """Collect no more.
+
+        Returns:
+            What is to be sent; None if that is nothing.
+        """
+        self.is_open = False
+        self._engine.local.batch = self._outer
+        self._engine.batches.discard(self)
+        joins, fresh, outs = self.joins, self.fresh, list(self._endings.values())
+        self.joins, self.fresh, self._endings = {}, [], {}
+        if self._engine.stopped and not joins:
+            # `stop` has ended what it knew of, so there may be nothing to complain about.
+            fresh = [update for update in fresh if update.has_unsent()]
+            outs = [out for out in outs if out.update.has_unsent()]
+        if not (joins or fresh or outs):
+            return None
+        return Closing(self._engine, self, joins, fresh, outs)
+
+
+class Closing:
+    """What a batch has collected, on its way to the server.
+
+    Args:
+        engine: The process's.
+        batch: The batch.
+        joins: Resources to join, each with the update that opens its session.
+        fresh: Updates to store.
+        outs: Updates whose sessions are to end.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        batch: BaseBatch,
+        joins: dict[str, Any],
+        fresh: list[Any],
+        outs: list[Out],
+    ) -> None:
+        self._engine = engine
+        self._batch = batch
+        self._joins = joins
+        self._fresh = fresh
+        self._outs = outs
+        self.flow: Flow[list[BaseException]] = self._sending()
+
+    def _sending(self) -> Flow[list[BaseException]]:
+        engine = self._engine
+        outbox, held = engine.outbox, engine.members.held
+        ending = {id(out.update) for out in self._outs}
+        unstored, outbox.unstored = outbox.unstored, []
+        parcels = [*unstored, *_merged(u for u in self._fresh if id(u) not in ending)]
+        try:
+            errors = list((yield from outbox.store(parcels, list(self._joins))))
+        finally:
+            for update in self._fresh:
+                if update._batch_ is self._batch:
+                    update._batch_ = None
+        for resource, opener in self._joins.items():
+            if opener is not None and resource in held and held[resource] is None:
+                held[resource] = weakref.ref(opener)
+        errors += yield from end_all(engine, self._outs)
+        return errors
+
+    def interrupted(self) -> None:
+        """Keep all, if nothing was begun. What was begun goes on in the background."""
+        if has_begun(self.flow):
+            return
+        for update in self._fresh:
+            update._batch_ = None
+        unsent = [update for update in self._fresh if update.has_unsent()]
+        if not self._engine.stopped:
+            self._engine.outbox.unstored += unsent
+        for out in self._outs:
+            out.failed()
+
+
+class Batch(BaseBatch):
     """Collects what one thread does with a process, and sends it together.
 
     Made by `Process.batch`.
@@ -27,59 +231,19 @@ class Batch:
         durable: Whether to store the data of updates that are made with ``init_cache=False``.
     """
 
-    def __init__(self, engine: "Engine", *, durable: bool = True) -> None:
-        self.durable = durable
-        self._engine = engine
-        self._joins: dict[str, None] = {}
-        self._dirty: dict[int, Update] = {}
-        self._endings: dict[int, Ending] = {}
-        self._depth = 0
-        self._outer: Batch | None = None
-        self._pid = 0
-
-    def join(self, resource: str) -> None:
-        """Become a member of a resource when the block ends."""
-        self._joins[resource] = None
-
-    def join_now(self, resource: str, base: bytes) -> None:
-        """Somebody is about to leave a resource that was to be joined."""
-        if resource in self._joins:
-            del self._joins[resource]
-            self._engine.join(resource, base)
-
-    def add(self, update: "Update") -> None:
-        """Store what the update has unsent when the block ends."""
-        self._dirty[id(update)] = update
-
-    def replace(self, spent: "Update", update: "Update") -> None:
-        """One update was merged into another: that one is to be stored."""
-        if self._dirty.pop(id(spent), None) is not None or self.durable:
-            self._dirty[id(update)] = update
-
-    def end(self, update: "Update", failed: Callable[[], None] | None = None) -> None:
-        """End the update's session when the block ends.
-
-        Args:
-            update: The update.
-            failed: Called if that raises.
-        """
-        self._dirty.pop(id(update), None)
-        self._endings[id(update)] = update, failed or (lambda: self._keep(update))
-
-    def close(self) -> list[Exception]:
+    def close(self) -> list[BaseException]:
         """Send everything, and collect no more. Returns what went wrong."""
-        self._engine.local.batch = self._outer
-        self._engine.batches.discard(self)
-        return self._flush()
+        closing = self._closing()
+        if closing is None:
+            return []
+        try:
+            return list(self._engine.run(closing.flow))  # type: ignore[attr-defined]  # of threads
+        except BaseException:
+            closing.interrupted()
+            raise
 
     def __enter__(self) -> Self:
-        if self._depth == 0:
-            self._engine.ensure_alive()
-            self._outer = self._engine.batch
-            self._engine.local.batch = self
-            self._engine.batches.add(self)
-            self._pid = os.getpid()
-        self._depth += 1
+        self._open()
         return self
 
     def __exit__(
@@ -88,46 +252,17 @@ class Batch:
         error: BaseException | None,
         traceback: "TracebackType | None",
     ) -> None:
-        self._depth -= 1
-        if self._depth or self._pid != os.getpid():  # forked inside the block: the parent's
+        if not self._leaves():
             return
         try:
-            raise_together("not everything in the batch went well", self.close())
+            raise_together("not everything in the batch went well", errors_only(self.close()))
         except Exception as failure:
             if error is None:
                 raise
             error.add_note(f"phonon: and storing what the block had set failed: {failure}")
 
-    def _flush(self) -> list[Exception]:
-        engine = self._engine
-        joins, dirty = self._joins, list(self._dirty.values())
-        endings = list(self._endings.values())
-        self._joins, self._dirty, self._endings = {}, {}, {}
-        if engine.stopped and not joins:
-            # stop() has ended what it knew of, so there may be nothing to complain about.
-            dirty = [update for update in dirty if update.has_unsent()]
-            endings = [ending for ending in endings if ending[0].has_unsent()]
-            if not dirty and not endings:
-                return []
-        engine.ensure_alive()
-        errors: list[Exception] = []
-        unstored, engine.unstored = engine.unstored, []
-        try:
-            store(engine, [*unstored, *dirty], joins)
-        except ExceptionGroup as group:
-            errors += group.exceptions
-        except BaseException:
-            for _, failed in endings:
-                failed()
-            raise
-        return errors + end_all(engine, endings)
 
-    def _keep(self, update: "Update") -> None:
-        if update.has_unsent():
-            self._engine.unstored.append(update)
-
-
-def raise_together(message: str, errors: list[Exception]) -> None:
+def raise_together(message: str, errors: Sequence[Exception]) -> None:
     """Raise errors: one as it is, several as a group."""
     if len(errors) == 1:
         raise errors[0]
@@ -135,74 +270,40 @@ def raise_together(message: str, errors: list[Exception]) -> None:
         raise ExceptionGroup(f"{message}: {len(errors)} errors", errors)
 
 
-def end_all(engine: "Engine", endings: "Sequence[Ending]") -> list[Exception]:
-    """End sessions together. Returns what went wrong."""
-    tasks = [engine.ending(update.resource_id, update) for update, _ in endings]
-    try:
-        engine.run_all(tasks)
-    except BaseException as error:
-        for _, failed in endings:
-            failed()
-        if isinstance(error, Exception):
-            return [error]
-        raise
-    errors: list[Exception] = []
-    interrupt: BaseException | None = None
-    for (_, failed), task in zip(endings, tasks, strict=True):
-        try:
-            raised = engine.errors_of(task)
-        except BaseException as error:  # noqa: BLE001 - raised when all have been looked at
-            interrupt = error
-            failed()
-            continue
-        if raised:
-            failed()
-            errors += raised
-    if interrupt is not None:
-        raise interrupt
+def has_begun(flow: Generator[Any, Any, Any]) -> bool:
+    """Return whether anything of a flow has run: then it goes on, or has ended."""
+    return getgeneratorstate(flow) != GEN_CREATED
+
+
+def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
+    """End sessions, many at a time.
+
+    Returns:
+        What went wrong.
+    """
+    errors: list[BaseException] = []
+    while outs:
+        now: dict[str, Out] = {}
+        later = [o for o in outs if now.setdefault(o.update.resource_id, o) is not o]
+        endings = [Ending(resource, u, u.forced) for resource, (u, _) in now.items()]
+        results = yield from engine.outbox.end(endings)
+        for out, result in zip(now.values(), results, strict=True):
+            if result.errors:
+                out.failed()
+                errors += result.errors
+        outs = later
     return errors
 
 
-def store(engine: "Engine", updates: "list[Update]", joins: dict[str, None] | None = None) -> None:
-    """Store what updates have unsent, merged per resource, and join resources, in one exchange.
-
-    Raises:
-        ExceptionGroup: Some could not be stored; they are kept for the next time.
-    """
-    per_resource: dict[tuple[str, type], Update] = {}
-    apart: list[Update] = []
+def _merged(updates: Iterable[Any]) -> list[Any]:
+    """Merge updates of the same record and class; what does not merge stays by itself."""
+    firsts: dict[tuple[str, type], Any] = {}
+    apart: list[Any] = []
     for update in updates:
-        first = per_resource.setdefault((update.resource_id, type(update)), update)
+        first = firsts.setdefault((update.resource_id, type(update)), update)
         if first is not update:
             try:
                 first.refresh(update)
             except Exception:  # noqa: BLE001 - merging raises again when the batch is executed
                 apart.append(update)
-    stored = {resource for resource, _ in per_resource}
-    storing: list[tuple[Update, Task[None]]] = [
-        (update, Task(engine.keys.base(update.resource_id), _storing(engine, update)))
-        for update in (*per_resource.values(), *apart)
-    ]
-    joining = [
-        Task(base := engine.keys.base(resource), engine.joining(resource, base))
-        for resource in joins or ()
-        if resource not in stored
-    ]
-    tasks: list[Task[Any]] = [*(task for _, task in storing), *joining]
-    try:
-        engine.driver.run_all(tasks)
-    except BaseException:
-        # Interrupted (Ctrl-C): what had not begun is still here.
-        engine.unstored += [update for update, _ in storing if update.has_unsent()]
-        raise
-    engine.unstored += [update for update, task in storing if task.error is not None]
-    engine.backlog.look()
-    errors = [task.error for task in tasks if isinstance(task.error, Exception)]
-    if errors:
-        raise ExceptionGroup(f"{len(errors)} of {len(tasks)} could not be stored", errors)
-
-
-def _storing(engine: "Engine", update: "Update") -> Flow[None]:
-    # An update that has nothing to send any more may have been stored by another thread's batch.
-    # Its flow still takes its turn, so that ours does not end before that one's has been answered.
-    yield from engine.storing(update)
+    return [*firsts.values(), *apart]

@@ -2,22 +2,239 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from phonon.batch import end_all, raise_together
-from phonon.drivers.sync import LOCK_STEP
+from phonon._core.engine import Engine, errors_only
+from phonon._core.flows import Flow
+from phonon._core.outbox import Ending
+from phonon.batch import Out, end_all, has_begun, raise_together
+from phonon.errors import ConfigurationError
+from phonon.settings import check_api, check_whole
 from phonon.update import Update
-
-if TYPE_CHECKING:
-    from phonon.batch import Ending
-    from phonon.engine import Engine
 
 U = TypeVar("U")
 
+#: What `set` has to answer most often, and nothing has left the cache.
+_MERGED: tuple[bool, tuple[()]] = (False, ())
+#: Sessions ended at a time, so that no more than those have left the cache and wait.
+PIECE = 1000
 
-class LruCache(Generic[U]):
+
+class BaseCache(Generic[U]):
+    """What `LruCache` and `AsyncLruCache` share: everything but the waiting.
+
+    Args:
+        max_entries: The number of keys to keep at the most.
+    """
+
+    def __init__(self, max_entries: int = 10000) -> None:
+        if check_whole("max_entries", max_entries) < 1:
+            raise ConfigurationError(f"max_entries must be at least 1, not {max_entries!r}")
+        self.max_entries = max_entries
+        self._entries: OrderedDict[Hashable, U] = OrderedDict()
+        self._lock = threading.RLock()
+        self._last_failed: U | None = None
+        self._known_to: Engine | None = None
+
+    def __repr__(self) -> str:
+        size, most = len(self._entries), self.max_entries
+        return f"<{self._package}.{type(self).__name__}: {size} of {most} entries>"
+
+    #: Where users import it from, for a repr.
+    _package = "phonon"
+    #: Whether its methods are awaited.
+    _is_async = False
+
+    def size(self) -> int:
+        """Return the number of keys in the cache."""
+        return len(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def get_last_failed(self) -> U | None:
+        """Return the update whose end raised last, if any did."""
+        return self._last_failed
+
+    # What the public methods do with the cache itself. None of it waits.
+
+    def _put(self, key: Hashable, update: U) -> tuple[bool | None, Sequence[tuple[Hashable, U]]]:
+        """Add an update, or merge it. Return the answer of `set`, and what has left the cache."""
+        lock = self._lock
+        # Faster than a with statement, and as safe: an exception that a signal handler raises comes
+        # right behind a call, and none is between the two ends and the calls of the lock.
+        try:
+            lock.acquire()
+            entry: Any = self._entries.get(key)
+            result: tuple[bool | None, Sequence[tuple[Hashable, U]]] = _MERGED
+            if entry is None:
+                result = True, self._insert(key, update)
+            else:
+                try:
+                    direct = entry._lock_ is lock
+                except AttributeError:
+                    direct = False  # no update of ours
+                if entry.absorb(update) if direct else _refresh(entry, update):
+                    del self._entries[key]
+                    result = None, ((key, entry),)
+                else:
+                    self._entries.move_to_end(key)
+        except BaseException:
+            if lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - interrupted while it waited
+                lock.release()
+            raise
+        lock.release()
+        return result
+
+    def _insert(self, key: Hashable, update: U) -> list[tuple[Hashable, U]]:
+        if isinstance(update, Update):
+            engine: Engine = update.process().engine
+            check_api(type(self), process_is_async=engine.is_async, is_async=self._is_async)
+            update.cached_under(self._lock)
+            if engine is not self._known_to:
+                engine.caches.add(self)
+                self._known_to = engine
+            # One that was made before the block is stored by it all the same.
+            batch = engine.batch if engine.batches else None
+            if batch is not None and batch.durable:
+                batch.add(update)
+        self._entries[key] = update
+        out = []
+        while len(self._entries) > self.max_entries:
+            out.append(self._entries.popitem(last=False))
+        return out
+
+    def _look_up(self, key: Hashable) -> tuple[U | None, list[tuple[Hashable, U]]]:
+        with self._lock:
+            entry = self._entries[key]
+            if not _is_expired(entry):
+                self._entries.move_to_end(key)
+                return entry, []
+            del self._entries[key]
+            return None, [(key, entry)]
+
+    def _pop(self, key: Hashable) -> list[tuple[Hashable, U]]:
+        with self._lock:
+            return [(key, self._entries.pop(key))]
+
+    def _pop_oldest(self) -> list[tuple[Hashable, U]]:
+        with self._lock:
+            return [self._entries.popitem(last=False)] if self._entries else []
+
+    def _keys(self, *, expired: bool = False) -> list[Hashable]:
+        with self._lock:
+            if not expired:
+                return list(self._entries)
+            return [key for key, entry in self._entries.items() if _is_expired(entry)]
+
+    def _pop_some(self, keys: Sequence[Hashable], *, expired: bool) -> list[tuple[Hashable, U]]:
+        out: list[tuple[Hashable, U]] = []
+        with self._lock:
+            for key in keys:
+                entry = self._entries.get(key)
+                if entry is not None and not (expired and not _is_expired(entry)):
+                    del self._entries[key]
+                    out.append((key, entry))
+        return out
+
+    # What has left the cache
+
+    def _sort(
+        self, out: Sequence[tuple[Hashable, U]]
+    ) -> tuple[list["Leaving"], list[tuple[Hashable, Any]]]:
+        """Return what ends in flows, and what is no update of ours; open batches take theirs."""
+        by_engine: dict[Engine, list[Out]] = {}
+        others: list[tuple[Hashable, Any]] = []
+        for key, entry in out:
+            if not isinstance(entry, Update):
+                others.append((key, entry))
+                continue
+            engine: Engine = entry.process().engine
+            failed = partial(self._failed, key, entry)
+            batch = engine.batch if engine.batches else None
+            if batch is not None:
+                batch.end(entry, failed)
+            else:
+                by_engine.setdefault(engine, []).append(Out(entry, failed))
+        return [Leaving(engine, outs) for engine, outs in by_engine.items()], others
+
+    def _failed(self, key: Hashable, entry: Any) -> None:
+        self._last_failed = entry
+        if isinstance(entry, Update) and entry.has_unsent():
+            # It never left this process: it is still ours to send. Not as the oldest, which would
+            # be the next to go, and fail again in place of all others.
+            with self._lock:
+                newer = self._entries.get(key)
+                if isinstance(newer, Update):
+                    entry.refresh(newer)
+                self._entries[key] = entry  # type: ignore[assignment]  # it was here before
+                self._entries.move_to_end(key)
+
+    # For the process
+
+    def endings_for(self, engine: Engine) -> list[tuple[Ending, Callable[[], object]]]:
+        """Remove the updates of one process; return how their sessions end.
+
+        Returns:
+            Each ending, with what to call if it has failed: what was not sent is here again then.
+        """
+        with self._lock:
+            found = [
+                (key, entry)
+                for key, entry in self._entries.items()
+                if isinstance(entry, Update) and entry.process().engine is engine
+            ]
+            for key, _ in found:
+                del self._entries[key]
+        return [
+            (Ending(entry.resource_id, entry, entry.forced), partial(self._failed, key, entry))
+            for key, entry in found
+        ]
+
+    @property
+    def surplus(self) -> int:
+        """How many more it holds than it should, because they could not be sent."""
+        return max(0, len(self._entries) - self.max_entries)
+
+    def forget_for(self, engine: Engine) -> None:
+        """Drop the updates of one process: after a fork they are the parent's."""
+        # The lock may have been held by a thread of the parent.
+        self._lock = threading.RLock()
+        for key, entry in list(self._entries.items()):
+            if not isinstance(entry, Update):
+                continue
+            if entry.process().engine is engine:
+                del self._entries[key]
+            else:
+                entry._lock_ = self._lock
+
+
+class Leaving:
+    """Updates of one process that have left a cache, on their way to the server.
+
+    Args:
+        engine: The process's.
+        outs: The updates.
+    """
+
+    def __init__(self, engine: Engine, outs: list[Out]) -> None:
+        self.engine = engine
+        self._outs = outs
+        self.flow: Flow[list[BaseException]] = end_all(engine, outs)
+
+    def interrupted(self) -> None:
+        """Put all back, if nothing was begun. What was begun goes on in the background."""
+        if not has_begun(self.flow):
+            for out in self._outs:
+                out.failed()
+
+
+class LruCache(BaseCache[U]):
     """Merges updates by key, least recently used out first.
 
     An update that leaves the cache, because it is the oldest of too many, expired, or told to,
@@ -27,20 +244,13 @@ class LruCache(Generic[U]):
         max_entries: The number of keys to keep at the most.
 
     Raises:
-        ValueError: ``max_entries`` is less than 1.
+        ConfigurationError: ``max_entries`` is less than 1, or no whole number.
+
+    Example:
+        >>> cache = LruCache(max_entries=1000)
+        >>> cache.size()
+        0
     """
-
-    def __init__(self, max_entries: int = 10000) -> None:
-        if max_entries < 1:
-            raise ValueError(f"max_entries must be at least 1, not {max_entries}")
-        self.max_entries = max_entries
-        self._entries: OrderedDict[Hashable, U] = OrderedDict()
-        self._lock = threading.RLock()
-        self._last_failed: U | None = None
-        self._known_to: Engine | None = None
-
-    def __repr__(self) -> str:
-        return f"<phonon.LruCache: {len(self._entries)} of {self.max_entries} entries>"
 
     def set(self, key: Hashable, update: U) -> bool | None:
         """Add an update, or merge it into the one that is there.
@@ -56,47 +266,21 @@ class LruCache(Generic[U]):
             has been ended.
 
         Raises:
-            Exception: What ending an evicted or expired entry's session raised. The update that
-                was passed is in the cache, or merged, all the same.
+            ConfigurationError: The key belongs to another record, or to another class. Nothing was
+                merged.
+            Exception: What ``merge`` raised; or what ending an evicted or expired entry's session
+                raised, and then the update that was passed is in the cache, or merged.
         """
-        answer, out = self.put(key, update)
+        result = self._put(key, update)
+        if result is _MERGED:
+            return False
+        answer, out = result
         if out:
-            self.end(out)
+            raise_together("ending sessions failed", self._end(out))
         return answer
 
-    def put(self, key: Hashable, update: U) -> tuple[bool | None, list[tuple[Hashable, U]]]:
-        """What `set` does with the cache itself; never waits.
-
-        Returns:
-            The answer, and the entries whose sessions are to be ended.
-        """
-        out: list[tuple[Hashable, U]] = []
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                self._entries[key] = update
-                while len(self._entries) > self.max_entries:
-                    out.append(self._entries.popitem(last=False))
-                answer: bool | None = True
-                self._register(update)
-            else:
-                expired = _is_expired(entry)
-                entry.refresh(update)  # type: ignore[attr-defined]  # duck-typed: see set
-                if expired:
-                    del self._entries[key]
-                    out.append((key, entry))
-                    answer = None
-                else:
-                    self._entries.move_to_end(key)
-                    answer = False
-        return answer, out
-
-    def end(self, out: list[tuple[Hashable, U]]) -> None:
-        """End the sessions of entries that have left the cache; raises what that raised."""
-        raise_together("ending sessions failed", self._end(out))
-
     def get(self, key: Hashable) -> U | None:
-        """The update of a key, which counts as used now.
+        """Return the update of a key, which counts as used now.
 
         Returns:
             The update; None if its session was over, which has been ended.
@@ -105,24 +289,9 @@ class LruCache(Generic[U]):
             KeyError: The key is not in the cache.
             Exception: What ending the session raised.
         """
-        with self._lock:
-            entry = self._entries[key]
-            if not _is_expired(entry):
-                self._entries.move_to_end(key)
-                return entry
-            del self._entries[key]
-        raise_together("ending a session failed", self._end([(key, entry)]))
-        return None
-
-    def size(self) -> int:
-        """The number of keys in the cache."""
-        return len(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._entries
+        entry, out = self._look_up(key)
+        raise_together("ending a session failed", self._end(out))
+        return entry
 
     def expire(self, key: Hashable) -> None:
         """End the session of a key.
@@ -131,9 +300,7 @@ class LruCache(Generic[U]):
             KeyError: The key is not in the cache.
             Exception: What ending the session raised.
         """
-        with self._lock:
-            entry = self._entries.pop(key)
-        raise_together("ending a session failed", self._end([(key, entry)]))
+        raise_together("ending a session failed", self._end(self._pop(key)))
 
     def expire_oldest(self) -> None:
         """End the session of the entry that was not used for the longest time, if there is one.
@@ -141,11 +308,7 @@ class LruCache(Generic[U]):
         Raises:
             Exception: What ending the session raised.
         """
-        with self._lock:
-            if not self._entries:
-                return
-            oldest = self._entries.popitem(last=False)
-        raise_together("ending a session failed", self._end([oldest]))
+        raise_together("ending a session failed", self._end(self._pop_oldest()))
 
     def expire_all(self) -> None:
         """End all sessions, many at a time.
@@ -153,9 +316,7 @@ class LruCache(Generic[U]):
         Raises:
             ExceptionGroup: What ending some of them raised; the others have been ended.
         """
-        with self._lock:
-            keys = list(self._entries)
-        self._expire(keys)
+        self._end_keys(self._keys(), expired=False)
 
     def purge(self) -> None:
         """End the sessions that are over.
@@ -163,103 +324,49 @@ class LruCache(Generic[U]):
         Raises:
             ExceptionGroup: What ending some of them raised; the others have been ended.
         """
-        with self._lock:
-            keys = [key for key, entry in self._entries.items() if _is_expired(entry)]
-        self._expire(keys)
+        self._end_keys(self._keys(expired=True), expired=True)
 
-    def get_last_failed(self) -> U | None:
-        """The update whose end raised last, if any did."""
-        return self._last_failed
-
-    # For the process
-
-    def end_for(self, engine: "Engine") -> list[Exception]:
-        """End the sessions of one process's updates; return what went wrong."""
-        with self._lock:
-            keys = [
-                key
-                for key, entry in self._entries.items()
-                if isinstance(entry, Update) and entry.process().engine is engine
-            ]
-        return self._end_keys(keys)
-
-    @property
-    def surplus(self) -> int:
-        """How many more it holds than it should, because they could not be sent."""
-        return max(0, len(self._entries) - self.max_entries)
-
-    def forget_for(self, engine: "Engine") -> None:
-        """Drop them: after a fork they are the parent's."""
-        # The lock may have been held by a thread of the parent.
-        self._lock = threading.RLock()
-        for key, entry in list(self._entries.items()):
-            if isinstance(entry, Update) and entry.process().engine is engine:
-                del self._entries[key]
-
-    def _register(self, update: U) -> None:
-        """Make the process know this cache, so that its ``stop`` ends what is in here."""
-        if isinstance(update, Update):
-            engine = update.process().engine
-            if engine is not self._known_to:
-                engine.caches.add(self)
-                self._known_to = engine
-
-    def _expire(self, keys: Iterable[Hashable]) -> None:
-        errors = self._end_keys(keys)
-        if errors:
-            raise ExceptionGroup(f"ending {len(errors)} of the sessions failed", errors)
-
-    def _end_keys(self, keys: Iterable[Hashable]) -> list[Exception]:
-        """End sessions, a number at a time, so that no more than those are held twice."""
+    def _end_keys(self, keys: Sequence[Hashable], *, expired: bool) -> None:
         errors: list[Exception] = []
-        out: list[tuple[Hashable, U]] = []
-        for key in keys:
-            with self._lock:
-                entry = self._entries.pop(key, None)
-            if entry is not None:
-                out.append((key, entry))
-            if len(out) == LOCK_STEP:
-                errors += self._end(out)
-                out = []
-        return errors + self._end(out)
+        for first in range(0, len(keys), PIECE):
+            errors += self._end(self._pop_some(keys[first : first + PIECE], expired=expired))
+        raise_all(errors)
 
-    def _end(self, out: list[tuple[Hashable, U]]) -> list[Exception]:
+    def _end(self, out: Sequence[tuple[Hashable, U]]) -> list[Exception]:
         """End the sessions of entries that have left the cache. Returns what went wrong."""
+        if not out:
+            return []
         errors: list[Exception] = []
-        by_engine: dict[Engine, list[Ending]] = {}
-        for key, entry in out:
-            failed = partial(self._failed, key, entry)
-            if isinstance(entry, Update):
-                engine = entry.process().engine
-                if engine.batch is not None:
-                    engine.batch.end(entry, failed)
-                else:
-                    by_engine.setdefault(engine, []).append((entry, failed))
-                continue
+        leaving, others = self._sort(out)
+        for key, entry in others:
             try:
-                self._end_other(entry)
+                entry.end_session()
             except Exception as error:  # noqa: BLE001 - collected, and raised by the caller
-                failed()
+                self._failed(key, entry)
                 errors.append(error)
-        for engine, endings in by_engine.items():
-            errors += end_all(engine, endings)
+        for some in leaving:
+            try:
+                errors += errors_only(some.engine.run(some.flow))  # type: ignore[attr-defined]  # of threads
+            except Exception as error:  # noqa: BLE001 - collected, and raised by the caller
+                some.interrupted()
+                errors.append(error)
+            except BaseException:
+                some.interrupted()
+                raise
         return errors
 
-    def _end_other(self, entry: Any) -> None:
-        """End the session of what is no update of ours."""
-        entry.end_session()
 
-    def _failed(self, key: Hashable, entry: U) -> None:
-        self._last_failed = entry
-        if isinstance(entry, Update) and entry.has_unsent():
-            # It never left this process: it is still ours to send. Not as the oldest, which would
-            # be the next to go, and fail again in place of all others.
-            with self._lock:
-                newer = self._entries.get(key)
-                if isinstance(newer, Update):
-                    entry.refresh(newer)
-                self._entries[key] = entry
-                self._entries.move_to_end(key)
+def raise_all(errors: Sequence[Exception]) -> None:
+    """Raise the errors of many sessions as a group."""
+    if errors:
+        raise ExceptionGroup(f"ending {len(errors)} of the sessions failed", errors)
+
+
+def _refresh(entry: Any, update: Any) -> bool:
+    """Merge into an entry that has methods of its own. Return whether its session was over."""
+    over = _is_expired(entry)
+    entry.refresh(update)
+    return over
 
 
 def _is_expired(entry: Any) -> bool:

@@ -151,7 +151,14 @@ class ServerStateLostError(PhononError):
     """The server has come back without its data; see the message for what that concerns.
 
     It is logged and handed to the process's ``on_error``. Local data is kept.
+
+    Attributes:
+        calls: How many calls that had been answered are gone; 0 if that is not known.
     """
+
+    def __init__(self, message: str, calls: int = 0) -> None:
+        super().__init__(message)
+        self.calls = calls
 
 
 class StaleOperationError(PhononError):

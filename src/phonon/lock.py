@@ -1,37 +1,36 @@
 """Locks: exclusive and shared access to a resource, and semaphores."""
 
 import contextlib
-import logging
+import itertools
 import math
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from phonon.errors import (
-    AlreadyLockedError,
-    ConfigurationError,
-    ConnectionLostError,
-    DeadlockError,
-    DeclaredDeadError,
-    LockLostError,
-    ProcessStoppedError,
-    ServerError,
+from phonon._core.executor import TOKENS
+from phonon._core.flows import CALLER_GONE, Flow
+from phonon._core.leases import Grant, LockRequest
+from phonon._protocol.answers import Taken
+from phonon._protocol.operations import is_shared, process_of
+from phonon._protocol.partitions import encode_resource, encode_semaphore
+from phonon.errors import AlreadyLockedError, DeadlockError, LockLostError, ServerError
+from phonon.settings import (
+    check_api,
+    check_callable,
+    check_name,
+    check_places,
+    check_seconds,
+    check_timeout,
 )
-from phonon.protocol import locks, references
-from phonon.protocol.effects import Flow, Participant
-from phonon.protocol.locks import Wish
-from phonon.protocol.messages import Locked
 
 if TYPE_CHECKING:
     from phonon.process import Process
 
-log = logging.getLogger("phonon")
-
 
 class LockHolder(NamedTuple):
-    """Who holds a lock, or waits for it.
+    """A holder of a lock, or a waiter for it.
 
     Attributes:
         id: The process's id.
@@ -52,131 +51,45 @@ class LockHolder(NamedTuple):
     token: int
 
 
-class Grant:
-    """One acquisition that was granted, until it is released.
+class _OnLost:
+    """The user's ``on_lost`` with its lock; the log names both if it raises."""
 
-    Attributes:
-        lock: The object that it was granted to.
-        wish: What was granted.
-        me: The identity that has it. Another one could not release it.
-        home: Whose process it is: a forked child has another one.
-        token: Its fencing token.
-        thread: Who took it. Not its number, which another thread may get when it has ended.
-        until: When its lease is over unless renewed, by the local clock. It was read before the
-            grant was asked for, so it is earlier than on the server.
-        depth: How often its thread has taken it.
-        lost: Whether it was found to be ours no longer.
-    """
+    def __init__(self, lock: "BaseLock") -> None:
+        self._lock = lock
 
-    __slots__ = ("depth", "home", "lock", "lost", "me", "thread", "token", "until", "wish")
+    def __call__(self) -> object:
+        on_lost = self._lock.on_lost
+        return None if on_lost is None else on_lost(self._lock)
 
-    def __init__(self, lock: "Lock", wish: Wish, me: Participant, token: int, until: float) -> None:
-        self.lock = lock
-        self.wish = wish
-        self.me = me
-        self.home = lock.process.engine.home
-        self.token = token
-        self.thread = lock.process.engine.runtime.me()
-        self.until = until
-        self.depth = 1
-        self.lost = False
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is sure, without asking, that nobody else has the lock."""
-        engine = self.lock.process.engine
-        if self.lost or self.me is not engine.me:
-            return False
-        return engine.surely_lives and engine.clock() < self.until
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it was this thread that took it."""
-        return self.thread is self.lock.process.engine.runtime.me() and self.is_ours
-
-    def lease_ms(self, now: float) -> int:
-        """How long it is to last from now on: its lease, or longer if it was extended."""
-        return max(self.wish.lease_ms, math.ceil((self.until - now) * 1000))
+    def __repr__(self) -> str:
+        return f"on_lost of {self._lock!r}"
 
 
-class Grants:
-    """All that a process has been granted, by holder and by resource."""
+class BaseLock:
+    """What `Lock` and `AsyncLock` share: everything but the waiting."""
 
-    def __init__(self) -> None:
-        self._all: dict[str, Grant] = {}
-        self._at: dict[bytes, dict[str, Grant]] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def add(self, grant: Grant) -> None:
-        """Note a grant."""
-        holder = grant.wish.holder
-        with self._lock:
-            self._all[holder] = self._at.setdefault(grant.lock.base, {})[holder] = grant
-
-    def remove(self, grant: Grant) -> bool:
-        """Forget a grant. Was it there?"""
-        holder, base = grant.wish.holder, grant.lock.base
-        with self._lock:
-            if self._all.pop(holder, None) is None:
-                return False
-            del self._at[base][holder]
-            if not self._at[base]:
-                del self._at[base]
-            return True
-
-    def everywhere(self) -> list[Grant]:
-        """All of them."""
-        with self._lock:
-            return list(self._all.values())
-
-    def here(self, base: bytes) -> list[Grant]:
-        """Those of a resource that this thread has taken."""
-        if base not in self._at:
-            return []
-        with self._lock:
-            return [grant for grant in self._at.get(base, {}).values() if grant.is_here]
-
-
-class Lock:
-    """Exclusive or shared access to a resource, across processes and threads.
-
-    Made by `Process.lock` or `Reference.lock`; use it in a ``with`` block. The lock is leased, and
-    the lease is renewed in the background for as long as the process lives and the lock is held.
-    Waiters are served in order of arrival, and woken when it is their turn. One object may be used
-    by several threads, each of which takes and releases the lock for itself.
-
-    Args:
-        process: Who wants it.
-        lock_key: The resource, any text.
-        block: Whether to wait if it is taken: `Process.BLOCKING_TIMEOUT` seconds at the most.
-        shared: Whether to share it with others who do. Nobody who comes later than a waiting
-            exclusive one goes in before it.
-        reentrant: Whether the thread that has the lock may take it again; it is free when it was
-            released as often. Otherwise that raises at once, since nobody else could release it.
-        lease: Seconds that a grant lasts unless renewed. None: `Process.TTL`.
-        on_lost: Called with this lock, from any thread, once it is found to be lost.
-
-    Raises:
-        ConfigurationError: ``lease`` is not above 0.
-    """
+    #: Where users import it from, for a repr.
+    _package = "phonon"
+    #: Whether its methods are awaited.
+    _is_async = False
 
     def __init__(
         self,
-        process: "Process",
+        process: Any,
         lock_key: str,
         block: bool = True,
         *,
         shared: bool = False,
         reentrant: bool = False,
         lease: float | None = None,
-        on_lost: "Callable[[Lock], object] | None" = None,
+        on_lost: Callable[[Any], object] | None = None,
     ) -> None:
-        lease = process.TTL if lease is None else lease
-        if not 0 < lease < math.inf:
-            raise ConfigurationError(f"lease is a number of seconds above 0, not {lease!r}")
+        check_name("lock_key", lock_key)
+        if lease is not None:
+            check_seconds("lease", lease)
+        self._engine = process.engine
+        check_api(type(self), process_is_async=self._engine.is_async, is_async=self._is_async)
+        check_callable("on_lost", on_lost, is_async=self._engine.is_async)
         self.process = process
         self.lock_key = lock_key
         self.block = block
@@ -184,27 +97,29 @@ class Lock:
         self.reentrant = reentrant
         self.lease = lease
         self.on_lost = on_lost
-        self.base = self._base_of(process, lock_key)
+        self._name = self._encode(lock_key)
         self._places = 0
-        #: What was acquired through this object: a grant as often as it was taken.
+        #: The grants acquired through this object, each as often as it was taken.
         self._grants: list[Grant] = []
 
     @staticmethod
-    def _base_of(process: "Process", name: str) -> bytes:
-        return process.engine.keys.base(name)
+    def _encode(key: str) -> bytes:
+        return encode_resource(key)
 
     def __repr__(self) -> str:
         grant = self._grant
         if grant is None:
             state = "not held"
         elif grant.is_ours:
-            left = grant.until - self.process.engine.clock()
-            state = f"held by {grant.wish.thread}, token {grant.token}, lease {left:.1f} s"
+            identity = self._engine.identity
+            left = min(grant.until, identity.lives_until) - identity.clock()
+            thread = grant.request.thread
+            state = f"held by {thread}, token {_token_of(grant)}, lease {left:.1f} s"
         else:
-            state = f"lost, token {grant.token}"
+            state = f"lost, token {_token_of(grant)}"
         mode = "shared " if self.shared else ""
-        kind = type(self).__name__
-        return f"<phonon.{kind} {mode}{self.lock_key!r} of process {self.process.id}: {state}>"
+        kind = f"{self._package}.{type(self).__name__}"
+        return f"<{kind} {mode}{self.lock_key!r} of process {self.process.id}: {state}>"
 
     @property
     def name(self) -> str:
@@ -219,9 +134,313 @@ class Lock:
         holder that was paused beyond its lease.
         """
         grant = self._grant
-        return None if grant is None else grant.token
+        return None if grant is None else _token_of(grant)
 
-    # To take and to release
+    def owned(self) -> bool:
+        """Return whether this object holds the lock: without asking, and never for too long.
+
+        False as well once the lease, counted from before it was asked for, is over, or others may
+        have declared this process dead.
+        """
+        grant = self._grant
+        return grant is not None and grant.is_ours
+
+    # Acquiring
+
+    def entering(self) -> Flow[None]:
+        """Take the lock as the lock was made.
+
+        Raises:
+            AlreadyLockedError: It is taken.
+        """
+        return self._entering(self._seconds(None, None), self._engine.driver.me())
+
+    def _entering(self, seconds: float | None, owner: object) -> Flow[None]:
+        taken = yield from self._acquiring(seconds, owner)
+        # A caller that has gone, perhaps while its error was prepared, is told nothing.
+        if taken is None or (yield CALLER_GONE):
+            return
+        refusal = yield from self._refusal(taken, seconds)
+        if not (yield CALLER_GONE):
+            raise refusal
+
+    def _acquire(
+        self,
+        block: bool | None,
+        timeout: float | None,
+        blocking: bool | None,
+        blocking_timeout: float | None,
+    ) -> Flow[bool]:
+        block = blocking if block is None else block
+        timeout = blocking_timeout if timeout is None else timeout
+        return self._trying(self._seconds(block, timeout), self._engine.driver.me())
+
+    def _trying(self, seconds: float | None, owner: object) -> Flow[bool]:
+        return (yield from self._acquiring(seconds, owner)) is None
+
+    def _seconds(self, block: bool | None, timeout: float | None) -> float | None:
+        """Return how many seconds to wait; None not to wait."""
+        block = self.block if block is None else block
+        if timeout is None:
+            timeout = self.process.BLOCKING_TIMEOUT
+        seconds = check_timeout("timeout", timeout)
+        if not block:
+            return None
+        return math.inf if seconds < 0 else seconds
+
+    def _acquiring(self, seconds: float | None, owner: object) -> Flow[Taken | None]:
+        """Take the lock; the result is None, or who has it."""
+        if self._takes_again(owner, waits=bool(seconds)):
+            return None
+        engine = self._engine
+        request = LockRequest(
+            self.lock_key,
+            engine.identity.partitions.of(self._name),
+            self._name,
+            self.shared,
+            self._places,
+            self.lease,
+            engine.driver.my_name(),
+        )
+        told = itertools.count()
+        answer = yield from engine.leases.acquire(
+            request, seconds, owner, partial(self._tell_loss, told)
+        )
+        if isinstance(answer, Taken):
+            return answer
+        # Here and not in the caller, which an interrupt may keep from it.
+        self._grants.append(answer)
+        if self.lease is not None:
+            engine.leases.start_work()
+        return None
+
+    def _takes_again(self, owner: object, *, waits: bool) -> bool:
+        """Return whether this thread has the lock, and has taken it once more."""
+        for grant in self._engine.leases.here(self._name, owner):
+            if self.reentrant and (self.shared or not grant.request.shared):
+                grant.depth += 1
+                self._grants.append(grant)
+                return True
+            # Shared twice would go well until a waiter for the exclusive lock comes in between. Two
+            # places of a semaphore are another matter: a thread may take several.
+            if waits and not self._places:
+                raise DeadlockError(
+                    f"this thread holds {self.lock_key!r} already and would wait for itself: "
+                    "release it first, or make the lock with reentrant=True"
+                )
+        return False
+
+    def _refusal(self, taken: Taken, seconds: float | None) -> Flow[AlreadyLockedError]:
+        """Return the error that names the holder."""
+        (holder,) = yield from self._described([(taken.holder, 0, taken.since_ms, taken.thread)])
+        waited = "" if seconds is None else f" after {seconds:g} s of waiting"
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
+        mode = "shared" if holder.shared else "exclusive"
+        return AlreadyLockedError(
+            f"{self.lock_key!r} is locked ({mode}) by process {holder.id} (host "
+            f"{holder.host or 'unknown'}, pid {holder.pid or 'unknown'}, thread "
+            f"{holder.thread or 'unknown'}) since {since}{waited}; wait for it with block=True, or "
+            "look at Lock.holders()",
+            holder,
+        )
+
+    # Releasing
+
+    def releasing(self) -> Flow[None]:
+        """Give the lock back.
+
+        Raises:
+            LockLostError: It was not held any more, or never was.
+        """
+        # A task of another loop, or of a forked child, must not take the grant out of the object.
+        self._engine.driver.check()
+        grant = self._take_out()
+        if grant.generation is not self._engine.generation:
+            raise LockLostError(
+                f"the lock on {self.lock_key!r} was taken before fork() and is the parent's"
+            )
+        if grant.lost:
+            raise self._lost(grant)
+        grant.depth -= 1
+        return self._released() if grant.depth else self._releasing(grant)
+
+    @staticmethod
+    def _released() -> Flow[None]:
+        yield from ()
+
+    def _releasing(self, grant: Grant) -> Flow[None]:
+        try:
+            released = yield from self._engine.leases.release(grant)
+        except ServerError:
+            # It refused, so the lock is still ours: to be renewed, and to be released again.
+            grant.depth += 1
+            self._grants.append(grant)
+            raise
+        if not released:
+            self._found_lost(grant)
+            raise self._lost(grant)
+
+    def _take_out(self) -> Grant:
+        while True:
+            grant = self._grant
+            if grant is None:
+                raise self._not_held()
+            with contextlib.suppress(ValueError):  # another thread was faster
+                self._grants.remove(grant)
+                return grant
+
+    @property
+    def _grant(self) -> Grant | None:
+        """This thread's grant; another thread's, if it has none: any thread may release a lock."""
+        grants = self._grants
+        if not grants:
+            return None
+        here = self._engine.driver.me()
+        for grant in reversed(grants):
+            if grant.owner is here:
+                return grant
+        with contextlib.suppress(IndexError):  # released by another thread meanwhile
+            return grants[-1]
+        return None
+
+    def _held(self) -> Grant:
+        self._engine.driver.check()
+        grant = self._grant
+        if grant is None:
+            raise self._not_held()
+        if grant.lost or grant.generation is not self._engine.generation:
+            raise self._lost(grant)
+        return grant
+
+    # Renewing
+
+    def _extend(self, additional_time: float | None, *, replace_ttl: bool) -> Flow[bool]:
+        if additional_time is not None:
+            check_seconds("additional_time", additional_time)
+        grant = self._held()
+        now = self._engine.identity.clock()
+        if grant.request.lease is None:
+            seconds = 0.0
+        elif additional_time is None:
+            seconds = grant.request.lease
+        else:
+            left = 0.0 if replace_ttl else max(0.0, grant.until - now)
+            seconds = left + additional_time
+        return self._renewing(grant, seconds)
+
+    def _check(self) -> Flow[bool]:
+        grant = self._held()
+        lease = grant.request.lease
+        left = grant.until - self._engine.identity.clock()
+        return self._renewing(grant, 0.0 if lease is None else max(lease, left))
+
+    def _renewing(self, grant: Grant, seconds: float) -> Flow[bool]:
+        if not (yield from self._engine.leases.renew(grant, seconds)):
+            self._found_lost(grant)
+            raise self._lost(grant)
+        return True
+
+    # Losing
+
+    def _found_lost(self, grant: Grant) -> None:
+        """Tell the user here and now: a caller that gets the error has been told before."""
+        grant.lost = True
+        grant.on_lost(grant)
+        self._engine.leases.lose((grant,))
+
+    def _tell_loss(self, told: Iterator[int], grant: Grant) -> None:
+        """Report a loss once, however many find it at the same time."""
+        if next(told):
+            return
+        reports = self._engine.reports
+        reports.report_error(self._lost(grant))
+        if self.on_lost is not None:
+            reports.call(_OnLost(self))
+
+    def _not_held(self) -> LockLostError:
+        return LockLostError(f"the lock on {self.lock_key!r} is not held: acquire it first")
+
+    def _lost(self, grant: Grant) -> LockLostError:
+        lease = grant.request.lease
+        seconds = self._engine.identity.lease if lease is None else lease
+        return LockLostError(
+            f"the lock on {self.lock_key!r} (token {_token_of(grant)}) was lost before it was "
+            f"released: its lease of {seconds:g} s ran out, the server lost it, its process was "
+            "stopped, or it was taken over; what it protected may have been changed by another "
+            "holder since"
+        )
+
+    # Looking
+
+    def _lockers(self) -> Flow[tuple[list[Any], list[bytes]]]:
+        partition = self._engine.identity.partitions.of(self._name)
+        found: tuple[list[Any], list[bytes]] = yield from self._engine.leases.lockers(
+            partition, self._name
+        )
+        return found
+
+    def _locked(self) -> Flow[bool]:
+        holders, _ = yield from self._lockers()
+        return bool(holders)
+
+    def _holders(self) -> Flow[list[LockHolder]]:
+        found, _ = yield from self._lockers()
+        rows = zip(found[::5], found[1::5], found[2::5], found[4::5], strict=True)
+        return (yield from self._described(list(rows)))
+
+    def _waiters(self) -> Flow[list[LockHolder]]:
+        _, waiters = yield from self._lockers()
+        return (yield from self._described([(waiter, 0, 0, b"") for waiter in waiters]))
+
+    def _described(self, rows: list[tuple[bytes, int, int, bytes]]) -> Flow[list[LockHolder]]:
+        """Return holders, given their names, tokens, since when in ms, and threads."""
+        names = [_text(row[0]) for row in rows]
+        infos = yield from self._engine.members.process_info(
+            [(process_of(name).encode(), 0.0) for name in names]
+        )
+        return [
+            LockHolder(
+                info.id,
+                info.host,
+                info.pid,
+                _text(thread),
+                is_shared(name),
+                since_ms / 1000,
+                token * TOKENS,
+            )
+            for info, name, (_, token, since_ms, thread) in zip(infos, names, rows, strict=True)
+        ]
+
+
+class Lock(BaseLock):
+    """Exclusive or shared access to a resource, across processes and threads.
+
+    Made by `Process.lock` or `Reference.lock`; use it in a ``with`` block. It lasts as long as its
+    process's lease, which the heartbeat renews, or as a lease of its own. Waiters are served in
+    order of arrival, and woken when it is their turn. One object may be used by several threads,
+    each of which takes and releases the lock for itself.
+
+    Args:
+        process: The process that wants it.
+        lock_key: The resource, any text.
+        block: Whether to wait if it is taken: `Process.BLOCKING_TIMEOUT` seconds at the most.
+        shared: Whether to share it with others that do. A later one does not go in before an
+            exclusive one that waits.
+        reentrant: Whether the thread that has the lock may take it again; it is free when it was
+            released as often. Otherwise that raises at once: no other thread would release it.
+        lease: Seconds that a grant lasts unless renewed. None: as long as the process's lease. Give
+            one to have the lock freed sooner than a process is declared dead.
+        on_lost: Called with this lock, from any thread, once it is found to be lost.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+
+    Example:
+        >>> with process.lock("report") as lock:  # doctest: +SKIP
+        ...     write_report(fencing_token=lock.token)
+    """
+
+    process: "Process"
 
     def acquire(
         self,
@@ -248,9 +467,7 @@ class Lock:
             DeadlockError: This thread has the lock already, and would wait for itself.
             ConnectionLostError: The server does not answer.
         """
-        block = blocking if block is None else block
-        timeout = blocking_timeout if timeout is None else timeout
-        return self._acquire(block, timeout) is None
+        return bool(self._engine.run(self._acquire(block, timeout, blocking, blocking_timeout)))
 
     def release(self) -> None:
         """Give the lock back.
@@ -259,36 +476,14 @@ class Lock:
             LockLostError: It was not held any more, or never was.
             ServerError: The server refused; the lock is still held.
         """
-        grant = self._take_out()
-        engine = self.process.engine
-        if grant.home is not engine.home:
-            raise LockLostError(
-                f"the lock on {self.lock_key!r} was taken before fork() and is the parent's"
-            )
-        if grant.lost:
-            raise self._lost(grant)
-        grant.depth -= 1
-        if grant.depth:
-            return
-        engine.grants.remove(grant)
-        try:
-            flow = locks.release(grant.me, self.base, grant.wish.holder)
-            released = engine.run(self.base, flow)
-        except ServerError:
-            # It refused, so the lock is still ours: to be renewed, and to be released again.
-            grant.depth += 1
-            engine.grants.add(grant)
-            self._grants.append(grant)
-            raise
-        if not released:
-            self._tell(grant)
-            raise self._lost(grant)
+        self._engine.run(self.releasing())
 
     def extend(self, additional_time: float | None = None, replace_ttl: bool = False) -> bool:
-        """Make the lease longer, for a time in which it cannot be renewed.
+        """Make the lock's own lease longer, for a time in which it cannot be renewed.
 
         It is never made shorter, so that a message which the network delivers late can take
-        nothing away.
+        nothing away. A lock without a lease of its own lasts as long as its process's, and is only
+        checked.
 
         Args:
             additional_time: Seconds to add to what is left of it. None: start it anew.
@@ -301,20 +496,7 @@ class Lock:
             LockLostError: It is not held any more.
             ConfigurationError: ``additional_time`` is not above 0.
         """
-        if additional_time is not None and not 0 < additional_time < math.inf:
-            raise ConfigurationError(
-                f"additional_time is a number of seconds above 0, not {additional_time!r}"
-            )
-        grant = self._held()
-
-        def lease_ms(now: float) -> int:
-            if additional_time is None:
-                return grant.wish.lease_ms
-            left = 0.0 if replace_ttl else max(0.0, grant.until - now)
-            return math.ceil((left + additional_time) * 1000)
-
-        self._renew(grant, lease_ms)
-        return True
+        return bool(self._engine.run(self._extend(additional_time, replace_ttl=replace_ttl)))
 
     def reacquire(self) -> bool:
         """Start the lease anew; redis-py's name for ``extend()``."""
@@ -326,65 +508,24 @@ class Lock:
         Raises:
             LockLostError: It is not, or never was.
         """
-        grant = self._held()
-        self._renew(grant, grant.lease_ms)
-
-    # To look at
-
-    def owned(self) -> bool:
-        """Whether this object holds the lock: without asking, and never for too long.
-
-        False as well once the lease, counted from before it was asked for, is over, or others may
-        have declared this process dead.
-        """
-        grant = self._grant
-        return grant is not None and grant.is_ours
+        self._engine.run(self._check())
 
     def locked(self) -> bool:
-        """Whether anybody holds the lock."""
-        return bool(self._lockers().holders)
+        """Return whether any process holds the lock."""
+        return bool(self._engine.run(self._locked()))
 
     def holders(self) -> list[LockHolder]:
-        """Who holds the lock."""
-        lockers = self._lockers().holders
-        stays = self.process.engine.stays(
-            [locks.process_of(locker.holder) for locker in lockers], self.base
-        )
-        return [
-            LockHolder(
-                locks.process_of(locker.holder),
-                stay.card.get("host", ""),
-                int(stay.card.get("pid", 0)),
-                locker.thread,
-                locks.is_shared(locker.holder),
-                locker.since_ms / 1000,
-                locker.token,
-            )
-            for locker, stay in zip(lockers, stays, strict=True)
-        ]
+        """Return the holders of the lock."""
+        found: list[LockHolder] = self._engine.run(self._holders())
+        return found
 
     def waiters(self) -> list[LockHolder]:
-        """Who waits for the lock, in order."""
-        waiters = self._lockers().waiters
-        ids = [locks.process_of(waiter) for waiter in waiters]
-        stays = self.process.engine.stays(ids, self.base)
-        return [
-            LockHolder(
-                process_id,
-                stay.card.get("host", ""),
-                int(stay.card.get("pid", 0)),
-                "",
-                locks.is_shared(waiter),
-                0.0,
-                0,
-            )
-            for process_id, waiter, stay in zip(ids, waiters, stays, strict=True)
-        ]
+        """Return the waiters for the lock, in order."""
+        found: list[LockHolder] = self._engine.run(self._waiters())
+        return found
 
     def __enter__(self) -> Self:
-        taken = self._acquire(None, None)
-        if taken is not None:
-            raise taken
+        self._engine.run(self.entering())
         return self
 
     def __exit__(
@@ -401,241 +542,51 @@ class Lock:
             # The body's own exception is the one to see.
             error.add_note(f"phonon: {lost}")
 
-    # Machinery
 
-    @property
-    def _grant(self) -> Grant | None:
-        """This thread's grant; another thread's, if it has none: any thread may release a lock."""
-        here = self.process.engine.runtime.me()
-        for grant in reversed(self._grants):
-            if grant.thread is here:
-                return grant
-        return self._grants[-1] if self._grants else None
+class BaseSemaphore(BaseLock):
+    """What `Semaphore` and `AsyncSemaphore` share."""
 
-    def _take_out(self) -> Grant:
-        while True:
-            grant = self._grant
-            if grant is None:
-                raise LockLostError(f"the lock on {self.lock_key!r} is not held: acquire it first")
-            with contextlib.suppress(ValueError):  # another thread was faster
-                self._grants.remove(grant)
-                return grant
+    def __init__(
+        self,
+        process: Any,
+        name: str,
+        places: int,
+        block: bool = True,
+        *,
+        lease: float | None = None,
+        on_lost: Callable[[Any], object] | None = None,
+    ) -> None:
+        check_name("name", name)
+        number = check_places(places)
+        super().__init__(process, name, block, shared=True, lease=lease, on_lost=on_lost)
+        self._places = number
 
-    def _held(self) -> Grant:
-        grant = self._grant
-        if grant is None:
-            raise LockLostError(f"the lock on {self.lock_key!r} is not held: acquire it first")
-        if grant.lost or grant.home is not self.process.engine.home:
-            raise self._lost(grant)
-        return grant
-
-    def _lost(self, grant: Grant) -> LockLostError:
-        return LockLostError(
-            f"the lock on {self.lock_key!r} (token {grant.token}) was lost before it was released: "
-            f"its lease of {self.lease:g} s ran out, the server lost it, its process was stopped, "
-            "or it was taken over; what it protected may have been changed by another holder since"
-        )
-
-    def lose(self, grant: Grant) -> None:
-        """It was found that the lock is not ours any more: say so, once."""
-        if self.process.engine.grants.remove(grant):
-            self._tell(grant)
-
-    def _tell(self, grant: Grant) -> None:
-        grant.lost = True
-        self.process.engine.tell(self._lost(grant))
-        if self.on_lost is not None:
-            try:
-                self.process.engine.runtime.tell(self.on_lost, self)
-            except Exception:
-                log.exception("on_lost of %r has raised", self)
-
-    def _renew(self, grant: Grant, lease_ms: "Callable[[float], int]") -> None:
-        if not self.process.engine.run(b"renew " + self.base, renewing(self, grant, lease_ms)):
-            self.lose(grant)
-            raise self._lost(grant)
-
-    def _lockers(self) -> locks.Lockers:
-        engine = self.process.engine
-        return engine.run(b"lockers " + self.base, locks.lockers(engine.me, self.base))
-
-    def _again(self, block: bool) -> bool:
-        """Whether this thread has the lock and may take it once more."""
-        for grant in self.process.engine.grants.here(self.base):
-            if self.reentrant and (self.shared or not grant.lock.shared):
-                grant.depth += 1
-                self._grants.append(grant)
-                return True
-            # Shared twice would go well until somebody waits for it exclusively in between. The
-            # places of a semaphore are another matter: whoever wants two takes two.
-            if block and not self._places:
-                raise DeadlockError(
-                    f"this thread holds {self.lock_key!r} already and would wait for itself: "
-                    "release it first, or make the lock with reentrant=True"
-                )
-        return False
-
-    def _acquire(self, block: bool | None, timeout: float | None) -> AlreadyLockedError | None:
-        block = self.block if block is None else block
-        if timeout is None:
-            timeout = self.process.BLOCKING_TIMEOUT
-        seconds = math.inf if timeout < 0 else timeout
-        if self._again(block and seconds > 0):
-            return None
-        return Acquiring(self, self._places).run(seconds if block else None)
-
-    def granted(self, grant: Grant) -> None:
-        """It is ours now."""
-        self._grants.append(grant)
-        self.process.engine.holds_lock(grant)
+    @staticmethod
+    def _encode(key: str) -> bytes:
+        return encode_semaphore(key)
 
 
-def renewing(lock: Lock, grant: Grant, lease_ms: "Callable[[float], int]") -> Flow[bool]:
-    """Prolong a lease by hand; the result is whether the lock is still ours.
-
-    It takes turns with the heartbeat, so that the later one to be sent knows of the earlier.
-    """
-    now = lock.process.engine.clock()
-    ms = lease_ms(now)
-    renewed = yield from references.renew(grant.me, lock.base, [(grant.wish.holder, ms)])
-    if renewed[1]:
-        grant.until = max(grant.until, now + ms / 1000)
-    return bool(renewed[1])
-
-
-class Acquiring:
-    """One thread's attempt to take a lock.
-
-    Args:
-        lock: Which.
-        places: How many may share it at the same time; 0 if any number may.
-    """
-
-    def __init__(self, lock: Lock, places: int) -> None:
-        self._lock = lock
-        self._process = lock.process
-        self._places = places
-        self._begin()
-
-    def _begin(self) -> None:
-        lock = self._lock
-        self._me, holder = self._process.engine.new_holder(shared=lock.shared, places=self._places)
-        lease_ms = math.ceil(lock.lease * 1000)
-        self._wish = Wish(lock.base, holder, lease_ms, self._process.engine.runtime.my_name())
-
-    def run(self, seconds: float | None) -> AlreadyLockedError | None:
-        """Take the lock, or say why not.
-
-        Args:
-            seconds: How long to wait at the most; None not to wait.
-        """
-        process, base = self._process, self._lock.base
-        deadline = time.monotonic() + (seconds or 0.0)
-        queued = False
-        try:
-            while not process.stopping:
-                left = deadline - time.monotonic() if seconds is not None else 0.0
-                # Should no answer come, we may have the lock, or a place in line.
-                process.waiters[self._wish.holder] = base
-                asked = process.engine.clock()
-                try:
-                    answer = self._ask(queue=left > 0)
-                except DeclaredDeadError:
-                    process.engine.run(base, process.engine.be_reborn(self._me))
-                    del process.waiters[self._wish.holder]
-                    self._begin()
-                    continue
-                if answer.kind == "granted":
-                    until = asked + self._lock.lease
-                    self._lock.granted(
-                        Grant(self._lock, self._wish, self._me, answer.number, until)
-                    )
-                    del process.waiters[self._wish.holder]
-                    return None
-                queued = queued or answer.kind == "wait"
-                if not queued:
-                    del process.waiters[self._wish.holder]
-                if left <= 0:
-                    return self._taken(answer, seconds)
-                if not process.stopping:
-                    pause = min(left, answer.number / 1000)
-                    process.engine.run(base, locks.wait(base, self._wish.holder, pause))
-            raise ProcessStoppedError(
-                f"process {process.id} was stopped, so nobody waits for {self._lock.lock_key!r}: "
-                "make a new Process"
-            )
-        finally:
-            if self._wish.holder in process.waiters:
-                process.engine.runtime.clean_up(self._give_up)
-
-    def _ask(self, *, queue: bool) -> Locked:
-        flow = locks.acquire(self._me, self._wish, queue=queue)
-        return self._process.engine.run(self._lock.base, flow)
-
-    def _give_up(self) -> None:
-        """Whoever gives up must not stay in line: it would swallow the next wake-up."""
-        process, holder = self._process, self._wish.holder
-        try:
-            with contextlib.suppress(ConnectionLostError):  # it goes on by itself
-                process.engine.run(
-                    self._lock.base, locks.release(self._me, self._lock.base, holder)
-                )
-        finally:
-            del process.waiters[holder]
-
-    def _taken(self, answer: Locked, seconds: float | None) -> AlreadyLockedError:
-        process_id = locks.process_of(answer.holder)
-        (stay,) = self._process.engine.stays([process_id], self._lock.base)
-        card = stay.card
-        waited = "" if seconds is None else f" after {seconds:g} s of waiting"
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(answer.since_ms / 1000))
-        holder = LockHolder(
-            process_id,
-            card.get("host", ""),
-            int(card.get("pid", 0)),
-            answer.thread,
-            locks.is_shared(answer.holder),
-            answer.since_ms / 1000,
-            0,
-        )
-        mode = "shared" if holder.shared else "exclusive"
-        return AlreadyLockedError(
-            f"{self._lock.lock_key!r} is locked ({mode}) by process {process_id} (host "
-            f"{holder.host or 'unknown'}, pid {holder.pid or 'unknown'}, thread "
-            f"{holder.thread or 'unknown'}) since {since}{waited}; wait for it with block=True, or "
-            "look at Lock.holders()",
-            holder,
-        )
-
-
-class Semaphore(Lock):
+class Semaphore(BaseSemaphore, Lock):
     """A number of places, across processes and threads: so many hold it at the same time.
 
     Made by `Process.semaphore`. Waiters are served in order of arrival. The place of a process
     that dies is free again when it is declared dead.
 
     Args:
-        process: Who wants a place.
+        process: The process that wants a place.
         name: The semaphore's name, any text. It has nothing to do with a resource of that name.
         places: How many may hold it at the same time; the same for all who use it.
         options: As of a `Lock`, but for ``shared``.
+
+    Example:
+        >>> with process.semaphore("connections", 10):  # doctest: +SKIP
+        ...     fetch()
     """
 
-    def __init__(
-        self,
-        process: "Process",
-        name: str,
-        places: int,
-        block: bool = True,
-        *,
-        lease: float | None = None,
-        on_lost: "Callable[[Lock], object] | None" = None,
-    ) -> None:
-        if places < 1:
-            raise ConfigurationError(f"a semaphore has 1 place at the least, not {places!r}")
-        super().__init__(process, name, block, shared=True, lease=lease, on_lost=on_lost)
-        self._places = places
 
-    @staticmethod
-    def _base_of(process: "Process", name: str) -> bytes:
-        return process.engine.keys.semaphore(name)
+def _token_of(grant: Grant) -> int:
+    return grant.token * TOKENS
+
+
+def _text(word: bytes) -> str:
+    return word.decode("utf-8", "replace")

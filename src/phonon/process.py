@@ -1,106 +1,249 @@
 """A process: an identity, a heartbeat, and what it holds."""
 
-import atexit
-import math
-import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import phonon.lock
-from phonon import backlog, parked
+from phonon import _lifetime
+from phonon._core.codec import UpdateCodec
+from phonon._core.dead_letters import DeadLetters, Parked
+from phonon._core.engine import Engine, Options, ThreadEngine, errors_only
+from phonon._core.flows import FLUSH, Flow, Sleep, read
+from phonon._protocol import library
+from phonon._protocol.library import Request
+from phonon._protocol.partitions import ENCODING, ERRORS, decode
+from phonon._transport import connect, sync_io
+from phonon._transport.connect import SharedConnection
+from phonon._transport.threads import ThreadDriver
 from phonon.batch import Batch, raise_together
-from phonon.drivers import connect
-from phonon.drivers.server import Durability
-from phonon.engine import Engine, log
-from phonon.errors import AlreadyLockedError, ConfigurationError, PhononError
-from phonon.parked import Parked
-from phonon.protocol import library, locks, processes
-from phonon.protocol.effects import Call
-from phonon.protocol.keys import Keys
-from phonon.protocol.updates import RetryPolicy
-from phonon.reference import Reference
-from phonon.runtime import THREADS, Runtime
+from phonon.errors import AlreadyLockedError, ConfigurationError, ConnectionLostError
+from phonon.reference import BaseReference, Reference
 from phonon.serializers import ExactSerializer, Serializer
+from phonon.settings import (
+    Durability,
+    Overflow,
+    RetryPolicy,
+    check_executor,
+    check_name,
+    check_process,
+    url_of,
+)
 
 if TYPE_CHECKING:
     from phonon.update import Update
 
-#: Read where no address is given.
-URL_VARIABLE = "PHONON_URL"
+#: The default, which an address as the first argument leaves in force.
+SESSION_LENGTH = 900.0
+#: Seconds between two looks at what is unfinished; they grow.
+FIRST_PAUSE = 0.005
 
-_alive: "weakref.WeakSet[Process]" = weakref.WeakSet()
 
-
-class Process:
-    """One participant: everything is created through it.
-
-    Several may live in one interpreter; each counts for itself. It connects when it is made, and
-    beats from then on in a daemon thread. Use it in a ``with`` block, or call `stop`: both end the
-    sessions it still holds. A process that ends without (``kill -9``) is declared dead after four
-    heartbeat intervals without a sign of life, and the others take over what it held and finish
-    what it had begun. One that was only paused for so long goes on under a new id: it keeps what
-    is local, and has lost its locks and the batches that it was executing.
-
-    After ``os.fork`` the child's copy becomes a process of its own, with a new id, that holds
-    nothing; what the parent had made stays the parent's.
-
-    Args:
-        session_length: How long a membership lasts without a sign of life from its process,
-            seconds; at least two heartbeat intervals. The heartbeat renews it.
-        host: The server's host.
-        port: The server's port.
-        db: The server's database.
-        heartbeat_interval: Seconds between two heartbeats.
-        recover_failed_processes: Whether this process takes over what dead ones have left: when
-            it starts, and after every heartbeat.
-        hosts: Nodes of a cluster, ``"host:port"`` each, instead of ``host`` and ``port``.
-        url: Where the server is, instead of those: ``redis://``, ``rediss://``, ``unix://``,
-            ``redis+cluster://``, ``redis+sentinel://`` or ``embedded://``.
-        client: A ``redis.Redis`` or ``redis.RedisCluster`` to use, instead of those.
-        namespace: Processes of different namespaces do not see each other. Any text.
-        serializer: How partials are encoded; the same in all processes.
-        retry: What happens to a batch whose ``execute`` fails.
-        retry_timeout: Seconds to go on repeating a call that is not answered, 30 at the most.
-        durability: What a server must have done with data before a call that stores it returns.
-        on_error: Called, from any thread, with every error that there is no caller to raise it
-            to: a `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`,
-            or what ``execute`` raised in the background. All of them are logged as well.
-        executor: Threads that run ``execute`` where several sessions end together, in place of the
-            calling one, so that slow writes overlap. A resource's batches stay in order. It is
-            yours to shut down, after `stop`; a forked child does without. Whoever ends a session
-            waits for it, so do not end any in these threads themselves.
-        max_backlog: How much may be left undone, because ``execute`` fails or the server does not
-            answer, before no new updates are taken in.
-        overflow: Whether a new update then waits for room, for `BLOCKING_TIMEOUT` at the most
-            (``"block"``), or raises a `BacklogFullError` at once (``"raise"``).
-
-    If nothing says where the server is, the environment variable ``PHONON_URL`` does, or it is
-    ``redis://localhost:6379/1``.
-
-    Raises:
-        ConfigurationError: An argument cannot be meant.
-        ServerUnreachableError: There is no server. Phonon never looks for another one.
-        ServerError: The server cannot be used: too old, wrong password.
-    """
+class BaseProcess:
+    """What `Process` and `AsyncProcess` share: everything but the waiting."""
 
     AlreadyLocked: ClassVar = AlreadyLockedError
-    Lock: ClassVar = phonon.lock.Lock
-    #: How long a lock lasts unless renewed, seconds. The heartbeat renews it.
+    #: The lease of locks in earlier versions, seconds. A lock lasts as long as its process's lease
+    #: now: give ``lease=Process.TTL`` to have the old behaviour.
     TTL: ClassVar[float] = 60.0
     #: Seconds between two attempts to reach a server that does not answer, at the most.
     RETRY_SLEEP: ClassVar[float] = 0.5
     #: Seconds to wait at the most, for a lock or for room in the backlog.
     BLOCKING_TIMEOUT: ClassVar[float] = 500.0
-    _runtime: Runtime = THREADS
-    _kit: connect.Kit = connect.SYNC
+
+    session_length: float
+    heartbeat_interval: float
+    recover_failed_processes: bool
+
+    @property
+    def engine(self) -> Any:
+        """The process's parts; nothing of them is public."""
+        raise NotImplementedError
+
+    @property
+    def id(self) -> str:
+        """The process's identity, unique for ever."""
+        name: str = self.engine.name
+        return name
+
+    @property
+    def client(self) -> Any:
+        """The redis-py client of the server."""
+        return self.engine.client
+
+    @property
+    def registry_key(self) -> str:
+        """The key of the sorted set of resources that this process may be responsible for.
+
+        There is one for each partition, and this one stands for all of them; see `get_registry`.
+        """
+        identity = self.engine.identity
+        return _text(_registry_prefix(identity) + identity.id)
+
+    @property
+    def heartbeat_hash_name(self) -> str:
+        """The key of the sorted set of all processes, by the end of their leases unless renewed."""
+        return _text(self.engine.identity.partitions.prefix + b"processes")
+
+    # Flows
+
+    def _joins_in_a_batch(self, reference: BaseReference) -> bool:
+        """Return whether an open batch will join the resource when it ends."""
+        batch = self.engine.batch
+        if batch is None or reference.parties is not None:
+            return False
+        batch.join(reference.resource_key)
+        return True
+
+    def _flush(self) -> Flow[list[BaseException]]:
+        engine = self.engine
+        outbox = engine.outbox
+        unstored, outbox.unstored = outbox.unstored, []
+        errors: list[BaseException] = yield from outbox.store(unstored)
+        deadline = engine.identity.clock() + engine.driver.retry_timeout
+        pause = FIRST_PAUSE
+        while outbox.is_unfinished:
+            # Wait for the server to answer; then what it could not answer before goes at once.
+            yield from read(engine.identity.in_namespace("processes"))
+            yield FLUSH
+            yield from outbox.catch_up()
+            if outbox.is_unfinished and engine.identity.clock() < deadline:
+                yield Sleep(pause)  # its worker goes on with them
+                pause *= 2
+                continue
+            if not errors and outbox.is_unfinished:
+                errors.append(
+                    ConnectionLostError(
+                        f"{engine.address} did not answer all of what was kept: it goes on in the "
+                        "background; call flush() again to see it done"
+                    )
+                )
+            break
+        return errors
+
+    def _track(self, resource: str, registry_key: str | None, *, there: bool) -> Flow[int]:
+        check_name("resource", resource)
+        identity = self.engine.identity
+        process = self._owner_of(registry_key)
+        if process is None or process == identity.id:
+            changed: int = yield from self.engine.members.track(resource, there=there)
+            return changed
+        # Only a process itself has a lane. To correct its registry from outside repeats harmlessly.
+        partition, name = self.engine.members.place(resource)
+        prefix = identity.partitions.prefixes[partition]
+        key = prefix + b"registry:" + process
+        now = b"%d" % int(time.time() * 1000)
+        words = (b"ZADD", key, b"NX", now, name) if there else (b"ZREM", key, name)
+        return int((yield from read(Request(prefix, words))))
+
+    def _registry(self, registry_key: str | None) -> Flow[list[str]]:
+        found: list[str] = yield from self.engine.members.registry(self._owner_of(registry_key))
+        return found
+
+    def _owner_of(self, registry_key: str | None) -> bytes | None:
+        """Return the id of the process that a registry belongs to."""
+        if registry_key is None:
+            return None
+        key = check_name("registry_key", registry_key).encode(ENCODING, ERRORS)
+        prefix = _registry_prefix(self.engine.identity)
+        if not key.startswith(prefix) or len(key) == len(prefix):
+            raise ConfigurationError(
+                f"registry_key is the registry_key of a process of this namespace, not "
+                f"{registry_key!r}: one begins with {_text(prefix)!r}"
+            )
+        return key[len(prefix) :]
+
+    @property
+    def _dead_letters(self) -> DeadLetters:
+        engine = self.engine
+        return DeadLetters(engine.identity, engine.members, engine.executor, engine.codec)
+
+    def _look(self, resource: str, token: int) -> Flow[list[Any]]:
+        check_name("resource", resource)
+        letters = self._dead_letters
+        partials = yield from letters.look(resource, token)
+        where = letters.key(resource, token)
+        return [self.engine.codec.decode(resource, partial, where) for partial in partials]
+
+    def _replay(self, resource: str, token: int) -> Flow[list[BaseException]]:
+        check_name("resource", resource)
+        return self._dead_letters.replay(resource, token)
+
+    def _discard(self, resource: str, token: int) -> Flow[None]:
+        check_name("resource", resource)
+        return self._dead_letters.discard(resource, token)
+
+
+class Process(BaseProcess):
+    """One participant: everything is created through it.
+
+    Several may live in one interpreter; each counts for itself. It connects when it is made, and
+    beats from then on in a daemon thread. Use it in a ``with`` block, or call `stop`: both end the
+    sessions it still holds. A process that ends without (``kill -9``) is declared dead after four
+    heartbeat intervals without a heartbeat, and the others take over what it held and finish
+    what it had begun. One that was only paused for so long goes on under a new id: it keeps what
+    is local, and has lost its locks and the batches that it was executing.
+
+    After ``os.fork`` the child's copy becomes a process of its own, with a new id, that holds
+    nothing; what the parent had made stays the parent's. Workers of ``multiprocessing`` and of
+    Celery stop theirs when they end.
+
+    Args:
+        session_length: Has no effect: a membership lasts as long as its process's lease, which the
+            heartbeat renews. It is still checked: seconds, at least two heartbeat intervals. A URL
+            in its place is taken as ``url``.
+        host: The server's host.
+        port: The server's port.
+        db: The server's database.
+        heartbeat_interval: Seconds between two heartbeats.
+        recover_failed_processes: Whether this process executes the batches of dead ones: when
+            it starts, and after every heartbeat. All processes release what dead ones held.
+        hosts: Nodes of a cluster, ``"host:port"`` each, instead of ``host`` and ``port``.
+        url: Where the server is, instead of those: ``redis://``, ``rediss://``, ``unix://``,
+            ``redis+cluster://``, ``redis+sentinel://`` or ``embedded://``.
+        client: A ``redis.Redis`` or ``redis.RedisCluster`` to use, instead of those.
+        namespace: Processes of different namespaces do not see each other. Any text.
+        partitions: Into how many partitions the namespace is split, 1 to 16384. Its first process
+            decides; None adopts the number, or 16. More let a large cluster share the work evenly.
+        serializer: How partials are encoded; the same in all processes.
+        retry: What happens to a batch whose ``execute`` fails.
+        retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
+            gets a `ConnectionLostError`. The call itself is kept, and goes on in the background.
+        durability: How safe data must be on the server before a call that stores it returns.
+        on_error: Called, from any thread, with every error that there is no caller to raise it
+            to: a `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`,
+            or what ``execute`` raised in the background. All of them are logged as well.
+        executor: Threads that run ``execute`` where several sessions end together, in place of the
+            calling one, so that slow writes overlap. A resource's batches stay in order. It is
+            yours to shut down, after `stop`; a forked child does without. A thread that ends a
+            session waits for it, so do not end any in these threads themselves.
+        max_backlog: How much may be left undone, because ``execute`` fails or the server does not
+            answer, before no new updates are taken in.
+        overflow: Whether a new update then waits for room, for `BLOCKING_TIMEOUT` at the most
+            (``"block"``), or raises a `BacklogFullError` at once (``"raise"``).
+
+    If no argument says where the server is, the environment variable ``PHONON_URL`` does, or it is
+    ``redis://localhost:6379/1``.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+        ServerUnreachableError: There is no server. Phonon never looks for another one.
+        ServerError: The server cannot be used: too old, wrong password.
+
+    Example:
+        >>> with Process("redis://localhost:6379/1") as process:  # doctest: +SKIP
+        ...     reference = process.create_reference("import-42")
+    """
+
+    Lock: ClassVar = phonon.lock.Lock
 
     def __init__(
         self,
-        session_length: float = 900,
+        session_length: float | str = SESSION_LENGTH,
         host: str = "localhost",
         port: int = 6379,
         db: int = 1,
@@ -111,6 +254,7 @@ class Process:
         url: str | None = None,
         client: Any = None,
         namespace: str = "phonon",
+        partitions: int | None = None,
         serializer: Serializer | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - immutable
         retry_timeout: float = 15.0,
@@ -118,65 +262,88 @@ class Process:
         on_error: Callable[[Exception], object] | None = None,
         executor: Executor | None = None,
         max_backlog: int = 100_000,
-        overflow: backlog.Overflow = "block",
+        overflow: Overflow = "block",
     ) -> None:
-        if isinstance(executor, ProcessPoolExecutor):
-            raise ConfigurationError(
-                "executor= takes threads: updates hold connections and cannot be sent to another "
-                "process; give a concurrent.futures.ThreadPoolExecutor"
-            )
-        check_times(session_length, heartbeat_interval, retry_timeout, self.TTL)
-        backlog.check(max_backlog, overflow)
-        keys = Keys(namespace)
-        address = (host, port, db)
-        settings: dict[str, Any] = {
-            "retry_timeout": retry_timeout,
-            "longest_pause": self.RETRY_SLEEP,
-            "durability": durability,
-        }
-        if client is not None:
-            if url or hosts:
-                raise ConfigurationError("give one of client=, url= and hosts=")
-            lease = connect.connect_client(client, library.default(), self._kit, **settings)
-        else:
-            found = _url(url, hosts, address)
-            lease = connect.connect_url(found, library.default(), self._kit, **settings)
-        self.session_length = session_length
-        self.heartbeat_interval = heartbeat_interval
-        self.recover_failed_processes = recover_failed_processes
-        #: Locks that threads wait for: holder and resource.
-        self.waiters: dict[str, bytes] = {}
-        self.stopping = False
-        self._stop_lock = self._runtime.rlock()
-        self.engine = Engine(
-            self,
-            lease,
-            keys,
-            serializer or ExactSerializer(),
-            retry,
-            session_length=session_length,
+        length, url = url_first(session_length, url)
+        check_executor(executor)
+        check_process(
+            session_length=length,
             heartbeat_interval=heartbeat_interval,
-            recovers=recover_failed_processes,
+            retry_timeout=retry_timeout,
+            namespace=namespace,
+            partitions=partitions,
+            serializer=serializer,
+            retry=retry,
+            durability=durability,
             on_error=on_error,
-            executor=executor,
             max_backlog=max_backlog,
             overflow=overflow,
-            runtime=self._runtime,
+            is_async=False,
+        )
+        found = url_of(url, hosts, client, (host, port, db))
+        self.session_length = length
+        self.heartbeat_interval = heartbeat_interval
+        self.recover_failed_processes = recover_failed_processes
+        self.namespace = namespace
+        self._stop_lock = threading.RLock()
+        self._connection = _connect(
+            found, client, longest_pause=self.RETRY_SLEEP, durability=durability
         )
         try:
-            self.engine.start()
+            self._engine = self._make_engine(
+                Options(
+                    namespace,
+                    partitions,
+                    heartbeat_interval,
+                    bool(recover_failed_processes),
+                    retry,
+                    max_backlog,
+                    overflow,
+                ),
+                serializer or ExactSerializer(),
+                on_error,
+                executor,
+                retry_timeout,
+            )
+            try:
+                self._engine.start()
+            except BaseException:
+                self._engine.close()
+                raise
         except BaseException:
-            self.engine.close()
+            self._close_connection()
             raise
-        self._enlist()
+        _lifetime.tell_of_forks(self)
+        _lifetime.stop_at_exit(self)
 
-    def _enlist(self) -> None:
-        """Stop at the end of the interpreter, and begin anew in a forked child."""
-        _alive.add(self)
+    def _make_engine(
+        self,
+        options: Options,
+        serializer: Serializer,
+        on_error: Callable[[Exception], object] | None,
+        executor: Executor | None,
+        retry_timeout: float,
+    ) -> ThreadEngine:
+        server, functions = self._connection.server, library.default()
+        return ThreadEngine(
+            options,
+            weakref.ref(self),
+            functions,
+            lambda identity: ThreadDriver(
+                server, functions, identity, retry_timeout=retry_timeout, executor=executor
+            ),
+            lambda engine: make_codec(engine, serializer, is_async=False),
+            on_error=on_error,
+            address=server.address,
+            client=self._connection.client,
+        )
+
+    def _close_connection(self) -> None:
+        sync_io.run(self._connection.close())
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> Self:
-        """A process that uses the server of a URL.
+        """Return a process that uses the server of a URL.
 
         Args:
             url: See the constructor.
@@ -184,8 +351,13 @@ class Process:
         """
         return cls(url=url, **options)
 
+    @property
+    def engine(self) -> ThreadEngine:
+        """The process's parts; nothing of them is public."""
+        return self._engine
+
     def __repr__(self) -> str:
-        return f"<phonon.Process {self.id} at {self.engine.lease.server.address}>"
+        return f"<phonon.Process {self.id} at {self._engine.address}>"
 
     def __enter__(self) -> Self:
         return self
@@ -203,36 +375,6 @@ class Process:
                 raise
             error.add_note(f"phonon: and stopping the process failed: {failure}")
 
-    @property
-    def id(self) -> str:
-        """The process's identity, unique for ever."""
-        return self.engine.name
-
-    @property
-    def public(self) -> Any:
-        """The object that users have: this one, or its asyncio twin."""
-        return self
-
-    @property
-    def client(self) -> Any:
-        """The redis-py client whose connections are used."""
-        return self.engine.lease.client
-
-    @property
-    def namespace(self) -> str:
-        """The namespace."""
-        return self.engine.keys.namespace
-
-    @property
-    def registry_key(self) -> str:
-        """The key of the sorted set of resources that this process may be responsible for."""
-        return self.engine.me.registry.decode("utf-8", "surrogatepass")
-
-    @property
-    def heartbeat_hash_name(self) -> str:
-        """The key of the sorted set of all processes, by the end of their lives unless renewed."""
-        return self.engine.keys.processes.decode("utf-8", "surrogatepass")
-
     def create_reference(
         self, resource: str, block: bool = True, parties: int | None = None
     ) -> Reference:
@@ -244,19 +386,17 @@ class Process:
             resource: The resource's name, any text.
             block: Whether the reference's locks wait by default.
             parties: How many different processes are to hold the resource, where that is known:
-                nobody is told that it is the last before so many have come, so that the first
+                no process is told that it is the last before so many have come, so that the first
                 one to finish is not taken for the last while others have not begun. A process
                 that has died counts as one that has left. The same for all.
 
         Raises:
+            ConfigurationError: An argument is invalid.
             ConnectionLostError: The server does not answer.
         """
         reference = Reference(self, resource, block, parties)
-        batch = self.engine.batch
-        if batch is not None and parties is None:
-            batch.join(resource)
-        else:
-            reference.refresh_session()
+        if not self._joins_in_a_batch(reference):
+            self._engine.run(reference.joining())
         return reference
 
     def lock(
@@ -269,14 +409,14 @@ class Process:
         lease: float | None = None,
         on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
     ) -> "phonon.lock.Lock":
-        """A lock on a resource, for a ``with`` block.
+        """Return a lock on a resource, for a ``with`` block.
 
         Args:
             lock_key: The resource's name, any text.
             block: Whether to wait if it is taken.
-            shared: Whether to share it with others who do.
+            shared: Whether to share it with others that do.
             reentrant: Whether the thread that has it may take it again.
-            lease: Seconds that it lasts unless renewed. None: `TTL`.
+            lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the lock, from any thread, once it is found to be lost.
         """
         return phonon.lock.Lock(
@@ -298,13 +438,13 @@ class Process:
         lease: float | None = None,
         on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
     ) -> "phonon.lock.Semaphore":
-        """A semaphore, for a ``with`` block: so many hold it at the same time.
+        """Return a semaphore, for a ``with`` block: so many hold it at the same time.
 
         Args:
             name: Its name, any text.
             places: How many may hold it; the same for all who use it.
             block: Whether to wait if all places are taken.
-            lease: Seconds that a place lasts unless renewed. None: `TTL`.
+            lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the semaphore, from any thread, once a place is found to be lost.
         """
         return phonon.lock.Semaphore(self, name, places, block, lease=lease, on_lost=on_lost)
@@ -315,6 +455,8 @@ class Process:
         References created, updates made and sessions ended inside the block are merged per key
         and travel in one exchange, so that a batch of messages costs hardly more than one. After
         the block everything set inside it is on the server, and the messages can be acknowledged.
+        That is so as well if the block's body raises: what was set before is stored, and the error
+        is passed on.
 
         If leaving the block raises, what could not be stored is kept and goes with the next batch
         or with `flush`: acknowledge the messages when that has returned. Do not hand them back to
@@ -325,9 +467,9 @@ class Process:
                 their data stays in this process until the session ends, and only the memberships
                 travel together.
         """
-        batch = self.engine.batch
+        batch: Batch | None = self._engine.batch
         if batch is None:
-            return Batch(self.engine, durable=durable)
+            return Batch(self._engine, durable=durable)
         batch.durable |= durable
         return batch
 
@@ -337,55 +479,59 @@ class Process:
         Raises:
             ConnectionLostError: It still is.
         """
-        with Batch(self.engine):
-            pass
+        raise_together("not everything could be stored", self._errors(self._flush()))
 
     def add_to_registry(self, resource: str, registry_key: str | None = None) -> int:
         """Enter a resource into a registry. Phonon keeps this process's by itself.
 
+        Args:
+            resource: The resource's name.
+            registry_key: Another process's `registry_key`; None for this one's.
+
         Returns:
             1 if it was not there yet.
         """
-        key = self._registry(registry_key)
-        call = Call("hold", key, (self.engine.keys.base(resource), self.engine.me.id))
-        return int(self.engine.run(b"", processes.single(call)))
+        return int(self._engine.run(self._track(resource, registry_key, there=True)))
 
     def remove_from_registry(self, resource: str, registry_key: str | None = None) -> int:
         """Remove a resource from a registry. Phonon keeps this process's by itself.
 
+        Args:
+            resource: The resource's name.
+            registry_key: Another process's `registry_key`; None for this one's.
+
         Returns:
             1 if it was there.
         """
-        key = self._registry(registry_key)
-        call = Call("", key, (b"ZREM", key, self.engine.keys.base(resource)))
-        return int(self.engine.run(b"", processes.single(call)))
+        return int(self._engine.run(self._track(resource, registry_key, there=False)))
 
     def get_registry(self, registry_key: str | None = None) -> list[str]:
-        """The resources that a process may be responsible for.
+        """Return the resources that a process may be responsible for, in all partitions.
 
         Args:
             registry_key: Another process's `registry_key`; None for this one's.
         """
-        key = registry_key.encode("utf-8", "surrogatepass") if registry_key is not None else None
-        bases = self.engine.run(b"", self.engine.living(lambda me: processes.registry(me, key)))
-        return [self.engine.keys.resource(base) for base in bases]
+        found: list[str] = self._engine.run(self._registry(registry_key))
+        return found
 
     def parked(self) -> list[Parked]:
-        """The batches that were given up on after so many failed attempts, of all processes.
+        """Return the batches that were given up on after so many failed attempts, of all processes.
 
-        They stay until somebody replays or discards them. Meanwhile their resources go on.
+        They stay until they are replayed or discarded. Meanwhile their resources go on.
         """
-        return parked.find(self.engine)
+        found: list[Parked] = self._engine.run(self._dead_letters.find())
+        return found
 
     def look(self, resource: str, token: int) -> list["Update"]:
-        """What is in a parked batch: its partials as updates, in the order they were stored in.
+        """Return the content of a parked batch: its partials as updates, in the order of storing.
 
         Raises:
             BatchMissingError: There is no such parked batch.
             UndecodableError: It cannot be read.
             UnknownClassError: Its class is not imported here.
         """
-        return parked.look(self.engine, resource, token)
+        found: list[Update] = self._engine.run(self._look(resource, token))
+        return found
 
     def replay(self, resource: str, token: int) -> None:
         """Execute a parked batch after all, here and now.
@@ -396,9 +542,11 @@ class Process:
         Raises:
             BatchMissingError: There is no such parked batch.
             BatchRunningError: Another batch of the resource is being executed.
+            UnknownClassError: Its class is not imported here. It stays parked.
+            UndecodableError: It cannot be read. It stays parked.
             Exception: What ``execute`` raised.
         """
-        parked.replay(self.engine, resource, token)
+        raise_together("the batch failed again", self._errors(self._replay(resource, token)))
 
     def discard(self, resource: str, token: int) -> None:
         """Delete a parked batch, with its data.
@@ -406,7 +554,7 @@ class Process:
         Raises:
             BatchMissingError: There is no such parked batch.
         """
-        parked.discard(self.engine, resource, token)
+        self._engine.run(self._discard(resource, token))
 
     def stop(self) -> None:
         """End the sessions that this process still holds, release its locks, and disappear.
@@ -418,113 +566,74 @@ class Process:
             Exception: Some sessions could not be ended; several errors come as an ExceptionGroup.
                 What is on the server is left to the survivors.
         """
-        _alive.discard(self)
-        with self._stop_lock:
-            if self.engine.stopped:
+        _lifetime.forget(self)
+        engine = self._engine
+        # A worker's on_error may call this while another thread stops the process, and waits for
+        # the worker.
+        if not self._stop_lock.acquire(blocking=not engine.is_worker):
+            return
+        try:
+            if engine.stopped:
                 return
-            self.stopping = True
-            batch = self.engine.batch
+            engine.check()  # a fork that ran no hooks: the parent's sessions are not ours to end
+            errors: list[BaseException] = []
             try:
-                errors = batch.close() if batch is not None else []
-                try:
-                    self._wake_waiters()
-                except PhononError as error:
-                    errors.append(error)
-                errors += self.engine.stop()
+                batch = engine.batch
+                if batch is not None:
+                    errors += batch.close()
+                errors += engine.stop()
             finally:
-                self.engine.close()
-        raise_together("stopping left something undone", errors)
-
-    def _wake_waiters(self) -> None:
-        """Let nobody wait for a lock any more: it would stay in line, and come too late."""
-        for holder, base in list(self.waiters.items()):
-            self.engine.run(base, locks.wake(base, holder))
-        give_up = time.monotonic() + WAITERS_TIMEOUT
-        while self.waiters and time.monotonic() < give_up:
-            self.engine.runtime.sleep(0.001)
+                engine.close()
+                self._close_connection()
+        finally:
+            self._stop_lock.release()
+        raise_together("stopping left something undone", errors_only(errors))
 
     def begin_after_fork(self) -> None:
-        """The child's copy is a process of its own. Locks may be held by threads of the parent."""
-        self.waiters = {}
-        self.stopping = False
-        self._stop_lock = self._runtime.rlock()
-        self.engine.after_fork_in_child()
+        """Be a process of its own: the child's copy. Threads of the parent may have held locks."""
+        self._stop_lock = threading.RLock()
+        self._engine.driver.executor = None  # its threads are the parent's
+        self._engine.after_fork_in_child()
 
-    def _registry(self, registry_key: str | None) -> bytes:
-        if registry_key is None:
-            return self.engine.me.registry
-        return registry_key.encode("utf-8", "surrogatepass")
+    def _errors(self, flow: Flow[list[BaseException]]) -> list[Exception]:
+        return errors_only(self._engine.run(flow))
 
 
-def check_times(
-    session_length: float, heartbeat_interval: float, retry_timeout: float, ttl: float
-) -> None:
-    """Refuse settings of a `Process` that cannot be meant.
+def url_first(session_length: Any, url: str | None) -> tuple[Any, str | None]:
+    """Return session length and URL, where a URL may have been given in the first one's place.
 
     Raises:
-        ConfigurationError: One cannot.
+        ConfigurationError: There are two URLs.
     """
-    for name, value in (
-        ("session_length", session_length),
-        ("heartbeat_interval", heartbeat_interval),
-        ("retry_timeout", retry_timeout),
-    ):
-        if not 0 < value < math.inf:
-            raise ConfigurationError(f"{name} is a number of seconds above 0, not {value!r}")
-    if retry_timeout > MOST_RETRY_TIMEOUT:
-        raise ConfigurationError(
-            f"retry_timeout is {MOST_RETRY_TIMEOUT:g} s at the most, not {retry_timeout!r}: "
-            "the server does not remember operations for much longer"
-        )
-    if heartbeat_interval >= ttl:
-        raise ConfigurationError(
-            f"locks last {ttl:g} s and are renewed every {heartbeat_interval:g} s: make "
-            "heartbeat_interval shorter, or subclass Process with a longer TTL"
-        )
-    if session_length < 2 * heartbeat_interval:
-        raise ConfigurationError(
-            f"memberships last {session_length:g} s and are renewed every "
-            f"{heartbeat_interval:g} s: make session_length at least twice heartbeat_interval"
-        )
-
-
-#: Half of what the server remembers operations for.
-MOST_RETRY_TIMEOUT = 30.0
-#: Seconds that `Process.stop` gives threads that wait for a lock to notice.
-WAITERS_TIMEOUT = 2.0
-
-
-def _url(url: str | None, hosts: Sequence[str] | None, address: tuple[str, int, int]) -> str:
-    """Where the server is; see `Process`."""
-    if url is not None and hosts is not None:
-        raise ConfigurationError("give one of url= and hosts=")
+    if not isinstance(session_length, str) or "://" not in session_length:
+        return session_length, url
     if url is not None:
-        return url
-    if hosts is not None:
-        if isinstance(hosts, str) or not hosts:
-            raise ConfigurationError('hosts= is a list of "host:port"')
-        return "redis+cluster://" + ",".join(hosts)
-    host, port, db = address
-    if address == ("localhost", 6379, 1) and os.environ.get(URL_VARIABLE):
-        return os.environ[URL_VARIABLE]
-    return f"redis://{f'[{host}]' if ':' in host else host}:{port}/{db}"
+        raise ConfigurationError("there are two URLs: give one, as url= or as the first argument")
+    return SESSION_LENGTH, session_length
 
 
-def _stop_all() -> None:
-    """At the end of the interpreter: leave nothing to take over."""
-    for process in list(_alive):
-        try:
-            process.stop()
-        except Exception:  # noqa: BLE001 - nobody is left to handle it
-            log.exception("stopping %r at exit left something undone", process)
+def make_codec(engine: Engine, serializer: Serializer, *, is_async: bool) -> UpdateCodec:
+    """Return the codec of a process."""
+
+    def key(kind: str, resource: str) -> str:
+        partition, name = engine.members.place(resource)
+        prefix = engine.identity.partitions.prefixes[partition]
+        return f"{_text(prefix)}{kind}:{decode(name)}"
+
+    return UpdateCodec(serializer, engine.public, is_async, key)
 
 
-def _after_fork_in_child() -> None:
-    connect.after_fork_in_child()
-    for process in list(_alive):
-        process.begin_after_fork()
+def _connect(url: str | None, client: Any, **settings: Any) -> SharedConnection:
+    functions = library.default()
+    if url is None:
+        return sync_io.run(connect.connect_client(client, functions, sync_io.BACKEND, **settings))
+    return sync_io.run(connect.connect_url(url, functions, sync_io.BACKEND, **settings))
 
 
-# After the non-daemon threads have ended, which may be using a process until then.
-atexit.register(_stop_all)
-os.register_at_fork(after_in_child=_after_fork_in_child)
+def _registry_prefix(identity: Any) -> bytes:
+    prefix: bytes = identity.partitions.prefixes[0] + b"registry:"
+    return prefix
+
+
+def _text(key: bytes) -> str:
+    return key.decode(ENCODING, ERRORS)

@@ -1,42 +1,178 @@
 """References: who uses a resource, who modified it, who was the last."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from phonon.errors import ConfigurationError, ConnectionLostError, PhononError
+from phonon._core.flows import CALLER_GONE, Branch, Flow, Outcome, call
+from phonon._core.members import ProcessInfo as Holder
+from phonon._core.outbox import Ending, SessionResult
+from phonon.errors import ConfigurationError
 from phonon.lock import Lock
-from phonon.protocol import locks, references
-from phonon.protocol.effects import Execute, Flow, Outcome, T
-from phonon.protocol.updates import Ended
+from phonon.settings import check_api, check_callable, check_name, check_parties, check_timeout
 
 if TYPE_CHECKING:
-    from phonon.engine import Engine
     from phonon.process import Process
-    from phonon.update import Update
+
+__all__ = ["BaseReference", "Holder", "Reference"]
 
 
-#: Seconds after which a waiter looks by itself, should nobody have woken it.
-ASK_AGAIN = 5.0
+class BaseReference:
+    """What `Reference` and `AsyncReference` share: everything but the waiting."""
+
+    #: Where users import it from, for a repr.
+    _package = "phonon"
+    #: Whether its methods are awaited.
+    _is_async = False
+
+    def __init__(
+        self, process: Any, resource: str, block: bool = True, parties: int | None = None
+    ) -> None:
+        self.resource_key = check_name("resource", resource)
+        self.block = block
+        self.parties = check_parties(parties)
+        self.force_expiry = False
+        self._process = process
+        self._engine = process.engine
+        check_api(type(self), process_is_async=self._engine.is_async, is_async=self._is_async)
+        #: The session's final figures, while the callback of `dereference` runs.
+        self._modifications: Mapping[str, int] | None = None
+
+    def __repr__(self) -> str:
+        kind = f"{self._package}.{type(self).__name__}"
+        return f"<{kind} {self.resource_key!r} of process {self._process.id}>"
+
+    # Flows
+
+    def joining(self) -> Flow[None]:
+        """Become a member, or make sure that the process is one."""
+        if self.parties is None:
+            yield from self._engine.members.join(self.resource_key)
+        else:
+            yield from self._engine.members.meet(self.resource_key, self.parties)
+
+    def _count(self) -> Flow[int]:
+        count: int = yield from self._engine.members.count(self.resource_key)
+        return count
+
+    def _wait(self, timeout: float | None) -> Flow[bool]:
+        if self.parties is None:
+            raise ConfigurationError(
+                f"nobody said how many processes are to hold {self.resource_key!r}: "
+                "create_reference(..., parties=n)"
+            )
+        seconds = self._process.BLOCKING_TIMEOUT if timeout is None else timeout
+        check_timeout("timeout", seconds)
+        return self._waiting(seconds)
+
+    def _waiting(self, seconds: float) -> Flow[bool]:
+        done: bool = yield from self._engine.members.wait_for_parties(self.resource_key, seconds)
+        return done
+
+    def _increment(self) -> Flow[None]:
+        yield from self._engine.members.modify(self.resource_key)
+
+    def _modified_by(self) -> Flow[dict[str, int]]:
+        if self._modifications is not None:
+            return dict(self._modifications)
+        found: dict[str, int] = yield from self._engine.members.modified(self.resource_key)
+        return found
+
+    def _times_modified(self) -> Flow[int]:
+        return sum((yield from self._modified_by()).values())
+
+    def _holders(self) -> Flow[list[Holder]]:
+        found: list[Holder] = yield from self._engine.members.holders(self.resource_key)
+        return found
+
+    def _dereference(self, callback: Callable[[], Any] | None, block: bool | None) -> Flow[bool]:
+        """Let go, and call the callback if this process was the last.
+
+        The lock is taken around both unless this thread holds it exclusively.
+        """
+        engine = self._engine
+        batch = engine.batch
+        if callback is None:
+            return self._leaving(None, batch)
+        _, name = engine.members.place(self.resource_key)
+        if any(not g.request.shared for g in engine.leases.here(name, engine.driver.me())):
+            return self._leaving(callback, batch)
+        lock = self._process.lock(self.resource_key, self.block if block is None else block)
+        return self._locked_leaving(lock, callback, batch)
+
+    def _locked_leaving(self, lock: Any, callback: Callable[[], Any], batch: Any) -> Flow[bool]:
+        yield from lock.entering()
+        failure: BaseException | None = None
+        last = False
+        try:
+            last = yield from self._leaving(callback, batch)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - it is raised when the lock is released
+            failure = error
+        if failure is None:
+            yield from lock.releasing()
+            return last
+        # If the server does not answer, that goes on in the background, and this raises now.
+        released: Outcome = yield Branch(lock.releasing())
+        if released.error is not None:
+            failure.add_note(f"phonon: {released.error}")
+        raise failure
+
+    def _leaving(self, callback: Callable[[], Any] | None, batch: Any) -> Flow[bool]:
+        members, resource = self._engine.members, self.resource_key
+        # What an open batch was to join must not be joined after this.
+        if batch is not None and batch.take_join(resource):
+            yield from members.join(resource)
+        # An update of ours may have data that is nowhere else yet.
+        opener = members.held.get(resource)
+        parcel = opener() if opener is not None else None
+        ending = Ending(resource, parcel, self.force_expiry, callback is not None)
+        (result,) = yield from self._engine.outbox.end((ending,))
+        _check(result)
+        last = result.last
+        gone = yield CALLER_GONE
+        # A leave whose caller had gone was the last of an earlier session.
+        if not gone and resource in members.undelivered_results:
+            members.undelivered_results.discard(resource)
+            last = True
+        if not last:
+            return False
+        if callback is not None:
+            yield from self._calling(callback, result.modifications)
+        elif gone:
+            # The caller has got a ConnectionLostError. The next call says so.
+            members.undelivered_results.add(resource)
+        return True
+
+    def _calling(self, callback: Callable[[], Any], modifications: dict[str, int]) -> Flow[None]:
+        self._modifications = modifications
+        try:
+            outcome: Outcome = yield from call(callback)
+        finally:
+            self._modifications = None
+        error = outcome.error
+        if error is None:
+            return
+        # As before the call: this process may try again, or another one be the last.
+        times = {process.encode(): count for process, count in modifications.items()}
+        # If the server does not answer, that goes on in the background, and this raises now.
+        restored: Outcome = yield Branch(self._engine.members.restore(self.resource_key, times))
+        if restored.error is not None:
+            error.add_note(f"phonon: and it is not held again: {restored.error}")
+        raise error
 
 
-class Holder(NamedTuple):
-    """A process that holds a resource.
+def _check(result: SessionResult) -> None:
+    """Raise what kept the session from ending, and interrupts. An error of ``execute`` is logged.
 
-    Attributes:
-        id: The process's id.
-        host: Its host name; empty if the process has just gone.
-        pid: Its number in its operating system; 0 if the process has just gone.
-        since: When it joined, seconds since the epoch by the server's clock.
+    Its batch is kept and tried again; the process has left the resource all the same.
     """
-
-    id: str
-    host: str
-    pid: int
-    since: float
+    for error in result.errors:
+        if not result.sent or not isinstance(error, Exception):
+            raise error
 
 
-class Reference:
+class Reference(BaseReference):
     """A process's membership in a resource.
 
     Made by `Process.create_reference`. A process is a member once, however often and from however
@@ -44,37 +180,27 @@ class Reference:
     the first `dereference` ends it. Threads that are to count separately take a `Process` each.
 
     Args:
-        process: Whose membership.
+        process: The process that is a member.
         resource: The name of the resource, any text.
         block: Whether `lock` waits by default.
         parties: How many different processes the session is to have, if that is known: until so
-            many have come, nobody is the last.
+            many have come, no process is the last.
 
     Attributes:
         resource_key: The name of the resource.
         force_expiry: If true, `dereference` executes what has come together so far, although
             others still hold the resource.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+
+    Example:
+        >>> reference = process.create_reference("import-42")  # doctest: +SKIP
+        >>> load_my_part()  # doctest: +SKIP
+        >>> reference.dereference(callback=publish)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        process: "Process",
-        resource: str,
-        block: bool = True,
-        parties: int | None = None,
-    ) -> None:
-        if parties is not None and parties < 1:
-            raise ConfigurationError(f"a session has 1 party at the least, not {parties!r}")
-        self.resource_key = resource
-        self.block = block
-        self.parties = parties
-        self.force_expiry = False
-        self._process = process
-        self._base = process.engine.keys.base(resource)
-        self._modifications: Mapping[bytes, int] | None = None
-
-    def __repr__(self) -> str:
-        return f"<phonon.Reference {self.resource_key!r} of process {self._process.id}>"
+    _process: "Process"
 
     def lock(
         self,
@@ -85,13 +211,13 @@ class Reference:
         lease: float | None = None,
         on_lost: Callable[[Lock], object] | None = None,
     ) -> Lock:
-        """A lock on the resource, for a ``with`` block.
+        """Return a lock on the resource, for a ``with`` block.
 
         Args:
             block: Whether to wait if it is taken. None: as the reference was told to.
-            shared: Whether to share it with others who do.
+            shared: Whether to share it with others that do.
             reentrant: Whether the thread that has it may take it again.
-            lease: Seconds that it lasts unless renewed. None: `Process.TTL`.
+            lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the lock, from any thread, once it is found to be lost.
         """
         return self._process.lock(
@@ -104,20 +230,16 @@ class Reference:
         )
 
     def count(self) -> int:
-        """The number of processes that hold the resource, read atomically."""
-        return self._run(references.count(self._process.engine.me, self._base))
+        """Return the number of processes that hold the resource, read atomically."""
+        return int(self._engine.run(self._count()))
 
     def refresh_session(self) -> None:
-        """Renew the membership, or join again.
+        """Make sure that the process is a member, and join again if it is not.
 
-        A membership lasts `Process.session_length` seconds from the last time it was used. The
-        heartbeat renews it for as long as the process lives, so this is rarely needed.
+        A membership lasts as long as its process's lease, which the heartbeat renews, so this is
+        rarely needed.
         """
-        engine = self._process.engine
-        if self.parties is None:
-            engine.join(self.resource_key, self._base)
-        else:
-            engine.run(self._base, engine.meeting(self.resource_key, self._base, self.parties))
+        self._engine.run(self.joining())
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all others are done: as many as were announced have come, and have left.
@@ -134,65 +256,28 @@ class Reference:
         Raises:
             ConfigurationError: It was made without ``parties``.
         """
-        if self.parties is None:
-            raise ConfigurationError(
-                f"nobody said how many processes are to hold {self.resource_key!r}: "
-                "create_reference(..., parties=n)"
-            )
-        engine = self._process.engine
-        seconds = self._process.BLOCKING_TIMEOUT if timeout is None else timeout
-        deadline = time.monotonic() + seconds
-        _, waiter = engine.new_holder()
-        # They are no operations on the resource: others need not wait for them.
-        name = b"meeting " + waiter.encode()
-        try:
-            while True:
-                left = deadline - time.monotonic()
-                meeting = engine.run(name, references.meeting(engine.me, self._base, waiter))
-                alone = meeting.remaining <= int(meeting.member)
-                if alone and meeting.arrived >= meeting.parties:
-                    return True
-                if left <= 0 or self._process.stopping:
-                    return False
-                engine.run(name, locks.wait(self._base, waiter, min(left, ASK_AGAIN)))
-        finally:
-            engine.runtime.clean_up(
-                lambda: engine.run(name, references.stop_waiting(self._base, waiter))
-            )
+        return bool(self._engine.run(self._wait(timeout)))
 
     def increment_times_modified(self) -> None:
         """Count that this process modified the resource."""
-        engine = self._process.engine
-        self._run(engine.living(lambda me: references.modify(me, self._base)))
-        engine.held.setdefault(self.resource_key)
+        self._engine.run(self._increment())
 
     def get_times_modified(self) -> int:
-        """How often the resource was modified in this session, by all processes.
+        """Return how often the resource was modified in this session, by all processes.
 
         In the callback of `dereference` it is the session's final figure.
         """
-        return sum(self.modified_by().values())
+        return int(self._engine.run(self._times_modified()))
 
     def modified_by(self) -> dict[str, int]:
-        """Which process modified the resource how often in this session."""
-        found = self._modifications
-        if found is None:
-            found = self._run(references.modified(self._process.engine.me, self._base))
-        return {process_id.decode(): times for process_id, times in found.items()}
+        """Return which process modified the resource how often in this session."""
+        found: dict[str, int] = self._engine.run(self._modified_by())
+        return found
 
     def holders(self) -> list[Holder]:
-        """The processes that hold the resource, in order of their leases."""
-        ids = self._run(references.members(self._process.engine.me, self._base))
-        stays = self._process.engine.stays(ids, self._base)
-        return [
-            Holder(
-                process_id,
-                stay.card.get("host", ""),
-                int(stay.card.get("pid", 0)),
-                stay.since_ms / 1000,
-            )
-            for process_id, stay in zip(ids, stays, strict=True)
-        ]
+        """Return the processes that hold the resource, in the order in which they joined."""
+        found: list[Holder] = self._engine.run(self._holders())
+        return found
 
     def dereference(
         self,
@@ -222,79 +307,22 @@ class Reference:
 
         Raises:
             AlreadyLockedError: The lock is taken; the reference is still held.
-            ConnectionLostError: The server does not answer; the call goes on when it does.
+            ConnectionLostError: The server does not answer. The call goes on when it does, unless
+                it was still to get the lock; to call again is right in both cases.
         """
-        if callback is None:
-            return self._leave(None)
-        call, user_code = self._process.engine.runtime.call, callback
+        check_callable("callback", callback, is_async=True)  # a coroutine function: see `bound`
+        run = None if callback is None else bound(callback, args, kwargs)
+        return bool(self._engine.run(self._dereference(run, block)))
 
-        def run() -> Any:
-            return call(user_code, *(args or ()), **(kwargs or {}))
 
-        if any(not grant.lock.shared for grant in self._process.engine.grants.here(self._base)):
-            return self._leave(run)
-        with self.lock(block):
-            return self._leave(run)
+def bound(
+    callback: Callable[..., Any], args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> Callable[[], Any]:
+    """Return a function of the callback's name that calls it with arguments."""
 
-    def _leave(self, callback: Callable[[], Any] | None) -> bool:
-        engine = self._process.engine
-        if engine.batch is not None:
-            engine.batch.join_now(self.resource_key, self._base)
-        # An update of ours may have data that is nowhere else yet.
-        opener = engine.held.get(self.resource_key)
-        update = opener() if opener is not None else None
-        leaving = engine.leaving(self.resource_key, self._base, update, force=self.force_expiry)
-        if callback is None:
-            return self._told(engine, leaving, update)
-        ended, outcome = engine.run(
-            self._base,
-            self._with_callback(leaving, callback),
-            lambda result: engine.report(self._base, result[0], update),
-        )
-        if outcome.error is not None:
-            raise outcome.error
-        return ended.last
+    def run() -> Any:
+        return callback(*(args or ()), **(kwargs or {}))
 
-    def _told(self, engine: "Engine", leaving: Flow[Ended], update: "Update | None") -> bool:
-        given_up = False
-
-        def done(ended: Ended) -> None:
-            engine.report(self._base, ended, update)
-            if given_up and ended.last:
-                engine.untold.add(self.resource_key)
-
-        try:
-            last = engine.run(self._base, leaving, done).last
-        except ConnectionLostError:
-            # It goes on by itself. If it comes out that we were the last, the next call says so.
-            given_up = True
-            raise
-        if self.resource_key in engine.untold:
-            engine.untold.discard(self.resource_key)
-            return True
-        return last
-
-    def _with_callback(
-        self, leaving: Flow[Ended], callback: Callable[[], Any]
-    ) -> Flow[tuple[Ended, Outcome]]:
-        ended = yield from leaving
-        outcome = Outcome()
-        if ended.last:
-            self._modifications = ended.modifications
-            outcome = yield Execute(callback)
-            self._modifications = None
-            if outcome.error is not None:
-                # As before the call: whoever raised may try again, or somebody else be the last.
-                engine = self._process.engine
-                try:
-                    yield from engine.living(
-                        lambda me: references.join(me, self._base, ended.modifications)
-                    )
-                except PhononError as failure:
-                    outcome.error.add_note(f"phonon: and it is not held again: {failure}")
-                else:
-                    engine.held.setdefault(self.resource_key)
-        return ended, outcome
-
-    def _run(self, flow: Flow[T]) -> T:
-        return self._process.engine.run(self._base, flow)
+    # Errors name it: a coroutine function, say, that nothing awaits.
+    run.__qualname__ = getattr(callback, "__qualname__", repr(callback))
+    return run

@@ -1,48 +1,44 @@
 """Updates: small messages about a key, merged wherever they arrive, executed once a session."""
 
-import marshal
 import time
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from phonon import partials
-from phonon.errors import ForkedError, NotStorableError
+from phonon._core import classes, codec
+from phonon._core.copies import DEEP, FLAT, PLAIN, copied, has_plain_items
+from phonon._core.engine import Engine, errors_only
+from phonon._core.flows import CALLER_GONE, Flow
+from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION, LocalUpdate, prefix_of
+from phonon._core.outbox import Ending
+from phonon.errors import ConfigurationError
 from phonon.reference import Reference
 
 if TYPE_CHECKING:
-    from phonon.engine import Engine
     from phonon.process import Process
 
-#: Seconds without a message after which a session is over.
-SOFT_SESSION = 30 * 60.0
-#: Seconds after which a session is over although messages keep coming.
-HARD_SESSION = 12 * 3600.0
 
-# Types that need no look inside to be stored, and those that are looked into without ado.
-_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
-_FLAT = frozenset({list, tuple, set, frozenset})
-
-
-class Update:
+class Update(LocalUpdate):
     """What has become known about one record, to be merged and written to the database once.
 
     Subclass it and override `merge` and `execute`; override `state` and `reset_states` if you set
     attributes of your own. An update made in one process is merged there with later ones of the
     same record (`LruCache` does so), with those of other processes on the server, and is executed
-    by whoever is the last process to end its session.
+    by the last process that ends its session.
 
     Set attributes that `state` returns *before* calling this constructor.
+
+    A class is known on the server by its qualified name. The class keyword ``name`` gives it
+    another one, for a class that is made in a function or that moves:
+    ``class Row(Update, name="row")``.
 
     Args:
         process: The process it belongs to.
         _id: The record's key; with ``database`` and ``collection`` it names the resource.
         database: The name of the database, for your `execute`.
         collection: The name of the collection or table, for your `execute`.
-        spec: What identifies the record, for your `execute`.
-        doc: The data.
+        spec: What identifies the record, for your `execute`. The update has a copy.
+        doc: The data. The update has a copy.
         init_cache: Whether to store the data on the server at once, so that it survives this
             process. Inside `Process.batch` all is stored, when the block ends, unless that is told
             otherwise.
@@ -57,39 +53,35 @@ class Update:
 
     Raises:
         NotStorableError: A value has a type that cannot be stored.
-        ConnectionLostError: The server does not answer; whether the data was stored is not known.
-        BacklogFullError: Too much is left undone; this was not taken in.
+        ConnectionLostError: The server does not answer. The data is kept and stored once, when the
+            server is back: do not hand the message back to its broker.
+        BacklogFullError: Too much is unfinished; this was not taken in.
+        ConfigurationError: An argument is invalid.
+
+    Example:
+        >>> class Visits(Update):
+        ...     def merge(self, other):
+        ...         self.doc["n"] += other.doc["n"]
+        ...     def execute(self):
+        ...         database.add(self._id, self.doc["n"], self.token)
+        >>> cache.set(user, Visits(process, user, doc={"n": 1}))  # doctest: +SKIP
     """
 
-    #: Whether `execute` is a coroutine function, for processes of `phonon.aio`.
-    is_async: ClassVar[bool] = False
-    token: int | None = None
-    resource_id: str
-    block: bool = True
-    hard_session: float = HARD_SESSION
-    soft_session: float = SOFT_SESSION
-    __process: "Process"
-    __ref: Reference | None = None
-    __home: object
-    __lock: AbstractContextManager[Any]
-    #: Whether it has what is nowhere else; and if not, what it had when it was emptied.
-    __unsent: bool = True
-    __emptied: bytes | None = None
-    #: Whether it is the one that the process knows of this resource.
-    __opens: bool = False
-    __begun: float
-    __touched: float
+    __slots__ = ()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        partials.register(cls)
+        classes.check_methods(cls, is_async=cls.is_async)
+        cls._has_state_ = cls.state is not Update.state
+        cls._direct_ = cls.refresh is Update.refresh and cls.is_expired is Update.is_expired
+        classes.register(cls, name)
 
-    def __init__(
+    def __init__(  # noqa: C901, PLR0912, PLR0915 - all in one place: calls cost time
         self,
         process: "Process",
         _id: Any,
-        database: str = "test",
-        collection: str = "test",
+        database: str = DEFAULT,
+        collection: str = DEFAULT,
         spec: Any = None,
         doc: Any = None,
         init_cache: bool = True,
@@ -97,42 +89,90 @@ class Update:
         hard_session: float = HARD_SESSION,
         soft_session: float = SOFT_SESSION,
     ) -> None:
+        try:
+            engine = process._engine or process.engine  # noqa: SLF001 - a property costs time
+        except AttributeError:
+            raise ConfigurationError(f"process is a Process, not {process!r}") from None
         self._id = _id
+        self._process_ = process
+        self._engine_ = engine
+        self._generation_ = engine.identity.generation
         self.database = database
         self.collection = collection
-        self.spec = spec
-        self.doc = doc
+        if database is DEFAULT and collection is DEFAULT:
+            self.resource_id = resource = f"test.test.{_id}"
+        else:
+            self.resource_id = resource = f"{prefix_of(engine, database, collection)}{_id}"
         # What the class says already is not said again for each message.
         if not block:
             self.block = block
-        if hard_session != HARD_SESSION:
-            self.hard_session = hard_session
-        if soft_session != SOFT_SESSION:
-            self.soft_session = soft_session
-        engine = self._attach(process)
-        self.__check()
-        self._open(engine, init_cache=init_cache)
-
-    def _open(self, engine: "Engine", *, init_cache: bool, keep: bool = False) -> None:
-        """Store the data, or join its session; inside a batch, when that ends."""
-        if engine.backlog.full:
-            engine.backlog.wait(self.process().BLOCKING_TIMEOUT)
-        batch = engine.batch
-        if batch is not None and (batch.durable or init_cache):
-            batch.add(self)
-        elif init_cache:
-            base = engine.keys.base(self.resource_id)
-            engine.run(base, engine.storing(self, keep=keep))
-        else:
-            opener = engine.held.get(self.resource_id)
-            if opener is not None:
-                if opener() is None:
-                    self.opens(engine)
-            elif batch is not None:
-                batch.join(self.resource_id)
-                self.opens(engine)
+        if hard_session is not HARD_SESSION:
+            self.hard_session = _seconds("hard_session", hard_session)
+        if soft_session is not SOFT_SESSION:
+            self.soft_session = _seconds("soft_session", soft_session)
+        self._lock_ = self._emptied_ = self._batch_ = self.spec = self.doc = None
+        self._unsent_ = True
+        self._opens_ = False
+        self._check_at_ = 0.0
+        plain = type(_id) in PLAIN
+        if spec is not None:
+            self.spec = own = copied(spec)
+            plain = plain and own is not DEEP
+        if doc is not None:
+            if type(doc) is dict:
+                own = None
+                for key in doc:
+                    kind = type(doc[key])
+                    if kind is not int and kind not in PLAIN:
+                        break
+                    if type(key) is not str and type(key) not in PLAIN:
+                        break
+                else:
+                    own = doc.copy()
+                if own is None:
+                    own = copied(doc)
+                    plain = plain and own is not DEEP
+                self.doc = own
             else:
-                engine.join(self.resource_id, engine.keys.base(self.resource_id), self)
+                self.doc = own = copied(doc)
+                plain = plain and own is not DEEP
+        if self._has_state_:
+            try:
+                state = self.state()
+            except AttributeError as error:
+                self._explain_(error)
+                raise
+            if not isinstance(state, dict):
+                raise TypeError(
+                    f"{type(self).__qualname__}.state() returned {state!r}: it returns a dict of "
+                    "attributes by name"
+                )
+            for value in state.values():
+                kind = type(value)
+                if kind not in PLAIN and not (kind in FLAT and has_plain_items(value)):
+                    plain = False
+                    break
+        if not plain:
+            self._check_(engine, spec, doc)
+        self._begun_ = self._touched_ = time.monotonic()
+        if engine.outbox.full:
+            self._begin_(engine, init_cache=init_cache)
+            return
+        if engine.batches:
+            batch = getattr(engine.local, "batch", None)
+            if batch is not None and batch.is_open and (batch.durable or init_cache):
+                self._batch_ = batch
+                fresh = batch.fresh
+                fresh.append(self)
+                if len(fresh) > batch.merge_at:
+                    batch.shrink()
+                return
+        if init_cache:
+            self._begin_(engine, init_cache=True)
+            return
+        opener = engine.members.held.get(resource)
+        if opener is None or opener() is None:
+            self._begin_(engine, init_cache=False)
 
     def __repr__(self) -> str:
         return f"<{type(self).__qualname__} of {self.resource_id!r}: {self.doc!r}>"
@@ -145,8 +185,8 @@ class Update:
         Partial results meet in no particular order of processes, so the outcome must not depend
         on it: addition, union, maximum, "latest by its own time stamp" are fine.
 
-        It runs in any process that has the class, also while the session goes on, and what it
-        came to is merged again. Of what is merged `execute` sees the result only.
+        It runs in any process that has the class, also while the session goes on, and its result is
+        merged again. Of what is merged `execute` sees the result only.
 
         Args:
             other: An instance of the same class.
@@ -191,7 +231,7 @@ class Update:
         raise NotImplementedError(f"{cls.__qualname__} must define execute() or execute_many()")
 
     def state(self) -> dict[str, Any]:
-        """The attributes of your own that are part of the record, by name."""
+        """Return the attributes of your own that are part of the record, by name."""
         return {}
 
     def reset_states(self) -> Any:
@@ -201,21 +241,23 @@ class Update:
         """
 
     def clear(self) -> Any:
-        """The later name of `reset_states`; override either."""
+        """Do what `reset_states` does, whose later name it is; override either."""
         return self.reset_states()
 
     # To use
 
     def process(self) -> "Process":
-        """The process that this update belongs to."""
-        return self.__process
+        """Return the process that this update belongs to."""
+        process: Process = self._process_
+        return process
 
     @property
     def ref(self) -> Reference:
         """The reference to the record's resource."""
-        if self.__ref is None:
-            self.__ref = Reference(self.__process.engine.process, self.resource_id, self.block)
-        return self.__ref
+        if self._ref_ is None:
+            self._ref_ = Reference(self._process_, self.resource_id, self.block)
+        reference: Reference = self._ref_
+        return reference
 
     def cache(self) -> None:
         """Store what is unsent on the server, so that it survives this process.
@@ -225,12 +267,13 @@ class Update:
             ConnectionLostError: The server does not answer. The process keeps the data and stores
                 it, once, when the server is back; call again to wait for that.
         """
-        engine = self.__engine()
+        engine = self._own_engine_()
+        self._check_loop_(engine)
         batch = engine.batch
         if batch is not None:
             batch.add(self)
         else:
-            engine.run(engine.keys.base(self.resource_id), engine.storing(self))
+            raise_first(engine.run(self.storing(engine)))
 
     def refresh(self, other: "Update") -> None:
         """Merge a newer update of the same record into this one, and extend the session.
@@ -241,32 +284,17 @@ class Update:
             other: It is spent afterwards.
 
         Raises:
+            ConfigurationError: It is of another record or class. Nothing was merged.
             ForkedError: This update is the parent process's.
         """
-        engine = self.__engine()
-        with self.__lock:
-            # An update that was changed and set in its cache again is not its own double.
-            if other is not self and other.__has_unsent():  # noqa: SLF001 - of this class
-                if self.__has_unsent():
-                    self.merge(other)
-                else:
-                    self.__adopt(other)
-                self.__unsent = True
-                other.__spent()  # noqa: SLF001 - of this class
-                if other.__opens:  # noqa: SLF001 - of this class
-                    other.__opens = False  # noqa: SLF001 - of this class
-                    self.opens(engine)
-            now = time.monotonic()
-            if now - self.__touched < self.soft_session:  # a session that is over stays so
-                self.__touched = now
-        batch = engine.batch
-        if batch is not None:
-            batch.replace(other, self)
+        self._own_engine_()
+        if type(other) is not type(self) or other.resource_id != self.resource_id:
+            raise self._not_the_same_(other)
+        self._locked_(self._absorb_slowly_, other, self._now_())
 
     def is_expired(self) -> bool:
-        """Whether the session is over: silent for too long, or just too long."""
-        now = time.monotonic()
-        return now - self.__touched >= self.soft_session or now - self.__begun >= self.hard_session
+        """Return whether the session is over: silent for too long, or just too long."""
+        return self._is_over_(self._now_())
 
     def end_session(self, block: bool = True) -> None:
         """End the session here: the data goes to the server, or to the database if we are the last.
@@ -284,16 +312,17 @@ class Update:
             ConnectionLostError: The server does not answer. The session ends when it is back.
         """
         del block
-        engine = self.__engine()
+        engine = self._own_engine_()
+        self._check_loop_(engine)
         batch = engine.batch
         if batch is not None:
             batch.end(self)
-            return
-        task = engine.ending(self.resource_id, self)
-        engine.run_all([task])
-        self.begin_session()
-        for error in engine.errors_of(task):
-            raise error
+        else:
+            try:
+                errors = engine.run(self.ending(engine))
+            finally:
+                self._renew_()
+            raise_first(errors)
 
     def force_expiry(self) -> None:
         """Execute what has come together so far, although other processes may hold the record.
@@ -301,195 +330,127 @@ class Update:
         Raises:
             Exception: As `end_session`.
         """
+        self._check_loop_(self._own_engine_())
         self.ref.force_expiry = True
         try:
             self.end_session()
         finally:
             self.ref.force_expiry = False
 
-    @property
-    def forced(self) -> bool:
-        """Whether the end of the session does not wait for other processes."""
-        return self.is_expired() or (self.__ref is not None and self.__ref.force_expiry)
-
-    def begin_session(self) -> None:
-        """Whatever comes after the end belongs to another session."""
-        self.__begun = self.__touched = time.monotonic()
-
-    def has_unsent(self) -> bool:
-        """Whether it has data that is not on the server."""
-        with self.__lock:
-            return self.__has_unsent()
-
-    # The parcel that flows move to the server
-
-    def take(self) -> bytes | None:
-        """Move out what is unsent, as one partial; None if there is nothing.
-
-        Raises:
-            NotStorableError: A value has a type that cannot be stored; nothing was moved.
-            ForkedError: The data is the parent process's.
-        """
-        self.__engine()
-        with self.__lock:
-            if not self.__has_unsent():
-                return None
-            partial = self._pack()
-            self.__empty()
-            return partial
-
-    def put_back(self, partial: bytes) -> None:
-        """The server refused a partial: it is unsent again."""
-        older = partials.rebuild(self.__process.engine, self.resource_id, partial, "memory")
-        with self.__lock:
-            if self.__has_unsent():
-                older.merge(self)
-            self.__adopt(older)
-            self.__unsent = True
-
-    # Machinery
-
-    def opens(self, engine: "Engine") -> None:
-        """Be the update with which the process ends the session, if nobody else does."""
-        self.__opens = True
-        engine.held[self.resource_id] = weakref.ref(self)
-
-    def _attach(self, process: "Process") -> "Engine":
-        """What every instance has, however it came to be."""
-        engine = process.engine
-        self.__process = process
-        self.__home = engine.home
-        prefix = engine.prefixes.get((self.database, self.collection))
-        if prefix is None:
-            parts = (self.database, self.collection)
-            escaped = (part.replace("%", "%25").replace(".", "%2E") for part in parts)
-            prefix = engine.prefixes[parts] = ".".join(escaped) + "."
-        self.resource_id = f"{prefix}{self._id}"
-        self.__lock = engine.stripes[hash(self.resource_id) % len(engine.stripes)]
-        self.__begun = self.__touched = time.monotonic()
-        return engine
-
-    def __engine(self) -> "Engine":
-        engine = self.__process.engine
-        if self.__home is not engine.home:
-            raise ForkedError(
-                f"{self!r} was made before fork() and belongs to the parent process: make updates "
-                "in the process that handles the message"
-            )
-        return engine
-
-    def __state(self) -> dict[str, Any]:
-        try:
-            return self.state()
-        except AttributeError as error:
-            error.add_note(
-                f"phonon: {type(self).__qualname__}.state() is used by the constructor of Update: "
-                "set the attributes that it returns before calling super().__init__()"
-            )
-            raise
-
-    def __check(self) -> None:
-        """Refuse what cannot be stored where it is made, not where it would be lost."""
-        # Nearly all is plain, and a look that tells takes a tenth of the time that encoding does.
-        if not (
-            type(self._id) in _PLAIN
-            and (self.spec is None or _are_plain((self.spec,)))
-            and (self.doc is None or _are_plain((self.doc,)))
-            and (type(self).state is Update.state or _are_plain(self.__state().values()))
-        ):
-            self.__dump()
-
-    def __dump(self) -> bytes:
-        """The record's content, encoded."""
-        state = self.__state()
-        content = [self._id, self.database, self.collection, self.spec, self.doc, state]
-        serializer = self.__process.engine.serializer
-        try:
-            return serializer.dumps(content)
-        except NotStorableError:
-            named = {"_id": self._id, "spec": self.spec, "doc": self.doc, **state}
-            for name, value in named.items():
-                partials.explain(serializer, value, f"{type(self).__qualname__}.{name}")
-            raise
-
-    def _pack(self) -> bytes:
-        """The record as it is, as one partial."""
-        return partials.pack(type(self), self.__process.engine.serializer, self.__dump())
-
-    def __empty(self) -> None:
-        """The content is on the server: go on with none."""
-        if self.doc is not None:
-            self.doc = {}
-        values = self.clear()
-        if isinstance(values, dict):
-            self.__set(values)
-        self.__unsent = False
-        self.__mark()
-
-    def __mark(self) -> None:
-        """Nothing is unsent now; what is changed from here on, without our being told, will be."""
-        try:
-            self.__emptied = self.__look()
-        except NotStorableError:  # what execute has left need not be
-            self.__emptied = None
-
-    def __look(self) -> bytes:
-        """What the content is, to see whether it changes."""
-        try:
-            return marshal.dumps((self.spec, self.doc, self.state()), 2)
-        except ValueError:  # not of the interpreter's own types
-            return self.__dump()
-
-    def __has_unsent(self) -> bool:
-        if self.__unsent:
-            return True
-        try:
-            return self.__emptied is not None and self.__look() != self.__emptied
-        except NotStorableError:  # it was not so when it was emptied
-            return True
-
-    def __spent(self) -> None:
-        self.__unsent, self.__emptied = False, None
-
-    def __adopt(self, other: "Update") -> None:
-        """Become what the other is. An empty update never merges: it need not have a zero."""
-        self.spec, self.doc = other.spec, other.doc
-        self.__set(other.state())
-
-    def _restore(self, process: "Process", content: list[Any]) -> None:
-        """Become what was stored."""
-        self._id, self.database, self.collection, self.spec, self.doc, state = content
-        self._attach(process)
-        self.__set(state)
-
-    def __set(self, attributes: dict[str, Any]) -> None:
-        for name, value in attributes.items():
-            setattr(self, name, value)
+    def set_force_expiry(self, value: bool = True) -> None:
+        """Have the next `end_session` execute what has come together so far, or not any more."""
+        self.ref.force_expiry = bool(value)
 
     @classmethod
     def executes_many(cls) -> bool:
-        """Whether it has an `execute_many` of its own."""
+        """Return whether the class has an `execute_many` of its own."""
         return cls.execute_many.__func__ is not Update.execute_many.__func__  # type: ignore[attr-defined]  # of classmethods
 
-    @contextmanager
-    def executing(self, merged: Self, token: int) -> Iterator[Self]:
-        """Have a merged record in an instance while it executes.
+    # Flows
 
-        That is this one, which has what its constructor gave it, unless it has newer data.
+    def storing(self, engine: Engine) -> Flow[list[BaseException]]:
+        """Store what is unsent, and wait for what is under way.
+
+        Returns:
+            What went wrong.
         """
-        with self.__lock:
-            instance = merged if self.__unsent else self
-            if instance is self:
-                self.__adopt(merged)
-                self.__spent()
-        instance.token = token
-        try:
-            with self.__process.engine.backlog.working():
-                yield instance
-        finally:
-            instance.token = None
-            if instance is self:
-                self.__mark()
+        if self.has_unsent():
+            errors: list[BaseException] = yield from engine.outbox.store((self,))
+            return errors
+        # Another call may be on its way with this data. A lane keeps the order, so the answer to
+        # this one comes after that one's.
+        yield from engine.members.join(self.resource_id)
+        return []
+
+    def ending(self, engine: Engine) -> Flow[list[BaseException]]:
+        """End the session.
+
+        Returns:
+            What went wrong.
+        """
+        ending = Ending(self.resource_id, self, self.forced)
+        (result,) = yield from engine.outbox.end((ending,))
+        return result.errors
+
+    def beginning(self, engine: Engine) -> Flow[list[BaseException]]:
+        """Store the data of a new update. What the server refuses is not kept: the caller has it.
+
+        Returns:
+            What went wrong.
+        """
+        errors: list[BaseException] = yield from engine.outbox.store((self,))
+        # A caller who has gone was told that the data is kept.
+        if errors and not (yield CALLER_GONE) and not self.discard():
+            errors[0].add_note("phonon: the data is kept all the same: do not hand it back")
+        return errors
+
+    # Machinery
+
+    def _now_(self) -> float:
+        return time.monotonic()
+
+    def _begin_(self, engine: Any, *, init_cache: bool) -> None:
+        """Store the data, or join the session; inside a batch, when that ends."""
+        self._check_loop_(engine)
+        if engine.outbox.full:
+            engine.outbox.wait_for_room(self._process_.BLOCKING_TIMEOUT)
+        if self._is_left_to_others_(engine, init_cache=init_cache):
+            return
+        if init_cache:
+            raise_first(engine.run(self.beginning(engine)))
+        else:
+            engine.run(engine.members.join(self.resource_id))
+        self._open_(engine)
+
+    def _is_left_to_others_(self, engine: Engine, *, init_cache: bool) -> bool:
+        """Leave the rest to a batch, or to the update that opened the session, if there is one."""
+        batch = engine.batch
+        if batch is not None and (batch.durable or init_cache):
+            batch.add(self)
+            return True
+        if init_cache:
+            return False
+        held, resource = engine.members.held, self.resource_id
+        if resource in held:
+            opener = held[resource]
+            if opener is None or opener() is None:
+                self._open_(engine)
+            return True
+        if batch is None:
+            return False
+        if batch.joins.get(resource) is None:
+            batch.joins[resource] = self
+            self._opens_ = True
+        return True
+
+    def _check_loop_(self, engine: Any) -> None:
+        if engine.is_async:
+            raise self._in_wrong_process_()
+
+    def _in_wrong_process_(self) -> ConfigurationError:
+        if self.is_async:
+            return ConfigurationError(
+                f"{type(self).__qualname__} is an AsyncUpdate and needs an AsyncProcess"
+            )
+        return ConfigurationError(
+            f"{type(self).__qualname__} belongs to an AsyncProcess and this cannot be called from "
+            "here: await the method of its asyncio twin, phonon.aio.AsyncUpdate"
+        )
+
+    def _explain_(self, error: AttributeError) -> None:
+        error.add_note(
+            f"phonon: {type(self).__qualname__}.state() is used by the constructor of Update: "
+            "set the attributes that it returns before calling super().__init__()"
+        )
+
+    def _check_(self, engine: Engine, spec: Any, doc: Any) -> None:
+        """Refuse what cannot be stored where it is made, not where it would be lost."""
+        self.spec, self.doc = spec, doc
+        serializer = engine.codec.serializer
+        codec.dump(self, serializer)
+        for name, value in (("spec", spec), ("doc", doc)):
+            own = copied(value)
+            setattr(self, name, serializer.loads(serializer.dumps(value)) if own is DEEP else own)
 
 
 class ConflictFreeUpdate(Update):
@@ -509,7 +470,9 @@ def _sum(mine: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:
     merged = dict(mine)
     for key, value in others.items():
         old = merged.get(key)
-        if old is None:
+        if type(old) is int and type(value) is int:
+            merged[key] = old + value
+        elif old is None:
             merged[key] = value
         elif isinstance(old, dict) and isinstance(value, dict):
             merged[key] = _sum(old, value)
@@ -530,24 +493,19 @@ def _sum(mine: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:
     return merged
 
 
-def _are_plain(values: Iterable[Any]) -> bool:
-    """Whether they surely can be stored: plain, or collections of what is plain."""
-    for value in values:
-        kind = type(value)
-        if kind in _PLAIN:
-            continue
-        if kind in _FLAT:
-            if _PLAIN.issuperset(map(type, value)):
-                continue
-        elif (
-            kind is dict
-            and _PLAIN.issuperset(map(type, value))
-            and _PLAIN.issuperset(map(type, value.values()))
-        ):
-            continue
-        return False
-    return True
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | complex | Decimal)
+
+
+def _seconds(argument: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ConfigurationError(
+            f"{argument} is a number of seconds, not {value!r}: give one like {argument}=60.0"
+        )
+    return value
+
+
+def raise_first(errors: Iterable[BaseException]) -> None:
+    """Raise an interrupt among errors, or the first of them."""
+    for error in errors_only(errors):
+        raise error

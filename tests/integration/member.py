@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from phonon import Process, RetryPolicy, Update
+from phonon._core.settings import Durability
 from phonon.aio import AsyncUpdate
-from phonon.drivers.server import Durability
 from phonon.lock import Lock
 from phonon.reference import Reference
 

@@ -225,7 +225,7 @@ class Cluster:
         for node in self.nodes[1:]:
             bus = node.ask("CONFIG GET", "cluster-port")["cluster-port"]
             self.nodes[0].ask("CLUSTER MEET", "127.0.0.1", node.port, bus)
-        wait_until(lambda: all(len(self.table(node)) == len(self.nodes) for node in self.nodes))
+        wait_until(lambda: all(len(self.table(node)) == len(self.nodes) for node in self.nodes), 60)
         self.nodes[3].ask("CLUSTER REPLICATE", self.id(self.nodes[0]))
         self.wait_until_well()
 
@@ -298,13 +298,14 @@ class Cluster:
         """How many clients are connected to the nodes, besides who asks."""
         return sum(len(node.clients()) - 1 for node in self.nodes)
 
-    def scan(self, pattern: str) -> set[str]:
-        """All keys of the primaries that match."""
+    def scan(self, pattern: str, *, expiring: bool = True) -> set[str]:
+        """All keys of the primaries that match; those too that expire, if that is wanted."""
         found: set[str] = set()
         for node in self.nodes:
             if node.is_primary():
                 with node.client() as client:
-                    found.update(client.scan_iter(pattern, count=1000))
+                    keys = client.scan_iter(pattern, count=1000)
+                    found.update(key for key in keys if expiring or client.ttl(key) == -1)
         return found
 
     def open_slot(self, slot: int, source: Node, target: Node) -> None:

@@ -25,7 +25,7 @@ class Count(ConflictFreeUpdate):
 
 def stored(process: Process, server: Redis) -> int:
     with server.client() as client:
-        names = client.scan_iter(match=f"{process.namespace}:*:partials", count=1000)
+        names = client.scan_iter(match=f"{{{process.namespace}/*}}:partials:*", count=1000)
         return sum(client.llen(name) for name in names)
 
 

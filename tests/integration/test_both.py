@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from both import APIS, Api, got, until
 
-from conftest import Redis
+from conftest import Redis, key_of
 from phonon import LockLostError, Parked, RetryPolicy
 from phonon.errors import (
     BatchMissingError,
@@ -43,7 +43,7 @@ def test_a_process(api: Api, make: Make, namespace: str) -> None:
             assert process.id != other.id
             assert process.namespace == namespace
             assert process.heartbeat_interval == 10
-            assert process.heartbeat_hash_name.startswith(namespace)
+            assert process.heartbeat_hash_name == f"{{{namespace}}}:processes"
             assert process.id in process.registry_key
             assert process.id in repr(process)
             assert await got(process.client.ping())
@@ -486,8 +486,7 @@ def test_a_lock_that_is_lost(api: Api, make: Make, server: Redis, namespace: str
             lock = process.lock("a", on_lost=told.append)
             await got(lock.acquire())
             with server.client() as client:
-                for key in client.scan_iter(match=f"{namespace}:*=a*:lock*"):
-                    client.delete(key)
+                assert client.delete(key_of(namespace, "lock", "a"))
             with pytest.raises(LockLostError):
                 await got(lock.check())
             await until(lambda: told)

@@ -164,7 +164,27 @@ def test_acquiring(lab: Lab) -> None:
     lab.run(test)
 
 
-def test_waiting_for_a_lock(lab: Lab) -> None:
+def test_a_refusal_that_nobody_waits_for(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    """It is no failure, and not logged as one."""
+
+    async def test() -> None:
+        async with lab.process() as process, lab.process() as other, other.lock("a"):
+
+            async def enter() -> None:
+                with contextlib.suppress(AlreadyLockedError):
+                    async with process.lock("a", block=False):
+                        pass
+
+            async def attempt(place: int) -> bool:
+                return await cancelled_at(place, enter())
+
+            await at_each_place(attempt, 1)
+
+    lab.run(test)
+    assert "in the background" not in caplog.text
+
+
+def test_waiting_for_a_lock(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with lab.process() as process, lab.process() as other:
 
@@ -183,6 +203,7 @@ def test_waiting_for_a_lock(lab: Lab) -> None:
             await at_each_place(attempt, 3)
 
     lab.run(test)
+    assert "in the background" not in caplog.text
 
 
 def test_a_waiter_that_is_cancelled_does_not_hold_up_the_next(lab: Lab) -> None:
@@ -346,18 +367,19 @@ def test_many_at_once(lab: Lab) -> None:
     lab.run(test)
 
 
-def test_timeouts_of_asyncio(lab: Lab) -> None:
+def test_timeouts_of_asyncio(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with lab.process() as process, lab.process() as other, process.lock("a"):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
                     await other.lock("a").acquire()
-            assert not await other.lock("a").waiters()
+            await until(lambda: _so_many_wait(other.lock("a"), 0))
             with pytest.raises(AlreadyLockedError):
                 async with other.lock("a", block=False):
                     pass
 
     lab.run(test)
+    assert "in the background" not in caplog.text
 
 
 def test_stopping(lab: Lab) -> None:

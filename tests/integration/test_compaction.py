@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from member import Crew, Entry, Member, learn
 
-import phonon.partials
-from conftest import Make, Redis, wait_until
+from conftest import Make, Redis, is_settled, key_for, wait_until
 from phonon import Process, RetryPolicy, Update
+from phonon._core import classes
+from phonon._core.compaction import COMPACT_AT
 from phonon.errors import UndecodableError
-from phonon.protocol.compaction import COMPACT_AT
 from proxy import Fault, Proxy
 
 #: So long that nobody is taken for dead, on however busy a machine.
@@ -88,13 +88,13 @@ def store(update: Update, *numbers: int) -> None:
 
 
 def partials(process: Process, record: str = "record") -> list[bytes]:
-    key = process.engine.keys.base(f"test.test.{record}") + b":partials"
+    key = key_for(process, "partials", f"test.test.{record}")
     found: list[bytes] = process.client.lrange(key, 0, -1)
     return found
 
 
 def length(process: Process, record: str = "record") -> int:
-    return int(process.client.llen(process.engine.keys.base(f"test.test.{record}") + b":partials"))
+    return int(process.client.llen(key_for(process, "partials", f"test.test.{record}")))
 
 
 # What it is for
@@ -168,7 +168,7 @@ def test_a_large_value_is_executed_in_little_memory(make: Make) -> None:
     found: list[list[str]] = []
     update = Longest(process, "record", doc=longest)
     (partial,) = partials(process)
-    key = process.engine.keys.base(update.resource_id) + b":partials"
+    key = key_for(process, "partials", update.resource_id)
     for _ in range(50):  # as of a time when nobody merged them
         process.client.rpush(key, *[partial] * 10)
     size = int(process.client.llen(key)) * len(partial)
@@ -327,7 +327,7 @@ def test_nothing_but_classes_that_are_not_imported_here(
     rare = learn("VeryRare")
     process = crew.process()
     with monkeypatch.context() as patch, caplog.at_level(logging.DEBUG, "phonon"):
-        patch.delitem(phonon.partials._classes, "member.VeryRare")
+        patch.delitem(classes._classes, "member.VeryRare")
         update = rare(process, "record", doc={"n": 1})
         for _ in range(3 * COMPACT_AT):
             update.doc = {"n": 1}
@@ -350,7 +350,7 @@ def test_what_cannot_be_read_stays_and_is_parked(
     process = make(retry=RetryPolicy(attempts=2, first_delay=0.01))
     update = Numbers(process, "record", doc={"n": [-1]})
     store(update, *range(10))
-    key = process.engine.keys.base(update.resource_id) + b":partials"
+    key = key_for(process, "partials", update.resource_id)
     process.client.rpush(key, bad)
     store(update, *range(10, 100))
     stored = partials(process)
@@ -440,13 +440,16 @@ def test_a_call_that_gets_lost_is_repeated(
 def test_a_server_that_goes_fails_no_call_that_has_stored(
     proxy: Proxy, make: Make, step: str, fault: Fault, executed: list[tuple[str, Any]]
 ) -> None:
-    process = make(url=proxy.url, heartbeat_interval=NO_BEAT, retry_timeout=0.05)
+    process = make(url=proxy.url, heartbeat_interval=NO_BEAT)
     update = Numbers(process, "record", doc={"n": [-1]})
+    store(update, *range(COMPACT_AT - 2))
+    driver = process.engine.driver
     proxy.strike_step(fault, step, gone=True)
-    store(update, *range(COMPACT_AT - 1))
-    proxy.plan()
+    driver.retry_timeout = 0.5
+    store(update, COMPACT_AT - 2)
+    driver.retry_timeout = 20.0
     proxy.back()
-    assert not process.engine.driver.suspended
+    wait_until(lambda: is_settled(process))
     store(update, *range(COMPACT_AT, 3 * COMPACT_AT))
     assert length(process) < COMPACT_AT
     update.end_session()

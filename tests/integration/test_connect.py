@@ -22,7 +22,7 @@ from redis.sentinel import Sentinel
 
 from conftest import Make, Redis, wait_until
 from phonon import ConflictFreeUpdate, Process
-from phonon.drivers import connect
+from phonon._transport import connect
 from phonon.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -30,6 +30,7 @@ from phonon.errors import (
     ServerTooOldError,
     ServerUnreachableError,
 )
+from phonon.settings import Durability
 
 SECRET = "sEcReT"  # noqa: S105 - of servers that live as long as the test
 USER = "worker"
@@ -101,58 +102,6 @@ def use(process: Process) -> None:
             Sum(process, f"sum{i}", doc={"n": i}).end_session()
     assert sorted(doc["n"] for doc in executed) == list(range(1, 11))
     assert process.get_registry() == []
-
-
-@pytest.mark.parametrize(
-    ("url", "nodes", "path", "options"),
-    [
-        ("redis://", [("localhost", 6379)], "", {}),
-        ("redis:///3", [("localhost", 6379)], "", {"db": 3}),
-        ("redis://h", [("h", 6379)], "", {}),
-        ("redis://h:1/2?socket_timeout=2.5", [("h", 1)], "", {"db": 2, "socket_timeout": 2.5}),
-        ("redis://[::1]:7/", [("::1", 7)], "", {}),
-        ("redis://h?db=4&client_name=x", [("h", 6379)], "", {"db": 4, "client_name": "x"}),
-        (
-            "rediss://u:%2F%3F%23%40%3A%25@h?ssl_cert_reqs=none",
-            [("h", 6379)],
-            "",
-            {"username": "u", "password": "/?#@:%", "ssl": True, "ssl_cert_reqs": "none"},
-        ),
-        ("redis://:p:w@h", [("h", 6379)], "", {"username": None, "password": "p:w"}),
-        ("unix:///tmp/a@b%20c?db=1", [("localhost", 6379)], "/tmp/a@b c", {"db": 1}),  # noqa: S108 - never opened
-        (
-            "unix://u:p@/tmp/s",
-            [("localhost", 6379)],
-            "/tmp/s",  # noqa: S108 - never opened
-            {"username": "u", "password": "p"},
-        ),
-        (
-            "redis+cluster://u:p@h:1,[::1]:2,c",
-            [("h", 1), ("::1", 2), ("c", 6379)],
-            "",
-            {"username": "u", "password": "p"},
-        ),
-        ("rediss+cluster://h/0", [("h", 6379)], "", {"ssl": True}),
-        ("redis+sentinel://a,b:3/s", [("a", 26379), ("b", 3)], "s", {}),
-        ("rediss+sentinel://a/s%20t/2", [("a", 26379)], "s t", {"db": 2, "ssl": True}),
-        ("embedded://", [("localhost", 6379)], "", {}),
-        ("embedded:///a/b%20c", [("localhost", 6379)], "/a/b c", {}),
-    ],
-)
-def test_url_is_taken_apart(
-    url: str, nodes: list[tuple[str, int]], path: str, options: dict[str, Any]
-) -> None:
-    address = connect.parse(url)
-    assert (address.nodes, address.path) == (nodes, path)
-    assert address.options == {**connect._OPTIONS, **options}
-
-
-def test_options_for_sentinels_are_only_for_them() -> None:
-    url = "redis+sentinel://u:p@a/s?sentinel_password=q&sentinel_username=v&socket_timeout=1"
-    address = connect.parse(url)
-    assert address.for_sentinel == {"username": "v", "password": "q"}
-    assert "p" in address.options.values()
-    assert address.shown == "redis+sentinel://u:***@a/s"
 
 
 MALFORMED = [
@@ -448,7 +397,11 @@ def test_processes_share_connections_and_the_last_one_closes_them(
     before = clients(admin)
     first, second = Process(url=url), Process(url=url)
     assert first.client is second.client
-    other = Process(url=url, retry_timeout=3)  # another setting of the server's
+    patient = Process(url=url, retry_timeout=3)  # a setting of the process's
+    assert patient.client is first.client
+    patient.stop()
+    # And one of the server's.
+    other = Process(url=url, durability=Durability(fsync=False))
     assert other.client is not first.client
     other.stop()
     first.stop()
@@ -659,7 +612,7 @@ def test_address_that_leads_to_another_server_after_a_failover() -> None:
             assert old.errors("READONLY") > 0
 
 
-def test_more_waiting_threads_than_redis_py_has_connections(make: Make) -> None:
+def test_many_waiting_threads_share_a_connection(make: Make) -> None:
     process, other = make(), make()
     waiters = 120
 
@@ -668,9 +621,10 @@ def test_more_waiting_threads_than_redis_py_has_connections(make: Make) -> None:
             pass
 
     with ThreadPoolExecutor(waiters) as threads:
-        with other.lock("locked"):
+        with other.lock("locked") as lock:
             waiting = [threads.submit(enter, i) for i in range(waiters)]
-            wait_until(lambda: int(other.client.info("clients")["blocked_clients"]) >= waiters)
+            wait_until(lambda: len(lock.waiters()) == waiters)
+            assert int(other.client.info("clients")["blocked_clients"]) <= 1
             assert process.create_reference("x").count() == 1
         for future in waiting:
             future.result(30)

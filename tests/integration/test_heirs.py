@@ -1,7 +1,7 @@
 """Batches of classes that their owner has not imported are left to a process that has."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ import pytest
 from member import Crew, Entry, Member, learn
 from nodes import Cluster
 
-import phonon.partials
-from conftest import Redis, wait_until
+from conftest import Redis, key_for, keys_in, wait_until
 from phonon import Process, RetryPolicy
+from phonon._core import classes
+from phonon._core.executor import TOKENS
 from phonon.errors import UnknownClassError
 
 
@@ -19,21 +20,6 @@ from phonon.errors import UnknownClassError
 def crew(server: Redis, namespace: str, tmp_path: Path) -> Iterator[Crew]:
     with Crew(server.url, namespace, tmp_path) as crew:
         yield crew
-
-
-@pytest.fixture
-def left(server: Redis, namespace: str) -> Callable[[], set[str]]:
-    """What there is on the server besides memories and tombstones."""
-
-    def find() -> set[str]:
-        with server.client() as client:
-            return {
-                key.decode()
-                for key in client.scan_iter(f"{namespace}:*")
-                if not key.endswith(b":memory") and client.type(key) != b"string"
-            }
-
-    return find
 
 
 def expert(crew: Crew, *names: str) -> Member:
@@ -49,9 +35,11 @@ def is_dead(process: Process, member: Member) -> bool:
 
 
 def heirs(process: Process) -> list[bytes]:
-    """The heirs that something is left to."""
-    names: list[bytes] = process.client.zrange(process.heartbeat_hash_name, 0, -1)
-    return [name for name in names if name.startswith(b"class:")]
+    """The classes that batches are left to."""
+    names: set[bytes] = set()
+    for prefix in process.engine.identity.partitions.prefixes:
+        names |= process.client.smembers(prefix + b"handed")
+    return sorted(names)
 
 
 def test_a_dead_ones_batches_are_left_to_who_knows_their_class(
@@ -65,9 +53,7 @@ def test_a_dead_ones_batches_are_left_to_who_knows_their_class(
     doomed.do("put", "hang-r", 1, "Rare")
     doomed.begin("end", "hang-r")
     wait_until(lambda: crew.journal.begun("hang-r"))
-    token = int(
-        survivor.client.hget(survivor.engine.keys.base("test.test.hang-r") + b":running", "token")
-    )
+    token = int(survivor.client.hget(key_for(survivor, "running", "test.test.hang-r"), "token"))
     with caplog.at_level(logging.WARNING, "phonon"):
         doomed.kill()
         crew.journal.open("hang-r")
@@ -90,7 +76,7 @@ def test_a_dead_ones_batches_are_left_to_who_knows_their_class(
         "hang-r": {"n": 1},
     }
     assert {line.process for line in crew.journal.lines()} == {survivor.id, later.id}
-    assert crew.journal.lines("hang-r")[0].token == token, "the same as before"
+    assert crew.journal.lines("hang-r")[0].token == token * TOKENS, "the same as before"
     wait_until(lambda: heirs(survivor) == [])
 
 
@@ -107,7 +93,7 @@ def test_one_who_is_there_already_has_them_at_once(crew: Crew) -> None:
 
 
 def test_the_last_one_out_does_not_know_what_the_others_have_stored(
-    crew: Crew, left: Callable[[], set[str]]
+    crew: Crew, server: Redis, namespace: str
 ) -> None:
     knowing, process = expert(crew, "Rare"), crew.process()
     reference = process.create_reference("test.test.r")
@@ -120,7 +106,7 @@ def test_the_last_one_out_does_not_know_what_the_others_have_stored(
     assert process.parked() == []
     knowing.do("stop")
     process.stop()
-    assert left() == set()
+    assert keys_in(server, namespace) == set()
 
 
 def test_the_owner_of_the_running_batch_does_not_know_the_next_ones_class(crew: Crew) -> None:
@@ -204,20 +190,18 @@ def test_a_class_that_is_imported_later(crew: Crew) -> None:
 
 
 def test_a_clean_stop_leaves_an_heir_what_it_has(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch
+    crew: Crew,
 ) -> None:
     """The last process goes, and nobody knows the class: the batch waits for who comes."""
     kind = learn("Gone")
     process = crew.process()
     kind(process, "a", doc={"n": 1})
-    monkeypatch.delitem(phonon.partials._classes, "member.Gone")
-    name = process.heartbeat_hash_name
+    classes.forget(kind)
     with pytest.raises(UnknownClassError, match="import it"):
         process.stop()
     probe = crew.process()
-    assert [key for key in probe.client.zrange(name, 0, -1) if key != probe.id.encode()] == [
-        b"class:member.Gone"
-    ]
+    assert probe.client.zrange(probe.heartbeat_hash_name, 0, -1) == [probe.id.encode()]
+    assert heirs(probe) == [b"class:member.Gone"]
     expert(crew, "Gone")
     wait_until(crew.journal.lines)
     assert crew.journal.applied() == {"a": {"n": 1}}
@@ -275,13 +259,14 @@ def test_jitter_shortens_a_delay_within_its_bounds(jitter: float) -> None:
 def test_attempts_keep_the_delays(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     process = crew.process(retry=RetryPolicy(attempts=5, first_delay=0.02, longest_delay=0.1))
-    retry_in = process.engine.upkeep.retry_in
+    executor = process.engine.executor
+    schedule = executor._schedule
 
-    def note(seconds: float, *args: Any) -> None:
+    def note(batch: Any, seconds: float) -> None:
         asked.append(seconds)
-        retry_in(seconds, *args)
+        schedule(batch, seconds)
 
-    monkeypatch.setattr(process.engine.upkeep, "retry_in", note)
+    monkeypatch.setattr(executor, "_schedule", note)
     with pytest.raises(OSError, match="no database"):
         Entry(process, "fail-a", doc={"n": 1}).end_session()
     wait_until(process.parked)

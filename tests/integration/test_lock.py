@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import redis
 
-from conftest import Make, Redis, wait_until
+from conftest import Make, Redis, key_of, wait_until
 from phonon import Lock, Process
 from phonon.errors import (
     AlreadyLockedError,
@@ -36,12 +36,6 @@ class Impatient(Process):
     BLOCKING_TIMEOUT = 0.05
 
 
-class Forgetful(Process):
-    """Its locks are gone soon, for its heart hardly beats."""
-
-    TTL = 0.3
-
-
 @pytest.fixture
 def admin(server: Redis) -> Iterator["redis.Redis"]:
     with server.client() as client:
@@ -57,7 +51,8 @@ def impatient(server: Redis, namespace: str) -> Iterator[Process]:
 @pytest.fixture
 def in_line(admin: "redis.Redis", namespace: str) -> InLine:
     """Whether so many wait for the lock on "x"."""
-    return lambda number: bool(admin.zcard(f"{namespace}:{{=x}}:queue") == number)
+    queue = key_of(namespace, "queue", "x")
+    return lambda number: bool(admin.zcard(queue) == number)
 
 
 def test_a_lock_is_exclusive(make: Make) -> None:
@@ -95,7 +90,7 @@ def test_never_two_inside(make: Make, keys: Keys) -> None:
             future.result()
     assert counted == 240
     assert tokens == sorted(set(tokens))
-    assert keys() == {"{=x}:memory"}
+    assert keys() == set()
 
 
 def test_waiters_are_served_in_order_of_arrival(make: Make, in_line: InLine) -> None:
@@ -162,7 +157,7 @@ def test_blocking_ends(impatient: Process, make: Make, keys: Keys) -> None:
         assert Process.AlreadyLocked is AlreadyLockedError
         assert issubclass(AlreadyLockedError, PhononError)
         # Whoever gives up leaves neither a place in line nor a wake-up behind.
-        assert keys() == {"{=x}:lock", "{=x}:memory"}
+        assert keys() == {"lock:x"}
         assert impatient.get_registry() == []
 
 
@@ -186,7 +181,7 @@ def test_timeout(make: Make, keys: Keys) -> None:
         assert time.monotonic() - began >= 0.02
         assert lock.acquire(timeout=0) is False
         assert lock.token is None
-        assert keys() == {"{=x}:lock", "{=x}:memory"}
+        assert keys() == {"lock:x"}
     assert lock.acquire(timeout=0) is True
     lock.release()
 
@@ -252,15 +247,18 @@ def test_tokens_grow(make: Make) -> None:
 
 
 def test_tokens_grow_although_the_keys_are_gone(
-    process: Process, admin: "redis.Redis", namespace: str
+    process: Process, admin: "redis.Redis", namespace: str, keys: Keys
 ) -> None:
+    """Those of the resource, and the partition's last token too."""
+    token = key_of(namespace, "token", "x").removesuffix(b":x")
     last = 0
     for _ in range(10):
         with process.lock("x") as lock:
             assert lock.token is not None
             assert lock.token > last
             last = lock.token
-        admin.delete(f"{namespace}:{{=x}}:memory")
+        assert keys() == set()
+        admin.delete(token)
 
 
 def test_a_lock_and_the_batches_of_a_resource_share_its_tokens(process: Process) -> None:
@@ -444,16 +442,16 @@ def test_extend(process: Process, admin: "redis.Redis", namespace: str) -> None:
     lock = process.lock("x", lease=20)
 
     def left() -> float:
-        until = admin.hget(f"{namespace}:{{=x}}:lock", "until")
-        assert isinstance(until, bytes)
-        return int(until) / 1000 - time.time()
+        leases = admin.zrange(key_of(namespace, "leases", "x"), 0, -1, withscores=True)
+        assert len(leases) == 1
+        return float(leases[0][1]) / 1000 - time.time()
 
     with lock:
         assert lock.extend(10) is True
         assert 28 < left() < 31
         assert lock.extend(100, replace_ttl=True) is True
         assert 98 < left() < 101
-        process.engine.beat()
+        process.engine.run(process.engine.leases.renew_all())
         assert 98 < left() < 101, "what was extended stays"
         lock.check()
         assert 98 < left() < 101
@@ -485,7 +483,7 @@ def test_a_forked_child_has_no_locks(process: Process) -> None:
     if not child:
         good = False
         with contextlib.suppress(BaseException):
-            good = not lock.owned() and not process.engine.grants
+            good = not lock.owned() and not process.engine.leases.everywhere()
             good = good and not lock.acquire(block=False)
             with contextlib.suppress(LockLostError):
                 lock.release()
@@ -548,23 +546,22 @@ def test_the_users_error_comes_out_and_the_lock_is_free(make: Make) -> None:
     assert two.lock("x").acquire(block=False)
 
 
-def test_a_lease_runs_out(server: Redis, namespace: str, make: Make) -> None:
+def test_a_lease_runs_out(make: Make) -> None:
     """Of a process that lives and does not renew: what was locked is free, and it is told."""
-    other = make()
-    with Forgetful(url=server.url, namespace=namespace, heartbeat_interval=0.29) as process:
-        process.engine.upkeep.stop()
-        lock = process.lock("x")
-        assert lock.acquire()
-        token = lock.token
-        assert token is not None
-        with other.lock("x") as next_lock:
-            assert next_lock.token is not None
-            assert next_lock.token > token
-            with pytest.raises(LockLostError, match=r"its lease of 0\.3 s ran out"):
-                lock.release()
-            assert process.lock("x").acquire(block=False) is False
-        with process.lock("x", block=False):
-            pass
+    process, other = make(), make()
+    process.engine.leases.start_worker = lambda: None
+    lock = process.lock("x", lease=0.3)
+    assert lock.acquire()
+    token = lock.token
+    assert token is not None
+    with other.lock("x") as next_lock:
+        assert next_lock.token is not None
+        assert next_lock.token > token
+        with pytest.raises(LockLostError, match=r"its lease of 0\.3 s ran out"):
+            lock.release()
+        assert process.lock("x").acquire(block=False) is False
+    with process.lock("x", block=False):
+        pass
 
 
 def test_a_lock_does_not_hold_a_reference(make: Make, keys: Keys) -> None:
@@ -578,7 +575,7 @@ def test_a_lock_does_not_hold_a_reference(make: Make, keys: Keys) -> None:
         reference.refresh_session()
     assert reference.count() == 1
     assert reference.dereference() is True
-    assert keys() == {"{=x}:memory"}
+    assert keys() == set()
 
 
 def test_stop_frees_locks_and_sends_waiters_away(make: Make, in_line: InLine) -> None:
@@ -609,6 +606,6 @@ def test_any_text_is_a_lock_key(make: Make) -> None:
         with ThreadPoolExecutor(1) as pool:
             assert two.lock(name).acquire(block=False) is False
             waiting = pool.submit(two.lock(name).acquire)
-            wait_until(lambda: two.waiters)
+            wait_until(lock.waiters)
             lock.release()
             assert waiting.result() is True

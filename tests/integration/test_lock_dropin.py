@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import redis
 
-from conftest import Make, Redis
+from conftest import Make, Redis, key_of
 from phonon import Process
 from phonon.errors import AlreadyLockedError, LockLostError
 
@@ -42,7 +42,7 @@ def _kit(kind: str, server: Redis, namespace: str, make: Make) -> Kit:
     process = make()
     return Kit(
         process.lock,
-        lambda name: client.delete(f"{namespace}:{{={name}}}:lock"),
+        lambda name: client.delete(key_of(namespace, "lock", name)),
     )
 
 

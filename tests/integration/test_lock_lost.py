@@ -9,7 +9,7 @@ import pytest
 import redis
 from others import QUICK, Others, other  # noqa: F401 - the fixture is found by its name
 
-from conftest import Make, Redis, wait_until
+from conftest import Make, Redis, key_of, stop_heart, wait_until
 from phonon import Lock, Process
 from phonon.errors import (
     DeclaredDeadError,
@@ -18,7 +18,7 @@ from phonon.errors import (
     ServerError,
     ServerStateLostError,
 )
-from phonon.protocol.effects import Call
+from proxy import Proxy
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def lose(admin: "redis.Redis", namespace: str) -> Lose:
     """Makes the server lose the lock on "x"."""
 
     def delete() -> None:
-        assert admin.delete(*(f"{namespace}:{{=x}}:{kind}" for kind in ("lock", "shared")))
+        assert admin.delete(*(key_of(namespace, kind, "x") for kind in ("lock", "shared")))
 
     return delete
 
@@ -61,6 +61,11 @@ def process(make: Make, told: Told) -> Process:
     return make(on_error=told.errors.append)
 
 
+def renew(process: Process) -> None:
+    """Renew the locks that have a lease of their own, as the heartbeat has it done."""
+    process.engine.run(process.engine.leases.renew_all())
+
+
 def ends_lost(lock: Lock, body: Callable[[], object]) -> None:
     """Leave a block of a lock that the body loses."""
     with pytest.raises(LockLostError, match=r"'x' \(token \d+\) was lost before it was released"):  # noqa: SIM117
@@ -70,17 +75,17 @@ def ends_lost(lock: Lock, body: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_heartbeat_finds_it(shared: bool, process: Process, told: Told, lose: Lose) -> None:
-    lock = process.lock("x", shared=shared, on_lost=told.locks.append)
+def test_its_renewal_finds_it(shared: bool, process: Process, told: Told, lose: Lose) -> None:
+    lock = process.lock("x", shared=shared, lease=20, on_lost=told.locks.append)
 
     def body() -> None:
         assert lock.owned()
         lose()
-        process.engine.beat()
+        renew(process)
         assert not lock.owned()
         wait_until(lambda: told.locks)
         assert "lost, token" in repr(lock)
-        process.engine.beat()
+        renew(process)
         with pytest.raises(LockLostError):
             lock.check()
 
@@ -112,9 +117,9 @@ def test_a_check_finds_it(shared: bool, process: Process, told: Told, lose: Lose
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_leaving_the_block_finds_it(shared: bool, process: Process, told: Told, lose: Lose) -> None:
-    lock = process.lock("x", shared=shared, on_lost=told.locks.append)
+    lock = process.lock("x", shared=shared, lease=20, on_lost=told.locks.append)
     ends_lost(lock, lose)
-    process.engine.beat()
+    renew(process)
     assert told.locks == [lock]
     assert told.kinds() == [LockLostError]
 
@@ -122,10 +127,10 @@ def test_leaving_the_block_finds_it(shared: bool, process: Process, told: Told, 
 def test_it_is_said_once_whoever_finds_it(process: Process, told: Told, lose: Lose) -> None:
     for _ in range(20):
         told.locks.clear()
-        lock = process.lock("x", on_lost=told.locks.append)
+        lock = process.lock("x", lease=20, on_lost=told.locks.append)
         assert lock.acquire()
         lose()
-        threads = [threading.Thread(target=process.engine.beat) for _ in range(2)]
+        threads = [threading.Thread(target=renew, args=[process]) for _ in range(2)]
         for thread in threads:
             thread.start()
         with pytest.raises(LockLostError):
@@ -167,14 +172,15 @@ def test_on_lost_may_raise_or_take_its_time(
         told.locks.append(lock)
         raise RuntimeError("on purpose")
 
-    lock = process.lock("x", on_lost=on_lost)
+    lock = process.lock("x", lease=20, on_lost=on_lost)
     assert lock.acquire()
     lose()
     wait_until(in_it.is_set)
     name = process.id
-    alive_until = process.engine.clock() + 8 * QUICK
-    wait_until(lambda: process.engine.clock() > alive_until)
-    assert process.engine.surely_lives
+    identity = process.engine.identity
+    alive_until = identity.clock() + 8 * QUICK
+    wait_until(lambda: identity.clock() > alive_until)
+    assert identity.surely_lives
     go_on.set()
     wait_until(lambda: "on_lost of" in caplog.text)
     assert process.id == name
@@ -233,33 +239,28 @@ def test_who_is_told_may_stop_the_process(make: Make, server: Redis, namespace: 
     process = make(on_error=stop)
     with pytest.raises(LockLostError), process.lock("x", on_lost=lambda lock: lock.locked()):
         with server.client() as client:
-            # As if it had been silent for long.
-            client.zadd(process.heartbeat_hash_name, {process.id: 1})
-        process.engine.beat()
+            # As another one's heartbeat does if it has been silent for long.
+            client.zadd(process.heartbeat_hash_name, {process.id: 0})
+        process.engine.heartbeat.wake()
         wait_until(stopped.is_set)
 
 
-class Slow:
-    """A process's server that is far away: what is sent to it arrives later."""
-
-    def __init__(self, process: Process) -> None:
-        self._server: Any = process.engine.driver.server
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._server, name)
-
-    def call(self, call: Call) -> Any:
-        time.sleep(0.2)
-        return self._server.call(call)
+@pytest.fixture
+def far_away(server: Redis) -> Iterator[Proxy]:
+    """Where what is sent to the server arrives later."""
+    proxy = Proxy(server.socket)
+    proxy.plan(lambda *_: time.sleep(0.2))
+    yield proxy
+    proxy.close()
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_owned_ends_before_the_server_gives_the_lock_away(
-    shared: bool, process: Process, make: Make, monkeypatch: pytest.MonkeyPatch
+    shared: bool, make: Make, far_away: Proxy
 ) -> None:
     rival = make().lock("x")
-    process.engine.upkeep.stop()
-    monkeypatch.setattr(process.engine.driver, "server", Slow(process))
+    process = make(url=far_away.url)
+    process.engine.leases.start_worker = lambda: None
 
     def ends_early() -> bool:
         lock = process.lock("x", shared=shared, lease=0.5)
@@ -276,25 +277,27 @@ def test_owned_ends_before_the_server_gives_the_lock_away(
 
     # Unless the machine was too busy to look in time.
     wait_until(ends_early)
+    process.stop()
 
 
 def test_owned_ends_before_the_process_is_declared_dead(make: Make) -> None:
     process, rival = make(heartbeat_interval=QUICK), make(recover_failed_processes=False)
-    process.engine.upkeep.stop()
+    stop_heart(process)
     lock = process.lock("x")
     assert lock.acquire()
     assert lock.owned()
     wait_until(lambda: not lock.owned())
     assert not rival.lock("x").acquire(block=False), "nobody has taken over yet"
-    process.engine.beat()
-    assert process.engine.surely_lives
+    process.engine.run(process.engine.heartbeat.beat())
+    assert process.engine.identity.surely_lives
+    assert lock.owned()
     rival.stop()
 
 
 def until(admin: "redis.Redis", namespace: str) -> float:
-    """When the lease of the exclusive lock on "x" ends, seconds; 0 if there is none."""
-    found: Any = admin.hget(f"{namespace}:{{=x}}:lock", "until")
-    return int(found or 0) / 1000
+    """When the lease of the lock on "x" ends, seconds; 0 if there is none."""
+    found: Any = admin.zrange(key_of(namespace, "leases", "x"), 0, -1, withscores=True)
+    return found[0][1] / 1000 if found else 0
 
 
 def test_a_lease_much_shorter_than_the_heartbeat_is_renewed(
@@ -316,19 +319,20 @@ def test_a_lease_much_shorter_than_the_heartbeat_is_renewed(
         second.check()
 
 
-def test_a_failed_heartbeat_is_made_good_within_the_lease(
+def test_a_failed_renewal_is_made_good_within_the_lease(
     make: Make, admin: "redis.Redis", namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = make(heartbeat_interval=30)
-    beat = process.engine._beat
+    leases = process.engine.leases
+    renew_all = leases.renew_all
     failures = iter(range(2))
 
-    def failing(*args: Any, **options: Any) -> Any:
+    def failing() -> Any:
         if next(failures, None) is not None:
             raise ServerError("on purpose")
-        return beat(*args, **options)
+        return renew_all()
 
-    monkeypatch.setattr(process.engine, "_beat", failing)
+    monkeypatch.setattr(leases, "renew_all", failing)
     with process.lock("x", lease=2) as lock:
         first = until(admin, namespace)
         wait_until(lambda: until(admin, namespace) > first)
@@ -342,20 +346,20 @@ def test_a_holder_that_extends_its_lease_is_not_cut_short(
     """By a renewal that was prepared before, and is sent after it."""
     done = threading.Event()
 
-    def beat() -> None:
+    def go_on() -> None:
         while not done.is_set():
-            process.engine.beat()
+            renew(process)
 
     with process.lock("x", lease=5) as lock:
-        threads = [threading.Thread(target=beat) for _ in range(2)]
+        threads = [threading.Thread(target=go_on) for _ in range(2)]
         for thread in threads:
             thread.start()
         try:
             for seconds in range(10, 110):
                 lock.extend(seconds, replace_ttl=True)
-                (grant,) = process.engine.grants.everywhere()
-                left = grant.until - process.engine.clock()
-                assert until(admin, namespace) - time.time() >= left - 0.05
+                (grant,) = process.engine.leases.everywhere()
+                now, left = time.time(), grant.until - process.engine.identity.clock()
+                assert until(admin, namespace) - now >= left - 0.05
         finally:
             done.set()
             for thread in threads:
@@ -402,7 +406,7 @@ def test_a_release_that_the_server_refuses_can_be_repeated(
     if reentrant:
         assert lock.acquire()
         lock.release()
-    foreign = f"{namespace}:{{=x}}:waiting"
+    foreign = key_of(namespace, "queue", "x")
     admin.set(foreign, "not ours")
     for _ in range(2):
         with pytest.raises(ForeignKeyError):

@@ -9,8 +9,9 @@ import pytest
 from member import Crew, Entry, learn
 from nodes import Cluster
 
-from conftest import Redis, wait_until
+from conftest import Redis, key_for, keys_in, retry_now, wait_until
 from phonon import Parked, Process, RetryPolicy
+from phonon._core.executor import TOKENS
 from phonon.errors import (
     BatchMissingError,
     BatchRunningError,
@@ -75,8 +76,9 @@ def test_what_is_inside(crew: Crew) -> None:
 
 
 def test_a_long_one_is_looked_into_whole(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phonon.execution.merge_stored", lambda *args: args[-1])  # not on the way
     process = crew.process(retry=ONCE)
+    merge = process.engine.codec.merge
+    monkeypatch.setattr(process.engine.codec, "merge", lambda _, partials: partials)  # on the way
     update = Entry(process, "fail-a", doc={"n": 0})
     for i in range(1, 1203):
         update.doc = {"n": i}
@@ -87,6 +89,7 @@ def test_a_long_one_is_looked_into_whole(crew: Crew, monkeypatch: pytest.MonkeyP
     assert entry.size == 1203
     looked = process.look(entry.resource, entry.token)
     assert [one.doc["n"] for one in looked] == list(range(1203))
+    monkeypatch.setattr(process.engine.codec, "merge", merge)
     crew.journal.open("fail-a")
     process.replay(entry.resource, entry.token)
     assert crew.journal.applied() == {"fail-a": {"n": sum(range(1203))}}
@@ -111,8 +114,8 @@ def test_a_session_that_ended_meanwhile_goes_on(crew: Crew) -> None:
     Entry(other, "fail-a", doc={"n": 2}).end_session()
     assert crew.journal.lines() == []
     assert process.parked() == []
-    process.engine.policy = HOURLY._replace(attempts=1)
-    process.engine.upkeep.retry_now()
+    process.engine.executor._policy = HOURLY._replace(attempts=1)
+    retry_now(process)
     first, second = process.parked()
     assert first.token < second.token
     assert [entry.attempts for entry in (first, second)] == [2, 1]
@@ -217,9 +220,7 @@ def test_discard(crew: Crew, server: Redis, namespace: str) -> None:
     with pytest.raises(BatchMissingError):
         process.discard(first.resource, first.token)
     process.stop()
-    with server.client() as client:
-        left = {key for key in client.scan_iter(f"{namespace}:*") if not key.endswith(b":memory")}
-    assert left == set(), "nothing of them stays"
+    assert keys_in(server, namespace) == set(), "nothing of them stays"
 
 
 def test_many_of_many_resources(crew: Crew) -> None:
@@ -251,15 +252,14 @@ def test_parked_batches_outlive_their_processes(crew: Crew) -> None:
 def test_what_cannot_be_read_is_parked_at_once(crew: Crew) -> None:
     process = crew.process()
     update = Entry(process, "a", doc={"n": 1})
-    key = process.engine.keys.base("test.test.a") + b":partials"
-    process.client.rpush(key, b"\xc1 nothing of ours")
+    process.client.rpush(key_for(process, "partials", "test.test.a"), b"\xc1 nothing of ours")
     with pytest.raises(UndecodableError):
         update.end_session()
     (entry,) = process.parked()
     assert entry.error.startswith("UndecodableError: ")
     assert "test.test.a" in entry.error
     assert (entry.attempts, entry.size) == (1, 2)
-    with pytest.raises(UndecodableError, match=f"parked:{entry.token}"):
+    with pytest.raises(UndecodableError, match=f"dead:{entry.token // TOKENS}:test.test.a"):
         process.look(entry.resource, entry.token)
     process.discard(entry.resource, entry.token)
 

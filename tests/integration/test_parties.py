@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from conftest import Make, Redis, wait_until
+from conftest import Make, Redis, key_of, wait_until
 from phonon import Process
 from phonon.errors import ConfigurationError
 from samples import fresh, put
@@ -22,7 +22,7 @@ def test_the_first_to_finish_is_not_taken_for_the_last(make: Make, keys: Keys) -
     second = two.create_reference("x", parties=3)
     assert not second.dereference(), "the third one has not come"
     assert three.create_reference("x", parties=3).dereference()
-    assert keys() == {"{=x}:memory"}
+    assert keys() == set()
     assert one.create_reference("x").dereference(), "the next session knows of no parties"
 
 
@@ -57,12 +57,13 @@ def test_the_greatest_number_counts(make: Make) -> None:
 def test_what_is_not_used_any_more_goes_by_itself(
     server: Redis, namespace: str, make: Make
 ) -> None:
-    process = make(session_length=60)
+    process = make()
+    parties, week = key_of(namespace, "parties", "x"), 7 * 24 * 3600 * 1000
     assert not process.create_reference("x", parties=2).dereference()
     with server.client() as client:
-        assert 0 < client.pttl(f"{namespace}:{{=x}}:parties") <= 60_000
+        assert 0 < client.pttl(parties) <= week
         process.create_reference("x", parties=2)
-        assert client.pttl(f"{namespace}:{{=x}}:parties") == -1, "as long as somebody is there"
+        assert client.pttl(parties) == -1, "as long as somebody is there"
 
 
 @pytest.mark.parametrize("leaves_last", [True, False])
@@ -92,7 +93,7 @@ def test_waiting_leaves_nothing_behind(make: Make, keys: Keys) -> None:
     assert not two.create_reference("x", parties=2).dereference()
     assert first.wait()
     assert first.dereference()
-    assert keys() == {"{=x}:memory"}
+    assert keys() == set()
 
 
 def test_a_process_that_is_killed_has_come_and_left(

@@ -6,15 +6,17 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import pytest
 import redis
 
-from conftest import Make, Redis, wait_until
-from phonon import LruCache, Process
-from phonon.drivers import connect
-from phonon.engine import Engine
+from conftest import OF_PROCESSES, Make, Redis, key_for, key_of, stop_heart, wait_until
+from phonon import LruCache, Process, RetryPolicy
+from phonon._core.engine import ThreadEngine
+from phonon._core.flows import Flow
+from phonon._core.heartbeat import Heartbeat
+from phonon._transport import connect, sync_io
 from phonon.errors import (
     ConfigurationError,
     LockLostError,
@@ -22,16 +24,13 @@ from phonon.errors import (
     PhononError,
     ProcessStoppedError,
 )
-from phonon.protocol.updates import RetryPolicy
 from samples import Tally, fresh, put
 
 Keys = Callable[[], set[str]]
 
 
 class Brisk(Process):
-    """Its locks do not outlast a test that waits for them."""
-
-    TTL = 0.6
+    """One of the user's own."""
 
 
 @pytest.fixture
@@ -43,9 +42,18 @@ def admin(server: Redis) -> Iterator["redis.Redis"]:
 @pytest.fixture
 def process_keys(admin: "redis.Redis", namespace: str) -> Keys:
     """What is on the server about processes themselves."""
+    lasting = ("partitions", "token")
 
     def find() -> set[str]:
-        return {key.decode() for key in admin.scan_iter(match=f"{namespace}:{{[*@]*", count=1000)}
+        found = admin.scan_iter(match=f"{{{namespace}*", count=1000)
+        kinds = {key: key.decode().partition("}:")[2] for key in found}
+        of_namespace = f"{{{namespace}}}:".encode()
+        return {
+            key.decode()
+            for key, kind in kinds.items()
+            if kind not in lasting
+            and (key.startswith(of_namespace) or kind.startswith(OF_PROCESSES))
+        }
 
     return find
 
@@ -56,7 +64,7 @@ def now_ms(admin: "redis.Redis") -> int:
 
 
 def deadline_ms(admin: "redis.Redis", process: Process) -> float:
-    return float(admin.zscore(process.heartbeat_hash_name, process.id) or 0)
+    return float(admin.zscore(process.heartbeat_hash_name, process.id) or 0) / 1000
 
 
 def threads_of(process: Process) -> list[threading.Thread]:
@@ -75,8 +83,9 @@ def threads_of(process: Process) -> list[threading.Thread]:
         ({"heartbeat_interval": -1}, "heartbeat_interval"),
         ({"heartbeat_interval": float("inf")}, "heartbeat_interval"),
         ({"retry_timeout": 0}, "retry_timeout"),
-        ({"retry_timeout": 30.5}, "retry_timeout is 30 s at the most"),
-        ({"heartbeat_interval": 60}, "subclass Process with a longer TTL"),
+        ({"partitions": 0}, "partitions"),
+        ({"namespace": 5}, "namespace is a str, not 5"),
+        ({"serializer": 5}, "serializer is an object with"),
         ({"session_length": 5}, "make session_length at least twice heartbeat_interval"),
         ({"hosts": ["a:1"]}, "give one of url= and hosts="),
         ({"client": redis.Redis()}, "give one of client=, url= and hosts="),
@@ -99,17 +108,17 @@ def test_hosts_are_a_list(hosts: Any) -> None:
         Process(hosts=hosts)
 
 
-@pytest.mark.parametrize("fault", [{"namespace": 5}, {"serializer": 5}])
+@pytest.mark.parametrize("method", ["__init__", "start"])
 def test_a_constructor_that_fails_keeps_no_connection(
-    fault: dict[str, Any], server: Redis, monkeypatch: pytest.MonkeyPatch
+    method: str, server: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(engine: Engine) -> None:
-        raise TypeError(engine.serializer)
+    def fail(*_: Any, **__: Any) -> None:
+        raise TypeError("on purpose")
 
-    monkeypatch.setattr(Engine, "start", fail)
+    monkeypatch.setattr(ThreadEngine, method, fail)
     before = set(connect._shared)
-    with pytest.raises(TypeError):
-        Process(url=server.url + "&client_name=fails", **fault)
+    with pytest.raises(TypeError, match="on purpose"):
+        Process(url=server.url + "&client_name=fails")
     assert set(connect._shared) == before
 
 
@@ -271,8 +280,11 @@ def test_stop_ends_what_it_holds(
         pass
     assert theirs.dereference()
     other.stop()
-    assert {key.rpartition(":")[2] for key in keys()} == {"memory"}
-    assert all(admin.pttl(key) > 0 for key in admin.scan_iter(match=f"{process.namespace}:*"))
+    assert keys() == set()
+    left = set(admin.scan_iter(match=f"{{{process.namespace}*"))
+    settings = f"{{{process.namespace}}}:partitions".encode()
+    assert settings in left, "later processes adopt the number"
+    assert all(admin.pttl(key) > 0 for key in left - {settings})
     assert process_keys() == set()
     assert threads_of(process) == []
 
@@ -434,11 +446,10 @@ def test_stop_says_what_it_left_undone(
     }
     assert sheet.docs() == {"c": {"n": 1}}
     # Its batches are there, its registry names them, and it can be seen to be dead.
-    assert {"{=test.test.a}:batch", "{=test.test.b}:batch"} <= keys()
-    found = cast("list[bytes]", admin.zrange(process.registry_key, 0, -1))
-    held = {key.decode() for key in found}
-    assert held == {f"{process.namespace}:{{=test.test.{record}}}" for record in "ab"}
-    assert 0 < deadline_ms(admin, process) <= now_ms(admin)
+    assert {"batch:test.test.a", "batch:test.test.b"} <= keys()
+    other = make(recover_failed_processes=False)
+    assert set(other.get_registry(process.registry_key)) == {"test.test.a", "test.test.b"}
+    assert admin.zscore(process.heartbeat_hash_name, process.id) == 0
     process.stop()
 
 
@@ -471,7 +482,7 @@ def test_stop_inside_a_batch_ends_it(make: Make, cached: bool, keys: Keys) -> No
         process.create_reference("x")
         process.stop()
     assert sheet.docs() == {"a": {"n": 1}}
-    assert {key.rpartition(":")[2] for key in keys()} == {"memory"}
+    assert keys() == set()
 
 
 def test_a_batch_that_another_thread_has_stopped(make: Make) -> None:
@@ -502,14 +513,10 @@ def test_a_batch_that_another_thread_has_stopped(make: Make) -> None:
 # The heartbeat
 
 
-def membership_end_ms(admin: "redis.Redis", process: Process, resource: str) -> float:
-    key = f"{process.namespace}:{{={resource}}}:members"
-    return float(admin.zscore(key, process.id) or 0)
-
-
-def lease_end_ms(admin: "redis.Redis", process: Process, resource: str) -> int:
-    """Until when a lock is leased."""
-    return int(admin.hget(f"{process.namespace}:{{={resource}}}:lock", "until") or 0)
+def lease_end_ms(admin: "redis.Redis", process: Process, resource: str) -> float:
+    """Until when a lock is leased, if it has a lease of its own."""
+    found: Any = admin.zrange(key_for(process, "leases", resource), 0, -1, withscores=True)
+    return float(found[0][1]) if found else 0
 
 
 def test_the_heartbeat_prolongs_its_life(make: Make, admin: "redis.Redis") -> None:
@@ -529,14 +536,14 @@ def test_a_heartbeat_that_fails_is_not_the_last(
     make: Make, admin: "redis.Redis", monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     failures = iter([ValueError("a bug"), KeyError("another")])
-    beat = Engine.beat
+    beat = Heartbeat.beat
 
-    def failing(engine: Engine) -> float:
+    def failing(heart: Heartbeat) -> Flow[float]:
         for error in failures:
             raise error
-        return beat(engine)
+        return beat(heart)
 
-    monkeypatch.setattr(Engine, "beat", failing)
+    monkeypatch.setattr(Heartbeat, "beat", failing)
     process = make(heartbeat_interval=0.02)
     first = deadline_ms(admin, process)
     wait_until(lambda: deadline_ms(admin, process) > first)
@@ -550,17 +557,17 @@ def test_a_heartbeat_that_fails_is_not_the_last(
 def test_a_heart_that_stopped_is_started_again(
     make: Make, admin: "redis.Redis", monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    beat = Engine.beat
+    beat = Heartbeat.beat
 
-    def stop(_: Engine) -> None:
+    def stop(_: Heartbeat) -> None:
         raise SystemExit  # which ends a thread without a word
 
-    monkeypatch.setattr(Engine, "beat", stop)
+    monkeypatch.setattr(Heartbeat, "beat", stop)
     process = make(heartbeat_interval=0.02)
     reference = process.create_reference("x")
     wait_until(lambda: not threads_of(process))
     assert f"the heartbeat thread of process {process.id} has died" in caplog.text
-    monkeypatch.setattr(Engine, "beat", beat)
+    monkeypatch.setattr(Heartbeat, "beat", beat)
     last = deadline_ms(admin, process)
     assert reference.count() == 1
     wait_until(lambda: deadline_ms(admin, process) > last)
@@ -573,87 +580,74 @@ def test_a_process_that_was_believed_dead_says_so(
 ) -> None:
     process = make(heartbeat_interval=0.05)
     first = process.id
-    admin.zadd(process.heartbeat_hash_name, {first: 1})
+    admin.zadd(process.heartbeat_hash_name, {first: 0})
     wait_until(lambda: f"process {first} was silent for more than 0.2 s" in caplog.text)
     assert process.id != first
     assert f"It goes on as {process.id}" in caplog.text
     assert deadline_ms(admin, process) > now_ms(admin)
 
 
-def test_a_membership_outlives_its_length_while_the_heart_beats(
-    make: Make, admin: "redis.Redis", caplog: Any
-) -> None:
+def test_a_membership_outlives_its_length(make: Make, admin: "redis.Redis") -> None:
+    """Which has no effect: it lasts as long as the process does."""
     process = make(session_length=0.6, heartbeat_interval=0.1)
     reference = process.create_reference("x")
     update = fresh()(process, "u", doc={"n": 1})
-    first = membership_end_ms(admin, process, "x")
-    assert first - now_ms(admin) <= 600
-    wait_until(lambda: now_ms(admin) > first + 300)
+    end = now_ms(admin) + 900
+    wait_until(lambda: now_ms(admin) > end)
     assert reference.count() == update.ref.count() == 1
-    assert "expired" not in caplog.text
 
 
-def test_a_member_without_a_heartbeat_expires(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    beat = Engine.beat
-    silenced: list[Engine] = []
-    monkeypatch.setattr(Engine, "beat", lambda engine: engine in silenced or beat(engine))
-    silent, alive = (
-        make(session_length=0.6, heartbeat_interval=0.1, recover_failed_processes=False)
-        for _ in range(2)
-    )
+def test_a_member_without_a_heartbeat_is_dropped(make: Make) -> None:
+    silent, alive = (make(heartbeat_interval=0.1, recover_failed_processes=False) for _ in range(2))
     theirs, ours = silent.create_reference("x"), alive.create_reference("x")
-    silenced.append(silent.engine)
     assert ours.count() == 2
+    stop_heart(silent)
     wait_until(lambda: ours.count() == 1)
     assert [holder.id for holder in ours.holders()] == [alive.id]
     assert ours.dereference()
-    assert not theirs.dereference()
+    silent.engine.run(silent.engine.rebirth.run())
+    wait_until(lambda: ours.count() == 1)
+    assert theirs.dereference(), "it has joined again under its new id"
 
 
-def test_a_member_that_was_dropped_joins_again_when_its_heart_beats(
-    make: Make, admin: "redis.Redis", caplog: Any
-) -> None:
-    process = make(session_length=0.4, heartbeat_interval=0.1)
-    theirs, left = process.create_reference("x"), process.create_reference("left")
-    assert left.dereference()
-    admin.delete(f"{process.namespace}:{{=x}}:members")
-    wait_until(lambda: theirs.count() == 1)
-    assert "the membership in 'x' had expired; it is renewed" in caplog.text
-    assert left.count() == 0
+def test_a_member_that_an_operator_deleted_joins_again(make: Make, admin: "redis.Redis") -> None:
+    process = make()
+    theirs = process.create_reference("x")
+    admin.delete(key_for(process, "members", "x"))
+    assert theirs.count() == 0
+    theirs.refresh_session()
+    assert theirs.count() == 1
     assert theirs.dereference()
 
 
-def test_a_held_lock_outlives_its_lease(
-    server: Redis, namespace: str, make: Make, admin: "redis.Redis"
-) -> None:
-    other = make()
-    with Brisk(url=server.url, namespace=namespace, heartbeat_interval=0.1) as process:
-        with process.lock("x") as lock:
-            until = lease_end_ms(admin, process, "x")
-            assert 0 < until - now_ms(admin) <= 600
-            wait_until(lambda: now_ms(admin) > until + 300)
-            assert lock.owned()
-            with pytest.raises(Process.AlreadyLocked):
-                other.lock("x", block=False).__enter__()
-        with other.lock("x", block=False):
-            pass
+def test_a_held_lock_outlives_its_lease(make: Make, admin: "redis.Redis") -> None:
+    process, other = make(), make()
+    with process.lock("x", lease=0.6) as lock:
+        until = lease_end_ms(admin, process, "x")
+        assert 0 < until - now_ms(admin) <= 600
+        wait_until(lambda: now_ms(admin) > until + 300)
+        assert lock.owned()
+        with pytest.raises(Process.AlreadyLocked):
+            other.lock("x", block=False).__enter__()
+    with other.lock("x", block=False):
+        pass
 
 
 def test_a_lock_that_an_operator_deleted_is_reported_lost(
     make: Make, admin: "redis.Redis", namespace: str
 ) -> None:
-    process, other = make(heartbeat_interval=0.05), make()
-    lock = process.lock("x")
+    process, other = make(), make()
+    lock = process.lock("x", lease=0.4)
     with pytest.raises(LockLostError, match=r"the lock on 'x' \(token \d+\) was lost"), lock:
         assert lock.owned()
-        admin.delete(f"{namespace}:{{=x}}:lock")
+        admin.delete(key_of(namespace, "lock", "x"))
         wait_until(lambda: not lock.owned())
         with other.lock("x", block=False):
             pass
     assert lock.token is None
     # Its next holder has it, and keeps it.
     with pytest.raises(LockLostError), process.lock("x"):
-        admin.delete(f"{namespace}:{{=x}}:lock")
+        admin.delete(key_of(namespace, "lock", "x"))
         assert other.lock("x", block=False).acquire()
     with pytest.raises(Process.AlreadyLocked):
         process.lock("x", block=False).__enter__()
@@ -663,7 +657,7 @@ def test_a_lost_lock_does_not_hide_the_users_error(
     process: Process, admin: "redis.Redis", namespace: str
 ) -> None:
     with pytest.raises(ZeroDivisionError) as raised, process.lock("x"):
-        admin.delete(f"{namespace}:{{=x}}:lock")
+        admin.delete(key_of(namespace, "lock", "x"))
         _ = 1 / 0
     (note,) = raised.value.__notes__
     assert note.startswith("phonon: the lock on 'x'")
@@ -728,7 +722,7 @@ def test_errors_in_the_log_name_no_root_logger(make: Make, caplog: Any) -> None:
 
 def test_a_process_that_nobody_holds_stops_beating(server: Redis, namespace: str) -> None:
     process = Process(url=server.url, namespace=namespace, heartbeat_interval=0.02)
-    lease = process.engine.lease
+    connection = process._connection
     (heart,) = threads_of(process)
     del process
 
@@ -737,20 +731,13 @@ def test_a_process_that_nobody_holds_stops_beating(server: Redis, namespace: str
         return not heart.is_alive()
 
     wait_until(stopped)
-    lease.close()
+    sync_io.run(connection.close())
 
 
-class Limits(Process):
-    """What a subclass may set."""
-
-    TTL: ClassVar[float] = 120.0
-
-
-def test_a_longer_lease_allows_slower_beats(
-    server: Redis, namespace: str, admin: "redis.Redis"
-) -> None:
-    with (
-        Limits(url=server.url, namespace=namespace, heartbeat_interval=100) as process,
-        process.lock("x"),
-    ):
-        assert 100_000 < lease_end_ms(admin, process, "x") - now_ms(admin) <= 120_000
+def test_a_lock_lasts_as_long_as_the_lease_of_its_process(make: Make, admin: "redis.Redis") -> None:
+    process = make(heartbeat_interval=100, session_length=900)
+    with process.lock("x") as lock:
+        assert lease_end_ms(admin, process, "x") == 0, "it has none of its own"
+        assert 390_000 < deadline_ms(admin, process) - now_ms(admin) <= 400_000
+        left = float(repr(lock).partition("lease ")[2].split()[0])
+        assert 390 < left <= 400

@@ -11,5 +11,7 @@ def test_exchanges_stay_within_their_bounds(own_server: Redis) -> None:
     assert not over
     assert found["join"].calls == found["append"].calls == 1
     assert found["leave, the last, with a batch"].calls == 2
-    assert found["batch of 1,000 messages on 600 keys"].calls == 600
-    assert found["expire_all of 10,000 sessions"].calls == 20_000
+    # One call of each partition.
+    assert found["batch of 1,000 messages on 600 keys"].calls == 16
+    # Ten pieces, each of which leaves, and completes what it has executed.
+    assert found["expire_all of 10,000 sessions"].calls <= 2 * 10 * 16

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 from others import QUICK, Other, Others, other  # noqa: F401 - the fixture is found by its name
 
-from conftest import Make, Redis, wait_until
+from conftest import Make, Redis, key_of, wait_until
 from phonon import Process
 from phonon.lock import Lock
 
@@ -24,7 +24,7 @@ def in_line(server: Redis, namespace: str) -> InLine:
 
     def count(number: int) -> bool:
         with server.client() as client:
-            return bool(client.zcard(f"{namespace}:{{=x}}:queue") == number)
+            return bool(client.zcard(key_of(namespace, "queue", "x")) == number)
 
     return count
 
@@ -48,7 +48,7 @@ def test_readers_share_and_writers_do_not(make: Make, keys: Keys) -> None:
     one.stop()
     with three.lock("x"):
         assert not reader(two).acquire(block=False)
-    assert keys() == {"{=x}:memory"}
+    assert keys() == set()
 
 
 def test_the_last_reader_frees_it(make: Make, in_line: InLine) -> None:
@@ -238,13 +238,14 @@ def test_a_deleted_set_of_readers_is_lost_and_leaves_nothing(
     make: Make, server: Redis, namespace: str, keys: Keys
 ) -> None:
     process = make()
-    lock = reader(process)
+    lock = process.lock("x", shared=True, lease=20)
     assert lock.acquire()
     with server.client() as client:
-        client.delete(f"{namespace}:{{=x}}:shared")
-    process.engine.beat()
+        client.delete(key_of(namespace, "shared", "x"))
+    process.engine.run(process.engine.leases.renew_all())
     wait_until(lambda: not lock.owned())
+    assert keys() == set()
     again = reader(make())
     with again:
         assert [holder.token for holder in again.holders()] == [again.token]
-    assert keys() == {"{=x}:memory"}
+    assert keys() == set()

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 import phonon.update
-from conftest import Make, Redis, wait_until
+from conftest import Make, Redis, key_for, retry_now, wait_until
 from phonon import (
     ConflictFreeUpdate,
     LruCache,
@@ -25,6 +25,7 @@ from phonon import (
     SignedPickleSerializer,
     Update,
 )
+from phonon._core.executor import TOKENS
 from phonon.errors import NotStorableError, UndecodableError, UnknownClassError
 from samples import Sluice, Tally, Written, forget, fresh, put
 
@@ -66,7 +67,7 @@ def test_three_processes_make_one_write(
     assert docs() == []
     updates[2].end_session()
     assert docs() == [{"n": 321}]
-    assert keys() == {"{=test.test.1}:memory"}
+    assert keys() == set()
     assert updates[2].token is None
 
 
@@ -176,7 +177,7 @@ def test_a_failing_execute_is_raised_kept_and_tried_again(
     assert "tried again" in raised.value.__notes__[0]
     wait_until(docs)
     assert docs() == [{"n": 1}]
-    wait_until(lambda: keys() == {"{=test.test.1}:memory"})
+    wait_until(lambda: keys() == set())
 
 
 def test_a_batch_that_keeps_failing_is_parked_and_makes_way(
@@ -190,19 +191,19 @@ def test_a_batch_that_keeps_failing_is_parked_and_makes_way(
     Count(process, 1, doc={"n": 2}).end_session()  # waits its turn, or finds the way free
     wait_until(docs)
     assert docs() == [{"n": 2}]
-    parked = {name.rpartition(":")[0] for name in keys() if ":parked" in name}
-    assert parked == {"{=test.test.1}", "{=test.test.1}:parked"}
+    (found,) = process.parked()
+    server_token = found.token // TOKENS
+    assert keys() == {"parked", "parked:test.test.1", f"dead:{server_token}:test.test.1"}
 
 
 def test_what_cannot_be_read_is_parked_at_once(make: Make, server: Redis) -> None:
     process = make(retry=SOON)
     update = Count(process, 1, doc={"n": 1})
     with server.client() as client:
-        base = process.engine.keys.base(update.resource_id)
-        client.rpush(base + b":partials", b"not ours")
-        with pytest.raises(Exception, match=r"test\.test\.1.*:batch is not one of Phonon's"):
+        client.rpush(key_for(process, "partials", update.resource_id), b"not ours")
+        with pytest.raises(UndecodableError, match=r":batch:test\.test\.1 is not one of Phonon's"):
             update.end_session()
-        assert client.hlen(base + b":parked") == 1
+        assert client.hlen(key_for(process, "parked", update.resource_id)) == 1
     assert docs() == []
 
 
@@ -623,7 +624,7 @@ def test_a_token_is_there_while_execute_runs_and_grows(process: Process) -> None
         if attempt == 1:
             with pytest.raises(OSError, match="once"):
                 update.end_session()
-            process.engine.upkeep.retry_now()
+            retry_now(process)
         else:
             update.end_session()
         assert update.token is None
@@ -784,8 +785,15 @@ def flaky() -> Iterator[type[Flaky]]:
 
 
 def parked(admin: "redis.Redis", process: Process, resource: str) -> dict[int, dict[str, Any]]:
-    key = process.engine.keys.base(resource) + b":parked"
-    return {int(token): msgpack.unpackb(about) for token, about in admin.hgetall(key).items()}
+    found = admin.hgetall(key_for(process, "parked", resource))
+    return {int(token) * TOKENS: msgpack.unpackb(about) for token, about in found.items()}
+
+
+def parked_partials(
+    admin: "redis.Redis", process: Process, resource: str, token: int
+) -> list[bytes]:
+    key = key_for(process, f"dead:{token // TOKENS}", resource)
+    return cast("list[bytes]", admin.lrange(key, 0, -1))
 
 
 def test_a_batch_that_fails_is_kept_with_its_error(
@@ -802,13 +810,13 @@ def test_a_batch_that_fails_is_kept_with_its_error(
     kept = f"phonon: batch {token} of 'test.test.a' failed and is tried again in 3600.0 s"
     assert raised.value.__notes__ == [f"{kept}; its data is kept"]
     assert "OSError: no database" in caplog.text
-    base = process.engine.keys.base("test.test.a")
-    running = cast("dict[bytes, bytes]", admin.hgetall(base + b":running"))
+    key = key_for(process, "running", "test.test.a")
+    running = cast("dict[bytes, bytes]", admin.hgetall(key))
     assert running[b"owner"].decode() == process.id
     assert running[b"error"] == b"OSError: no database"
     assert int(running[b"attempt"]) == 1
-    assert int(running[b"token"]) == token
-    assert admin.llen(base + b":batch") == 2
+    assert int(running[b"token"]) * TOKENS == token
+    assert admin.llen(key_for(process, "batch", "test.test.a")) == 2
     assert process.get_registry() == ["test.test.a"]
     assert other.get_registry() == []
 
@@ -831,7 +839,7 @@ def test_a_batch_that_fails_too_often_is_parked(
     assert about["attempts"] == SOON.attempts
     assert about["owner"] == process.id
     assert about["since"] <= about["at"]
-    assert admin.llen(process.engine.keys.base("test.test.a") + b":parked:%d" % token) == 1
+    assert len(parked_partials(admin, process, "test.test.a", token)) == 1
     wait_until(lambda: "is parked" in caplog.text)
     wait_until(lambda: process.get_registry() == [])
     # It is in nobody's way.
@@ -854,7 +862,7 @@ def test_sessions_queue_up_behind_a_batch_that_fails(make: Make, flaky: type[Fla
     assert sheet.docs() == {"b": {"n": 1}}
     assert flaky.written == []
     flaky.errors.clear()
-    process.engine.upkeep.retry_now()
+    retry_now(process)
     assert [(entry.doc, entry.process) for entry in flaky.written] == [
         ({"n": 1}, process.id),
         ({"n": 6}, process.id),
@@ -874,7 +882,7 @@ def test_merge_that_fails_keeps_the_batch(make: Make, admin: "redis.Redis") -> N
     assert "is parked" in raised.value.__notes__[0]
     ((token, about),) = parked(admin, one, "test.test.a").items()
     assert about["error"].startswith("ValueError: ")
-    assert admin.llen(one.engine.keys.base("test.test.a") + b":parked:%d" % token) == 2
+    assert len(parked_partials(admin, one, "test.test.a", token)) == 2
 
 
 @pytest.mark.parametrize(
@@ -892,18 +900,17 @@ def test_what_cannot_be_read_is_parked_with_its_key(
     sheet = fresh()
     process = make(retry=RetryPolicy(first_delay=3600))
     update = put(sheet, process, "a", 1)
-    base = process.engine.keys.base("test.test.a")
-    admin.rpush(base + b":partials", junk)
+    admin.rpush(key_for(process, "partials", "test.test.a"), junk)
     with pytest.raises(UndecodableError, match=words) as raised:
         update.end_session()
-    assert f"{base.decode()}:batch" in str(raised.value)
+    assert key_for(process, "batch", "test.test.a").decode() in str(raised.value)
     assert "is parked" in raised.value.__notes__[0]
     ((token, about),) = parked(admin, process, "test.test.a").items()
     assert about["attempts"] == 1
     assert words in about["error"]
-    assert admin.lrange(base + b":parked:%d" % token, 0, -1)[1] == junk
+    assert parked_partials(admin, process, "test.test.a", token)[1] == junk
     assert process.get_registry() == []
-    assert process.engine.upkeep._due == []
+    assert process.engine.outbox.size == 0
     put(sheet, process, "a", 2).end_session()
     assert sheet.docs() == {"a": {"n": 2}}
 
@@ -912,13 +919,13 @@ def test_damaged_content_is_parked(make: Make, admin: "redis.Redis") -> None:
     sheet = fresh()
     process = make()
     update = put(sheet, process, "a", 1)
-    base = process.engine.keys.base("test.test.a")
-    good = admin.lrange(base + b":partials", 0, -1)[0]
+    key = key_for(process, "partials", "test.test.a")
+    good = cast("list[bytes]", admin.lrange(key, 0, -1))[0]
     layout, name, serializer, content = msgpack.unpackb(good)
-    short = process.engine.serializer.dumps(["a", "test"])
+    short = process.engine.codec.serializer.dumps(["a", "test"])
     for body in (content[:-1], short):
         damaged = msgpack.packb([layout, name, serializer, body])
-        admin.rpush(base + b":partials", damaged)
+        admin.rpush(key, damaged)
         with pytest.raises(UndecodableError, match=r"a partial of 'test\.test\.a' in"):
             update.end_session()
         update = put(sheet, process, "a", 1)
@@ -935,16 +942,16 @@ def test_a_class_that_is_not_known_here_is_left_to_those_who_know_it(
     reference = process.create_reference("test.test.a")
     forget(unknown)
     assert reference.dereference() is True
-    base = process.engine.keys.base("test.test.a")
+    batch = key_for(process, "batch", "test.test.a")
     assert "samples.fresh.<locals>.Sheet, which is not imported in this process" in caplog.text
-    assert admin.llen(base + b":batch") == 1
-    assert not admin.exists(base + b":parked")
+    assert admin.llen(batch) == 1
+    assert process.parked() == []
     assert process.get_registry() == []
 
     sheet = fresh()
     wait_until(lambda: sheet.written)
     assert sheet.docs() == {"a": {"n": 1}}
-    wait_until(lambda: not admin.exists(base + b":batch"))
+    wait_until(lambda: not admin.exists(batch))
 
 
 def test_an_unknown_class_is_an_error_where_a_session_ends(make: Make) -> None:
@@ -991,12 +998,10 @@ def test_processes_with_different_keys_do_not_read_each_other(
 
 
 def test_two_classes_of_one_record_have_tokens_of_their_own(make: Make) -> None:
-    sheets = [fresh() for _ in range(2)]
-
     class Third(Tally):
         written: ClassVar[list[Written]] = []
 
-    sheets = [sheets[1], Third]
+    sheets: list[type[Tally]] = [fresh(), Third]
     tokens: list[int] = []
     for n in range(3):
         one, other = make(), make()

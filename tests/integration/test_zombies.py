@@ -10,12 +10,12 @@ import pytest
 from member import BEAT, Crew, Entry, Member, Refused
 from nodes import Cluster
 
-from conftest import Redis, wait_until
+from conftest import Redis, key_for, retry_now, wait_until
 from phonon import LruCache, Process, RetryPolicy, Update
-from phonon.engine import Engine
+from phonon._core.executor import TOKENS
+from phonon._core.flows import Flow
+from phonon._core.heartbeat import Heartbeat
 from phonon.errors import DeclaredDeadError, LockLostError
-from phonon.protocol.effects import Call
-from phonon.takeover import take_over
 from proxy import Fault, Proxy
 
 
@@ -27,8 +27,7 @@ def crew(server: Redis, namespace: str, tmp_path: Path) -> Iterator[Crew]:
 
 def buried(process: Process, name: str) -> bool:
     """Whether all that a process held under a name has been taken over."""
-    key = process.engine.keys.registry(name.encode())
-    return bool(process.client.type(key) in (b"string", "string"))
+    return process.client.zscore(process.heartbeat_hash_name, name) is None
 
 
 def pause_until_buried(zombie: Member, survivor: Process) -> None:
@@ -98,15 +97,14 @@ def test_a_zombie_cannot_complete_what_was_taken_over(crew: Crew) -> None:
     zombie.pause()
     (crew.journal.folder / "begun-hang-a").unlink()
     wait_until(lambda: crew.journal.begun("hang-a"))  # by the survivor
-    base = survivor.engine.keys.base("test.test.hang-a")
-    running = survivor.client.hgetall(base + b":running")
+    running = survivor.client.hgetall(key_for(survivor, "running", "test.test.hang-a"))
     assert running[b"owner"].decode() == survivor.id
     assert running[b"crashes"] == b"1"
     zombie.go_on()
     wait_until(lambda: zombie.do("id") != zombie.id)
     crew.journal.open("hang-a")
     assert ending.exception(20) is None
-    token = int(running[b"token"])
+    token = int(running[b"token"]) * TOKENS
     wait_until(lambda: zombie.told("BatchLostError"))
     ((_, text, resource, lost),) = zombie.told("BatchLostError")
     assert (resource, lost) == ("test.test.hang-a", token)
@@ -132,11 +130,18 @@ def silent(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> tuple[Process, list[E
 
 def silenced(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> tuple[Process, list[Exception]]:
     told: list[Exception] = []
-    silent: list[Engine] = []
-    beat = Engine.beat
-    monkeypatch.setattr(Engine, "beat", lambda engine: 9.0 if engine in silent else beat(engine))
+    silent: list[Heartbeat] = []
+    beat = Heartbeat.beat
+
+    def nothing() -> Flow[float]:
+        yield from ()
+        return 9.0
+
+    monkeypatch.setattr(
+        Heartbeat, "beat", lambda heart: nothing() if heart in silent else beat(heart)
+    )
     process = crew.process(on_error=told.append)
-    silent.append(process.engine)
+    silent.append(process.engine.heartbeat)
     return process, told
 
 
@@ -160,7 +165,6 @@ CALLS: dict[str, Callable[[Process], Any]] = {
     "modify": lambda process: process.create_reference("other").increment_times_modified(),
     "leave": lambda process: Entry(process, "other", doc={"n": 1}, init_cache=False).end_session(),
     "lock": lambda process: process.lock("other").acquire(),
-    "look": lambda process: process.get_registry(),
     "batch": in_a_batch,
 }
 
@@ -178,7 +182,7 @@ def test_the_next_call_goes_on_under_another_id(
     wait_until(lambda: told)
     assert [type(error) for error in told] == [DeclaredDeadError]
     assert old in str(told[0])
-    if name not in ("leave", "look"):
+    if name != "leave":
         registry = process.get_registry()
         assert any(resource.endswith("other") for resource in registry)
     wait_until(lambda: held.count() == 1)  # what it held it holds again
@@ -239,14 +243,14 @@ def test_a_zombie_may_stop_before_it_learns_of_it(
     crew: Crew, silent: tuple[Process, list[Exception]]
 ) -> None:
     process, told = silent
-    old = process.id
+    registry_key = process.registry_key
     process.create_reference("x")
     cache: LruCache[Entry] = LruCache()
     for n in (1, 2):
         cache.set("a", Entry(process, "a", doc={"n": n}, init_cache=False))
     declare_dead(crew, process)
     probe = crew.process()
-    assert probe.get_registry(f"{probe.namespace}:{{@{old}}}:holds") == []
+    assert probe.get_registry(registry_key) == []
     process.stop()
     assert crew.journal.applied() == {"a": {"n": 3}}
     wait_until(lambda: told)
@@ -354,7 +358,7 @@ def test_a_zombie_that_dies_for_good(crew: Crew) -> None:
     assert crew.journal.applied() == {"a": {"n": 3}}
 
 
-# In a cluster the registry is written in an exchange of its own
+# In a cluster
 
 
 @pytest.fixture(scope="module")
@@ -385,45 +389,6 @@ def test_a_zombie_in_a_cluster(cluster: Cluster, namespace: str, tmp_path: Path)
         zombie.do("end", "a")
         zombie.do("stop")
         assert crew.journal.applied() == {"a": {"n": 6}, "b": {"n": 7}}
-
-
-@pytest.mark.parametrize(
-    ("step", "act"),
-    [
-        ("append", lambda process: Entry(process, "other", doc={"n": 1})),
-        ("join", lambda process: process.create_reference("test.test.other")),
-        ("lock", lambda process: process.lock("test.test.other").acquire()),
-    ],
-)
-def test_a_pause_between_the_registry_and_the_step(
-    step: str,
-    act: Callable[[Process], Any],
-    cluster: Cluster,
-    namespace: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """On a cluster those are two calls. The resource itself has to refuse the second one."""
-    with Crew(cluster.url, namespace, tmp_path) as crew:
-        process, told = silenced(crew, monkeypatch)
-        old, server, seen = process.id, process.engine.driver.server, list[str]()
-        call = server.call
-
-        def late(called: Call) -> Any:
-            if called.step == step and not seen:
-                seen.append(step)
-                declare_dead(crew, process)
-            return call(called)
-
-        monkeypatch.setattr(server, "call", late)
-        act(process)
-        assert seen == [step]
-        assert process.id != old
-        wait_until(lambda: told)
-        assert [type(error) for error in told] == [DeclaredDeadError]
-        assert process.get_registry() == ["test.test.other"]
-        process.stop()
-        assert len(crew.journal.lines()) == (step == "append")
 
 
 # Nobody is dead when it was the server that stood still
@@ -499,9 +464,11 @@ def test_the_next_attempt_is_left_to_whoever_took_over(server: Redis, namespace:
         Failing(process, 1, doc={}).end_session()
     engine = process.engine
     former = process.id
-    engine.driver.run(b"", engine.be_reborn(engine.me))
-    take_over(engine, [former], lambda: False)
-    engine.upkeep.retry_now()
+    engine.run(engine.rebirth.run())
+    assert process.id != former
+    wait_until(lambda: not engine.takeover.former)
+    assert len(attempts) == 1, "the next attempt is due in a minute"
+    retry_now(process)
     assert len(attempts) == 2
     process.stop()
     assert attempts == [attempts[0]] * 3, "token and all"

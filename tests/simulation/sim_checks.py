@@ -1,513 +1,516 @@
-"""What users may rely on, checked while a simulation runs.
-
-The `Witness` sees every call that reaches the server with its answer, and what the sink applies.
-From these it knows who must be a member, who owns which batch and where each piece of data is; the
-server's keys are compared with that after every step. It is no model of the server: of what a step
-answers it checks only what a guarantee speaks of.
-"""
+"""What must be true: after every call, of every answer, and when the dust has settled."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sim_link import Link
+from phonon._core.flows import REBORN
+from phonon._core.leases import Grant
+from phonon._protocol.answers import Reply
+from phonon._protocol.lane import Call
+from phonon._protocol.operations import Code, Operation, is_shared
+from phonon.errors import DeclaredDeadError, PhononError, ServerStateLostError
 
-from phonon.errors import StaleOperationError
-from phonon.protocol.effects import Call
-from phonon.protocol.messages import Batch
+if TYPE_CHECKING:
+    from sim_process import Instance, SimProcess, Task
+    from sim_world import World
 
-#: Answers that give the caller a batch of a session that has just ended.
-NEW_BATCH = {("leave", b"run"), ("complete", b"again"), ("fail", b"again"), ("replay", b"run")}
-
-
-class Violation(AssertionError):  # noqa: N818 - that is what it is
-    """A guarantee does not hold; the message begins with its number."""
-
-
-#: Within so many milliseconds a waiter that has asked is known to be in line.
-CERTAIN_MS = 200
-
-
-class Grant(NamedTuple):
-    """A lock that somebody has, alone or with others."""
-
-    pid: bytes
-    until: int
-    token: int
+R = Reply
+_STORES = (Code.APPEND, Code.LEAVE)
+_ONCE = (*_STORES, Code.COMPLETE, Code.FAIL)
+_MAKES_MEMBER = (Code.JOIN, Code.APPEND, Code.MODIFY, Code.MEET, Code.RESTORE)
+_TOKENS = 1024
+#: Keys that may expire by themselves: parties wait for a week for those that have not come.
+_EXPIRING = (b"lane:", b"mailbox:", b"parties:", b"left:")
 
 
-class Waiter(NamedTuple):
-    """Somebody in line.
+class Violation(AssertionError):  # noqa: N818 - of a guarantee
+    """A guarantee is violated."""
+
+
+class State:
+    """All that is on the server, key by key."""
+
+    def __init__(self, looked: list[Any]) -> None:
+        self.members: dict[str, dict[bytes, bytes]] = defaultdict(dict)
+        self.partials: dict[str, list[bytes]] = defaultdict(list)
+        self.batch: dict[str, list[bytes]] = defaultdict(list)
+        self.dead: dict[str, dict[int, list[bytes]]] = defaultdict(dict)
+        self.running: dict[str, dict[bytes, bytes]] = {}
+        self.lock: dict[str, dict[bytes, bytes]] = {}
+        self.shared: dict[str, dict[bytes, bytes]] = defaultdict(dict)
+        self.queue: dict[str, list[bytes]] = defaultdict(list)
+        self.parties: set[str] = set()
+        self.registry: dict[tuple[bytes, bytes], set[bytes]] = defaultdict(set)
+        self.lanes: dict[bytes, set[bytes]] = defaultdict(set)
+        self.keys: list[tuple[bytes, Any, int]] = []
+        for key, value, ttl in looked:
+            self.keys.append((key, value, ttl))
+            tag, _, rest = key.partition(b"}:")
+            kind, _, raw = rest.partition(b":")
+            name = raw.decode()
+            if kind in (b"members", b"running", b"lock", b"shared"):
+                getattr(self, kind.decode())[name] = dict(zip(value[::2], value[1::2], strict=True))
+            elif kind in (b"partials", b"batch"):
+                items = [item for partial in value for item in partial.split(b",")]
+                getattr(self, kind.decode())[name] = items
+            elif kind == b"dead":
+                token, _, resource = name.partition(":")
+                items = [item for partial in value for item in partial.split(b",")]
+                self.dead[resource][int(token)] = items
+            elif kind == b"queue":
+                self.queue[name] = value
+            elif kind == b"parties":
+                self.parties.add(name)
+            elif kind == b"registry":
+                self.registry[tag, raw] = set(value)
+            elif kind == b"lanes":
+                self.lanes[tag] = set(value)
+
+    def items(self, resource: str) -> list[bytes]:
+        dead = [item for some in self.dead[resource].values() for item in some]
+        return self.partials[resource] + self.batch[resource] + dead
+
+    def responsible(self, resource: str) -> set[bytes]:
+        """Return the processes whose registries must name a resource."""
+        need = set(self.members[resource])
+        if resource in self.running:
+            need.add(self.running[resource][b"owner"])
+        holders = [*self.shared[resource], *self.queue[resource]]
+        if resource in self.lock:
+            holders.append(self.lock[resource][b"holder"])
+        return need | {holder.rpartition(b"/")[0] for holder in holders}
+
+
+class Saved(NamedTuple):
+    """What was true when the server was saved."""
+
+    executed: Counter[int]
+    truth: dict[int, tuple[Any, Operation]]
+    fresh: set[Any]
+    stored: set[bytes]
+
+
+class Checks:
+    """The checks of one world.
 
     Attributes:
-        pid: Of which process.
-        first: When it came, counted in events.
-        arrived: When it came at the latest: if it has not asked for a while it may have lost its
-            place, and come anew.
-        asked: When it asked last, by the clock.
+        losses: How often the server has lost data.
+        excused: Items that a loss may have lost or brought back.
     """
 
-    pid: bytes
-    first: int
-    arrived: int
-    asked: int
-
-
-def places_of(holder: str) -> float:
-    """How many may hold a lock together with this one."""
-    _, shared, places = holder.rpartition("/")[2].partition("s")
-    return float(places or "inf") if shared else 1
-
-
-def can_overtake(holder: str, waiter: str) -> bool:
-    """Whether it is nothing to the one if the other goes in before it."""
-    return places_of(holder) == places_of(waiter) == float("inf")
-
-
-@dataclass
-class Place:
-    """What has happened to one resource.
-
-    Attributes:
-        members: By id, until when.
-        owner: Who has the running batch.
-        token: The running batch's; 0 if nothing is running.
-        highest: The highest token that was handed out.
-        ended: When the last session ended; events are counted.
-        grants: Who has the lock, by holder.
-        queue: Who waits for it.
-        parties: How many processes are to come; 0 if that was not said.
-        came: Those of them that have.
-        applied: The batches in the sink, by token, in that order.
-        executing: Ids that have begun to execute a batch, and not ended it.
-        written: The highest token under which a holder of the lock has written.
-        base: The resource.
-    """
-
-    members: dict[bytes, int] = field(default_factory=dict)
-    owner: bytes = b""
-    token: int = 0
-    highest: int = 0
-    ended: int = 0
-    grants: dict[str, Grant] = field(default_factory=dict)
-    queue: dict[str, Waiter] = field(default_factory=dict)
-    parties: int = 0
-    came: set[bytes] = field(default_factory=set)
-    applied: dict[int, list[bytes]] = field(default_factory=dict)
-    executing: dict[bytes, int] = field(default_factory=dict)
-    written: int = 0
-    base: bytes = b""
-
-    def left(self, now: int) -> int:
-        """Drop the expired members; how many are left?"""
-        for pid in [pid for pid, until in self.members.items() if until <= now]:
-            del self.members[pid]
-        return len(self.members)
-
-    def is_over(self) -> bool:
-        """Nobody is left. Are all there that were to come?"""
-        if len(self.came) < self.parties:
-            return False
-        self.parties = 0
-        self.came.clear()
-        return True
-
-    def holders(self, now: int) -> dict[str, Grant]:
-        """Who has the lock now."""
-        return {holder: grant for holder, grant in self.grants.items() if grant.until > now}
-
-    def in_front(self, holder: str, now: int) -> list[str]:
-        """Those in line, for certain, whom a holder must not overtake."""
-        mine = self.queue.get(holder)
-        if mine is not None and now - mine.asked > CERTAIN_MS:
-            return []
-        return [
-            waiter
-            for waiter, (_, _, arrived, asked) in self.queue.items()
-            if waiter != holder
-            and now - asked <= CERTAIN_MS
-            and (mine is None or arrived < mine.first)
-            and not can_overtake(holder, waiter)
-        ]
-
-    def check_woken(self, now: int) -> None:
-        """Nobody moves. Is there one in line who could go in?"""
-        holders = self.holders(now)
-        for waiter in self.queue:
-            limit = min(map(places_of, [waiter, *holders]))
-            if len(holders) < limit and not self.in_front(waiter, now):
-                raise Violation(f"G13: {waiter} could go in beside {holders}, and nobody wakes it")
-
-
-def items_of(partials: Iterable[bytes]) -> list[bytes]:
-    """The pieces of data in partials: ``class|item,item``."""
-    return [item for partial in partials for item in partial.partition(b"|")[2].split(b",")]
-
-
-class Witness:
-    """Watches a simulation.
-
-    Args:
-        link: The server.
-        prefix: What the namespace's keys begin with.
-    """
-
-    def __init__(self, link: Link, prefix: bytes) -> None:
-        self.link = link
-        self.prefix = prefix
+    def __init__(self, world: "World") -> None:
+        self._world = world
+        self.seen = world.seen
+        self.violation: Violation | None = None
+        self.losses = 0
+        self.emptied = False
+        self.excused: set[bytes] = set()
+        self.may_be_lost: set[bytes] = set()
+        self.executed: Counter[int] = Counter()
+        self.truth: dict[int, tuple[Any, Operation]] = {}
+        self.history: dict[int, tuple[Any, Operation]] = {}
+        self.fresh: set[Any] = set()
+        self.stored: set[bytes] = set()
+        self.acked: dict[bytes, str] = {}
+        self.applied: dict[str, dict[int, list[bytes]]] = defaultdict(dict)
+        self.dropped: set[bytes] = set()
+        self.executing: dict[str, dict[tuple[str, str], tuple[bytes, int]]] = defaultdict(dict)
+        self.written: dict[str, int] = defaultdict(int)
+        self.highest: dict[str, int] = defaultdict(int)
+        self.granted: dict[str, set[int]] = defaultdict(set)
         self.event = 0
-        self.places: defaultdict[bytes, Place] = defaultdict(Place)
-        #: When each piece of data reached the server.
-        self.stored: dict[bytes, int] = {}
-        #: Data whose storing has returned.
-        self.acknowledged: set[bytes] = set()
-        #: Ids that count as dead, from the moment their deadline has passed.
-        self.dead: set[bytes] = set()
-        #: The last operation of an id on a resource, and its answer.
-        self.last: dict[tuple[bytes, bytes], tuple[int, Any]] = {}
-        #: Whether a leave was the last one out, by id, resource and number.
-        self.told: dict[tuple[bytes, bytes, int], bool] = {}
-        self.seen: Counter[str] = Counter()
+        self.at: dict[bytes, int] = {}
+        self.ended: dict[str, list[int]] = defaultdict(list)
+        self.members: dict[str, set[bytes]] = {}
+        self.owners: dict[str, bytes] = {}
+        self.ghost: tuple[bytes, str] | None = None
+        self.expected: dict[str, int] = {}
+        self.open: dict[str, set[int]] = defaultdict(set)
 
-    # -- what reaches the server
+    def fail(self, text: str) -> None:
+        """A guarantee is violated. The core may catch what is raised, so it is kept as well."""
+        if self.violation is None:
+            self.violation = Violation(text)
+        raise self.violation
 
-    def note(self, call: Call, answer: Any) -> bool:
-        """A call has been delivered, maybe not for the first time. Did it change anything?"""
-        kind = self.kind(call, answer)
-        self.seen[f"{call.step or call.args[0].decode()} {kind}"] += 1
-        if call.step == "renew":
-            self.renewed(call, answer)
-        if not call.numbered:
-            return False
-        self.event += 1
-        pid, base = call.args[0], call.base
-        number, before = self.last.get((pid, base), (0, None))
-        if call.number < number:
-            if not isinstance(answer, StaleOperationError):
-                raise Violation(f"G4: {self.say(call)} came late and was answered {answer}")
-            return False
+    # What processes do and are told
+
+    def sent(self, p: "SimProcess", operation: Operation) -> None:
+        self.open[p.name].add(id(operation))
+        self._world.operations.append(operation)
+
+    def acknowledged(self, p: "SimProcess", resource: str, items: list[bytes]) -> None:
+        for item in items:
+            self.acked[item] = p.name
+
+    def told(self, p: "SimProcess", operation: Operation, answer: Any) -> None:
+        known = self.truth.get(id(operation))
+        if known is None and self.losses:
+            # The answer was on its way when the server lost what it tells of.
+            known = self.history.get(id(operation))
+        code = operation.code
+        self.seen[f"told {code.name}"] += 1
+        if answer is REBORN:
+            self.seen["told reborn"] += 1
+            if code in _ONCE:
+                self.fail(f"G3: {p.name}: {operation!r} is not repeated after a rebirth")
+            return
         if isinstance(answer, Exception):
-            if kind != "DeclaredDeadError":
-                raise Violation(f"unexpected: {self.say(call)} was answered {answer}")
-            return False
-        if call.number == number:
-            self.repeated(call, answer, before)
-            return True
-        self.last[pid, base] = call.number, answer
-        place = self.places[base]
-        place.base = base
-        getattr(self, call.step)(place, pid, call.args, answer)
-        if (call.step, answer[0]) in NEW_BATCH:
-            self.new_token(place, self.say(call), answer[2])
-            place.owner, place.token = pid, answer[2]
-        return True
+            refused = "OOM" in str(answer)
+            if refused and id(operation) in self.truth and code in _ONCE:
+                self.fail(f"G4: {p.name}: {operation!r} is told refused, but was carried out")
+            if not refused:
+                self.fail(f"unexpected: {p.name}: {operation!r} is told {answer!r}")
+            self.seen["told refused"] += 1
+            return
+        if code in _ONCE:
+            if known is None:
+                self.fail(f"G3: {p.name}: {operation!r} is told {answer}, but never carried out")
+                return
+            want = known[0][:4] if isinstance(known[0], list) else known[0]
+            got = answer[:4] if isinstance(answer, list) else answer
+            if got != want:
+                self.fail(
+                    f"G2/G4: {p.name}: {operation!r} came to {want}, its caller is told {got}"
+                )
 
-    @staticmethod
-    def kind(call: Call, answer: Any) -> str:
-        if isinstance(answer, Exception):
-            return type(answer).__name__
-        if isinstance(answer, list) and answer and isinstance(answer[0], bytes):
-            return answer[0].decode() if call.numbered or call.step == "beat" else ""
-        return ""
+    def task_failed(self, p: "SimProcess", task: "Task", error: PhononError) -> None:
+        self.seen[f"{task.name.rstrip('0123456789')} raised {type(error).__name__}"] += 1
 
-    @staticmethod
-    def say(call: Call) -> str:
-        return f"{call.step}{call.args!r} number {call.number}"
+    def reported(self, p: "SimProcess", error: Exception) -> None:
+        self.seen[f"reported {type(error).__name__}"] += 1
+        if isinstance(error, ServerStateLostError):
+            if not self.losses:
+                self.fail(f"G15: {p.name} reports a loss, and nothing was lost: {error}")
+            self.expected.pop(p.name, None)
+        elif isinstance(error, DeclaredDeadError):
+            self.expected.pop(p.name, None)
+            old = p.identity.former[-1]
+            if not self.losses and not self._world.was_skewed and old not in self._world.overdue:
+                self.fail(f"G8: {p.name} was declared dead in time")
 
-    def repeated(self, call: Call, answer: Any, before: Any) -> None:
-        self.seen[f"{call.step} repeated"] += 1
-        place = self.places[call.base]
-        if answer[0] in {b"run", b"again"} and (place.owner, place.token) != (
-            call.args[0],
-            answer[2],
-        ):
-            raise Violation(f"G9: {self.say(call)}: the batch was taken over, and comes again")
-        if answer[0] == b"lost" and before[0] in {b"run", b"again"}:
-            if (place.owner, place.token) == (call.args[0], before[2]):
-                raise Violation(f"G9: {self.say(call)}: the batch is not lost: {before}")
-        elif answer[0] != before[0] or answer[2:6] != before[2:6]:
-            raise Violation(f"G4: {self.say(call)} was answered {before}, repeated {answer}")
+    # Locks
 
-    @staticmethod
-    def new_token(place: Place, what: str, token: int) -> None:
-        if token <= place.highest:
-            raise Violation(f"G6: {what}: {token} comes after {place.highest}")
-        place.highest = token
+    def beliefs(self) -> None:
+        believed: dict[str, list[Grant]] = defaultdict(list)
+        for p in self._world.processes.values():
+            if p.alive:
+                for grant in p.granted:
+                    if grant.is_ours:
+                        believed[grant.request.key].append(grant)
+        for resource, grants in believed.items():
+            if len(grants) > 1:
+                if all(is_shared(grant.holder) for grant in grants):
+                    self.seen["shared together"] += 1
+                elif self.losses:
+                    self.seen["two believe, after a loss"] += 1
+                elif self._world.was_skewed and any(g.request.lease is not None for g in grants):
+                    self.seen["two believe, after the server's clock jumped"] += 1
+                else:
+                    self.fail(f"G13: {[g.holder for g in grants]} believe to hold {resource}")
 
-    def store(self, partial: bytes) -> None:
-        for item in items_of([partial]):
-            if item in self.stored:
-                raise Violation(f"G4: {item!r} was stored twice")
-            self.stored[item] = self.event
+    def write(self, p: "SimProcess", grant: Grant) -> None:
+        resource = grant.request.key
+        if is_shared(grant.holder):
+            return
+        if grant.token < self.written[resource] and not self.losses and not self._world.was_skewed:
+            self.fail(f"G13: {p.name} writes {resource} under {grant.token}, and believes")
+        self.written[resource] = max(self.written[resource], grant.token)
 
-    def join(self, place: Place, pid: bytes, args: Any, _: Any) -> None:
-        place.members[pid] = self.link.now + args[1]
-
-    def meet(self, place: Place, pid: bytes, args: Any, _: Any) -> None:
-        place.members[pid] = self.link.now + args[1]
-        place.parties = max(place.parties, args[2])
-        place.came.add(pid)
-
-    def modify(self, place: Place, pid: bytes, args: Any, _: Any) -> None:
-        place.members[pid] = self.link.now + args[1]
-
-    def append(self, place: Place, pid: bytes, args: Any, _: Any) -> None:
-        place.members[pid] = self.link.now + args[1]
-        self.store(args[2])
-
-    @staticmethod
-    def compact(place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        """Any process may: `check` sees to it that all is there, and `execute` to the order."""
-
-    def leave(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        if args[3]:
-            self.store(args[3])
-            place.members[pid] = self.link.now + args[2]
-        was_member = place.members.pop(pid, None) is not None
-        left = place.left(self.link.now)
-        last = not left and place.is_over() and was_member
-        if (bool(answer[4]) and not answer[3]) != last or answer[3] != left:
-            raise Violation(f"G2: {pid!r} was told {answer}, members are {place.members}")
-        self.told[pid, place.base, self.last[pid, place.base][0]] = last
-        if (answer[0] == b"held") != (left > 0 and not args[1]):
-            raise Violation(f"G2: {pid!r} was told {answer}, members are {place.members}")
-        if answer[0] != b"held":
-            place.ended = self.event
-        if answer[0] == b"run" and place.token:
-            raise Violation(f"G5: {pid!r} was given {answer} beside {place.token}")
-
-    def complete(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        token = args[1]
-        if self.ended(place, pid, token, answer) and token not in place.applied:
-            raise Violation(f"G3: batch {token} was completed, but never applied")
-
-    def fail(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        if answer[0] == b"retry":
-            self.ended(place, pid, args[1], answer)
-            place.owner, place.token = pid, args[1]
-        else:
-            self.ended(place, pid, args[1], answer)
-
-    def entrust(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        if self.ended(place, pid, args[1], answer):
-            place.owner, place.token = args[2], args[1]
-
-    def resume(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        mine = (place.owner, place.token) == (pid, args[1])
-        if mine != (answer[0] == b"run"):
-            raise Violation(f"G9: {pid!r} resumes {args[1]}: {answer}; {place.owner!r} owns it")
-
-    def ended(self, place: Place, pid: bytes, token: int, answer: Any) -> bool:
-        """A process ends its work on a batch. Does that count?"""
-        if place.executing.get(pid) == token:
-            del place.executing[pid]
-        mine = (place.owner, place.token) == (pid, token)
-        if mine == (answer[0] == b"lost"):
-            raise Violation(
-                f"G9: {pid!r} ends batch {token}: {answer}; {place.owner!r} owns {place.token}"
+    def lock_gone(self, p: "SimProcess", grant: Grant) -> None:
+        jumped = self._world.was_skewed and grant.request.lease is not None
+        if not self.losses and not jumped:
+            self.fail(
+                f"G13: {p.name} believes in {grant.holder} of {grant.request.key}: it is gone"
             )
-        if mine:
-            place.owner, place.token = b"", 0
-        return mine
+        self.seen["lock gone by a loss"] += 1
 
-    def replay(self, place: Place, pid: bytes, _: Any, answer: Any) -> None:
-        if answer[0] == b"run" and place.token:
-            raise Violation(f"G5: {pid!r} was given {answer} beside {place.token}")
+    # Execution
 
-    def discard(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        pass
+    def begin(self, p: "SimProcess", task: "Task") -> None:
+        for job in task.effect.jobs:
+            for instance in _instances(job):
+                record = instance.record
+                others = [
+                    place
+                    for place, (pid, _) in self.executing[record.resource].items()
+                    if place[0] == p.name and place[1] != task.name and pid == p.identity.id
+                ]
+                if others and not self.losses:
+                    self.fail(
+                        f"G5: {p.name} executes {record.resource} in {others} and {task.name}"
+                    )
+                place = p.name, task.name
+                self.executing[record.resource].setdefault(
+                    place, (p.identity.id, instance.token // _TOKENS)
+                )
 
-    def recover(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        dead = args[1]
-        dead = dead.encode() if isinstance(dead, str) else dead
-        place.members.pop(dead, None)
-        if not place.left(self.link.now):
-            place.ended = self.event
-            place.is_over()
-        place.grants = {h: grant for h, grant in place.grants.items() if grant.pid != dead}
-        place.queue = {h: waiter for h, waiter in place.queue.items() if waiter.pid != dead}
-        kind = answer[0]
-        if place.token and place.owner == dead:
-            if kind not in {b"run", b"later"}:
-                raise Violation(f"G3: {pid!r} does not take over {place.token}: {answer}")
-            if answer[2] != place.token:
-                raise Violation(f"G6: batch {place.token} becomes {answer[2]} when taken over")
-            place.owner = pid
-        elif kind in {b"run", b"later"}:
-            if place.token:
-                raise Violation(f"G5: {pid!r} was given {answer} beside {place.token}")
-            if answer[2] <= place.highest:
-                raise Violation(f"G6: {answer[2]} comes after {place.highest}")
-            place.owner, place.token, place.highest = pid, answer[2], answer[2]
+    def end(self, p: "SimProcess", task: "Task", job: Any) -> None:
+        for instance in _instances(job):
+            self.executing[instance.record.resource].pop((p.name, task.name), None)
 
-    def lock(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        holder, now = args[1], self.link.now
-        if answer[0] == b"wait":
-            before = place.queue.get(holder)
-            if before is None:
-                place.queue[holder] = Waiter(pid, self.event, self.event, now)
-            elif now - before.asked > CERTAIN_MS:
-                place.queue[holder] = before._replace(arrived=self.event, asked=now)
-            else:
-                place.queue[holder] = before._replace(asked=now)
-        if answer[0] != b"granted":
-            return
-        token, holders = answer[2], place.holders(now)
-        if holder in holders:
-            if holders[holder].token != token:
-                raise Violation(f"G13: {holder} is granted {token} beside its {holders[holder]}")
-            return
-        if len(holders) >= min(map(places_of, [holder, *holders])):
-            raise Violation(f"G13: {holder} is granted {token} beside {holders}")
-        if early := place.in_front(holder, now):
-            raise Violation(f"G13: {holder} is granted {token}, although {early} came before")
-        self.new_token(place, f"lock for {holder}", token)
-        self.seen["granted together"] += bool(holders)
-        place.queue.pop(holder, None)
-        place.grants[holder] = Grant(pid, now + args[2], token)
+    def drop(self, p: "SimProcess") -> None:
+        for executing in self.executing.values():
+            for key in [key for key in executing if key[0] == p.name]:
+                del executing[key]
+        self.expected.pop(p.name, None)
 
-    def unlock(self, place: Place, pid: bytes, args: Any, answer: Any) -> None:
-        mine = args[1] in place.holders(self.link.now)
-        if mine != (answer[0] == b"released"):
-            raise Violation(f"G13: {pid!r} releases {args[1]}: {answer}; held: {place.grants}")
-        place.grants.pop(args[1], None)
-        place.queue.pop(args[1], None)
-
-    def renewed(self, call: Call, answer: Any) -> None:
-        pid, lease, *wanted = call.args
-        place, now = self.places[call.base], self.link.now
-        if answer[0]:
-            place.members[pid] = now + lease
-        holders = place.holders(now)
-        for holder, ms, mine in zip(wanted[::2], wanted[1::2], answer[1:], strict=True):
-            if (holder in holders) != bool(mine):
-                raise Violation(f"G13: {holder} renews {holders} and is told {answer}")
-            if mine:
-                until = max(holders[holder].until, now + ms)
-                place.grants[holder] = holders[holder]._replace(until=until)
-
-    # -- what reaches the sink
-
-    def execute(self, pid: bytes, base: bytes, batch: Batch) -> bool:
-        """Apply a batch in a transaction, if its token is new. Was it?"""
-        place = self.places[base]
-        token = batch.token
-        others = place.executing.keys() - {pid} - self.dead
-        if others and pid not in self.dead:
-            raise Violation(f"G5: {pid!r} executes {token} beside {others}")
-        place.executing[pid] = token
-        items = items_of(batch.partials)
-        last = max(place.applied, default=0)
-        if pid not in self.dead and (
-            token < last or (token == last and items != place.applied[last])
-        ):
-            raise Violation(f"G6: {pid!r} executes {token}: {items}, but the sink has {last}")
-        early = [item for item in items if self.stored[item] > place.ended]
-        if early:
-            raise Violation(f"G7: batch {token} has data of the next session: {early}")
-        self.check_order(token, batch.partials)
-        if token <= last:
+    def apply(self, p: "SimProcess", instance: "Instance") -> None:
+        """The user's code writes a batch to a database that checks the token."""
+        record = instance.record
+        resource, token, items = record.resource, instance.token, record.items
+        processes = self._world.processes
+        mine = [v for k, v in self.executing[resource].items() if k[0] == p.name]
+        live = p.identity.surely_lives and any(pid == p.identity.id for pid, _ in mine)
+        others = [
+            name
+            for (name, _), (pid, _) in self.executing[resource].items()
+            if name != p.name
+            and processes[name].alive
+            and processes[name].identity.id == pid
+            and processes[name].identity.surely_lives
+        ]
+        if others and live and not self.losses:
+            self.fail(f"G5: {p.name} executes {resource} {token} beside {others}")
+        done = self.applied[resource]
+        if token in done:
+            if sorted(items) != sorted(done[token]) and not self.losses:
+                self.fail(f"G6: batch {token} of {resource} was {done[token]}, is {items}")
             self.seen["sink skips"] += 1
-            return False
-        twice = [i for i in items if any(i in applied for applied in place.applied.values())]
-        if twice or len(set(items)) < len(items):
-            raise Violation(f"G4: batch {token} of {items} applies {twice or items} twice")
-        place.applied[token] = items
-        self.seen["sink applies"] += 1
-        return True
-
-    def check_order(self, token: int, partials: Iterable[bytes]) -> None:
-        """Each class has its data in the order in which it was stored."""
-        by_label = defaultdict[bytes, list[int]](list)
-        for partial in partials:
-            label = partial.partition(b"|")[0]
-            by_label[label] += [self.stored[item] for item in items_of([partial])]
-        for label, events in by_label.items():
-            if events != sorted(events):
-                raise Violation(f"G4: batch {token} has data of {label!r} out of order: {events}")
-
-    def write(self, pid: bytes, base: bytes, token: int) -> None:
-        """The holder of a lock writes under its token."""
-        place = self.places[base]
-        if token < place.written:
-            if any(token == grant.token for grant in place.holders(self.link.now).values()):
-                raise Violation(f"G13: {pid!r} holds {token}, but {place.written} has written")
-            self.seen["zombie's write refused"] += 1
             return
-        place.written = token
-        self.seen["written under a lock"] += 1
+        if done and token < max(done):
+            self.seen["sink refuses an old token"] += 1
+            if self.losses:
+                self.may_be_lost.update(items)
+            elif live:
+                self.fail(f"G6: {p.name} lives and executes {resource} {token} after {max(done)}")
+            return
+        twice = [item for item in items if any(item in some for some in done.values())]
+        if set(twice) - self.excused or len(set(items)) < len(items):
+            self.fail(f"G4: batch {token} of {resource} applies {twice or items} twice")
+        self.seen["applied twice, after a loss"] += len(twice)
+        done[token] = list(items)
+        self.seen["sink applies"] += 1
 
-    # -- what must be true after every step
+    def discarded(self, resource: str, token: int) -> None:
+        self.seen["discarded"] += 1
 
-    def check(self, base: bytes) -> None:
-        """Compare a resource's keys with what must be there."""
-        members, partials, batch, owner, token, parked, unnamed = self.link.look(base, self.prefix)
-        place = self.places[base]
-        now = self.link.now
-        live = {
-            pid for pid, until in zip(members[::2], members[1::2], strict=True) if int(until) > now
-        }
-        must = {pid for pid, until in place.members.items() if until > now}
-        if live != must:
-            raise Violation(f"G1: the members are {live}, should be {must}")
-        if (owner, int(token or 0)) != (place.owner, place.token):
-            raise Violation(f"G5: {owner!r} owns {token!r}, not {place.owner!r} {place.token}")
-        if unnamed:
-            raise Violation(f"G8: the registries of {unnamed} do not name {base!r}")
-        there = Counter(items_of([*partials, *batch, *parked]))
-        twice = [item for item, times in there.items() if times > 1]
-        if twice:
-            raise Violation(f"G4: {twice} is stored twice")
-        self.check_kept(base, there)
+    # What the server does
 
-    def check_kept(self, base: bytes, there: Iterable[bytes]) -> None:
-        applied = self.places[base].applied.values()
-        tag = base[len(self.prefix) + 2 : -1] + b"-"
-        kept = {*there, *(item for items in applied for item in items)}
-        lost = [item for item in self.stored if item.startswith(tag) and item not in kept]
-        if lost:
-            raise Violation(f"G3: {lost} was stored and is nowhere")
+    def carried_out(self, call: Call, answers: list[Any]) -> None:
+        """The server has carried out a call for the first time."""
+        self.seen["calls carried out"] += 1
+        members = {r: set(m) for r, m in self.members.items()}
+        reaps = any(operation.code is Code.REAP for operation in call.operations)
+        last_on = {}
+        for place, operation in enumerate(call.operations):
+            if len(operation.words) > 1:
+                last_on[operation.words[1]] = place
+        for place, (operation, answer) in enumerate(zip(call.operations, answers, strict=True)):
+            code = operation.code
+            self.event += 1
+            kind = (
+                R(answer[0] if isinstance(answer, list) else answer)
+                if code not in (Code.APPEND, Code.TRACK, Code.UNTRACK)
+                else R.STORED
+            )
+            self.seen[f"{code.name} {kind.name}"] += 1
+            self.executed[id(operation)] += 1
+            if kind is R.FAILED:
+                self.fail(f"unexpected: {operation!r} came to {answer}")
+            if code in _ONCE and self.executed[id(operation)] > 1:
+                self.fail(f"G4: {operation!r} is carried out twice")
+            self.truth.setdefault(id(operation), (answer, operation))
+            self.history[id(operation)] = answer, operation
+            if code is Code.REAP:
+                for resource in self._world.resources:
+                    if self._world.place(resource) == operation.partition:
+                        self.ended[resource].append(self.event)
+                continue
+            if code is Code.CLOSE:
+                continue
+            if code in (Code.COMPLETE, Code.FAIL) and kind is not R.LOST and not reaps:
+                owner = self.owners.get(operation.resource.decode(), call.process)
+                if owner != call.process:
+                    self.fail(f"G9: {call.process!r} does {operation!r}: it is {owner!r}'s")
+            resource = operation.resource.decode()
+            pids = members.setdefault(resource, set())
+            was = call.process in pids
+            if code in _MAKES_MEMBER:
+                pids.add(call.process)
+            if code in _STORES and operation.words[-1]:
+                self._store(resource, operation, call)
+            if code is Code.LEAVE:
+                pids.discard(call.process)
+                self._left(operation, answer, pids, was=was, reaps=reaps)
+                if answer[0] != R.HELD:
+                    self.ended[resource].append(self.event)
+                elif last_on[operation.words[1]] == place:
+                    self.ghost = call.process, resource
+            self._token(call, code, operation, answer)
 
-    # -- what must be true at the end
+    def _store(self, resource: str, operation: Operation, call: Call) -> None:
+        for item in operation.words[-1].split(b","):
+            if item in self.stored:
+                self.fail(f"G4: {item!r} is stored twice")
+            self.stored.add(item)
+            self.at[item] = self.event
 
-    def check_end(self) -> None:
-        """Everything has been finished: all data is in the sink, and nothing is left."""
-        for base, place in self.places.items():
-            if place.members or place.token:
-                raise Violation(f"G8: {base!r} still has {place.members}, batch {place.token}")
-            if list(place.applied) != sorted(place.applied):
-                raise Violation(f"G5: batches of {base!r} came in order {list(place.applied)}")
-        done = Counter(
-            item
-            for place in self.places.values()
-            for items in place.applied.values()
-            for item in items
-        )
-        lost = sorted(self.acknowledged - done.keys())
-        lost += sorted(self.stored.keys() - done.keys())
-        if lost:
-            raise Violation(f"G3: {lost} was stored, but never executed")
-        if any(times > 1 for times in done.values()):
-            raise Violation(f"G4: executed twice: {done}")
+    def _left(
+        self, operation: Operation, answer: Any, pids: set[bytes], *, was: bool, reaps: bool
+    ) -> None:
+        if reaps or operation.resource.decode() in self._world.parties:
+            return
+        if answer[1] != len(pids):
+            self.fail(f"G1: {operation!r} came to {answer}, and {pids} are left")
+        data = bool(operation.words[-1])
+        last = answer[0] != R.HELD and answer[2] == 1
+        if last != (not pids and (was or data)):
+            self.fail(f"G2: {operation!r} came to {answer}, and {pids} are left")
+
+    def _token(self, call: Call, code: Code, operation: Operation, answer: Any) -> None:
+        if not isinstance(answer, list):
+            return
+        resource = operation.resource.decode()
+        if answer[0] == R.AGAIN and not self.losses and code is not Code.REPLAY:
+            last = max(self.ended[resource], default=0)
+            late = [
+                item
+                for partial in answer[8] or ()
+                for item in partial.split(b",")
+                if self.at.get(item, 0) > last
+            ]
+            if late:
+                self.fail(f"G7: the batch {answer} has {late} of the session after")
+        if answer[0] == R.GRANTED:
+            token, holder = answer[1], operation.words[2]
+            if token in self.granted[holder]:
+                return
+            self.granted[holder].add(token)
+        elif answer[0] in (R.RUN, R.AGAIN) and code is not Code.RESUME:
+            token = answer[3]
+        else:
+            return
+        if token <= self.highest[resource]:
+            self.fail(f"G6: token {token} of {resource} after {self.highest[resource]}")
+        self.highest[resource] = token
+
+    # What must be true after every call
+
+    def state(self) -> State:
+        return State(self._world.server.look())
+
+    def check(self) -> State:
+        state = self.state()
+        resources = self._world.resources
+        copies: Counter[bytes] = Counter()
+        for resource in resources:
+            copies.update(state.items(resource))
+            running = state.running.get(resource)
+            if bool(running) != bool(state.batch[resource]):
+                self.fail(f"G3: running {running} of {resource}: batch {state.batch[resource]}")
+            tag = self._world.partitions.prefixes[self._world.place(resource)][:-2]
+            for pid in state.responsible(resource):
+                if resource.encode() not in state.registry.get((tag, pid), ()):
+                    self.fail(f"G8: the registry of {pid!r} does not name {resource}")
+                if not pid.startswith(b"class:") and pid not in state.lanes[tag]:
+                    self.fail(f"G8: {pid!r} is responsible for {resource} and not among the lanes")
+            self._applied_once(state, resource, copies)
+        for item, times in copies.items():
+            if times > 1:
+                self.fail(f"G4: {item!r} is there {times} times")
+        applied = {i for done in self.applied.values() for items in done.values() for i in items}
+        for item in self.stored - applied - self.may_be_lost - self.dropped:
+            if item not in copies:
+                self.fail(f"G3: {item!r} was stored and is nowhere")
+        self._no_ghost(state)
+        self.members = {r: set(state.members[r]) for r in resources}
+        self.owners = {r: run[b"owner"] for r, run in state.running.items()}
+        return state
+
+    def _applied_once(self, state: State, resource: str, copies: Counter[bytes]) -> None:
+        running = state.running.get(resource)
+        for token, items in self.applied[resource].items():
+            for item in items:
+                if not copies[item] or item in self.excused:
+                    continue
+                runs = running and int(running[b"token"]) * _TOKENS == token
+                if not (runs and item in state.batch[resource]) and not any(
+                    item in some for some in state.dead[resource].values()
+                ):
+                    self.fail(f"G4: {item!r} was applied under {token}, and is still to come")
+
+    def _no_ghost(self, state: State) -> None:
+        if self.ghost is None:
+            return
+        (pid, resource), self.ghost = self.ghost, None
+        members = state.members[resource]
+        owner = self._world.owner_of.get(pid)
+        if (
+            members
+            and owner is not None
+            and owner.alive
+            and all(self._world.owner_of.get(member) is owner for member in members)
+            and resource not in owner.held
+        ):
+            self.fail(f"G2: {pid!r} leaves {resource} and is told held, by itself: {list(members)}")
+
+    # Losses
+
+    def save(self) -> Saved:
+        return Saved(Counter(self.executed), dict(self.truth), set(self.fresh), set(self.stored))
+
+    def lose(self, saved: Saved | None, partitions: set[int]) -> None:
+        """What happened in some partitions since a moment has not happened."""
+        self.losses += 1
+        self.emptied = self.emptied or (saved is None and bool(partitions))
+        old = saved or Saved(Counter(), {}, set(), set())
+        here = {k for k, (_, operation) in self.truth.items() if operation.partition in partitions}
+        for key in here:
+            del self.truth[key]
+            self.executed[key] = old.executed[key]
+        self.truth.update({k: v for k, v in old.truth.items() if v[1].partition in partitions})
+        self.fresh = {k for k in self.fresh if k[1] not in partitions}
+        self.fresh |= {k for k in old.fresh if k[1] in partitions}
+        place = self._world.place
+        was = {i for i in self.stored if place(i.split(b"-")[0].decode()) in partitions}
+        kept = {i for i in old.stored if place(i.split(b"-")[0].decode()) in partitions}
+        self.excused |= was
+        self.may_be_lost |= was - kept
+        self.stored = self.stored - was | kept
+        state = self.state()
+        self.members = {r: set(m) for r, m in state.members.items()}
+        self.owners = {r: run[b"owner"] for r, run in state.running.items()}
+
+    # The end
+
+    def ended_well(self) -> None:
+        state = self.check()
+        done = Counter(i for r in self.applied.values() for items in r.values() for i in items)
+        for item in [*self.acked, *self.stored]:
+            if item not in done and item not in self.may_be_lost and item not in self.dropped:
+                self.fail(f"G3: {item!r} was acknowledged or stored, and never executed")
+        for item, times in done.items():
+            if times > 1 and item not in self.excused:
+                self.fail(f"G4: {item!r} was executed {times} times")
+        for resource, batches in self.applied.items():
+            if list(batches) != sorted(batches):
+                self.fail(f"G5: the batches of {resource} were executed out of order")
         left = [
-            key
-            for key in self.link.expect("KEYS", self.prefix + b"*")
-            if not self.may_stay(key, key[len(self.prefix) :])
+            (key, value)
+            for key, value, ttl in state.keys
+            if not key.endswith((b":token", b":epoch", b":partitions"))
+            and not (ttl > 0 and key.partition(b"}:")[2].startswith(_EXPIRING))
         ]
         if left:
-            raise Violation(f"G11: {left} stays behind")
+            self.fail(f"G11: {left} stays behind")
+        if self.expected:
+            self.fail(f"G15: {self.expected} did not notice what the server has lost")
 
-    def may_stay(self, key: bytes, name: bytes) -> bool:
-        if name.endswith((b"}:memory", b"}:fence")):
-            return True
-        # The place in line of a waiter that died, and a wake-up that nobody took, expire.
-        # So does what waits for processes that were to come.
-        expiring = (b"}:queue", b"}:waiting", b"}:parties", b"}:modified")
-        if b"}:wake:" in name or name.endswith(expiring):
-            return bool(self.link.expect("PTTL", key) > 0)
-        # Like every registry that of an heir may name too many: whoever was about to leave it a
-        # batch has died.
-        if name.startswith(b"{@class:"):
-            return True
-        return name.endswith(b"}:holds") and self.link.send("GET", key) == b"dead"
+
+def _instances(job: Any) -> list["Instance"]:
+    many = getattr(job, "instances", None)
+    if many is not None:
+        return list(many)
+    owner = getattr(job.function, "__self__", None)
+    return [owner] if owner is not None and hasattr(owner, "record") else []

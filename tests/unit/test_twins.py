@@ -20,34 +20,20 @@ TWINS = {
     phonon.LruCache: aio.AsyncLruCache,
 }
 
-INSIDE_LOCKS = ("base", "granted", "lose")
-
 #: What one of them has and the other has not, and why.
 ONLY_SYNC = {
     # The caller's thread is what is limited there; here it is the number of tasks.
     (phonon.Process, "executor"),
-    (phonon.Process, "begin_after_fork"),
-    (phonon.Process, "public"),
-    (phonon.Process, "stopping"),
-    (phonon.Process, "waiters"),
-    *((cls, name) for cls in (phonon.Lock, phonon.Semaphore) for name in INSIDE_LOCKS),
-    # Between the library's own modules.
-    (phonon.LruCache, "put"),
-    (phonon.LruCache, "end"),
-    (phonon.LruCache, "end_for"),
-    (phonon.LruCache, "forget_for"),
-    (phonon.LruCache, "surplus"),
 }
 ONLY_ASYNC = {
     (phonon.Process, "max_concurrent"),
+    # A constructor does not wait.
     (phonon.Process, "start"),
     # Between the library's own modules.
-    (phonon.Process, "sync"),
     (phonon.Update, "open_now"),
     (phonon.Update, "is_to_be_opened"),
     (phonon.ConflictFreeUpdate, "open_now"),
     (phonon.ConflictFreeUpdate, "is_to_be_opened"),
-    (phonon.Reference, "to"),
 }
 
 
@@ -97,6 +83,25 @@ def test_documentation(cls: type) -> None:
         found = inspect.getattr_static(TWINS[cls], name, None)
         if inspect.isfunction(found) or isinstance(found, property | classmethod):
             assert found.__doc__, name
+
+
+@pytest.mark.parametrize("cls", TWINS, ids=lambda cls: cls.__name__)
+def test_references_in_documentation(cls: type) -> None:
+    """Where a twin refers to the original, that is there and documented, under the same name."""
+    originals = {original.__name__: original for original in (*TWINS, Batch)}
+    for name, found in vars(TWINS[cls]).items():
+        for original, attribute in re.findall(
+            r"See `(\w+)\.(\w+)`", getattr(found, "__doc__", "") or ""
+        ):
+            assert attribute == name
+            assert inspect.getattr_static(originals[original], attribute).__doc__, name
+
+
+@pytest.mark.parametrize("cls", TWINS, ids=lambda cls: cls.__name__)
+def test_shells(cls: type) -> None:
+    """Nothing of the original is to be awaited."""
+    for name in public(TWINS[cls]) & public(cls):
+        assert not inspect.iscoroutinefunction(inspect.getattr_static(cls, name, None)), name
 
 
 def test_exports() -> None:

@@ -1,13 +1,8 @@
 """Phonon for asyncio: the same library, to be awaited.
 
-Each class is the twin of the one without ``Async`` in its name: it has the same methods, arguments
-and errors, runs the same code, and works together with it on the same resources.
+Each class corresponds to the one without ``Async`` in its name: it has the same methods, arguments
+and errors, runs the same flows, and works together with it on the same resources.
 """
-
-try:
-    import greenlet  # noqa: F401 - to say what is missing, and how to get it
-except ImportError as error:  # pragma: no cover - an installation without the extra
-    raise ImportError("phonon.aio needs greenlet: pip install 'phonon[aio]'") from error
 
 from phonon.aio.batch import AsyncBatch
 from phonon.aio.cache import AsyncLruCache

@@ -2,31 +2,40 @@
 
 from typing import TYPE_CHECKING, Self
 
-from phonon.aio.twin import call, leave
-from phonon.batch import Batch
+from phonon._core.engine import errors_only
+from phonon.aio.leaving import leave
+from phonon.batch import BaseBatch, raise_together
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from phonon.engine import Engine
 
-
-class AsyncBatch:
+class AsyncBatch(BaseBatch):
     """Collects what a task does with a process, and the tasks that it starts meanwhile.
 
     Made by `AsyncProcess.batch`.
 
     Args:
         engine: The process's.
-        batch: What collects.
+        durable: Whether to store the data of updates that are made with ``init_cache=False``.
     """
 
-    def __init__(self, engine: "Engine", batch: Batch) -> None:
-        self._engine = engine
-        self._sync = batch
+    async def close(self) -> list[BaseException]:
+        """Send everything, and collect no more. Returns what went wrong."""
+        closing = self._closing()
+        if closing is None:
+            return []
+        try:
+            return list(await self._engine.run(closing.flow))  # type: ignore[attr-defined]  # of tasks
+        except BaseException:
+            closing.interrupted()
+            raise
+
+    async def _close(self) -> None:
+        raise_together("not everything in the batch went well", errors_only(await self.close()))
 
     async def __aenter__(self) -> Self:
-        await call(self._engine, self._sync.__enter__)
+        self._open()
         return self
 
     async def __aexit__(
@@ -35,4 +44,11 @@ class AsyncBatch:
         error: BaseException | None,
         traceback: "TracebackType | None",
     ) -> None:
-        await leave(error, call(self._engine, self._sync.__exit__, kind, error, traceback))
+        if not self._leaves():
+            return
+        try:
+            await leave(error, self._close())
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"phonon: and storing what the block had set failed: {failure}")

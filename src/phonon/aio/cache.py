@@ -1,33 +1,15 @@
 """A local cache of updates, for tasks."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Generic
 
-from phonon.aio.twin import call
+from phonon._core.engine import errors_only
 from phonon.aio.update import AsyncUpdate
-from phonon.cache import LruCache, U
-from phonon.tasks import await_
-
-if TYPE_CHECKING:
-    from phonon.engine import Engine
+from phonon.batch import raise_together
+from phonon.cache import PIECE, BaseCache, U, raise_all
 
 
-class _Entries(LruCache[U]):
-    """What is in the cache of an event loop."""
-
-    @property
-    def engine(self) -> "Engine | None":
-        """That of the process whose updates are in here."""
-        return self._known_to
-
-    def _end_other(self, entry: Any) -> None:
-        ending = entry.end_session()
-        if isawaitable(ending):
-            await_(ending)
-
-
-class AsyncLruCache(Generic[U]):
+class AsyncLruCache(BaseCache[U]):
     """Merges updates by key, least recently used out first; see `LruCache`.
 
     All methods may be called from several tasks of an event loop.
@@ -36,19 +18,16 @@ class AsyncLruCache(Generic[U]):
         max_entries: The number of keys to keep at the most.
 
     Raises:
-        ValueError: ``max_entries`` is less than 1.
+        ConfigurationError: ``max_entries`` is less than 1, or no whole number.
+
+    Example:
+        >>> cache = AsyncLruCache(max_entries=1000)
+        >>> cache.size()
+        0
     """
 
-    def __init__(self, max_entries: int = 10000) -> None:
-        self._sync: _Entries[U] = _Entries(max_entries)
-
-    def __repr__(self) -> str:
-        return repr(self._sync).replace("<phonon._Entries", "<phonon.aio.AsyncLruCache", 1)
-
-    @property
-    def max_entries(self) -> int:
-        """The number of keys to keep at the most."""
-        return self._sync.max_entries
+    _package = "phonon.aio"
+    _is_async = True
 
     async def set(self, key: Hashable, update: U) -> bool | None:
         """Store an update, and add it or merge it into the one that is there.
@@ -65,47 +44,76 @@ class AsyncLruCache(Generic[U]):
         Raises:
             ConnectionLostError: The server does not answer; see `AsyncUpdate`. The update is not
                 in the cache.
-            Exception: What ending an evicted or expired entry's session raised. The update that
-                was passed is in the cache, or merged, all the same.
+            ConfigurationError: The key belongs to another record, or to another class. Nothing was
+                merged.
+            Exception: What ``merge`` raised; or what ending an evicted or expired entry's session
+                raised, and then the update that was passed is in the cache, or merged.
         """
         if isinstance(update, AsyncUpdate) and update.is_to_be_opened:
-            await call(update.process().engine, update.open_now)
-        # What needs no server needs no greenlet either.
-        answer, out = self._sync.put(key, update)
+            await update.open_now()
+        answer, out = self._put(key, update)
         if out:
-            await call(self._sync.engine, self._sync.end, out)
+            raise_together("ending sessions failed", await self._end(out))
         return answer
 
     async def get(self, key: Hashable) -> U | None:
-        """The update of a key, which counts as used now; see `LruCache.get`."""
-        return await call(self._sync.engine, self._sync.get, key)
-
-    def size(self) -> int:
-        """The number of keys in the cache."""
-        return self._sync.size()
-
-    def __len__(self) -> int:
-        return len(self._sync)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._sync
+        """Return the update of a key, which counts as used now; see `LruCache.get`."""
+        self._check()
+        entry, out = self._look_up(key)
+        raise_together("ending a session failed", await self._end(out))
+        return entry
 
     async def expire(self, key: Hashable) -> None:
         """End the session of a key; see `LruCache.expire`."""
-        await call(self._sync.engine, self._sync.expire, key)
+        self._check()
+        raise_together("ending a session failed", await self._end(self._pop(key)))
 
     async def expire_oldest(self) -> None:
         """End the session of the least recently used entry; see `LruCache.expire_oldest`."""
-        await call(self._sync.engine, self._sync.expire_oldest)
+        self._check()
+        raise_together("ending a session failed", await self._end(self._pop_oldest()))
 
     async def expire_all(self) -> None:
         """End all sessions, many at a time; see `LruCache.expire_all`."""
-        await call(self._sync.engine, self._sync.expire_all)
+        await self._end_keys(self._keys(), expired=False)
 
     async def purge(self) -> None:
         """End the sessions that are over; see `LruCache.purge`."""
-        await call(self._sync.engine, self._sync.purge)
+        await self._end_keys(self._keys(expired=True), expired=True)
 
-    def get_last_failed(self) -> U | None:
-        """The update whose end raised last, if any did."""
-        return self._sync.get_last_failed()
+    def _check(self) -> None:
+        """Refuse a call in another event loop, or in a forked child, even if nothing is to end."""
+        if self._known_to is not None:
+            self._known_to.driver.check()
+
+    async def _end_keys(self, keys: Sequence[Hashable], *, expired: bool) -> None:
+        self._check()
+        errors: list[Exception] = []
+        for first in range(0, len(keys), PIECE):
+            errors += await self._end(self._pop_some(keys[first : first + PIECE], expired=expired))
+        raise_all(errors)
+
+    async def _end(self, out: Sequence[tuple[Hashable, U]]) -> list[Exception]:
+        """End the sessions of entries that have left the cache. Returns what went wrong."""
+        if not out:
+            return []
+        errors: list[Exception] = []
+        leaving, others = self._sort(out)
+        for key, entry in others:
+            try:
+                ending = entry.end_session()
+                if isawaitable(ending):
+                    await ending
+            except Exception as error:  # noqa: BLE001 - collected, and raised by the caller
+                self._failed(key, entry)
+                errors.append(error)
+        for some in leaving:
+            try:
+                errors += errors_only(await some.engine.run(some.flow))  # type: ignore[attr-defined]  # of tasks
+            except Exception as error:  # noqa: BLE001 - collected, and raised by the caller
+                some.interrupted()
+                errors.append(error)
+            except BaseException:
+                some.interrupted()
+                raise
+        return errors

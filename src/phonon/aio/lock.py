@@ -1,17 +1,16 @@
 """Locks and semaphores, for tasks."""
 
-from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from phonon.aio.twin import call, leave, twin
-from phonon.lock import Lock, Semaphore
+from phonon.aio.leaving import leave
+from phonon.lock import BaseLock, BaseSemaphore, LockHolder
 
 if TYPE_CHECKING:
     from phonon.aio.process import AsyncProcess
 
 
-class AsyncLock:
+class AsyncLock(BaseLock):
     """Exclusive or shared access to a resource, across processes, threads and tasks.
 
     Made by `AsyncProcess.lock` or `AsyncReference.lock`; use it in an ``async with`` block. It is
@@ -22,107 +21,72 @@ class AsyncLock:
     `asyncio.timeout`, or the argument ``timeout``.
 
     Args:
-        process: Who wants it.
+        process: The process that wants it.
         lock_key: The resource, any text.
         block: Whether to wait if it is taken: `AsyncProcess.BLOCKING_TIMEOUT` seconds at the most.
-        shared: Whether to share it with others who do.
+        shared: Whether to share it with others that do.
         reentrant: Whether the task that has the lock may take it again.
-        lease: Seconds that a grant lasts unless renewed. None: `AsyncProcess.TTL`.
+        lease: Seconds that a grant lasts unless renewed. None: as long as the process's lease.
         on_lost: Called, and awaited if it returns something to await, with this lock, once it is
             found to be lost.
 
     Raises:
-        ConfigurationError: ``lease`` is not above 0.
+        ConfigurationError: An argument is invalid.
+        ProcessStoppedError: The process was not started.
+
+    Example:
+        >>> async with process.lock("report") as lock:  # doctest: +SKIP
+        ...     await write_report(fencing_token=lock.token)
     """
 
-    def __init__(
+    _package = "phonon.aio"
+    _is_async = True
+    process: "AsyncProcess"
+
+    async def acquire(
         self,
-        process: "AsyncProcess",
-        lock_key: str,
-        block: bool = True,
+        block: bool | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the locks of others have it
         *,
-        shared: bool = False,
-        reentrant: bool = False,
-        lease: float | None = None,
-        on_lost: "Callable[[AsyncLock], object] | None" = None,
-    ) -> None:
-        self._become(
-            process,
-            Lock(
-                process.sync,
-                lock_key,
-                block,
-                shared=shared,
-                reentrant=reentrant,
-                lease=lease,
-                on_lost=self._telling(on_lost),
-            ),
-        )
-        self.on_lost = on_lost
+        blocking: bool | None = None,
+        blocking_timeout: float | None = None,
+    ) -> bool:
+        """See `Lock.acquire`."""
+        flow = self._acquire(block, timeout, blocking, blocking_timeout)
+        return bool(await self._engine.run(flow))
 
-    def _become(self, process: "AsyncProcess", lock: Lock) -> None:
-        self.process = process
-        self._engine = process.engine
-        self._sync = lock
+    async def release(self) -> None:
+        """See `Lock.release`."""
+        await self._engine.run(self.releasing())
 
-    def _telling(
-        self, on_lost: "Callable[[AsyncLock], object] | None"
-    ) -> Callable[[Lock], object] | None:
-        return None if on_lost is None else lambda _: on_lost(self)
+    async def extend(self, additional_time: float | None = None, replace_ttl: bool = False) -> bool:
+        """See `Lock.extend`."""
+        return bool(await self._engine.run(self._extend(additional_time, replace_ttl=replace_ttl)))
 
-    def __repr__(self) -> str:
-        return repr(self._sync).replace("<phonon.", "<phonon.aio.Async", 1)
+    async def reacquire(self) -> bool:
+        """See `Lock.reacquire`."""
+        return await self.extend()
 
-    @property
-    def lock_key(self) -> str:
-        """The resource."""
-        return self._sync.lock_key
+    async def check(self) -> None:
+        """See `Lock.check`."""
+        await self._engine.run(self._check())
 
-    @property
-    def name(self) -> str:
-        """The resource."""
-        return self._sync.name
+    async def locked(self) -> bool:
+        """See `Lock.locked`."""
+        return bool(await self._engine.run(self._locked()))
 
-    @property
-    def block(self) -> bool:
-        """Whether to wait if it is taken."""
-        return self._sync.block
+    async def holders(self) -> list[LockHolder]:
+        """See `Lock.holders`."""
+        found: list[LockHolder] = await self._engine.run(self._holders())
+        return found
 
-    @property
-    def shared(self) -> bool:
-        """Whether to share it with others who do."""
-        return self._sync.shared
-
-    @property
-    def reentrant(self) -> bool:
-        """Whether the task that has the lock may take it again."""
-        return self._sync.reentrant
-
-    @property
-    def lease(self) -> float:
-        """Seconds that a grant lasts unless renewed."""
-        return self._sync.lease
-
-    @property
-    def token(self) -> int | None:
-        """The fencing token of the grant; see `Lock.token`."""
-        return self._sync.token
-
-    acquire = twin(Lock.acquire)
-    release = twin(Lock.release)
-    extend = twin(Lock.extend)
-    reacquire = twin(Lock.reacquire)
-    check = twin(Lock.check)
-    locked = twin(Lock.locked)
-    holders = twin(Lock.holders)
-    waiters = twin(Lock.waiters)
-
-    def owned(self) -> bool:
-        """Whether this object holds the lock, without asking; see `Lock.owned`."""
-        return self._sync.owned()
+    async def waiters(self) -> list[LockHolder]:
+        """See `Lock.waiters`."""
+        found: list[LockHolder] = await self._engine.run(self._waiters())
+        return found
 
     async def __aenter__(self) -> Self:
-        await call(self._engine, self._sync.__enter__)
+        await self._engine.run(self.entering())
         return self
 
     async def __aexit__(
@@ -131,36 +95,29 @@ class AsyncLock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        releasing: Awaitable[Any] = call(self._engine, self._sync.__exit__, kind, error, traceback)
-        await leave(error, releasing)
+        try:
+            await leave(error, self.release())
+        except Exception as lost:
+            if error is None:
+                raise
+            # The body's own exception is the one to see.
+            error.add_note(f"phonon: {lost}")
 
 
-class AsyncSemaphore(AsyncLock):
+class AsyncSemaphore(BaseSemaphore, AsyncLock):
     """A number of places, across processes, threads and tasks.
 
     Made by `AsyncProcess.semaphore`; see `Semaphore`.
 
     Args:
-        process: Who wants a place.
+        process: The process that wants a place.
         name: The semaphore's name, any text. It has nothing to do with a resource of that name.
         places: How many may hold it at the same time; the same for all who use it.
         block: Whether to wait if all places are taken.
-        lease: Seconds that a place lasts unless renewed. None: `AsyncProcess.TTL`.
+        lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
         on_lost: As of an `AsyncLock`.
-    """
 
-    def __init__(
-        self,
-        process: "AsyncProcess",
-        name: str,
-        places: int,
-        block: bool = True,
-        *,
-        lease: float | None = None,
-        on_lost: "Callable[[AsyncLock], object] | None" = None,
-    ) -> None:
-        telling = self._telling(on_lost)
-        self._become(
-            process, Semaphore(process.sync, name, places, block, lease=lease, on_lost=telling)
-        )
-        self.on_lost = on_lost
+    Example:
+        >>> async with process.semaphore("connections", 10):  # doctest: +SKIP
+        ...     await fetch()
+    """

@@ -1,75 +1,40 @@
 """A process of an event loop."""
 
 import asyncio
-import functools
-import os
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from phonon import backlog
+from phonon import _lifetime
+from phonon._core.dead_letters import Parked
+from phonon._core.engine import Options, TaskEngine, errors_only
+from phonon._core.flows import Flow
+from phonon._protocol import library
+from phonon._transport import async_io, connect
+from phonon._transport.asyncio import AsyncDriver
+from phonon._transport.connect import SharedConnection
 from phonon.aio.batch import AsyncBatch
 from phonon.aio.lock import AsyncLock, AsyncSemaphore
 from phonon.aio.reference import AsyncReference
-from phonon.aio.twin import call, twin
-from phonon.drivers import aio
-from phonon.drivers.server import Durability
-from phonon.errors import AlreadyLockedError, ConfigurationError, ProcessStoppedError
-from phonon.process import Process, check_times
-from phonon.protocol.updates import RetryPolicy
-from phonon.reference import Reference
-from phonon.serializers import Serializer
-from phonon.tasks import Places, Tasks, run
+from phonon.batch import raise_together
+from phonon.errors import ConfigurationError, ProcessStoppedError
+from phonon.process import SESSION_LENGTH, BaseProcess, make_codec, url_first
+from phonon.serializers import ExactSerializer, Serializer
+from phonon.settings import (
+    Durability,
+    Overflow,
+    RetryPolicy,
+    check_process,
+    check_whole,
+    url_of,
+)
 
 if TYPE_CHECKING:
-    from phonon.engine import Engine
-
-_started: "weakref.WeakSet[_Inner]" = weakref.WeakSet()
+    from phonon.aio.update import AsyncUpdate
 
 
-class _Inner(Process):
-    """The process itself, whose code runs in the tasks that call its twin.
-
-    Args:
-        public: The twin.
-        max_concurrent: How many ``execute`` run at the same time.
-        options: As of a `Process`.
-    """
-
-    def __init__(
-        self, public: "AsyncProcess", max_concurrent: int, options: dict[str, Any]
-    ) -> None:
-        self._public = weakref.ref(public)
-        self._runtime: Tasks = Tasks()
-        self._kit = aio.kit(self._runtime)
-        # A subclass of the twin may set them.
-        for name in ("TTL", "RETRY_SLEEP", "BLOCKING_TIMEOUT"):
-            setattr(self, name, getattr(public, name))
-        super().__init__(
-            **options, executor=cast("Executor", Places(self._runtime, max_concurrent))
-        )
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace("<phonon.", "<phonon.aio.Async", 1)
-
-    @property
-    def public(self) -> Any:
-        """The twin."""
-        return self._public() or self
-
-    def _enlist(self) -> None:
-        _started.add(self)
-
-    def begin_after_fork(self) -> None:
-        """The child has no event loop to go on with: what is here is the parent's."""
-        self.engine.lease.server.forget_connections()
-        self._runtime.forked = True
-        self.engine.abandon()
-
-
-class AsyncProcess:
+class AsyncProcess(BaseProcess):
     """One participant, for programs with an event loop; see `Process`.
 
     Use it in an ``async with`` block, or await `start` and `stop`. It belongs to the event loop in
@@ -87,16 +52,18 @@ class AsyncProcess:
         db: The server's database.
         heartbeat_interval: Seconds between two heartbeats. Code that keeps the event loop from
             running for four of them makes others believe that this process is dead.
-        recover_failed_processes: Whether this process takes over what dead ones have left.
+        recover_failed_processes: Whether this process executes the batches of dead ones.
         hosts: Nodes of a cluster, ``"host:port"`` each, instead of ``host`` and ``port``.
         url: Where the server is, instead of those.
         client: A ``redis.asyncio.Redis`` or ``redis.asyncio.RedisCluster`` of the same event loop
             to use, instead of those.
         namespace: Processes of different namespaces do not see each other. Any text.
+        partitions: Into how many partitions the namespace is split, if this is its first process.
         serializer: How partials are encoded; the same in all processes.
         retry: What happens to a batch whose ``execute`` fails.
-        retry_timeout: Seconds to go on repeating a call that is not answered, 30 at the most.
-        durability: What a server must have done with data before a call that stores it returns.
+        retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
+            gets a `ConnectionLostError`.
+        durability: How safe data must be on the server before a call that stores it returns.
         on_error: Called with every error that there is no caller to raise it to, and awaited if
             it returns something to await.
         max_concurrent: How many ``execute`` run at the same time, each in a task of its own. A
@@ -107,21 +74,18 @@ class AsyncProcess:
             most (``"block"``), or raises a `BacklogFullError` at once (``"raise"``).
 
     Raises:
-        ConfigurationError: An argument cannot be meant.
+        ConfigurationError: An argument is invalid.
+
+    Example:
+        >>> async with AsyncProcess("redis://localhost:6379/1") as process:  # doctest: +SKIP
+        ...     reference = await process.create_reference("import-42")
     """
 
-    AlreadyLocked: ClassVar = AlreadyLockedError
     Lock: ClassVar = AsyncLock
-    #: How long a lock lasts unless renewed, seconds. The heartbeat renews it.
-    TTL: ClassVar[float] = Process.TTL
-    #: Seconds between two attempts to reach a server that does not answer, at the most.
-    RETRY_SLEEP: ClassVar[float] = Process.RETRY_SLEEP
-    #: Seconds to wait at the most, for a lock or for room in the backlog.
-    BLOCKING_TIMEOUT: ClassVar[float] = Process.BLOCKING_TIMEOUT
 
     def __init__(
         self,
-        session_length: float = 900,
+        session_length: float | str = SESSION_LENGTH,
         host: str = "localhost",
         port: int = 6379,
         db: int = 1,
@@ -132,6 +96,7 @@ class AsyncProcess:
         url: str | None = None,
         client: Any = None,
         namespace: str = "phonon",
+        partitions: int | None = None,
         serializer: Serializer | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - immutable
         retry_timeout: float = 15.0,
@@ -139,42 +104,52 @@ class AsyncProcess:
         on_error: Callable[[Exception], object] | None = None,
         max_concurrent: int = 10,
         max_backlog: int = 100_000,
-        overflow: backlog.Overflow = "block",
+        overflow: Overflow = "block",
     ) -> None:
-        check_times(session_length, heartbeat_interval, retry_timeout, self.TTL)
-        backlog.check(max_backlog, overflow)
-        if max_concurrent < 1:
+        length, url = url_first(session_length, url)
+        check_process(
+            session_length=length,
+            heartbeat_interval=heartbeat_interval,
+            retry_timeout=retry_timeout,
+            namespace=namespace,
+            partitions=partitions,
+            serializer=serializer,
+            retry=retry,
+            durability=durability,
+            on_error=on_error,
+            max_backlog=max_backlog,
+            overflow=overflow,
+            is_async=True,
+        )
+        if check_whole("max_concurrent", max_concurrent) < 1:
             raise ConfigurationError(f"max_concurrent is 1 at the least, not {max_concurrent!r}")
-        self.session_length = session_length
+        self.session_length = length
         self.heartbeat_interval = heartbeat_interval
         self.recover_failed_processes = recover_failed_processes
         self.max_concurrent = max_concurrent
         self.namespace = namespace
-        self._options: dict[str, Any] = {
-            "session_length": session_length,
-            "host": host,
-            "port": port,
-            "db": db,
-            "heartbeat_interval": heartbeat_interval,
-            "recover_failed_processes": recover_failed_processes,
-            "hosts": hosts,
-            "url": url,
-            "client": client,
-            "namespace": namespace,
-            "serializer": serializer,
-            "retry": retry,
-            "retry_timeout": retry_timeout,
-            "durability": durability,
-            "on_error": on_error,
-            "max_backlog": max_backlog,
-            "overflow": overflow,
-        }
+        self._url = url_of(url, hosts, client, (host, port, db))
+        self._client = client
+        self._serializer = serializer or ExactSerializer()
+        self._on_error = on_error
+        self._retry_timeout = retry_timeout
+        self._durability = durability
+        self._options = Options(
+            namespace,
+            partitions,
+            heartbeat_interval,
+            bool(recover_failed_processes),
+            retry,
+            max_backlog,
+            overflow,
+        )
         self._starting = asyncio.Lock()
-        self._inner: _Inner | None = None
+        self._connection: SharedConnection | None = None
+        self._engine: TaskEngine | None = None
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> Self:
-        """A process that uses the server of a URL.
+        """Return a process that uses the server of a URL.
 
         Args:
             url: See the constructor.
@@ -183,22 +158,70 @@ class AsyncProcess:
         return cls(url=url, **options)
 
     def __repr__(self) -> str:
-        if self._inner is None:
+        if self._engine is None:
             return "<phonon.aio.AsyncProcess, not started>"
-        return repr(self._inner)
+        return f"<phonon.aio.AsyncProcess {self.id} at {self._engine.address}>"
+
+    # Life
 
     async def start(self) -> Self:
         """Connect, and begin to beat. A second call does nothing.
 
         Raises:
-            ConfigurationError: An argument cannot be meant.
+            ConfigurationError: An argument is invalid.
             ServerUnreachableError: There is no server. Phonon never looks for another one.
             ServerError: The server cannot be used: too old, wrong password.
         """
         async with self._starting:
-            if self._inner is None:
-                self._inner = await run(_Inner, self, self.max_concurrent, self._options)
+            if self._engine is None:
+                connection = await self._connect()
+                try:
+                    self._engine = await self._started(connection)
+                except BaseException:
+                    await async_io.run(connection.close())
+                    raise
+                self._connection = connection
+                _lifetime.tell_of_forks(self)
         return self
+
+    async def _connect(self) -> SharedConnection:
+        functions = library.default()
+        backend = async_io.backend(asyncio.get_running_loop())
+        settings: dict[str, Any] = {
+            "longest_pause": self.RETRY_SLEEP,
+            "durability": self._durability,
+        }
+        if self._url is None:
+            steps = connect.connect_client(self._client, functions, backend, **settings)
+        else:
+            steps = connect.connect_url(self._url, functions, backend, **settings)
+        return await async_io.run(steps)
+
+    async def _started(self, connection: SharedConnection) -> TaskEngine:
+        server, functions = connection.server, library.default()
+        engine = TaskEngine(
+            self._options,
+            weakref.ref(self),
+            functions,
+            lambda identity: AsyncDriver(
+                server,
+                functions,
+                identity,
+                retry_timeout=self._retry_timeout,
+                max_concurrent=self.max_concurrent,
+            ),
+            lambda engine: make_codec(engine, self._serializer, is_async=True),
+            on_error=self._on_error,
+            address=server.address,
+            client=connection.client,
+        )
+        try:
+            await engine.start()
+        except BaseException:
+            engine.close()
+            await engine.driver.close()
+            raise
+        return engine
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -217,59 +240,53 @@ class AsyncProcess:
             error.add_note(f"phonon: and stopping the process failed: {failure}")
 
     @property
-    def sync(self) -> Process:
-        """What runs the code; its methods cannot be called by anybody but the twins.
+    def engine(self) -> TaskEngine:
+        """The process's parts; nothing of them is public.
 
         Raises:
             ProcessStoppedError: The process was not started.
         """
-        if self._inner is None:
+        if self._engine is None:
             raise ProcessStoppedError(
                 "this AsyncProcess was not started: use it in an async with block, or await start()"
             )
-        return self._inner
+        return self._engine
 
-    @functools.cached_property  # it is asked for with every update
-    def engine(self) -> "Engine":
-        """Its machinery."""
-        return self.sync.engine
+    async def stop(self) -> None:
+        """See `Process.stop`."""
+        if self._starting.locked() and self.engine.is_worker:
+            return  # called by an on_error: another task stops the process, and waits for this one
+        async with self._starting:
+            engine = self.engine
+            if engine.stopped:
+                return
+            engine.driver.check()  # another loop, or a forked child, must not end what it has not
+            errors: list[BaseException] = []
+            try:
+                batch = engine.batch
+                if batch is not None:
+                    errors += await batch.close()
+                errors += await engine.stop()
+            finally:
+                engine.close()
+                if self._connection is not None:
+                    await async_io.run(self._connection.close())
+        raise_together("stopping left something undone", errors_only(errors))
 
-    @property
-    def _sync(self) -> Process:
-        return self.sync
+    def begin_after_fork(self) -> None:
+        """Hold nothing: the child has no event loop to go on with, and refuses every call."""
+        self.engine.after_fork_in_child()
 
-    @property
-    def _engine(self) -> "Engine":
-        return self.engine
-
-    @property
-    def id(self) -> str:
-        """The process's identity, unique for ever."""
-        return self.sync.id
-
-    @property
-    def client(self) -> Any:
-        """The client of redis.asyncio whose connections are used."""
-        return self.sync.client.real
-
-    @property
-    def registry_key(self) -> str:
-        """The key of the sorted set of resources that this process may be responsible for."""
-        return self.sync.registry_key
-
-    @property
-    def heartbeat_hash_name(self) -> str:
-        """The key of the sorted set of all processes, by the end of their lives unless renewed."""
-        return self.sync.heartbeat_hash_name
+    # What is made through it
 
     async def create_reference(
         self, resource: str, block: bool = True, parties: int | None = None
     ) -> AsyncReference:
         """Become a member of a resource; see `Process.create_reference`."""
-        reference: Reference = await call(
-            self.engine, self.sync.create_reference, resource, block, parties
-        )
-        return AsyncReference.to(self, reference)
+        reference = AsyncReference(self, resource, block, parties)
+        if not self._joins_in_a_batch(reference):
+            await self.engine.run(reference.joining())
+        return reference
 
     def lock(
         self,
@@ -281,7 +298,7 @@ class AsyncProcess:
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
     ) -> AsyncLock:
-        """A lock on a resource, for an ``async with`` block; see `Process.lock`."""
+        """Return a lock on a resource, for an ``async with`` block; see `Process.lock`."""
         return AsyncLock(
             self,
             lock_key,
@@ -301,7 +318,7 @@ class AsyncProcess:
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
     ) -> AsyncSemaphore:
-        """A semaphore, for an ``async with`` block; see `Process.semaphore`."""
+        """Return a semaphore, for an ``async with`` block; see `Process.semaphore`."""
         return AsyncSemaphore(self, name, places, block, lease=lease, on_lost=on_lost)
 
     def batch(self, *, durable: bool = True) -> AsyncBatch:
@@ -313,22 +330,47 @@ class AsyncProcess:
         Args:
             durable: Whether updates made with ``init_cache=False`` are stored as well.
         """
-        return AsyncBatch(self.engine, self.sync.batch(durable=durable))
+        batch: AsyncBatch | None = self.engine.batch
+        if batch is None:
+            return AsyncBatch(self.engine, durable=durable)
+        batch.durable |= durable
+        return batch
 
-    flush = twin(Process.flush)
-    add_to_registry = twin(Process.add_to_registry)
-    remove_from_registry = twin(Process.remove_from_registry)
-    get_registry = twin(Process.get_registry)
-    parked = twin(Process.parked)
-    look = twin(Process.look)
-    replay = twin(Process.replay)
-    discard = twin(Process.discard)
-    stop = twin(Process.stop)
+    async def flush(self) -> None:
+        """See `Process.flush`."""
+        raise_together("not everything could be stored", await self._errors(self._flush()))
 
+    async def add_to_registry(self, resource: str, registry_key: str | None = None) -> int:
+        """See `Process.add_to_registry`."""
+        return int(await self.engine.run(self._track(resource, registry_key, there=True)))
 
-def _after_fork_in_child() -> None:
-    for process in list(_started):
-        process.begin_after_fork()
+    async def remove_from_registry(self, resource: str, registry_key: str | None = None) -> int:
+        """See `Process.remove_from_registry`."""
+        return int(await self.engine.run(self._track(resource, registry_key, there=False)))
 
+    async def get_registry(self, registry_key: str | None = None) -> list[str]:
+        """See `Process.get_registry`."""
+        found: list[str] = await self.engine.run(self._registry(registry_key))
+        return found
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+    async def parked(self) -> list[Parked]:
+        """See `Process.parked`."""
+        found: list[Parked] = await self.engine.run(self._dead_letters.find())
+        return found
+
+    async def look(self, resource: str, token: int) -> list["AsyncUpdate"]:
+        """See `Process.look`."""
+        found: list[AsyncUpdate] = await self.engine.run(self._look(resource, token))
+        return found
+
+    async def replay(self, resource: str, token: int) -> None:
+        """See `Process.replay`."""
+        errors = await self._errors(self._replay(resource, token))
+        raise_together("the batch failed again", errors)
+
+    async def discard(self, resource: str, token: int) -> None:
+        """See `Process.discard`."""
+        await self.engine.run(self._discard(resource, token))
+
+    async def _errors(self, flow: Flow[list[BaseException]]) -> list[Exception]:
+        return errors_only(await self.engine.run(flow))

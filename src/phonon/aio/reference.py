@@ -1,77 +1,43 @@
 """References, for tasks."""
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from phonon.aio.lock import AsyncLock
-from phonon.aio.twin import call, twin
-from phonon.reference import Reference
+from phonon.reference import BaseReference, Holder
+from phonon.settings import check_callable
 
 if TYPE_CHECKING:
     from phonon.aio.process import AsyncProcess
 
 
-class AsyncReference:
+class AsyncReference(BaseReference):
     """A process's membership in a resource; see `Reference`.
 
     Made by `AsyncProcess.create_reference`. Tasks that are to count separately take an
     `AsyncProcess` each.
 
     Args:
-        process: Whose membership.
+        process: The process that is a member.
         resource: The name of the resource, any text.
         block: Whether `lock` waits by default.
         parties: How many different processes the session is to have, if that is known: until so
-            many have come, nobody is the last.
+            many have come, no process is the last.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+        ProcessStoppedError: The process was not started.
+
+    Example:
+        >>> reference = await process.create_reference("import-42")  # doctest: +SKIP
+        >>> await load_my_part()  # doctest: +SKIP
+        >>> await reference.dereference(callback=publish)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        process: "AsyncProcess",
-        resource: str,
-        block: bool = True,
-        parties: int | None = None,
-    ) -> None:
-        self._process = process
-        self._engine = process.engine
-        self._sync = Reference(process.sync, resource, block, parties)
-
-    @classmethod
-    def to(cls, process: "AsyncProcess", reference: Reference) -> Self:
-        """The twin of a reference."""
-        self = cls.__new__(cls)
-        self._process = process
-        self._engine = process.engine
-        self._sync = reference
-        return self
-
-    def __repr__(self) -> str:
-        return repr(self._sync).replace("<phonon.", "<phonon.aio.Async", 1)
-
-    @property
-    def resource_key(self) -> str:
-        """The name of the resource."""
-        return self._sync.resource_key
-
-    @property
-    def block(self) -> bool:
-        """Whether `lock` waits by default."""
-        return self._sync.block
-
-    @property
-    def parties(self) -> int | None:
-        """How many different processes the session is to have."""
-        return self._sync.parties
-
-    @property
-    def force_expiry(self) -> bool:
-        """Whether `dereference` executes what there is although others hold the resource."""
-        return self._sync.force_expiry
-
-    @force_expiry.setter
-    def force_expiry(self, force: bool) -> None:
-        self._sync.force_expiry = force
+    _package = "phonon.aio"
+    _is_async = True
+    _process: "AsyncProcess"
 
     def lock(
         self,
@@ -82,24 +48,45 @@ class AsyncReference:
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
     ) -> AsyncLock:
-        """A lock on the resource, for an ``async with`` block; see `Reference.lock`."""
-        return AsyncLock(
-            self._process,
+        """Return a lock on the resource, for an ``async with`` block; see `Reference.lock`."""
+        return self._process.lock(
             self.resource_key,
             self.block if block is None else block,
-            shared=shared,
+            shared,
             reentrant=reentrant,
             lease=lease,
             on_lost=on_lost,
         )
 
-    count = twin(Reference.count)
-    refresh_session = twin(Reference.refresh_session)
-    wait = twin(Reference.wait)
-    increment_times_modified = twin(Reference.increment_times_modified)
-    get_times_modified = twin(Reference.get_times_modified)
-    modified_by = twin(Reference.modified_by)
-    holders = twin(Reference.holders)
+    async def count(self) -> int:
+        """See `Reference.count`."""
+        return int(await self._engine.run(self._count()))
+
+    async def refresh_session(self) -> None:
+        """See `Reference.refresh_session`."""
+        await self._engine.run(self.joining())
+
+    async def wait(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - as `Reference`
+        """See `Reference.wait`."""
+        return bool(await self._engine.run(self._wait(timeout)))
+
+    async def increment_times_modified(self) -> None:
+        """See `Reference.increment_times_modified`."""
+        await self._engine.run(self._increment())
+
+    async def get_times_modified(self) -> int:
+        """See `Reference.get_times_modified`."""
+        return int(await self._engine.run(self._times_modified()))
+
+    async def modified_by(self) -> dict[str, int]:
+        """See `Reference.modified_by`."""
+        found: dict[str, int] = await self._engine.run(self._modified_by())
+        return found
+
+    async def holders(self) -> list[Holder]:
+        """See `Reference.holders`."""
+        found: list[Holder] = await self._engine.run(self._holders())
+        return found
 
     async def dereference(
         self,
@@ -117,21 +104,19 @@ class AsyncReference:
             kwargs: Its keyword arguments.
             block: Whether to wait for the resource's lock. None: as the reference was told to.
         """
-        return await call(
-            self._engine,
-            self._sync.dereference,
-            None if callback is None else _awaited(callback),
-            args,
-            kwargs,
-            block,
-        )
+        check_callable("callback", callback, is_async=True)
+        run = None if callback is None else _in_the_loop(callback, args, kwargs)
+        return bool(await self._engine.run(self._dereference(run, block)))
 
 
-def _awaited(callback: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """Call it in the event loop, whatever it is."""
+def _in_the_loop(
+    callback: Callable[..., Any], args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> Callable[[], Any]:
+    """Return a coroutine function that calls the callback, so that no thread runs it."""
 
-    async def awaited(*args: Any, **kwargs: Any) -> Any:
-        result = callback(*args, **kwargs)
+    async def run() -> Any:
+        result = callback(*(args or ()), **(kwargs or {}))
         return await result if isawaitable(result) else result
 
-    return awaited
+    run.__qualname__ = getattr(callback, "__qualname__", repr(callback))
+    return run

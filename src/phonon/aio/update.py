@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from phonon.aio.process import AsyncProcess
+from phonon._core.flows import EXECUTING, Flow, Sleep
+from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION
 from phonon.aio.reference import AsyncReference
-from phonon.aio.twin import twin
 from phonon.errors import ConfigurationError
-from phonon.update import HARD_SESSION, SOFT_SESSION, ConflictFreeUpdate, Update
+from phonon.update import ConflictFreeUpdate, Update, raise_first
 
 if TYPE_CHECKING:
-    from phonon.engine import Engine
+    from phonon.aio.process import AsyncProcess
+
+#: Seconds between two looks whether there is room for a new update.
+_LOOK = 0.02
 
 
 class AsyncUpdate(Update):
@@ -31,8 +34,8 @@ class AsyncUpdate(Update):
         _id: The record's key; with ``database`` and ``collection`` it names the resource.
         database: The name of the database, for your `execute`.
         collection: The name of the collection or table, for your `execute`.
-        spec: What identifies the record, for your `execute`.
-        doc: The data.
+        spec: What identifies the record, for your `execute`. The update has a copy.
+        doc: The data. The update has a copy.
         init_cache: Whether to store the data on the server, so that it survives this process.
         block: Taken for compatibility; ending a session needs no lock.
         hard_session: Seconds after which the session is over although messages keep coming.
@@ -40,20 +43,28 @@ class AsyncUpdate(Update):
 
     Raises:
         NotStorableError: A value has a type that cannot be stored.
-        ConfigurationError: The process is not an `AsyncProcess`, or was not started.
+        ConfigurationError: The process is not an `AsyncProcess`, or an argument is invalid.
+        ProcessStoppedError: The process was not started.
+
+    Example:
+        >>> class Visits(AsyncUpdate):
+        ...     def merge(self, other):
+        ...         self.doc["n"] += other.doc["n"]
+        ...     async def execute(self):
+        ...         await database.add(self._id, self.doc["n"], self.token)
+        >>> await cache.set(user, Visits(process, user, doc={"n": 1}))  # doctest: +SKIP
     """
 
     is_async: ClassVar[bool] = True
     #: The argument ``init_cache``, as long as nothing has come of it.
-    __init_cache: bool | None = None
-    __reference: AsyncReference | None = None
+    _init_cache_: bool | None = None
 
     def __init__(
         self,
-        process: AsyncProcess,
+        process: "AsyncProcess",
         _id: Any,
-        database: str = "test",
-        collection: str = "test",
+        database: str = DEFAULT,
+        collection: str = DEFAULT,
         spec: Any = None,
         doc: Any = None,
         init_cache: bool = True,
@@ -61,13 +72,8 @@ class AsyncUpdate(Update):
         hard_session: float = HARD_SESSION,
         soft_session: float = SOFT_SESSION,
     ) -> None:
-        if not isinstance(process, AsyncProcess):
-            raise ConfigurationError(
-                f"{type(self).__qualname__} is an AsyncUpdate and needs an AsyncProcess, not "
-                f"{process!r}"
-            )
         super().__init__(
-            process,  # type: ignore[arg-type]  # it has what is needed here: the engine
+            process,  # type: ignore[arg-type]  # its twin
             _id,
             database,
             collection,
@@ -79,34 +85,49 @@ class AsyncUpdate(Update):
             soft_session,
         )
 
-    def _open(self, engine: "Engine", *, init_cache: bool, keep: bool = False) -> None:
-        if engine.batch is not None and not engine.backlog.full:
-            super()._open(engine, init_cache=init_cache, keep=keep)
-        else:
-            self.__init_cache = init_cache
+    def _begin_(self, engine: Any, *, init_cache: bool) -> None:
+        if not engine.is_async:
+            raise self._in_wrong_process_()
+        if engine.outbox.full or not self._is_left_to_others_(engine, init_cache=init_cache):
+            self._init_cache_ = init_cache
 
     @property
     def is_to_be_opened(self) -> bool:
         """Whether there is something that the constructor could not do."""
-        return self.__init_cache is not None
+        return self._init_cache_ is not None
 
-    def open_now(self) -> None:
+    async def open_now(self) -> None:
         """Do what the constructor would have done, had it been able to wait."""
-        init_cache, self.__init_cache = self.__init_cache, None
-        if init_cache is not None:
-            try:
-                super()._open(self._engine, init_cache=init_cache, keep=True)
-            except BaseException:
-                self.__init_cache = init_cache
-                raise
+        init_cache = self._init_cache_
+        if init_cache is None:
+            return
+        engine = self._own_engine_()
+        if engine.outbox.full:
+            await engine.run(self._waiting_for_room_(engine))
+        if self._init_cache_ is None or self._is_left_to_others_(engine, init_cache=init_cache):
+            self._init_cache_ = None
+            return
+        if init_cache:
+            raise_first(await engine.run(self.storing(engine)))
+        else:
+            await engine.run(engine.members.join(self.resource_id))
+        self._init_cache_ = None
+        self._open_(engine)
 
-    @property
-    def _engine(self) -> "Engine":
-        return super().process().engine
+    def _waiting_for_room_(self, engine: Any) -> Flow[None]:
+        outbox, clock = engine.outbox, engine.identity.clock
+        deadline = clock() + self._process_.BLOCKING_TIMEOUT
+        while outbox.full and not EXECUTING.get():
+            if not outbox.blocks or clock() >= deadline:
+                raise outbox.refusal()
+            yield Sleep(_LOOK)
 
-    @property
-    def _sync(self) -> Self:
-        return self
+    def _check_loop_(self, engine: Any) -> None:
+        del engine
+        raise ConfigurationError(
+            f"{type(self).__qualname__} belongs to an AsyncProcess and this cannot be called from "
+            "here: await the method of its asyncio twin, phonon.aio.AsyncUpdate"
+        )
 
     # To override
 
@@ -129,27 +150,53 @@ class AsyncUpdate(Update):
 
     @classmethod
     def executes_many(cls) -> bool:
-        """Whether it has an `execute_many` of its own."""
+        """Return whether the class has an `execute_many` of its own."""
         return cls.execute_many.__func__ is not AsyncUpdate.execute_many.__func__  # type: ignore[attr-defined]  # of classmethods
 
     # To use
 
-    def process(self) -> AsyncProcess:  # type: ignore[override]  # its twin
-        """The process that this update belongs to."""
-        return super().process()  # type: ignore[return-value]
+    def process(self) -> "AsyncProcess":  # type: ignore[override]  # its twin
+        """Return the process that this update belongs to."""
+        process: AsyncProcess = self._process_
+        return process
 
     @property
     def ref(self) -> AsyncReference:  # type: ignore[override]  # its twin
         """The reference to the record's resource."""
-        if self.__reference is None:
-            self.__reference = AsyncReference.to(self.process(), super().ref)
-        return self.__reference
+        if self._ref_ is None:
+            self._ref_ = AsyncReference(self._process_, self.resource_id, self.block)
+        reference: AsyncReference = self._ref_
+        return reference
 
-    cache = twin(Update.cache)  # type: ignore[assignment]  # to be awaited
-    end_session = twin(Update.end_session)  # type: ignore[assignment]  # to be awaited
+    async def cache(self) -> None:  # type: ignore[override]  # to be awaited
+        """See `Update.cache`."""
+        engine = self._own_engine_()
+        engine.ensure_alive()
+        batch = engine.batch
+        if batch is not None:
+            batch.add(self)
+        else:
+            raise_first(await engine.run(self.storing(engine)))
+        self._init_cache_ = None
+
+    async def end_session(self, block: bool = True) -> None:  # type: ignore[override]  # to be awaited
+        """See `Update.end_session`."""
+        del block
+        engine = self._own_engine_()
+        engine.ensure_alive()
+        batch = engine.batch
+        self._init_cache_ = None
+        if batch is not None:
+            batch.end(self)
+            return
+        try:
+            errors = await engine.run(self.ending(engine))
+        finally:
+            self._renew_()
+        raise_first(errors)
 
     async def force_expiry(self) -> None:  # type: ignore[override]  # to be awaited
-        """Execute what has come together so far; see `Update.force_expiry`."""
+        """See `Update.force_expiry`."""
         self.ref.force_expiry = True
         try:
             await self.end_session()

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -162,6 +163,20 @@ def hincrby(lab: Lab) -> Result:
     return seconds(), None
 
 
+def merged_hincrby(lab: Lab) -> Result:
+    """Sums merged locally first, then one pipelined HINCRBY a key: the sum alone."""
+    with _timed() as seconds:
+        for batch in batches(lab.stream):
+            sums: dict[str, int] = {}
+            for message in batch:
+                sums[message.key] = sums.get(message.key, 0) + message.times
+            pipeline = lab.client.pipeline(transaction=False)
+            for key, n in sums.items():
+                pipeline.hincrby(key, "n", n)
+            pipeline.execute()
+    return seconds(), None
+
+
 def three_commands(lab: Lab) -> Result:
     """The same three facts: pipelined HINCRBY, SADD and ZADD GT."""
     with _timed() as seconds:
@@ -218,6 +233,25 @@ def references(lab: Lab) -> Result:
     with _timed() as seconds:
         for _ in range(BATCH):
             process.create_reference("resource").dereference()
+    return seconds(), None
+
+
+#: Threads that make references side by side.
+THREADS = 8
+
+
+def threaded_references(lab: Lab) -> Result:
+    """The same by eight threads, each on a resource of its own."""
+    process = lab.process
+
+    def work(i: int) -> None:
+        for _ in range(BATCH // THREADS):
+            process.create_reference(f"resource{i}").dereference()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(work, range(THREADS)))  # the threads are there
+        with _timed() as seconds:
+            list(pool.map(work, range(THREADS)))
     return seconds(), None
 
 

@@ -150,11 +150,15 @@ class Suite:
     def _durable(self) -> None:
         group, nothing = "durable, messages/s", "nothing acknowledged"
         alone = self._add(group, "HINCRBY, sum only", nothing, contenders.hincrby)
+        merged = self._add(
+            group, "HINCRBY of sums merged first", nothing, contenders.merged_hincrby
+        )
         three = self._add(group, "HINCRBY, SADD, ZADD", nothing, contenders.three_commands)
         ours = self._add(group, "Phonon, batch()", nothing, contenders.phonon_durable)
         self.targets += [
+            Target(ours, alone, 1.5),
+            Target(ours, merged, 0.7),
             Target(ours, three, 0.6),
-            Target(ours, alone, 0.6),
             Target(ours, self._bytewax, 1.0),
         ]
 
@@ -188,7 +192,7 @@ class Suite:
         )  # fmt: skip
         upserts = several("one upsert a message", "nothing", workers.upsert_per_message, part)
         ours = several("Phonon", "nothing acknowledged", workers.phonon, self._zipf)
-        self.targets += [Target(ours, flusher, 1.0), Target(ours, upserts, 10.0)]
+        self.targets += [Target(ours, flusher, 1.2), Target(ours, upserts, 10.0)]
         group = "durable ingest by workers, messages/s"
         one, two = (
             several(f"{n} worker{'s'[: n - 1]}", "nothing acknowledged", workers.phonon_ingest,
@@ -202,10 +206,17 @@ class Suite:
         bare = add("pairs/s", "two bare calls", "", contenders.bare_calls, count=n)
         name = "Phonon, create_reference and dereference"
         ours = add("pairs/s", name, "", contenders.references, count=n)
+        threads = add(
+            "pairs/s", "Phonon, the same by 8 threads", "", contenders.threaded_references, count=n
+        )
         group, n = "sessions ended/s", contenders.SESSIONS
         calls = add(group, "two bare pipelined calls", "", contenders.pipelined_calls, count=n)
         ends = add(group, "Phonon, expire_all", "", contenders.end_sessions, count=n)
-        self.targets += [Target(ours, bare, 0.8), Target(ends, calls, 0.4)]
+        self.targets += [
+            Target(ours, bare, 0.8),
+            Target(threads, ours, 1.5),
+            Target(ends, calls, 0.45),
+        ]
 
     def _locks(self) -> None:
         def add(name: str, load: Callable[[], locks.Maker], peer: str = "") -> Contender:
@@ -222,7 +233,7 @@ class Suite:
         ours = add("Phonon, lock", locks.phonon)
         self.targets += [
             Target(ours, redis_py, 1.0),
-            Target(ours, package, 1.4),
+            Target(ours, package, 1.0),
             Target(ours, pottery, 1.0),
         ]
 

@@ -17,17 +17,10 @@ from phonon.errors import PhononError
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
 
 
-def _require_aio(_: click.Context, __: click.Parameter, wanted: bool) -> bool:
-    if wanted and find_spec("greenlet") is None:
-        raise click.UsageError("--asyncio needs greenlet: pip install 'phonon[aio]'")
-    return wanted
-
-
 asyncio_option = click.option(
     "--asyncio",
     "asyncio_",
     is_flag=True,
-    callback=_require_aio,
     help="The workers have an event loop each, and use phonon.aio.",
 )
 

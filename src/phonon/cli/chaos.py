@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -27,10 +28,10 @@ from phonon.cli.numbered import Numbered
 from phonon.cli.pool import WINDOW, Pool, Worker
 from phonon.cli.proxy import Proxy
 from phonon.cli.rows import open_rows
-from phonon.cli.server import MortalServer
+from phonon.cli.server import MortalServer, keys_of, onlooker
 from phonon.cli.signals import interruptible
 from phonon.cli.wire import Setup
-from phonon.drivers.server import Durability
+from phonon.settings import Durability
 
 #: Messages that a worker is sent, stores and acknowledges together.
 LIST = 100
@@ -79,13 +80,7 @@ def run(options: Options, job: Job | None = None) -> int:
         folder = Path(enter(tempfile.TemporaryDirectory(prefix="phonon-chaos-")))
         server = enter(MortalServer(folder))
         proxy = enter(Proxy(folder / "p", server.socket))
-        process = enter(
-            Process(
-                url=f"unix://{server.socket}?db=1",
-                namespace=NAMESPACE,
-                recover_failed_processes=False,
-            )
-        )
+        process = enter(onlooker(f"unix://{server.socket}?db=1", NAMESPACE))
         path = str(folder / "chaos.sqlite3")
         database = enter(sink.create(path, job.table))
         setup = Setup(
@@ -243,18 +238,26 @@ class _Chaos:
         """Keys that do not go by themselves, but for those of the process that looks."""
         process = self._process
         client = process.client
-        own = {
-            process.registry_key,
-            process.heartbeat_hash_name,
-            f"{process.heartbeat_hash_name}:epoch",
-            process.engine.keys.card(process.id.encode()).decode(),
-        }
-        names = [key.decode() for key in client.scan_iter(match=f"{NAMESPACE}:*", count=1000)]
-        left = [name for name in names if name not in own and client.ttl(name) < 0]
-        dead = client.zrange(process.heartbeat_hash_name, 0, -1)
-        return left + [
-            f"process {other.decode()}" for other in dead if other.decode() != process.id
-        ]
+        me = process.id
+        left = []
+        for name in sorted(key.decode() for key in keys_of(process)):
+            kind = name.partition("}:")[2]
+            if kind in {"token", "epoch", "partitions", f"lane:{me}"} or client.ttl(name) >= 0:
+                continue
+            # Those that list processes list this one, and nobody else.
+            if kind in {"processes", "listings", "cards", "lanes"}:
+                others = _members(client, name) - {me}
+                left += [f"{name}: process {other}" for other in sorted(others)]
+            else:
+                left.append(name)
+        return left
+
+
+def _members(client: Any, name: str) -> set[str]:
+    """Return what a set, a sorted set or a hash has in it."""
+    read = {b"set": client.smembers, b"zset": lambda key: client.zrange(key, 0, -1)}
+    found = read.get(client.type(name), client.hkeys)(name)
+    return {member.decode() for member in found}
 
 
 def _flights() -> list[Message]:

@@ -48,10 +48,9 @@ class Watch:
 
     def died(self, worker: Worker) -> Death:
         """Begin to look after a worker that has died."""
-        registry = self._process.engine.keys.registry(worker.process.encode())
-        sessions = 0
-        if self._process.client.type(registry) == b"zset":
-            sessions = int(self._process.client.zcard(registry))
+        own = self._process.registry_key
+        registry = own.removesuffix(self._process.id) + worker.process
+        sessions = len(self._process.get_registry(registry)) if worker.process else 0
         self.deaths.append(Death(worker, time.monotonic(), sessions))
         return self.deaths[-1]
 

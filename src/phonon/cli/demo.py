@@ -21,7 +21,7 @@ from phonon.cli.jobs import Job, Message
 from phonon.cli.pool import Pool, Worker
 from phonon.cli.report import Display, Lost, Outcome
 from phonon.cli.rows import Rows, open_rows
-from phonon.cli.server import forgetting, private_server
+from phonon.cli.server import forgetting, onlooker, private_server
 from phonon.cli.signals import interruptible
 from phonon.cli.sums import Sums
 from phonon.cli.wire import Setup
@@ -84,7 +84,7 @@ def run(options: Options) -> int:
         url = options.url or enter(private_server(folder))
         namespace = f"phonon-demo-{uuid.uuid4().hex[:12]}"
         # Before anything is begun: that a server is not there takes one line. It holds nothing.
-        process = enter(Process(url=url, namespace=namespace, recover_failed_processes=False))
+        process = enter(onlooker(url, namespace))
         # Absolute, because SQLite has names that are no files.
         path = str(Path(options.database or folder / "demo.sqlite3").absolute())
         database = enter(sink.create(path, task.job.table))

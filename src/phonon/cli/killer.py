@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from phonon._core.heartbeat import DEAD_AFTER
 from phonon.cli.pool import Pool, Worker
 from phonon.cli.proxy import Proxy
 from phonon.cli.server import MortalServer
-from phonon.engine import DEAD_AFTER
 
 #: Seconds between two strikes of a kind, on average; the first comes after half of that.
 KILLS, PAUSES, CUTS, RESTARTS = 0.35, 1.5, 0.8, 6.0
 #: How long a pause is, in terms of the time after which a process counts as dead.
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.1, 2.0
+#: Of so many kills, workers that are paused are not the victims.
+SPARED = 0.8
 
 
 @dataclass
@@ -100,7 +102,11 @@ class Killer:
         return [worker for worker in alive if worker.process] or alive
 
     def _kill(self) -> None:
-        worker = self._chance.choice(self._ready())
+        ready = self._ready()
+        # Most of those that are paused are to go on, believed dead: few live for as long as that.
+        running = [worker for worker in ready if worker not in self._paused]
+        spared = running and self._chance.random() < SPARED
+        worker = self._chance.choice(running if spared else ready)
         self._paused.pop(worker, None)
         self._pool.kill(worker)
         self.strikes.kills += 1

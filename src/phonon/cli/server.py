@@ -16,6 +16,7 @@ from phonon import _embedded_supervisor as supervisor
 
 #: Seconds for the server to stop; its folder is removed then.
 STOP_TIMEOUT = 10.0
+_SELDOM = 24 * 3600.0
 
 
 @contextlib.contextmanager
@@ -86,17 +87,42 @@ class MortalServer:
             client.config_set("appendfsync", "always")
 
 
+def onlooker(url: str, namespace: str) -> Process:
+    """Return a process that only looks on.
+
+    It beats when it starts, and not again in any run: a beat would make it release what dead
+    workers held, which is the survivors' business, and is shown as theirs.
+    """
+    return Process(
+        url=url,
+        namespace=namespace,
+        session_length=2 * _SELDOM,
+        heartbeat_interval=_SELDOM,
+        recover_failed_processes=False,
+    )
+
+
+def keys_of(process: Process) -> Iterator[bytes]:
+    """Yield all keys of a process's namespace, a name without characters that have a meaning."""
+    # The keys of the namespace itself begin with {name}, those of its partitions with {name/
+    pattern = f"{{{process.namespace}[}}/]*"
+    found: Iterator[bytes] = process.client.scan_iter(match=pattern, count=1000)
+    return found
+
+
 @contextlib.contextmanager
 def forgetting(process: Process) -> Iterator[None]:
-    """Should the block fail, remove all keys of the process's namespace.
+    """Stop a process after the block, and remove all keys of its namespace.
 
-    A worker that was killed leaves sessions behind, and nobody will ever come for those of a
-    namespace that was made for one run.
+    The namespace was made for one run: nobody will ever come for what is left in it, be it the
+    sessions of a worker that was killed, or the number of its partitions.
     """
     try:
         yield
-    except BaseException:
+    finally:
+        client = process.client
         with contextlib.suppress(redis.RedisError, PhononError):
-            for key in process.client.scan_iter(match=f"{process.namespace}:*", count=1000):
-                process.client.unlink(key)
-        raise
+            process.stop()
+        with contextlib.suppress(redis.RedisError):
+            for key in keys_of(process):
+                client.unlink(key)

@@ -7,7 +7,7 @@ acknowledges a list when all of it is on the server.
 from dataclasses import dataclass
 
 from phonon.cli.jobs import Job
-from phonon.drivers.server import Durability
+from phonon.settings import Durability
 
 #: Seconds between two heartbeats of a worker: short, so that a takeover can be watched.
 HEARTBEAT = 0.5

@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
-from phonon import LruCache, PhononError, Process, Update, takeover
+from phonon import LruCache, PhononError, Process, Update
+from phonon._core.takeover import TAKEN_OVER
 from phonon.cli.sink import Sink
 from phonon.cli.wire import Failed, Log, Progress, Ready, Setup, TookOver
 from phonon.errors import DeclaredDeadError, ServerUnreachableError
@@ -114,7 +115,7 @@ class _LogToProgram(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message: Log | TookOver = Log(record.getMessage())
-        if record.msg == takeover.TAKEN_OVER and isinstance(record.args, tuple):
+        if record.msg == TAKEN_OVER and isinstance(record.args, tuple):
             _, sessions, dead, batches = record.args
             message = TookOver(str(dead), int(str(sessions)), int(str(batches)))
         with contextlib.suppress(ParentGone):
@@ -221,7 +222,7 @@ def main() -> None:
     try:
         setup: Setup = link.receive()
         if setup.asyncio:
-            from phonon.cli.async_worker import run  # noqa: PLC0415 - needs an extra
+            from phonon.cli.async_worker import run  # noqa: PLC0415 - imports this file
 
             run(link, setup, stop)
         else:

@@ -1,0 +1,24 @@
+"""The end of an ``async with`` block."""
+
+import asyncio
+from collections.abc import Awaitable
+
+#: Seconds that a cancelled task gives the end of a block. Then that goes on in the background.
+PATIENCE = 0.5
+
+
+async def leave(error: BaseException | None, work: Awaitable[object]) -> None:
+    """Await the end of a block. A cancelled task is not held up for long by that.
+
+    Args:
+        error: What the block raised.
+        work: The work to be done.
+    """
+    if not isinstance(error, asyncio.CancelledError):
+        await work
+        return
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await work
+    except TimeoutError:
+        error.add_note("phonon: the server did not answer; the process goes on with it")

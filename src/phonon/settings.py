@@ -1,0 +1,348 @@
+"""Settings of a process, and the checks of what users pass as arguments."""
+
+import json
+import math
+import operator
+import os
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from inspect import iscoroutinefunction
+from numbers import Real
+from typing import Any, Final
+
+from phonon._core.outbox import Overflow
+from phonon._core.retry import RetryPolicy
+from phonon._core.settings import Durability
+from phonon._protocol.partitions import MOST_PARTITIONS
+from phonon.errors import ConfigurationError
+
+__all__ = ["URL_VARIABLE", "Durability", "Overflow", "RetryPolicy"]
+
+#: Read where no address is given.
+URL_VARIABLE: Final = "PHONON_URL"
+_DEFAULT_ADDRESS: Final = ("localhost", 6379, 1)
+
+
+# Single values
+
+
+def check_name(argument: str, value: Any) -> str:
+    """Refuse a name that is no text.
+
+    Args:
+        argument: The argument's name, for the message.
+        value: What was given.
+
+    Returns:
+        The name.
+
+    Raises:
+        ConfigurationError: It is not a str.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes | bytearray):
+        remedy = f"decode it: {argument}={bytes(value)!r}.decode()"
+    elif value is None:
+        remedy = "give it a name"
+    else:
+        remedy = f"write {argument}=str({value!r})"
+    raise ConfigurationError(f"{argument} is a str, not {value!r}: {remedy}")
+
+
+def check_seconds(argument: str, value: Any) -> float:
+    """Refuse what is no positive, finite number of seconds.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ConfigurationError(
+            f"{argument} is a number of seconds above 0, not {value!r}: give one like "
+            f"{argument}=10.0"
+        )
+    seconds: float = value
+    return seconds
+
+
+def check_timeout(argument: str, value: Any) -> float:
+    """Refuse what is no number of seconds to wait; infinity is one.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not _is_number(value) or math.isnan(value):
+        raise ConfigurationError(
+            f"{argument} is a number of seconds, not {value!r}: give one like {argument}=10.0, or "
+            "leave it out"
+        )
+    seconds: float = value
+    return seconds
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_whole(argument: str, value: Any) -> int:
+    """Refuse what is no whole number.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    remedy = f"use // where it is divided, or write {argument}=int(...)"
+    raise ConfigurationError(f"{argument} is a whole number, not {value!r}: {remedy}")
+
+
+def check_parties(value: Any) -> int | None:
+    """Refuse a number of parties that is none.
+
+    Raises:
+        ConfigurationError: It is no whole number, or below 1.
+    """
+    if value is None:
+        return None
+    parties = check_whole("parties", value)
+    if parties < 1:
+        raise ConfigurationError(
+            f"a session has 1 party at the least, not {value!r}: give parties=1 or more, or leave "
+            "the argument out"
+        )
+    return parties
+
+
+def check_places(value: Any) -> int:
+    """Refuse a semaphore's number of places that is none.
+
+    Raises:
+        ConfigurationError: It is no whole number, or below 1.
+    """
+    places = check_whole("places", value)
+    if places < 1:
+        raise ConfigurationError(
+            f"a semaphore has 1 place at the least, not {value!r}: give places=1 or more"
+        )
+    return places
+
+
+def check_api(kind: type, *, process_is_async: bool, is_async: bool) -> None:
+    """Refuse an object of one API for a process of the other: its calls would do nothing.
+
+    Args:
+        kind: The object's class.
+        process_is_async: Whether it is an `AsyncProcess`.
+        is_async: Whether the object is made for one.
+
+    Raises:
+        ConfigurationError: They do not fit.
+    """
+    if process_is_async is is_async:
+        return
+    if is_async:
+        raise ConfigurationError(f"{kind.__qualname__} needs an AsyncProcess")
+    raise ConfigurationError(
+        f"{kind.__qualname__} cannot be used with an AsyncProcess, whose calls it does not await: "
+        "await the method of its asyncio twin, in phonon.aio"
+    )
+
+
+def check_callable(argument: str, value: Any, *, is_async: bool) -> None:
+    """Refuse what cannot be called back. None is fine.
+
+    Args:
+        argument: The argument's name, for the message.
+        value: What was given.
+        is_async: Whether a coroutine function can be awaited.
+
+    Raises:
+        ConfigurationError: It is not callable, or a coroutine function where nothing awaits it.
+    """
+    if value is None:
+        return
+    if not callable(value):
+        raise ConfigurationError(
+            f"{argument} is a function, not {value!r}: give one without calling it, or leave the "
+            "argument out"
+        )
+    if not is_async and iscoroutinefunction(value):
+        raise ConfigurationError(
+            f"{argument}={value!r} is a coroutine function, and this process has no event loop: "
+            "use phonon.aio.AsyncProcess"
+        )
+
+
+# What a process is given
+
+
+def check_process(
+    *,
+    session_length: Any,
+    heartbeat_interval: Any,
+    retry_timeout: Any,
+    namespace: Any,
+    partitions: Any,
+    serializer: Any,
+    retry: Any,
+    durability: Any,
+    on_error: Any,
+    max_backlog: Any,
+    overflow: Any,
+    is_async: bool,
+) -> None:
+    """Refuse settings of a process that are invalid, before anything has begun.
+
+    Raises:
+        ConfigurationError: One is. The message names it, its value and the remedy.
+    """
+    for name, value in (
+        ("session_length", session_length),
+        ("heartbeat_interval", heartbeat_interval),
+        ("retry_timeout", retry_timeout),
+    ):
+        check_seconds(name, value)
+    if session_length < 2 * heartbeat_interval:
+        raise ConfigurationError(
+            f"session_length is {session_length:g} s and heartbeat_interval {heartbeat_interval:g} "
+            "s: make session_length at least twice heartbeat_interval"
+        )
+    check_name("namespace", namespace)
+    _check_partitions(partitions)
+    _check_serializer(serializer)
+    _check_retry(retry)
+    _check_durability(durability)
+    check_callable("on_error", on_error, is_async=is_async)
+    if check_whole("max_backlog", max_backlog) < 1:
+        raise ConfigurationError(
+            f"max_backlog is at least 1, not {max_backlog!r}: the default is 100,000"
+        )
+    if overflow not in ("block", "raise"):
+        raise ConfigurationError(f'overflow is "block" or "raise", not {overflow!r}')
+
+
+def _check_partitions(value: Any) -> None:
+    if value is None:
+        return
+    if not 1 <= check_whole("partitions", value) <= MOST_PARTITIONS:
+        raise ConfigurationError(
+            f"partitions is 1 to {MOST_PARTITIONS}, not {value!r}: leave it out for 16, or for as "
+            "many as the namespace has"
+        )
+
+
+def _check_serializer(value: Any) -> None:
+    if value is None or isinstance(value, type):
+        problem = value is not None
+    else:
+        named = isinstance(getattr(value, "name", None), str)
+        methods = (getattr(value, method, None) for method in ("dumps", "loads"))
+        problem = value is json or not (named and all(map(callable, methods)))
+    if problem:
+        raise ConfigurationError(
+            f"serializer is an object with a name and the methods dumps and loads, not {value!r}: "
+            "give a phonon.ExactSerializer(), a phonon.SignedPickleSerializer(...) or one of your "
+            "own; see phonon.Serializer"
+        )
+
+
+def _check_retry(value: Any) -> None:
+    if not isinstance(value, RetryPolicy):
+        raise ConfigurationError(
+            f"retry is a phonon.RetryPolicy, not {value!r}: write RetryPolicy(attempts=...)"
+        )
+    for name, least in (("attempts", 1), ("crashes", 0)):
+        number = getattr(value, name)
+        if check_whole(f"retry.{name}", number) < least:
+            raise ConfigurationError(
+                f"retry.{name} is at least {least}, not {number!r}: see phonon.RetryPolicy"
+            )
+    for name, most, what in (
+        ("first_delay", math.inf, "a number of seconds from 0"),
+        ("longest_delay", math.inf, "a number of seconds from 0"),
+        ("jitter", 1, "a share from 0 to 1"),
+    ):
+        number = getattr(value, name)
+        if not _is_number(number) or not (0 <= number <= most and number < math.inf):
+            raise ConfigurationError(
+                f"retry.{name} is {what}, not {number!r}: see phonon.RetryPolicy"
+            )
+
+
+def _check_durability(value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Durability):
+        raise ConfigurationError(
+            f"durability is a phonon.Durability, not {value!r}: write Durability(replicas=...)"
+        )
+    if check_whole("durability.replicas", value.replicas) < 0:
+        raise ConfigurationError(
+            f"durability.replicas is at least 0, not {value.replicas!r}: see phonon.Durability"
+        )
+    check_seconds("durability.timeout", value.timeout)
+
+
+def check_executor(value: Any) -> None:
+    """Refuse an executor that cannot run ``execute``.
+
+    Raises:
+        ConfigurationError: It is none, or has processes instead of threads.
+    """
+    if isinstance(value, ProcessPoolExecutor):
+        raise ConfigurationError(
+            "executor= takes threads: updates hold connections and cannot be sent to another "
+            "process; give a concurrent.futures.ThreadPoolExecutor"
+        )
+    if value is not None and not isinstance(value, Executor):
+        raise ConfigurationError(
+            f"executor is a concurrent.futures.Executor, not {value!r}: give a "
+            "concurrent.futures.ThreadPoolExecutor(...)"
+        )
+
+
+# Where the server is
+
+
+def url_of(
+    url: Any, hosts: Sequence[str] | None, client: Any, address: tuple[Any, Any, Any]
+) -> str | None:
+    """Return the URL of the server that arguments name; None if a client does.
+
+    Args:
+        url: The URL, if it was given.
+        hosts: Nodes of a cluster, if they were given.
+        client: A client, if one was given.
+        address: Host, port and database.
+
+    Raises:
+        ConfigurationError: They contradict each other, or are invalid.
+    """
+    if client is not None:
+        if url or hosts:
+            raise ConfigurationError("give one of client=, url= and hosts=")
+        return None
+    if url is not None and hosts is not None:
+        raise ConfigurationError("give one of url= and hosts=")
+    if url is not None:
+        return check_name("url", url)
+    if hosts is not None:
+        if isinstance(hosts, str) or not hosts or not all(isinstance(h, str) for h in hosts):
+            raise ConfigurationError(f'hosts= is a list of "host:port", not {hosts!r}')
+        return "redis+cluster://" + ",".join(hosts)
+    if address == _DEFAULT_ADDRESS and os.environ.get(URL_VARIABLE):
+        return os.environ[URL_VARIABLE]
+    return _url_at(*address)
+
+
+def _url_at(host: Any, port: Any, db: Any) -> str:
+    """Return the URL of a server at an address."""
+    if "://" in check_name("host", host):
+        raise ConfigurationError("host is the name of a host, not a URL: give that as url=")
+    for name, number in (("port", port), ("db", db)):
+        if check_whole(name, number) < 0:
+            raise ConfigurationError(f"{name} is at least 0, not {number!r}")
+    return f"redis://{f'[{host}]' if ':' in host else host}:{port}/{db}"

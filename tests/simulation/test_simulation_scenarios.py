@@ -1,0 +1,175 @@
+"""Directed scenarios, each with the fault that it is there for."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import sim_scenarios as scenarios
+from sim_checks import Violation
+from sim_mutations import Mutation, Patch, mutated
+from sim_scenarios import SCENARIOS, Scenario, play
+from sim_server import Change, SimServer, small
+
+from phonon._core import heartbeat, identity, members, outbox, rebirth, takeover
+from phonon._protocol import lane
+
+
+@pytest.fixture(scope="module")
+def sim() -> Iterator[SimServer]:
+    server = SimServer()
+    yield server
+    server.close()
+
+
+def _lua(old: str, new: str) -> Mutation:
+    return Mutation((Change(old, new),))
+
+
+_UNVERIFIED = Patch(
+    heartbeat,
+    "Heartbeat.beat",
+    "lost = not self.closing and self._has_lost(known, found)",
+    "lost = False",
+)
+_UNLISTED = Change("or call('HGET', N .. 'listings', pid) ~= args[4] then", "then")
+
+#: Without its rule each scenario comes to a violation.
+WITHOUT: dict[Scenario, Mutation] = {
+    scenarios.a_lane_has_a_number: _lua(
+        "if known[2] ~= number or sequence > last + 1 then", "if sequence > last + 1 then"
+    ),
+    scenarios.a_rebirth_fences: _lua(
+        "'sequence', 'answers', 'digest', 'number')\n  fence(T, args[1])\n",
+        "'sequence', 'answers', 'digest', 'number')\n",
+    ),
+    scenarios.a_leave_comes_behind_the_former_self: Mutation(
+        core=(Patch(lane, "Lane.defer", "if self.deferred is None:", "if False:"),)
+    ),
+    scenarios.an_own_former_self_is_recovered: Mutation(
+        core=(Patch(takeover, "Takeover.take_over", " or dead in self._identity.former\n", "\n"),)
+    ),
+    scenarios.former_identities_are_fenced_again: Mutation(
+        core=(
+            Patch(
+                rebirth,
+                "Rebirth._fence",
+                "for process in (*self._identity.former, old):",
+                "for process in (old,):",
+            ),
+            Patch(
+                rebirth,
+                "Rebirth._fence",
+                "wanted[lane.partition, call.process] = None",
+                "wanted[lane.partition, old] = None",
+            ),
+        )
+    ),
+    scenarios.a_refused_call_asks: Mutation(
+        core=(
+            Patch(
+                lane,
+                "Lane.read",
+                "call.error is not None and not answers",
+                "call.error is not None",
+            ),
+        )
+    ),
+    scenarios.a_listing_has_a_number: Mutation((_UNLISTED,), (_UNVERIFIED,)),
+    scenarios.an_outage_is_nobodys_death: _lua(
+        "      if score <= at then\n", "      if false then\n"
+    ),
+    scenarios.a_newcomer_marks_nobody: Mutation(
+        core=(
+            Patch(
+                identity,
+                "Identity.may_mark",
+                "self.clock() - self.lived_since >= self.lease",
+                "True",
+            ),
+        )
+    ),
+    scenarios.what_a_reaper_leaves_is_marked: _lua(
+        "    call('ZADD', registry, fmt(LEFT_SCORE), resource)\n",
+        "    call('ZADD', registry, 0, resource)\n",
+    ),
+    scenarios.a_call_names_the_stamp_before_it: _lua(
+        "  if (known[3] or '') ~= args[4] then\n", "  if false then\n"
+    ),
+    scenarios.lanes_are_verified: Mutation(core=(_UNVERIFIED,)),
+    scenarios.the_loss_of_all_lanes_is_told_by_the_first_call: Mutation(
+        core=(
+            Patch(
+                rebirth,
+                "Rebirth.run",
+                "for lane in lanes if suspicious else ():",
+                "for lane in ():",
+            ),
+        )
+    ),
+    scenarios.orphaned_lanes_are_reaped: Mutation(
+        core=(Patch(heartbeat, "Heartbeat.sweep", "now - since > patience", "False"),)
+    ),
+    scenarios.a_sweep_is_patient: Mutation(
+        core=(Patch(heartbeat, "Heartbeat.sweep", "now - since > patience", "True"),)
+    ),
+    scenarios.a_stale_reaper_meets_an_outage: _lua(
+        "  if score == 0 then\n    return { 'dead' }\n  end\n", ""
+    ),
+    scenarios.a_rollback_in_a_takeover: _lua(
+        "  elseif others == 0 and total > 0 and not run[1] then\n    if recovers then\n",
+        "  elseif false then\n    if recovers then\n",
+    ),
+    scenarios.a_zombie_does_not_complete: _lua(
+        "  local mine, due = owns(c, resource, o[i + 2])\n  if not mine then\n",
+        "  local mine, due = owns(c, resource, o[i + 2])\n"
+        "  if call('EXISTS', c.T .. 'running:' .. resource) == 0 then\n",
+    ),
+    scenarios.a_batch_is_not_forgotten_while_its_answer_lies_here: Mutation(
+        core=(Patch(outbox, "Outbox.knows", "name in self.executor.expected", "False"),)
+    ),
+    scenarios.a_join_while_others_are_executed_stays: Mutation(
+        core=(
+            Patch(
+                outbox,
+                "Outbox.end",
+                "answers = yield from executor.execute(batches, leaves)",
+                "made = leaves()\n            answers = yield from executor.execute(batches, lambda: made)",
+            ),
+        )
+    ),
+    scenarios.a_refused_join_behind_a_rebirth: Mutation(
+        core=(
+            Patch(
+                members,
+                "Members.entered",
+                "not entry.entered and entry.identity == self._identity.id",
+                "not entry.entered",
+            ),
+        )
+    ),
+    scenarios.a_leave_behind_a_rebirth_is_the_last: Mutation(
+        core=(Patch(rebirth, "Rebirth.run", "left.append(operation.resource)", "pass"),)
+    ),
+}
+
+
+def _name(scenario: object) -> str:
+    return getattr(scenario, "__name__", "")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=_name)
+def test_with_all_rules(sim: SimServer, scenario: Scenario) -> None:
+    with small(sim):
+        play(sim, scenario)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=_name)
+def test_without_its_rule(sim: SimServer, scenario: Scenario) -> None:
+    with mutated(sim, WITHOUT[scenario]), pytest.raises((Violation, AssertionError)):
+        play(sim, scenario)
+
+
+def test_each_scenario_has_its_rule() -> None:
+    assert list(WITHOUT) == SCENARIOS
+    pairs = itertools.combinations(SCENARIOS, 2)
+    assert all(one is not other for one, other in pairs)
