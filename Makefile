@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint bench docs clean
+.PHONY: help demo test test-all chaos lint bench docs clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 # One environment for all targets; made again when the pinned versions or the metadata change.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -21,8 +21,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## run the main job on real data with an embedded server
 	$(BIN)/phonon demo $(ARGS)
 
-test: $(VENV)/.installed ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+# Tests wait for conditions, so they may share the machine: one worker for each of two cores.
+test: $(VENV)/.installed ## run the tests, but for the slow exhaustive ones
+	$(BIN)/python -m pytest -n 2 -m "not slow and not chaos" $(ARGS)
+
+test-all: $(VENV)/.installed ## run all tests, as CI does
+	$(BIN)/python -m pytest -n 2 --ignore tests/chaos $(ARGS)
+	$(BIN)/python -m pytest tests/chaos $(ARGS)
 
 chaos: $(VENV)/.installed ## kill workers by the hundred, and check that nothing is lost
 	$(BIN)/python -m pytest -m chaos -rP $(ARGS) tests/chaos
