@@ -147,22 +147,28 @@ class BaseLock:
 
     # Acquiring
 
-    def entering(self) -> Flow[None]:
+    def entering(self) -> Flow[bool]:
         """Take the lock as the lock was made.
+
+        Returns:
+            Whether it is held. False only for a caller that has gone meanwhile.
 
         Raises:
             AlreadyLockedError: It is taken.
         """
         return self._entering(self._seconds(None, None), self._engine.driver.me())
 
-    def _entering(self, seconds: float | None, owner: object) -> Flow[None]:
+    def _entering(self, seconds: float | None, owner: object) -> Flow[bool]:
         taken = yield from self._acquiring(seconds, owner)
+        if taken is None:
+            return True
         # A caller that has gone, perhaps while its error was prepared, is told nothing.
-        if taken is None or (yield CALLER_GONE):
-            return
+        if (yield CALLER_GONE):
+            return False
         refusal = yield from self._refusal(taken, seconds)
-        if not (yield CALLER_GONE):
-            raise refusal
+        if (yield CALLER_GONE):
+            return False
+        raise refusal
 
     def _acquire(
         self,

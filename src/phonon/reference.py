@@ -100,7 +100,8 @@ class BaseReference:
         return self._locked_leaving(lock, callback, batch)
 
     def _locked_leaving(self, lock: Any, callback: Callable[[], Any], batch: Any) -> Flow[bool]:
-        yield from lock.entering()
+        if not (yield from lock.entering()):
+            return False  # the caller has gone: without the lock the reference stays held
         failure: BaseException | None = None
         last = False
         try:

@@ -14,6 +14,8 @@ from phonon.cli.sink import Table
 
 _chance = random.SystemRandom()
 _born = time.monotonic()
+#: Seconds: some more than a lease, so that the worker comes to execute what dead ones have left.
+YOUNG = 1.5
 
 
 class UncheckedTable(Table):
@@ -29,7 +31,7 @@ class DyingUpdate(NumberedUpdate):
 
     def execute(self) -> None:
         super().execute()
-        if time.monotonic() - _born < 0.6 and _chance.random() < 0.01:
+        if time.monotonic() - _born < YOUNG and _chance.random() < 0.01:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

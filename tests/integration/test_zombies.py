@@ -427,7 +427,8 @@ def test_an_outage_is_nobodys_death(how: str, namespace: str, tmp_path: Path) ->
             assert kept == {holder.id for holder in reference.holders()}
             assert [member.do("told") for member in members] == [[], [], []]
             assert told == []
-            assert members[0].do("owned", "lock") is True
+            # As soon as a heartbeat has told it again that it lives.
+            wait_until(lambda: members[0].do("owned", "lock"))
             members[0].do("release", "lock")
             crew.journal.open("hang-b")
             assert ending.exception(20) is None

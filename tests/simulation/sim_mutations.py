@@ -323,6 +323,7 @@ MUTATIONS: dict[str, Mutation] = {
 
 #: Where those are found that most schedules do not come to.
 _FOUND_AT = {
+    "complete does not ask who owns the batch": ("deaths", 440),
     "fail does not ask who owns the batch": ("rollback", 15),
     "resume does not ask who owns the batch": ("outage", 8),
     "a process believes that it lives": ("outage", 65),

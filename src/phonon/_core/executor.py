@@ -463,7 +463,8 @@ class Executor:
             error.add_note(f"phonon: {text}; their data is kept")
             log.warning("%s: %s", text, error)
             self._reports.notify(error)
-        batch.errors.append(error)
+        if not batch.background:  # it was taken over, and is in better hands: nothing to raise
+            batch.errors.append(error)
 
     def compact(self, partition: int, name: bytes, count: int) -> Flow[None]:
         """Merge some partials of a session that goes on."""

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from phonon.aio import AsyncLruCache, AsyncProcess, AsyncUpdate
+from phonon.cli import twins  # noqa: F401 - before a batch of theirs is taken over
 from phonon.cli.sink import Sink
 from phonon.cli.wire import Ready, Setup
 from phonon.cli.worker import REPORT_INTERVAL, Counter, Link, Stop, options
