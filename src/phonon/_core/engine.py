@@ -38,6 +38,8 @@ log = logging.getLogger("phonon")
 STRIPES = 64
 #: Seconds between two looks at a worker that is to end.
 _LOOK = 0.002
+#: Seconds between two attempts to bring unanswered calls to their end, in `stop`.
+_PAUSE = 0.05
 #: Seconds in which those that wait for locks have to go when the process stops.
 _DISMISSAL = 5.0
 
@@ -163,7 +165,9 @@ class Engine:
         self.outbox.surplus = lambda: sum(cache.surplus for cache in list(self.caches))
         self.outbox.start_worker = lambda: self._ensure("outbox", self.outbox.work)
         self.takeover.start_worker = lambda: self._ensure(
-            "takeover", self.takeover.work, anyhow=not self.takeover.is_working
+            "takeover",
+            self.takeover.work,
+            anyhow=True,  # it is asked for where the one before has ended, or is about to
         )
         self.leases.start_worker = lambda: self._ensure(
             "leases", self.leases.work, anyhow=not self.leases.is_working
@@ -184,6 +188,8 @@ class Engine:
         self._starting = threading.RLock()
         self._spawning = threading.RLock()
         self._workers: dict[str, Any] = {}
+        #: Workers in whose place others were started, and which may not have ended yet.
+        self._former_workers: dict[str, list[Any]] = {}
         self.outbox.signal = self.driver.signal()
         self.leases.signal = self.driver.signal()
         self.heartbeat.signal = self.identity.signal = self.driver.signal()
@@ -236,8 +242,11 @@ class Engine:
         # A worker that has just been started may come here itself, before it is entered.
         with self._spawning:
             worker = self._workers.get(name)
-            if worker is not None and worker.is_alive() and not anyhow:
-                return
+            if worker is not None and worker.is_alive():
+                if not anyhow:
+                    return
+                others = self._former_workers.get(name, ())
+                self._former_workers[name] = [o for o in (*others, worker) if o.is_alive()]
             # The interpreter starts no threads while it ends; `stop` does that work then.
             with contextlib.suppress(RuntimeError):
                 self._workers[name] = self.driver.spawn(
@@ -247,7 +256,8 @@ class Engine:
     @property
     def is_worker(self) -> bool:
         """Whether the caller is one of the workers, which `stopping` waits for."""
-        return any(worker.is_me() for worker in list(self._workers.values()))
+        former = [worker for some in list(self._former_workers.values()) for worker in some]
+        return any(worker.is_me() for worker in (*self._workers.values(), *former))
 
     def in_background(self, function: Callable[[], object], name: str = "tell") -> None:
         """Run a function of the user's in a thread or task of its own."""
@@ -333,7 +343,9 @@ class Engine:
                 if result.errors:
                     failed()
             yield from self.takeover.work()
-            yield from self.outbox.catch_up()
+            # The heartbeat may have started one since: what it takes over is to be executed.
+            yield from self._await_workers("takeover")
+            yield from self._settle()
             errors += yield from self.leases.release_all()
             errors += yield from self._leave_all()
             # What has failed just now is not tried again at once: it is left to the survivors.
@@ -353,10 +365,15 @@ class Engine:
                 if part.signal is not None:
                     part.signal.set()
         self.identity.reborn()  # those that wait for locks look up, and find that it is over
+        yield from self._await_workers(*names)
+
+    def _await_workers(self, *names: str) -> Flow[None]:
         for name in names:
             worker = self._workers.get(name)
-            while worker is not None and worker.is_alive() and not worker.is_me():
-                yield Sleep(_LOOK)
+            latest = () if worker is None else (worker,)
+            for each in (*self._former_workers.get(name, ()), *latest):
+                while each.is_alive() and not each.is_me():
+                    yield Sleep(_LOOK)
 
     def _dismiss_waiters(self) -> Flow[None]:
         """Send waiters away: one that leaves its line after the lanes are closed would stay in it.
@@ -368,6 +385,14 @@ class Engine:
         while identity.waiters and clock() < give_up:
             yield Read(identity.nudges(identity.id))
             yield Sleep(_LOOK)
+
+    def _settle(self) -> Flow[None]:
+        """Bring to their end the flows whose callers have gone, as long as a caller would wait."""
+        give_up = clock() + getattr(self.driver, "retry_timeout", 0.0)
+        yield from self.outbox.catch_up()
+        while self.outbox.detached and clock() < give_up:
+            yield Sleep(_PAUSE)
+            yield from self.outbox.catch_up()
 
     def _leave_all(self) -> Flow[list[BaseException]]:
         # The server's word, not our memory: it names all that we may be responsible for.
@@ -394,6 +419,7 @@ class Engine:
                 # Declared dead at the last moment: what the new identity has got is left as well.
                 self.heartbeat.closing = False
                 yield from self.takeover.work()
+                yield from self._await_workers("takeover")
                 yield from self._leave_all()
                 yield from self.outbox.retry(math.inf)
         # A heartbeat after the end would look after what is gone.

@@ -141,10 +141,10 @@ class Rebirth:
 
         self._takeover.add_former(reaped, self._members.joins(left))
         error = self._error(old, lost_calls, lost_data=lost_data)
-        self._leases.lose_former()
         for operation, answer in told:
             self._deliver(operation, answer)
-        self._reports.report_error(error)
+        self._reports.report_error(error)  # the cause, before the locks that it has cost
+        self._leases.lose_former()
         identity.reborn()
         nudges = identity.nudges(old)
         if nudges:  # those that read mail read the former self's

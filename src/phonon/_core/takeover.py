@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from phonon._core.flows import FLUSH, REBORN, Flow, Read, Send, Sleep
 from phonon._core.identity import Identity
@@ -32,6 +33,9 @@ MOST_JOINS = 4096
 TAKEN_OVER = (
     "process %s has taken over %d resources of process %s, which was declared dead, and %d batches"
 )
+
+
+_GONE: Any = object()
 
 
 @dataclass
@@ -92,7 +96,7 @@ class Takeover:
             if class_name is None or (self._recovers and self._can_execute(class_name)):
                 self._dead.setdefault(process)
         if self._dead:
-            self.start_worker()
+            self._start()
 
     def add_former(self, former: Iterable[bytes], joins: Sequence[Operation]) -> None:
         """Take over from own former identities, before anything else of theirs is repeated.
@@ -107,22 +111,39 @@ class Takeover:
             self.former[process] = set(partitions)
             self._dead.pop(process, None)
         self._dead = dict.fromkeys([*self.former, *self._dead])
-        self.start_worker()
+        self._start()
+
+    def _start(self) -> None:
+        """Start the worker, unless it will look again."""
+        if not self.is_working:
+            # Said before it runs: an event loop enters it later, and one beat may come here often.
+            self.is_working = True
+            self.start_worker()
 
     def work(self) -> Flow[None]:
         """Take over from all that are known to be dead."""
         self.is_working = True
-        while self._has_more():
-            process = next(iter(self._dead))
-            del self._dead[process]
-            try:
-                yield from self.take_over(process)
-            except PhononError as error:
-                log.warning("process %s takes over later: %s", self._identity.name, error)
-                if process in self.former:
-                    self._dead.setdefault(process)
-                self.is_working = False
-                return
+        try:
+            while self._has_more():
+                process = self._next()
+                if process is None:
+                    continue
+                try:
+                    yield from self.take_over(process)
+                except PhononError as error:
+                    log.warning("process %s takes over later: %s", self._identity.name, error)
+                    if process in self.former:
+                        self._dead.setdefault(process)
+                    return
+        finally:
+            self.is_working = False
+
+    def _next(self) -> bytes | None:
+        """Remove and return one; None if another thread has taken it."""
+        for process in list(self._dead):
+            if self._dead.pop(process, _GONE) is not _GONE:
+                return process
+        return None
 
     def _has_more(self) -> bool:
         """Return whether there is more to do. If not, a dead one that is added starts a worker."""
