@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from phonon._core import classes, compaction
 from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, read
@@ -78,20 +78,6 @@ class Codec(Protocol):
 
     def can_execute(self, class_name: str) -> bool:
         """Return whether this process can execute batches of a class."""
-
-
-class Failure(NamedTuple):
-    """A batch that could not be executed.
-
-    Attributes:
-        token: Which.
-        error: Why.
-        retry_in: Seconds until it is tried again here; None if it is not.
-    """
-
-    token: int
-    error: BaseException
-    retry_in: float | None
 
 
 class Batch:

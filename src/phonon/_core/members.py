@@ -9,7 +9,6 @@ import msgpack
 from phonon._core.flows import CALLER_GONE, REBORN, AwaitMail, Flow, Read, Send, read, single
 from phonon._core.identity import Identity
 from phonon._protocol import operations
-from phonon._protocol.answers import Reply
 from phonon._protocol.operations import Operation
 from phonon._protocol.partitions import decode, encode_resource
 
@@ -308,8 +307,3 @@ def _info(process: bytes, since: float, card: bytes) -> ProcessInfo:
     except (ValueError, AttributeError, msgpack.exceptions.UnpackException):
         host, pid = "", 0  # not one of ours: it must fail no list of holders
     return ProcessInfo(decode(process), host, pid, since)
-
-
-def is_last(answer: Any) -> bool:
-    """Return whether the answer to a leave says that its caller was the last."""
-    return isinstance(answer, list) and answer[0] != Reply.HELD and bool(answer[2])

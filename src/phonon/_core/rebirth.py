@@ -138,7 +138,6 @@ class Rebirth:
                         left.append(operation.resource)
                     new.enqueue(operation, first=operation.ahead or operation.words[0] == _REAP)
         reaped = identity.former if suspicious else [old]
-
         self._takeover.add_former(reaped, self._members.joins(left))
         error = self._error(old, lost_calls, lost_data=lost_data)
         for operation, answer in told:

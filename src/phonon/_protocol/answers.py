@@ -70,13 +70,6 @@ class Run(NamedTuple):
     content: Any
 
 
-class Granted(NamedTuple):
-    """A lock was granted."""
-
-    code: int
-    token: int
-
-
 class Taken(NamedTuple):
     """A lock is held, or promised to a waiter: an answer with `Reply.WAIT` or `Reply.BUSY`.
 

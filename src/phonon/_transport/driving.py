@@ -1,6 +1,5 @@
 """What the drivers of threads and of asyncio share: tickets, answers, the user's code."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from inspect import isasyncgen, isawaitable, iscoroutine, isgenerator
@@ -19,8 +18,6 @@ from phonon._transport.server import Reply as Answer
 from phonon._transport.server import Server
 from phonon._transport.steps import Steps
 
-#: Goes on while the machine sleeps, where there is such a clock.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 #: Errors that end a lane, unless it was closing.
 REFUSALS = frozenset({"PHONONFENCED", "PHONONLOST", "PHONONSTALE"})
 #: In place of an answer that has not come yet.
@@ -43,11 +40,6 @@ class Identity(Protocol):
 
     def on_rebirth(self, callback: Callable[[], object]) -> None:
         """Have a function called after each rebirth."""
-
-
-def clock() -> float:
-    """Return seconds, from a clock that is never set."""
-    return time.clock_gettime(_CLOCK)
 
 
 # Sending

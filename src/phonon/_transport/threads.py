@@ -26,6 +26,7 @@ from typing import Any, TypeVar, cast
 
 from redis.exceptions import ResponseError
 
+from phonon._core.clock import clock
 from phonon._core.flows import (
     CALLER_GONE,
     FLUSH,
@@ -54,7 +55,6 @@ from phonon._transport.driving import (
     Receiver,
     Ticket,
     check_result,
-    clock,
     exchange,
     is_nudge,
     mailbox,
