@@ -445,7 +445,11 @@ class AsyncDriver:
     def _set_deadline(self, ticket: _Ticket) -> None:
         ticket.deadline = self.loop.time() + self.retry_timeout
         self._waiting[ticket] = None
-        if self._timer is None:
+        timer = self._timer
+        if timer is not None and timer.when() > ticket.deadline:
+            timer.cancel()  # it was set for one that may wait for longer
+            timer = None
+        if timer is None:
             self._timer = self.loop.call_at(ticket.deadline, self._overdue)
 
     def _overdue(self) -> None:
@@ -453,11 +457,12 @@ class AsyncDriver:
         self._timer = None
         now = self.loop.time()
         for ticket in list(self._waiting):
-            if ticket.deadline > now:
-                self._timer = self.loop.call_at(ticket.deadline, self._overdue)
-                return
-            self._waiting.pop(ticket)
-            ticket.fail(self._lost())
+            if ticket.deadline <= now:
+                self._waiting.pop(ticket)
+                ticket.fail(self._lost())
+        if self._waiting:
+            earliest = min(ticket.deadline for ticket in self._waiting)
+            self._timer = self.loop.call_at(earliest, self._overdue)
 
     def _fail(self, lanes: Iterable[Lane]) -> None:
         lanes = set(lanes)
