@@ -21,6 +21,12 @@ from phonon import Process, RetryPolicy
 from phonon._protocol.partitions import Partitions, encode_resource
 
 
+def pytest_configure() -> None:
+    # A shell without job control starts its background commands with SIGINT ignored; all that tests
+    # start would inherit that, and Ctrl-C would end none of it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
     """Wait for a condition, never for time. Returns what it returned."""
     deadline = time.monotonic() + timeout
