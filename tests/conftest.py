@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +37,12 @@ __all__ = [
     "stop_heart",
     "wait_until",
 ]
+
+
+def pytest_configure() -> None:
+    # A shell without job control starts its background commands with SIGINT ignored; all that tests
+    # start would inherit that, and Ctrl-C would end none of it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
