@@ -1,15 +1,12 @@
 """A collection of a model's records, which merges messages without making objects of them."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from phonon._core.engine import Engine, errors_only
 from phonon._models.collecting import TOGETHER, BaseCollection, Rejected
 from phonon.batch import raise_together
 from phonon.cache import LruCache
-
-if TYPE_CHECKING:
-    from phonon.process import Process
 
 P = ParamSpec("P")
 M = TypeVar("M")

@@ -44,6 +44,10 @@ class ConfigurationError(PhononError, ValueError):
     """An argument, an environment variable or a URL cannot be meant as it stands."""
 
 
+class UnstableNameWarning(UserWarning):
+    """A class has a name on the server that changes when it is run or imported in another way."""
+
+
 class InvalidMessageError(PhononError, ValueError):
     """A message has no ID, a field that its model does not have, or a value that it does not take.
 

@@ -89,7 +89,9 @@ class Model:
                 f"{', '.join(kinds)}"
             )
         cls._compiled = Compiled(cls.__qualname__, cls._fields)
-        cls._record = make_record_class(cls, cls._compiled, name=name)
+        cls._record = make_record_class(
+            cls, cls._compiled, name=name, aliases=aliases, version=version
+        )
 
     def __init__(self, *values: Any, **named: Any) -> None:
         compiled = self._code()
@@ -157,8 +159,8 @@ class Model:
     def fields(cls) -> Mapping[str, Field[Any, Any]]:
         """Return the fields by name, the ID first.
 
-        Each knows its ``kind`` (``"sum"``), its ``value_type`` (``int``) and its ``zero``, the value
-        of a record without messages.
+        Each knows its ``kind`` (``"sum"``), its ``value_type`` (``int``) and its ``zero``, the
+        value of a record without messages.
         """
         return dict(cls._fields)
 
@@ -211,10 +213,17 @@ def _check_methods(cls: type[Model]) -> None:
         function = getattr(method, "__func__", method)
         if isgeneratorfunction(function) or isasyncgenfunction(function):
             raise TypeError(
-                f"{cls.__qualname__}.{name} has a yield in it, so calling it runs nothing: remove it"
+                f"{cls.__qualname__}.{name} has a yield in it, so calling it runs nothing: "
+                "remove it"
             )
-        if name == "on_complete_many" and method is not None and not isinstance(method, classmethod):
-            raise TypeError(f"{cls.__qualname__}.{name} is called on the class: make it a classmethod")
+        if (
+            name == "on_complete_many"
+            and method is not None
+            and not isinstance(method, classmethod)
+        ):
+            raise TypeError(
+                f"{cls.__qualname__}.{name} is called on the class: make it a classmethod"
+            )
 
 
 def _fields_of(cls: type[Model]) -> dict[str, Field[Any, Any]]:
@@ -236,20 +245,24 @@ def _fields_of(cls: type[Model]) -> dict[str, Field[Any, Any]]:
             )
         if isinstance(value, Field) and name not in own:
             own[name] = copy.copy(value)
+    found.update(own)
     # Of attributes without annotations only a person sees the order.
     first = [n for n, field in own.items() if field.kind == "id" and n not in annotations]
-    found.update(own)
     if first:
         found = {first[0]: found[first[0]], **found}
     for name, field in found.items():
-        if name in _RESERVED or name.startswith("_"):
-            raise ConfigurationError(
-                f"{cls.__qualname__}.{name} cannot be a field: the name is a model's own; call it "
-                "something else"
-            )
+        _check_field_name(cls, name)
         field.name, field.model = name, cls.__qualname__
         setattr(cls, name, field)
     return found
+
+
+def _check_field_name(cls: type[Model], name: str) -> None:
+    if name in _RESERVED or name.startswith("_"):
+        raise ConfigurationError(
+            f"{cls.__qualname__}.{name} cannot be a field: the name is a model's own; call it "
+            "something else"
+        )
 
 
 def _field(cls: type[Model], name: str, annotation: Any) -> Field[Any, Any] | None:
@@ -264,7 +277,7 @@ def _field(cls: type[Model], name: str, annotation: Any) -> Field[Any, Any] | No
         value = copy.copy(value)
         if kind is None:  # views: int = Sum()
             if annotation is not None:
-                value.annotate((annotation,))
+                value.annotate_plainly(annotation)
         elif kind is not type(value):
             raise ConfigurationError(
                 f"{cls.__qualname__}.{name} is annotated as {kind.__name__} and is a "
@@ -295,8 +308,7 @@ def _evaluated(cls: type[Model], name: str, annotation: str) -> Any:
         known: Any = names.get(head.rpartition(".")[2], names.get(head))
         if isinstance(known, type) and issubclass(known, Field):
             raise ConfigurationError(
-                f"{cls.__qualname__}.{name}: {error}, in {annotation!r}: import it at the top of the "
-                "module, at run time"
+                f"{cls.__qualname__}.{name}: {error}, in {annotation!r}: import it at the top of "
+                "the module, at run time"
             ) from error
         return None
-

@@ -66,7 +66,7 @@ class BaseCollection(Generic[P, M]):
         largest: int | None = None,
         ignore_unknown: bool = False,
     ) -> None:
-        self.model: Any = model
+        self.model = _any(model)
         self._check_model()
         for name, value in (("idle", idle), ("longest", longest)):
             if value is not None:
@@ -94,9 +94,7 @@ class BaseCollection(Generic[P, M]):
 
         model = self.model
         if not isinstance(model, type) or not issubclass(model, Model):
-            raise ConfigurationError(
-                f"collect() takes a subclass of phonon.Model, not {model!r}"
-            )
+            raise ConfigurationError(f"collect() takes a subclass of phonon.Model, not {model!r}")
         model._code()  # noqa: SLF001 - it raises if there is no ID
         if not model.completes_many() and model.on_complete is Model.on_complete:
             raise ConfigurationError(
@@ -145,6 +143,7 @@ class BaseCollection(Generic[P, M]):
             "_use": cache._entries.move_to_end,  # noqa: SLF001
             "_ready": self._ready,
             "_outbox": engine.outbox,
+            "_wait_for_room": self._wait_for_room,
             "_clock": time.monotonic,
             "_largest": self.largest,
             "_grown": self._grown,
@@ -158,7 +157,7 @@ class BaseCollection(Generic[P, M]):
         }
         parts = {
             "@TOUCH": "_record._touched_ = _clock()" if self.idle is not None else "",
-            "@TOUCH_AT": "_record._touched_ = _now" if self.idle is not None else "",
+            "@SEEN": "_record._touched_ = _now" if self.idle is not None else "",
             "@COUNT": _COUNT if counts else "",
             "@COMPLETE": " or ".join(
                 [f"_len(_row) != {len(self._compiled.fields)}"]
@@ -185,25 +184,29 @@ class BaseCollection(Generic[P, M]):
             record = self._new(key)
             out = self._cache.insert(key, record)
             if batch is not None and target is None:
-                record._is_left_to_others_(self._engine, init_cache=False)  # noqa: SLF001 - of ours
-        theirs = record._batch_  # noqa: SLF001
+                record._is_left_to_others_(self._engine, init_cache=False)
+        theirs = record._batch_
         if theirs is not None and theirs is not target and theirs.is_open:
             # Another thread's batch is storing it. Its end says nothing to our caller, who is to
             # know that all is stored: this message is stored by itself.
             record = self._new(key)
         if target is not None:
             target.add(record)
-            record._unsent_ = True  # noqa: SLF001
+            record._unsent_ = True
         return record, out
 
     def _new(self, key: Any) -> ModelRecord:
         self._engine.ensure_alive()  # type: ignore[attr-defined]  # of threads or tasks
         record = object.__new__(self._record)
-        record._id = key  # noqa: SLF001 - its public name
+        record._id = key
         record.database, record.collection = DATABASE, self._collection
         record.spec, record.doc = None, {}
         record.attach(self._process)
         return record
+
+    def _wait_for_room(self) -> None:
+        """Wait until new messages are taken in."""
+        raise NotImplementedError
 
     def _grown(self, key: Any, record: ModelRecord) -> None:
         """Note that a session has become as large as it may."""
@@ -239,7 +242,9 @@ class BaseCollection(Generic[P, M]):
 
         def page(at: int) -> Flow[list[bytes]]:
             words = b"%d" % at, b"%d" % (at + _PAGE - 1)
-            found = yield from read(engine.identity.in_partition(partition, "session", name, *words))
+            found = yield from read(
+                engine.identity.in_partition(partition, "session", name, *words)
+            )
             return list(found)
 
         partials: list[bytes] = []
@@ -274,6 +279,10 @@ class BaseCollection(Generic[P, M]):
         return out
 
 
+def _any(model: Any) -> Any:
+    return model
+
+
 def _filled(template: str, parts: Mapping[str, str]) -> str:
     """Return a template with lines in the place of marks; a line with an empty one goes."""
     lines: list[str] = []
@@ -299,6 +308,8 @@ def put(@PARAMETERS, **_unknown):
     if _unknown and not _ignore_unknown:
         raise _refuse(_unknown, _unknown)
     @CHECKS
+    if _outbox.full:
+        _wait_for_room()
     _batch = _target = None
     if _batches:
         _batch = _getattr(_local, "batch", None)
@@ -331,9 +342,10 @@ def put_rows(_rows, _number, _batch, _target, _all_out, _rejected):
             _number += 1
             try:
                 if _type(_row) is not _dict:
-                    _row = _mapping_of(_row)
+                    _given = _row
+                    _row = _mapping_of(_given)
                     if _row is None:
-                        raise _no_mapping(_rows[0])
+                        raise _no_mapping(_given)
                 @ROW
                 if @COMPLETE:
                     if not (_ignore_unknown or _row.keys() <= _names):
@@ -351,6 +363,6 @@ def put_rows(_rows, _number, _batch, _target, _all_out, _rejected):
                 _use(@ID)
             _doc = _record.doc
             @FOLDS
-            @TOUCH_AT
+            @SEEN
             @COUNT
 """

@@ -86,9 +86,7 @@ class Compiled:
 
     # Messages
 
-    def _checker(
-        self, field: Field[Any, Any], check: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def _checker(self, field: Field[Any, Any], check: Callable[..., Any]) -> Callable[..., Any]:
         def checked(value: Any, *stamp: Any) -> Any:
             try:
                 return check(value, *stamp)
@@ -203,9 +201,11 @@ class Compiled:
             "@ROW": self.row_lines(),
         }
         lines: list[str] = []
-        for line in template.replace("@PARAMETERS", self.parameters()).replace(
-            "@ID", self.id.name
-        ).splitlines():
+        for line in (
+            template.replace("@PARAMETERS", self.parameters())
+            .replace("@ID", self.id.name)
+            .splitlines()
+        ):
             block = blocks.get(line.strip())
             indent = line[: len(line) - len(line.lstrip())]
             lines += [line] if block is None else [indent + inner for inner in block]

@@ -6,6 +6,7 @@ expansion, J. R. Shewchuk 1997), of which `math.fsum` yields the first term, cor
 terms depend on the exact sum only.
 """
 
+import contextlib
 import decimal
 import math
 from decimal import Decimal
@@ -57,9 +58,12 @@ def shorten(total: list[Any]) -> None:
     """Add up the floats of a sum."""
     terms: list[float] = total[1:]
     expansion: list[float] = []
-    # Each round takes 53 bits off what is left, so that there are 40 of them at the most.
-    while rest := math.fsum((*terms, *(-term for term in expansion))):
-        expansion.append(rest)
+    try:
+        # Each round takes 53 bits off what is left, so that there are 40 of them at the most.
+        while rest := math.fsum((*terms, *(-term for term in expansion))):
+            expansion.append(rest)
+    except OverflowError:  # beyond what a float can hold, so the terms stay as they are
+        expansion = sorted(terms)
     total[1:] = expansion
 
 
@@ -68,17 +72,25 @@ def sealed(total: Total) -> Total:
     if type(total) is not list:
         return total
     shorten(total)
-    return total if len(total) > 1 else total[0]  # type: ignore[no-any-return]  # an int
+    return total if len(total) > 1 else total[0]
 
 
 def number(total: Total) -> int | float:
     """Return what a sum comes to: an int, or the float that is nearest."""
     if type(total) is not list:
         return total  # type: ignore[return-value]  # an int
-    whole, *terms = total
-    if -_WHOLE <= whole <= _WHOLE:
-        return math.fsum((whole, *terms))
-    return float(sum(map(Fraction, terms), Fraction(whole)))
+    if -_WHOLE <= total[0] <= _WHOLE:
+        with contextlib.suppress(OverflowError):
+            return math.fsum(total)
+    return nearest(fraction_of(total))
+
+
+def nearest(value: Fraction) -> float:
+    """Return the float that is nearest; beyond all of them, infinity."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def is_total(state: Any) -> bool:
@@ -87,7 +99,7 @@ def is_total(state: Any) -> bool:
         return True
     return (
         type(state) is list
-        and 0 < len(state) <= 2 * BUFFER
+        and bool(state)
         and type(state[0]) is int
         and all(type(term) is float and math.isfinite(term) for term in state[1:])
     )

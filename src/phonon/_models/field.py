@@ -1,5 +1,6 @@
 """What all fields have in common."""
 
+import typing
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
 
 from phonon._models.values import ValueType
@@ -31,7 +32,8 @@ class Field(Generic[R, W]):
     is_stamped: ClassVar[bool] = False
     #: What a message without a value for it counts as; None: it has none.
     default: ClassVar[Any] = None
-    #: How a message that is a table's group is reduced; see `phonon._models.columns`.
+    #: In which containers a record shows its values; (): it shows something else than these.
+    shows: ClassVar[tuple[type, ...] | None] = None
     name: str = ""
     model: str = ""
 
@@ -61,6 +63,13 @@ class Field(Generic[R, W]):
             raise ConfigurationError(
                 f"{type(self).__name__} takes one type in brackets, not {arguments!r}"
             )
+
+    def annotate_plainly(self, annotation: Any) -> None:
+        """Take the type of the values from what records show, as in ``tags: list[str]``."""
+        if self.shows is not None and typing.get_origin(annotation) in self.shows:
+            annotation = typing.get_args(annotation)[0]
+        if self.shows != ():
+            self.annotate((annotation,))
 
     def make_values(self, annotation: Any) -> ValueType:
         """Return the type of the values in messages."""
@@ -119,11 +128,11 @@ class Field(Generic[R, W]):
         """Return a value as it is kept, with the time stamp of its message; see `check`."""
         raise NotImplementedError
 
-    def fold(self, state: Any, value: Any) -> Any:
+    def fold(self, state: Any, value: Any, /) -> Any:
         """Return a state, which is used up, with a value that was checked."""
         raise NotImplementedError
 
-    def merge(self, one: Any, other: Any) -> Any:
+    def merge(self, one: Any, other: Any, /) -> Any:
         """Return what two states, which are used up, come to."""
         raise NotImplementedError
 
@@ -148,7 +157,10 @@ class Field(Generic[R, W]):
             return [f"{name} = _check_{name}({name}, {stamp})"]
         exact = self._values.exact
         if type(self).check is Field.check and exact is not None:
-            return [f"if _type({name}) is not _{exact.__name__}:", f"    {name} = _check_{name}({name})"]
+            return [
+                f"if _type({name}) is not _{exact.__name__}:",
+                f"    {name} = _check_{name}({name})",
+            ]
         return [f"{name} = _check_{name}({name})"]
 
     def fold_code(self) -> list[str]:

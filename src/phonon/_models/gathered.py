@@ -13,7 +13,7 @@ from phonon.serializers import ExactSerializer
 
 T = TypeVar("T")
 
-_COLLECTIONS = list | set | frozenset | tuple
+_COLLECTIONS = (list, set, frozenset, tuple)
 
 
 class ID(Field[T, T], Generic[T]):
@@ -43,6 +43,7 @@ class ListAppend(Field[list[T], Any], Generic[T]):
     """
 
     kind = "list_append"
+    shows = (list,)
 
     def check(self, value: Any) -> Any:
         items = value if isinstance(value, _COLLECTIONS) else (value,)
@@ -71,6 +72,7 @@ class SetAppend(Field[set[T], Any], Generic[T]):
     """The different values. Messages have one value or a collection of them."""
 
     kind = "set_append"
+    shows = (set, frozenset)
 
     def check(self, value: Any) -> Any:
         items = value if isinstance(value, _COLLECTIONS) else (value,)
@@ -105,7 +107,12 @@ class SetAppend(Field[set[T], Any], Generic[T]):
 
     def fold_code(self) -> list[str]:
         key, name = repr(self.name), self.name
-        return [f"if {key} in _doc:", f"    _doc[{key}] |= {name}", "else:", f"    _doc[{key}] = {name}"]
+        return [
+            f"if {key} in _doc:",
+            f"    _doc[{key}] |= {name}",
+            "else:",
+            f"    _doc[{key}] = {name}",
+        ]
 
 
 class Distinct(Field[int, Any], Generic[T]):
@@ -117,6 +124,7 @@ class Distinct(Field[int, Any], Generic[T]):
     """
 
     kind = "distinct"
+    shows = ()
 
     #: Registers are numbered by so many bits of a hash.
     _BITS = 12
@@ -192,7 +200,7 @@ _dumps = ExactSerializer().dumps
 
 
 def _register(value: Any) -> tuple[int, int]:
-    """Return a value's register, and its rank there: how many zeros the rest of its hash begins with."""
+    """Return a value's register, and how many zeros the rest of its hash begins with, plus 1."""
     if type(value) is str:
         data = b"s" + value.encode("utf-8", "surrogatepass")
     else:
@@ -243,9 +251,7 @@ class Custom(Field[T, T], Generic[T]):
 
     kind = "custom"
 
-    def __init__(
-        self, *, merge: Callable[[T, T], T], zero: T, data_type: Any = None
-    ) -> None:
+    def __init__(self, *, merge: Callable[[T, T], T], zero: T, data_type: Any = None) -> None:
         super().__init__(data_type)
         if not callable(merge):
             raise ConfigurationError(f"Custom(merge=...) takes a function, not {merge!r}")
@@ -270,5 +276,3 @@ class Custom(Field[T, T], Generic[T]):
 
     def is_state(self, state: Any) -> bool:
         return self._values.accepts(state)
-
-

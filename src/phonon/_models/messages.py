@@ -24,7 +24,7 @@ _getters: dict[type, Callable[[Any], Mapping[str, Any] | None]] = {}
 _MOST_TYPES = 1000
 
 
-def _getter(kind: type) -> Callable[[Any], Mapping[str, Any] | None]:
+def _getter(kind: Any) -> Callable[[Any], Mapping[str, Any] | None]:
     if issubclass(kind, Mapping):
         return dict
     if hasattr(kind, "_record") and hasattr(kind, "on_complete"):  # a model of ours

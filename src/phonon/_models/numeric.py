@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phonon._models import exact
 from phonon._models.field import Field
@@ -114,6 +115,7 @@ class Counter(Field[dict[K, int], Mapping[K, int]], Generic[K]):
     """Sums by key: takes a mapping of integers and adds up the values of each key."""
 
     kind = "counter"
+    shows = (dict,)
 
     def check(self, value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -153,6 +155,7 @@ class Mean(Field[float | None, float], Generic[N]):
     """The arithmetic mean, of exact sums; None of no values."""
 
     kind = "mean"
+    shows = ()
 
     def make_values(self, annotation: Any) -> ValueType:
         return _numbers(annotation)
@@ -172,7 +175,7 @@ class Mean(Field[float | None, float], Generic[N]):
         return [state[0], exact.sealed(state[1])]
 
     def read(self, state: Any) -> Any:
-        return None if state is None else float(exact.fraction_of(state[1]) / state[0])
+        return None if state is None else exact.nearest(exact.fraction_of(state[1]) / state[0])
 
     def is_state(self, state: Any) -> bool:
         return (
@@ -184,7 +187,8 @@ class Mean(Field[float | None, float], Generic[N]):
         )
 
 
-class Summary(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Summary:
     """What `Stats` has found.
 
     Attributes:
@@ -225,6 +229,7 @@ class Stats(Field[Summary, float], Generic[N]):
     """
 
     kind = "stats"
+    shows = ()
 
     def make_values(self, annotation: Any) -> ValueType:
         return _numbers(annotation)
@@ -274,7 +279,12 @@ class Stats(Field[Summary, float], Generic[N]):
         mean: Fraction = exact.fraction_of(total) / count
         variance = exact.fraction((squares, shift)) / count - mean * mean
         return Summary(
-            count, exact.number(total), least, greatest, float(mean), float(variance)
+            count,
+            exact.number(total),
+            least,
+            greatest,
+            exact.nearest(mean),
+            exact.nearest(variance),
         )
 
     def is_state(self, state: Any) -> bool:

@@ -40,7 +40,10 @@ class Min(Field[T | None, T], Generic[T]):
         if self._values.exact not in _FAST:
             return super().fold_code()
         key, name = repr(self.name), self.name
-        return [f"if {key} not in _doc or {name} {self._operator} _doc[{key}]:", f"    _doc[{key}] = {name}"]
+        return [
+            f"if {key} not in _doc or {name} {self._operator} _doc[{key}]:",
+            f"    _doc[{key}] = {name}",
+        ]
 
 
 class Max(Min[T], Generic[T]):
@@ -186,6 +189,7 @@ class WindowedList(Field[list[T], Any], Generic[T]):
     """
 
     kind = "windowed_list"
+    shows = (list,)
     is_stamped = True
 
     def __init__(self, window_length: int = 10, data_type: Any = None) -> None:
@@ -262,6 +266,7 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
     """
 
     kind = "top_k"
+    shows = (dict,)
 
     def __init__(self, size: int = 10, data_type: Any = None) -> None:
         super().__init__(data_type)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from inspect import iscoroutinefunction
 from typing import Any, ClassVar, Self
 
+from phonon._core.classes import name_of
 from phonon._models.compiled import Compiled
 from phonon.update import Update
 
@@ -30,6 +31,8 @@ class ModelRecord(Update):
 
     model: ClassVar[Any]
     compiled: ClassVar[Compiled]
+    #: Stands for the model in the names of its resources.
+    resource_collection: ClassVar[str]
     messages: int
     is_due: bool
 
@@ -77,7 +80,13 @@ class ModelRecord(Update):
         """Return whether the session is over; the collection decides."""
         return self.is_due
 
-    def fault(self) -> str:
+    @classmethod
+    def upgraded_(cls, content: list[Any], version: int) -> list[Any]:
+        """Return decoded content as this version of the model stores it."""
+        doc = cls.model.upgrade(content[4], version)
+        return [*content[:4], doc, content[5]]
+
+    def fault_(self) -> str:
         """Return what is wrong with decoded content; empty if it is a record of this model."""
         identifier = self.compiled.id
         if not identifier.is_state(self._id):
@@ -136,4 +145,8 @@ def make_record_class(model: Any, compiled: Compiled, **keywords: Any) -> type[M
             compiled=compiled,
         )
 
-    return types.new_class(model.__name__, (base,), keywords, body)
+    cls: type[ModelRecord] = types.new_class(model.__name__, (base,), keywords, body)
+    # The oldest name: processes of the release before meet those of this one in the same resources.
+    aliases = keywords.get("aliases") or ()
+    cls.resource_collection = aliases[-1] if aliases else name_of(cls).partition("@")[0]
+    return cls
