@@ -21,8 +21,6 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
-from conftest import Redis, wait_until
-from driver_lab import Identity, calls_of, partials, send, sync_server
 from phonon._core.flows import (
     CALLER_GONE,
     EXECUTING,
@@ -47,7 +45,9 @@ from phonon._transport import sync_io, threads
 from phonon._transport.server import after_fork_in_child
 from phonon._transport.threads import ThreadDriver, _Leader
 from phonon.errors import ConnectionLostError, ServerError
-from proxy import Fault, Proxy
+from support.drivers import Identity, calls_of, partials, send, sync_server
+from support.proxy import Fault, Proxy
+from support.world import Redis, wait_until
 
 
 class Lab:
