@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import redis
-import test_step_sources
-from steps_lab import Lab
-from test_mutations import Mutation, checks_of, load, lua_files, mutated, unload
 
-from conftest import Redis
+from steps import test_step_sources
+from steps.lab import Lab
+from steps.test_mutations import Mutation, checks_of, load, lua_files, mutated, unload
+from support.world import Redis
 
 LUA = {
     "a claim's number does not grow": Mutation("sources", "math.max(next_token(c), last + 1)", "next_token(c)"),

@@ -5,10 +5,10 @@ from typing import Any
 
 import msgpack
 import pytest
-from steps_lab import Lab, Proc, lab_fixture  # noqa: F401 - found by its name
 
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
+from steps.lab import Lab, Proc, lab_fixture  # noqa: F401 - found by its name
 
 S = b"orders/1"
 HOUR = 3_600_000

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from conftest import Make, Redis, wait_until
 from phonon import ConflictFreeUpdate, LruCache, Process
 from phonon.errors import AlreadyStoredError, ConfigurationError
+from support.world import Make, Redis, wait_until
 
 Message = tuple[str, int]
 

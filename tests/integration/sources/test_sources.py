@@ -6,9 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
-from conftest import Make, Redis
 from phonon import ConflictFreeUpdate, LruCache, Process
 from phonon.errors import ConfigurationError, ForeignKeyError, SourceLostError
+from support.world import Make, Redis
 
 
 class Message(NamedTuple):
