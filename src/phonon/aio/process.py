@@ -297,6 +297,7 @@ class AsyncProcess(BaseProcess):
         reentrant: bool = False,
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
+        timeout: float | None = None,
     ) -> AsyncLock:
         """Return a lock on a resource, for an ``async with`` block; see `Process.lock`."""
         return AsyncLock(
@@ -307,6 +308,7 @@ class AsyncProcess(BaseProcess):
             reentrant=reentrant,
             lease=lease,
             on_lost=on_lost,
+            timeout=timeout,
         )
 
     def semaphore(
@@ -317,9 +319,12 @@ class AsyncProcess(BaseProcess):
         *,
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
+        timeout: float | None = None,
     ) -> AsyncSemaphore:
         """Return a semaphore, for an ``async with`` block; see `Process.semaphore`."""
-        return AsyncSemaphore(self, name, places, block, lease=lease, on_lost=on_lost)
+        return AsyncSemaphore(
+            self, name, places, block, lease=lease, on_lost=on_lost, timeout=timeout
+        )
 
     def batch(self, *, durable: bool = True) -> AsyncBatch:
         """Collect what this task does, and the tasks that it starts, and send it together.

@@ -11,6 +11,7 @@ import click
 from phonon.cli import chaos as chaos_
 from phonon.cli import demo as demo_
 from phonon.cli.errors import InputError, WorkerError
+from phonon.cli.init import init
 from phonon.cli.signals import Interrupted
 from phonon.errors import PhononError
 
@@ -45,6 +46,9 @@ class _Commands(click.Group):
 @click.version_option(package_name="phonon", prog_name="phonon")
 def phonon() -> None:
     """Distributed references, locks and session-aggregated updates over Redis or Valkey."""
+
+
+phonon.add_command(init)
 
 
 @phonon.command()
