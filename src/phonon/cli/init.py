@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from phonon.cli.errors import InputError
+from phonon.cli.errors import CommandError
 
 NEXT = """\
 {path} is a worker that counts messages by key, with a bundled server and SQLite. Next:
@@ -27,9 +27,9 @@ def init(path: Path) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise InputError(
+        raise CommandError(
             f"{path} is there already: name another file, as in phonon init other.py"
         ) from None
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+        raise CommandError(f"{path} cannot be written: {error.strerror}") from error
     click.echo(NEXT.format(path=path))

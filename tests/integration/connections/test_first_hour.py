@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from conftest import Make, Redis, retry_now
 from phonon import ConflictFreeUpdate, LruCache, Process
 from phonon.aio import AsyncProcess
 from phonon.errors import AlreadyLockedError, ConfigurationError, LockLostError
+from support.world import Make, Redis, retry_now
 
 
 @pytest.fixture
