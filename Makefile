@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all chaos lint bench docs clean
+.PHONY: help demo test test-all chaos lint bench docs imports clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: $(VENV)/.peers ## measure against bare Redis and peers
 
 docs: $(VENV)/.installed ## run the examples in README.md and docs/
 	$(BIN)/python -m pytest tests/docs
+
+imports: ## draw the tree of imports; ARGS=--write puts it into docs/architecture.md
+	PYTHONPATH=tests python3 -m support.imports $(ARGS)
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist demo/build demo/dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info demo/src/*.egg-info

@@ -209,16 +209,6 @@ def test_a_clean_stop_leaves_an_heir_what_it_has(
     assert crew.journal.applied() == {"a": {"n": 1}}
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    try:
-        cluster.wait_until_well()
-        yield cluster
-    finally:
-        cluster.close()
-
-
 def test_heirs_in_a_cluster(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
     with Crew(cluster.url, namespace, tmp_path) as crew:
         doomed, process = expert(crew, "Rare"), crew.process()
