@@ -46,6 +46,8 @@ __all__ = [
 
 #: Characters of a failure that are printed when it happens; all of it comes at the end.
 LONGEST_REPORT = 4000
+#: Seconds that a test marked as slow may take, unless it says otherwise.
+SLOW_TIMEOUT = 180
 #: Seconds without the end of any test after which a run is given up; no test may take so long.
 SILENCE = 900.0
 
@@ -56,6 +58,12 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Controller(config), "phonon-controller")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
 
 class _Controller:
