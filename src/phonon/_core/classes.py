@@ -37,7 +37,7 @@ def register(
     """
     if name is None:
         name = f"{_module_of(cls)}.{cls.__qualname__}"
-        if name.startswith("__main__."):
+        if name.startswith("__main__.") and cls.__module__ == "__main__":  # once, not in children
             _warn_of_main(cls)
     else:
         _check_name(cls, "name", name)
