@@ -63,8 +63,8 @@ def register(
 def _check_name(cls: type[Any], argument: str, name: Any) -> None:
     if not isinstance(name, str) or not name or _VERSION in name:
         raise ConfigurationError(
-            f"{argument} says under which name {cls.__qualname__} is known on the server, a str "
-            f"without {_VERSION}, not {name!r}: write "
+            f"{argument} says under which name {cls.__qualname__} is known on the server, a str, "
+            f"not {name!r}, and has no {_VERSION} in it: write "
             f'class {cls.__name__}(..., name="{cls.__name__.lower()}")'
         )
 
