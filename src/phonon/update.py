@@ -406,7 +406,7 @@ class Update(LocalUpdate):
         """Leave the rest to a batch, or to the update that opened the session, if there is one."""
         batch = engine.batch
         if batch is not None and (batch.durable or init_cache):
-            batch.add(self)
+            batch.add_new(self)
             return True
         if init_cache:
             return False
