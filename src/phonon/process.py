@@ -412,6 +412,7 @@ class Process(BaseProcess):
         reentrant: bool = False,
         lease: float | None = None,
         on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
+        timeout: float | None = None,
     ) -> "phonon.lock.Lock":
         """Return a lock on a resource, for a ``with`` block.
 
@@ -422,6 +423,8 @@ class Process(BaseProcess):
             reentrant: Whether the thread that has it may take it again.
             lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the lock, from any thread, once it is found to be lost.
+            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
+                for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return phonon.lock.Lock(
             self,
@@ -431,6 +434,7 @@ class Process(BaseProcess):
             reentrant=reentrant,
             lease=lease,
             on_lost=on_lost,
+            timeout=timeout,
         )
 
     def semaphore(
@@ -441,6 +445,7 @@ class Process(BaseProcess):
         *,
         lease: float | None = None,
         on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
+        timeout: float | None = None,
     ) -> "phonon.lock.Semaphore":
         """Return a semaphore, for a ``with`` block: so many hold it at the same time.
 
@@ -450,8 +455,12 @@ class Process(BaseProcess):
             block: Whether to wait if all places are taken.
             lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the semaphore, from any thread, once a place is found to be lost.
+            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
+                for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
-        return phonon.lock.Semaphore(self, name, places, block, lease=lease, on_lost=on_lost)
+        return phonon.lock.Semaphore(
+            self, name, places, block, lease=lease, on_lost=on_lost, timeout=timeout
+        )
 
     def source(self, name: str, position: int | None = None) -> Source:
         """Claim an ordered source of messages, such as a partition of a Kafka topic.
@@ -664,7 +673,15 @@ def url_first(session_length: Any, url: str | None) -> tuple[Any, str | None]:
     Raises:
         ConfigurationError: There are two URLs.
     """
-    if not isinstance(session_length, str) or "://" not in session_length:
+    if isinstance(session_length, str) and "://" not in session_length:
+        raise ConfigurationError(
+            f"the first argument is the URL of the server, not {session_length!r}: write "
+            f'"redis://{session_length}", or host=, port= and db=; or it is session_length, a '
+            "number"
+        )
+    if hasattr(session_length, "execute_command"):
+        raise ConfigurationError("a client is not the first argument: give it as client=")
+    if not isinstance(session_length, str):
         return session_length, url
     if url is not None:
         raise ConfigurationError("there are two URLs: give one, as url= or as the first argument")

@@ -303,6 +303,7 @@ class AsyncProcess(BaseProcess):
         reentrant: bool = False,
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
+        timeout: float | None = None,
     ) -> AsyncLock:
         """Return a lock on a resource, for an ``async with`` block; see `Process.lock`."""
         return AsyncLock(
@@ -313,6 +314,7 @@ class AsyncProcess(BaseProcess):
             reentrant=reentrant,
             lease=lease,
             on_lost=on_lost,
+            timeout=timeout,
         )
 
     def semaphore(
@@ -323,9 +325,12 @@ class AsyncProcess(BaseProcess):
         *,
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
+        timeout: float | None = None,
     ) -> AsyncSemaphore:
         """Return a semaphore, for an ``async with`` block; see `Process.semaphore`."""
-        return AsyncSemaphore(self, name, places, block, lease=lease, on_lost=on_lost)
+        return AsyncSemaphore(
+            self, name, places, block, lease=lease, on_lost=on_lost, timeout=timeout
+        )
 
     async def source(self, name: str, position: int | None = None) -> AsyncSource:
         """Claim an ordered source of messages; see `Process.source`."""
