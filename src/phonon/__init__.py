@@ -1,5 +1,6 @@
 """Distributed references, locks and session-aggregated updates over Redis or Valkey."""
 
+from phonon.admin import Admin
 from phonon.cache import LruCache
 from phonon.collection import Collection
 from phonon.dead_letters import Parked
@@ -13,6 +14,7 @@ from phonon.settings import Durability, RetryPolicy
 from phonon.update import ConflictFreeUpdate, Update
 
 __all__ = [
+    "Admin",
     "AlreadyLockedError",
     "Collection",
     "ConflictFreeUpdate",
