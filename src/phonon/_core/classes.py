@@ -175,7 +175,6 @@ def check_methods(cls: type[Any], *, is_async: bool) -> None:
 
 
 def find(name: str) -> type[Any] | None:
-<<<<<<< HEAD
     """Return the class of that name, if it is imported here and knows that version."""
     found = resolve(name)
     return None if found is None else found[0]
@@ -196,12 +195,8 @@ def resolve(name: str) -> tuple[type[Any], int] | None:
 
 #: A forged number may be of any length.
 _MOST_DIGITS = 9
-=======
-    """Return the class of that name, if it is imported here."""
-    return _classes.get(name)
 
 
 def names() -> list[str]:
     """Return the names of all classes that are imported here."""
     return list(_classes)
->>>>>>> main
