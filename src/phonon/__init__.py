@@ -1,5 +1,6 @@
 """Distributed references, locks and session-aggregated updates over Redis or Valkey."""
 
+from phonon.admin import Admin
 from phonon.cache import LruCache
 from phonon.dead_letters import Parked
 from phonon.errors import AlreadyLockedError, LockLostError, PhononError
@@ -13,6 +14,7 @@ from phonon.update import ConflictFreeUpdate, Update
 __version__ = "4.0.0a1"
 
 __all__ = [
+    "Admin",
     "AlreadyLockedError",
     "ConflictFreeUpdate",
     "Durability",
