@@ -1,12 +1,12 @@
 """Updates: small messages about a key, merged wherever they arrive, executed once a session."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 from phonon._core import classes, codec
-from phonon._core.copies import DEEP, FLAT, PLAIN, copied, has_plain_items
+from phonon._core.copies import DEEP, FLAT, PLAIN, copied
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import CALLER_GONE, Flow
 from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION, LocalUpdate, prefix_of
@@ -149,12 +149,18 @@ class Update(LocalUpdate):
                 )
             for value in state.values():
                 kind = type(value)
-                if kind not in PLAIN and not (kind in FLAT and has_plain_items(value)):
+                if kind in PLAIN:
+                    continue
+                if kind not in FLAT:
                     plain = False
                     break
+                for item in value:
+                    if type(item) not in PLAIN:
+                        plain = False
+                        break
         if not plain:
             self._check_(engine, spec, doc)
-        self._begun_ = self._touched_ = time.monotonic()
+        self._begun_ = self._touched_ = monotonic()
         if engine.outbox.full:
             self._begin_(engine, init_cache=init_cache)
             return
@@ -387,7 +393,7 @@ class Update(LocalUpdate):
     # Machinery
 
     def _now_(self) -> float:
-        return time.monotonic()
+        return monotonic()
 
     def _begin_(self, engine: Any, *, init_cache: bool) -> None:
         """Store the data, or join the session; inside a batch, when that ends."""

@@ -142,6 +142,11 @@ class Ticket:
             self.put(lanes, lanes[partition], group)
         self.catch_up(identity)
 
+    def grow(self) -> None:
+        """Wait for as many answers as there are operations by now."""
+        answers = self.answers
+        answers.extend([UNANSWERED] * (len(self.send.operations) - len(answers)))
+
     def put(self, lanes: list[Lane], lane: Lane, operations: Sequence[Operation]) -> None:
         """Put operations into a lane; `catch_up` has to follow.
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from operator import call as call_function
 from typing import Any, TypeVar, cast
@@ -272,6 +272,7 @@ class ThreadDriver:
         self._claims.codes |= {
             ThreadDriver._send.__code__,
             ThreadDriver._lead.__code__,
+            ThreadDriver._stream.__code__,
             ThreadDriver._await_mail.__code__,
         }
         self._waiting: dict[_Ticket, None] = {}
@@ -405,6 +406,8 @@ class ThreadDriver:
             run.ticket = ticket
         identity = self.identity
         deadline = time.monotonic() + self.retry_timeout
+        if send.more is not None:
+            self._stream(ticket, send.more)
         if len(operations) == 1 and not ticket.places and self.server.durability is None:
             # As `_await` does for many, without the bookkeeping: it costs a third of a round trip.
             operation = operations[0]
@@ -435,6 +438,49 @@ class ThreadDriver:
             ticket.enqueue(identity)
         self._await(ticket, deadline)
         return cast("list[Any]", ticket.answers)
+
+    def _stream(self, ticket: _Ticket, more: Iterator[object]) -> None:
+        """Send operations while others are made, once; `_await` sees to what is not answered."""
+        leader = _Leader()
+        server, claims = self.server, self._claims
+        flight = None
+        calls: list[tuple[Lane, Call]] = []
+        lanes: list[Lane] = []
+        try:
+            for _ in more:
+                ticket.grow()
+                known = len(ticket.places)
+                ticket.enqueue(self.identity)
+                if server.durability is not None or not server.colocated:
+                    continue
+                fresh = [lane for _, lane, _, _ in ticket.places[known:]]
+                group = []
+                for lane in fresh:
+                    if claims.claim(lane, leader):
+                        lanes.append(lane)
+                        call = lane.next_call()
+                        if call is not None:
+                            group.append((lane, call))
+                if not group:
+                    continue
+                if flight is None:
+                    flight = sync_io.take_off(server.node_of(self.identity.partitions.prefix))
+                if flight is not None:
+                    partitions = self.identity.partitions
+                    requests = [request_of(self.library, partitions, *each) for each in group]
+                    if flight.send(requests):
+                        calls += group
+            ticket.grow()
+            ticket.enqueue(self.identity)
+            for (lane, call), reply in zip(calls, flight.land() if flight else (), strict=False):
+                if not isinstance(reply, ResponseError):
+                    self._receiver.take(lane, call, reply)
+        finally:
+            if flight is not None:
+                flight.abort()
+            for lane in lanes:
+                claims.release(lane, leader)
+                self._pass_on(lane)
 
     def _await(self, ticket: _Ticket, deadline: float) -> None:
         """Lead or wait until all answers are there.
