@@ -280,7 +280,9 @@ class Outbox:
         entries: list[Entry | None] = []
 
         def make() -> Iterator[None]:
-            for group in _groups(parcels, [parcel.resource_id for parcel in parcels], members.place):
+            for group in _groups(
+                parcels, [parcel.resource_id for parcel in parcels], members.place
+            ):
                 self._appends(group, sent, stored, errors)
                 yield
             for resource in joined:
