@@ -196,7 +196,7 @@ def _is_shallow(value: Any, levels: int) -> bool:
     if kind not in _ITERABLE:
         return False
     return _ATOMS.issuperset(map(type, value)) or (
-        levels > 0 and all([_is_shallow(item, levels - 1) for item in value])
+        levels > 0 and all(_is_shallow(item, levels - 1) for item in value)
     )
 
 

@@ -1,8 +1,8 @@
 """Updates: small messages about a key, merged wherever they arrive, executed once a session."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from phonon._core import classes, codec
@@ -166,7 +166,7 @@ class Update(LocalUpdate):
                         break
         if not plain:
             self._check_(engine, spec, doc)
-        self._begun_ = self._touched_ = monotonic()
+        self._begun_ = self._touched_ = time.monotonic()
         if engine.outbox.full:
             self._begin_(engine, init_cache=init_cache)
             return
@@ -399,7 +399,7 @@ class Update(LocalUpdate):
     # Machinery
 
     def _now_(self) -> float:
-        return monotonic()
+        return time.monotonic()
 
     def _begin_(self, engine: Any, *, init_cache: bool) -> None:
         """Store the data, or join the session; inside a batch, when that ends."""

@@ -132,14 +132,12 @@ class LocalUpdate:
             if self.spec is not None or self.doc:
                 return True
             values = self.state().values()
-            if emptied != tuple(values):
-                return True
-            for value in values:  # containers that were empty, and are the same objects
-                if value and type(value) not in PLAIN:
-                    return True
+            # Containers were empty then, and may be the same objects.
+            return emptied != tuple(values) or any(
+                [value and type(value) not in PLAIN for value in values]  # noqa: C419 - it is faster
+            )
         except Exception:  # noqa: BLE001 - it could be stored when it was emptied, so it has changed
             return True
-        return False
 
     def take(self) -> bytes | None:
         """Move out what is unsent, as one partial; None if there is nothing.

@@ -125,7 +125,7 @@ class Members:
         yield from self._enter((resource,), [operations.restore(partition, name, modifications)])
 
     def _enter(self, resources: Sequence[str], sent: Sequence[Operation]) -> Flow[None]:
-        entries = list(map(self.entering, resources))
+        entries = self.entering(resources)
         answers = yield Send(sent)
         error = None
         for resource, entry, answer in zip(resources, entries, answers, strict=True):
@@ -140,12 +140,16 @@ class Members:
         """Return whether a resource is held, and no answer about that is still to come."""
         return resource in self.held and resource not in self._entries
 
-    def entering(self, resource: str) -> Entry | None:
-        """Hold a resource from now on; `entered` has to be told what it came to.
+    def entering(self, resources: Iterable[str]) -> list[Entry | None]:
+        """Hold resources from now on; `entered` has to be told for each what it came to.
 
         Returns:
-            What `entered` is given.
+            What `entered` is given, for each of them.
         """
+        return [self.enter(resource) for resource in resources]
+
+    def enter(self, resource: str) -> Entry | None:
+        """Do what `entering` does, for one resource."""
         held, unsure = self.held, self._entries
         if resource in held and resource not in unsure:
             return None

@@ -286,7 +286,7 @@ class Outbox:
                 self._appends(group, sent, stored, errors)
                 yield
             for resource in joined:
-                entries.append(members.entering(resource))
+                entries.append(members.enter(resource))
                 sent.append(operations.join(*members.place(resource)))
 
         making = _while_sending(make(), len(parcels) + len(joined))
@@ -327,7 +327,7 @@ class Outbox:
         errors: list[BaseException],
     ) -> None:
         """Take what updates have unsent, and make the operations that store it."""
-        held, enter = self._members.held, self._members.entering
+        held, enter = self._members.held, self._members.enter
         for parcel, resource, partition, name in group:
             try:
                 partial = parcel.take()

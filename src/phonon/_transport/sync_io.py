@@ -289,10 +289,9 @@ class Flight:
         if connection is None:
             return
         deadline = time.monotonic() + self._node.reply_timeout
-        replies = []
+        replies: list[Any] = []
         try:
-            for _ in range(self._sent):
-                replies.append(connection.read(deadline))
+            replies.extend(connection.read(deadline) for _ in range(self._sent))
         except GONE:
             self.abort()
             self._node.retire()
