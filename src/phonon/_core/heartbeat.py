@@ -153,7 +153,8 @@ class Heartbeat:
         if lost:
             yield from self._rebirth.run()
             return 0.0
-        self._takeover.add(answer[2:])
+        self._takeover.living = answer[2]
+        self._takeover.add(answer[3:])
         self._compare(found)
         self._leases.start_work()
         if self._outbox.has_work:
