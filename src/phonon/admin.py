@@ -117,7 +117,7 @@ class Admin(BaseAdmin):
         ServerError: The server cannot be used.
 
     Example:
-        >>> with Admin("redis://localhost:6379/1") as admin:  # doctest: +SKIP
+        >>> with Admin() as admin:  # at $PHONON_URL, or on this machine
         ...     for batch in admin.batches(state="parked"):
         ...         print(batch.resource, batch.token, batch.error)
     """

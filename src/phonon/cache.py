@@ -252,9 +252,20 @@ class LruCache(BaseCache[U]):
         ConfigurationError: ``max_entries`` is less than 1, or no whole number.
 
     Example:
+        >>> class Clicks(ConflictFreeUpdate):
+        ...     def execute(self):
+        ...         print("write", self._id, self.doc["n"])
         >>> cache = LruCache(max_entries=1000)
+        >>> with process.batch():  # stores what is set in one exchange
+        ...     for page in ("/a", "/b", "/a"):
+        ...         cache.set(page, Clicks(process, page, doc={"n": 1}))
+        True
+        True
+        False
         >>> cache.size()
-        0
+        2
+        >>> cache.expire("/a")
+        write /a 2
     """
 
     def set(self, key: Hashable, update: U) -> bool | None:

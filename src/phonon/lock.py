@@ -489,10 +489,14 @@ class Lock(BaseLock):
         ConfigurationError: An argument is invalid.
 
     Example:
-        >>> with process.lock("report") as lock:  # doctest: +SKIP
-        ...     write_report(fencing_token=lock.token)
-        >>> @process.lock("report")  # doctest: +SKIP
-        ... def write_reports(): ...  # one call at a time, in all processes
+        >>> with process.lock("report") as lock:
+        ...     print("a fencing token:", lock.token > 0)
+        a fencing token: True
+        >>> @process.lock("report")
+        ... def write_report():  # one call at a time, in all processes
+        ...     return "written"
+        >>> write_report()
+        'written'
     """
 
     process: "Process"
@@ -662,8 +666,9 @@ class Semaphore(BaseSemaphore, Lock):
         options: As of a `Lock`, but for ``shared``.
 
     Example:
-        >>> with process.semaphore("connections", 10):  # doctest: +SKIP
-        ...     fetch()
+        >>> with process.semaphore("connections", 10) as place:
+        ...     place.owned()
+        True
     """
 
 

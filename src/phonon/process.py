@@ -241,8 +241,10 @@ class Process(BaseProcess):
         ServerError: The server cannot be used: too old, wrong password.
 
     Example:
-        >>> with Process("redis://localhost:6379/1") as process:  # doctest: +SKIP
+        >>> with Process() as process:  # at $PHONON_URL, or on this machine
         ...     reference = process.create_reference("import-42")
+        ...     print(reference.count())
+        1
     """
 
     Lock: ClassVar = phonon.lock.Lock

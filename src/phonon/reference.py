@@ -196,9 +196,12 @@ class Reference(BaseReference):
         ConfigurationError: An argument is invalid.
 
     Example:
-        >>> reference = process.create_reference("import-42")  # doctest: +SKIP
-        >>> load_my_part()  # doctest: +SKIP
-        >>> reference.dereference(callback=publish)  # doctest: +SKIP
+        >>> reference = process.create_reference("import-42")
+        >>> reference.count()
+        1
+        >>> reference.dereference(callback=lambda: print("the last one publishes"))
+        the last one publishes
+        True
     """
 
     _process: "Process"

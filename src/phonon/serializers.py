@@ -45,7 +45,17 @@ from phonon.errors import ConfigurationError, NotStorableError, UndecodableError
 
 
 class Serializer(Protocol):
-    """What ``Process(serializer=…)`` takes; an implementation is safe to use from many threads."""
+    """What ``Process(serializer=…)`` takes; an implementation is safe to use from many threads.
+
+    Example:
+        >>> class Json:
+        ...     name = "json"
+        ...     def dumps(self, value):
+        ...         return json.dumps(value).encode()
+        ...     def loads(self, data):
+        ...         return json.loads(data)
+        >>> Process(namespace="json", serializer=Json()).stop()
+    """
 
     name: str
     """A short id, stored beside the data, by which a reader with another serializer notices."""
@@ -320,6 +330,11 @@ class ExactSerializer:
 
     Reading runs no code, imports nothing and takes memory in proportion to the data, whatever it
     is; but who may write to the server can choose keys that collide in a dict, which takes time.
+
+    Example:
+        >>> serializer = ExactSerializer()
+        >>> serializer.loads(serializer.dumps({("a", 1): {2.0, 3}})) == {("a", 1): {2.0, 3}}
+        True
     """
 
     name = "x1"
@@ -377,6 +392,11 @@ class SignedPickleSerializer:
 
     Raises:
         ConfigurationError: The key is too short, or neither bytes nor str.
+
+    Example:
+        >>> serializer = SignedPickleSerializer(key="sixteen bytes or more")
+        >>> serializer.loads(serializer.dumps(ValueError("any object")))
+        ValueError('any object')
     """
 
     name = "p1"

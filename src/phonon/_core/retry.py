@@ -15,6 +15,9 @@ class RetryPolicy(NamedTuple):
             that failed together are not tried again together.
         crashes: How many processes may die while they execute it; with one more it is parked, so
             that a batch that kills its process does not kill all of them in turn.
+
+    Example:
+        >>> Process(retry=RetryPolicy(attempts=3, first_delay=0.5)).stop()
     """
 
     attempts: int = 8

@@ -44,6 +44,11 @@ class AsyncAdmin(BaseAdmin):
         namespace: The namespace.
         timeout: Seconds to go on asking a server that does not answer.
         who: Who acts, for the log on the server. None: user, host and process.
+
+    Example:
+        >>> async with AsyncAdmin() as admin:
+        ...     async for batch in admin.batches(state="parked"):
+        ...         print(batch.resource, batch.token, batch.error)
     """
 
     def __init__(

@@ -83,8 +83,10 @@ class AsyncProcess(BaseProcess):
         ConfigurationError: An argument is invalid.
 
     Example:
-        >>> async with AsyncProcess("redis://localhost:6379/1") as process:  # doctest: +SKIP
+        >>> async with AsyncProcess() as process:
         ...     reference = await process.create_reference("import-42")
+        ...     print(await reference.count())
+        1
     """
 
     Lock: ClassVar = AsyncLock

@@ -52,8 +52,14 @@ class AsyncUpdate(Update):
         ...     def merge(self, other):
         ...         self.doc["n"] += other.doc["n"]
         ...     async def execute(self):
-        ...         await database.add(self._id, self.doc["n"], self.token)
-        >>> await cache.set(user, Visits(process, user, doc={"n": 1}))  # doctest: +SKIP
+        ...         print("write", self._id, self.doc["n"])
+        >>> cache = AsyncLruCache(max_entries=1000)
+        >>> for user in ("ada", "ada"):
+        ...     await cache.set(user, Visits(process, user, doc={"n": 1}))
+        True
+        False
+        >>> await cache.expire_all()
+        write ada 2
     """
 
     is_async: ClassVar[bool] = True
@@ -208,7 +214,15 @@ class AsyncUpdate(Update):
 
 
 class AsyncConflictFreeUpdate(AsyncUpdate):
-    """An update whose numbers add up; see `ConflictFreeUpdate`."""
+    """An update whose numbers add up; see `ConflictFreeUpdate`.
+
+    Example:
+        >>> class Views(AsyncConflictFreeUpdate):
+        ...     async def execute(self):
+        ...         print("write", self._id, self.doc)
+        >>> await Views(process, "/home", doc={"views": 1}).end_session()
+        write /home {'views': 1}
+    """
 
     def merge(self, other: Any) -> None:
         """Add up the numbers of two docs."""
