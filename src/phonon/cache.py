@@ -23,7 +23,7 @@ PIECE = 1000
 
 
 class BaseCache(Generic[U]):
-    """What `LruCache` and `AsyncLruCache` share: everything but the waiting.
+    """The base of `LruCache` and `AsyncLruCache`: everything but the waiting.
 
     Args:
         max_entries: The number of keys to keep at the most.
@@ -203,7 +203,7 @@ class BaseCache(Generic[U]):
 
     @property
     def surplus(self) -> int:
-        """How many more it holds than it should, because they could not be sent."""
+        """Return how many entries it holds beyond its limit, because they could not be sent."""
         return max(0, len(self._entries) - self.max_entries)
 
     def forget_for(self, engine: Engine) -> None:

@@ -77,7 +77,7 @@ class _OnLost:
 
 
 class BaseLock:
-    """What `Lock` and `AsyncLock` share: everything but the waiting."""
+    """The base of `Lock` and `AsyncLock`: everything but the waiting."""
 
     #: Where users import it from, for a repr.
     _package = "phonon"
@@ -620,7 +620,7 @@ class Lock(BaseLock):
 if TYPE_CHECKING:
 
     class HeldLock(Lock):
-        """What a ``with`` block has: the same lock, whose token is known to be there."""
+        """A lock in its ``with`` block, where it is known to have a token."""
 
         @property
         def token(self) -> int:
@@ -628,7 +628,7 @@ if TYPE_CHECKING:
 
 
 class BaseSemaphore(BaseLock):
-    """What `Semaphore` and `AsyncSemaphore` share."""
+    """The base of `Semaphore` and `AsyncSemaphore`."""
 
     def __init__(
         self,

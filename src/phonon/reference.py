@@ -17,7 +17,7 @@ __all__ = ["BaseReference", "Holder", "Reference"]
 
 
 class BaseReference:
-    """What `Reference` and `AsyncReference` share: everything but the waiting."""
+    """The base of `Reference` and `AsyncReference`: everything but the waiting."""
 
     #: Where users import it from, for a repr.
     _package = "phonon"

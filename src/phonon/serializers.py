@@ -1,4 +1,4 @@
-"""How values become the bytes that the server keeps, and how bytes become values again.
+"""Serializers turn values into the bytes that the server keeps, and back.
 
 ``ExactSerializer`` writes MessagePack: natively what MessagePack has (None, bool, int up to 64
 bits, float, str, bytes, list, dict), and the types of this table as a list whose first element, its
@@ -45,7 +45,7 @@ from phonon.errors import ConfigurationError, NotStorableError, UndecodableError
 
 
 class Serializer(Protocol):
-    """What ``Process(serializer=…)`` takes; an implementation is safe to use from many threads.
+    """The interface of a serializer, for ``Process(serializer=…)``; it must be thread-safe.
 
     Example:
         >>> class Json:
@@ -383,7 +383,7 @@ class SignedPickleSerializer:
     """Stores any object that can be pickled, for programs that trust everybody who has the key.
 
     Warning:
-        Unpickling runs code that the data chooses. Whoever knows the key and can write to the
+        Unpickling runs code that the data chooses. Anyone who knows the key and can write to the
         server runs any program in every process with this serializer: keep the key off the server
         and out of logs. Without it, they can still put back what was signed earlier or elsewhere.
 

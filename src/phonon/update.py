@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Update(LocalUpdate):
-    """What has become known about one record, to be merged and written to the database once.
+    """Data about one record, merged wherever it arrives and written to the database once.
 
     Subclass it and override `merge` and `execute`; override `state` and `reset_states` if you set
     attributes of your own. An update made in one process is merged there with later ones of the

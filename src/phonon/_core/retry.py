@@ -1,11 +1,11 @@
-"""What happens to a batch whose execution failed."""
+"""The policy for batches whose execution failed."""
 
 import random
 from typing import NamedTuple
 
 
 class RetryPolicy(NamedTuple):
-    """What happens to a batch whose execution failed.
+    """When a batch whose execution failed is tried again, and when it is parked.
 
     Attributes:
         attempts: How often it is tried before it is parked.

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 
 class Durability(NamedTuple):
-    """How safe stored data must be before a call that stores it returns.
+    """The safety that stored data must have before the call that stores it returns.
 
     Until then the call counts as unanswered: it is repeated, and in the end it raises
     `ConnectionLostError`.

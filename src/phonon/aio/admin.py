@@ -94,7 +94,7 @@ class AsyncAdmin(BaseAdmin):
 
     @property
     def address(self) -> str:
-        """Where the server is, without a password."""
+        """Return the server's address, without a password."""
         return self._started().server.address
 
     def _started(self) -> SharedConnection:

@@ -135,7 +135,7 @@ class AsyncLock(BaseLock):
 if TYPE_CHECKING:
 
     class HeldAsyncLock(AsyncLock):
-        """What an ``async with`` block has: the same lock, whose token is known to be there."""
+        """A lock in its ``async with`` block, where it is known to have a token."""
 
         @property
         def token(self) -> int:

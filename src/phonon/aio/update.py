@@ -18,7 +18,7 @@ _LOOK = 0.02
 
 
 class AsyncUpdate(Update):
-    """What has become known about one record, to be merged and written once; see `Update`.
+    """Data about one record, merged wherever it arrives and written once; see `Update`.
 
     Subclass it and override `merge`, which is an ordinary method, and ``async def execute``. The
     constructor does not wait for the server: `AsyncLruCache.set`, `cache` or `end_session` store
@@ -102,7 +102,7 @@ class AsyncUpdate(Update):
 
     @property
     def is_to_be_opened(self) -> bool:
-        """Whether there is something that the constructor could not do."""
+        """Return whether the constructor left something undone."""
         return self._init_cache_ is not None
 
     async def open_now(self) -> None:
