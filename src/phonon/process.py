@@ -14,6 +14,7 @@ from phonon._core.codec import UpdateCodec
 from phonon._core.dead_letters import DeadLetters, Parked
 from phonon._core.engine import Engine, Options, ThreadEngine, errors_only
 from phonon._core.flows import FLUSH, Flow, Sleep, read
+from phonon._core.forks import notice
 from phonon._protocol import library
 from phonon._protocol.library import Request
 from phonon._protocol.partitions import ENCODING, ERRORS, decode
@@ -67,6 +68,7 @@ class BaseProcess:
     @property
     def id(self) -> str:
         """The process's identity, unique for ever."""
+        notice()
         name: str = self.engine.name
         return name
 

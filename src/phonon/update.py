@@ -9,6 +9,7 @@ from phonon._core import classes, codec
 from phonon._core.copies import DEEP, FLAT, PLAIN, copied, has_plain_items
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import CALLER_GONE, Flow
+from phonon._core.forks import SAME, notice
 from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION, LocalUpdate, prefix_of
 from phonon._core.outbox import Ending
 from phonon.errors import ConfigurationError
@@ -93,6 +94,8 @@ class Update(LocalUpdate):
             engine = process._engine or process.engine  # noqa: SLF001 - a property costs time
         except AttributeError:
             raise ConfigurationError(f"process is a Process, not {process!r}") from None
+        if not SAME[0]:
+            notice()
         self._id = _id
         self._process_ = process
         self._engine_ = engine

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 from phonon._core import codec
 from phonon._core.engine import Engine
+from phonon._core.forks import SAME, notice
 from phonon.errors import ConfigurationError, ForkedError
 
 #: Seconds without a message after which a session is over.
@@ -388,6 +389,8 @@ class LocalUpdate:
         self._check_at_ = 0.0
 
     def _own_engine_(self) -> Any:
+        if not SAME[0]:
+            notice()
         engine = self._engine_
         if self._generation_ is not engine.identity.generation:
             raise ForkedError(
