@@ -12,10 +12,10 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 # One environment for all targets; made again when the pinned versions or the metadata change.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml demo/pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Phonon needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable demo
 	@touch $@
 
 demo: $(VENV)/.installed ## run the main job on real data with an embedded server
@@ -39,11 +39,11 @@ lint: $(VENV)/.installed ## check style and types
 
 # The peers are needed for nothing else, so they are not among what all targets need.
 $(VENV)/.peers: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]' --editable demo
 	@touch $@
 
 bench: $(VENV)/.peers ## measure against bare Redis and peers
-	$(BIN)/phonon bench --json docs/benchmarks.json --chart docs/benchmarks.svg $(ARGS)
+	$(BIN)/python benchmarks/compare.py --json docs/benchmarks.json --chart docs/benchmarks.svg $(ARGS)
 	$(BIN)/python benchmarks/round_trips.py
 	$(BIN)/python benchmarks/references.py
 	$(BIN)/python benchmarks/takeover.py
@@ -53,7 +53,7 @@ bench: $(VENV)/.peers ## measure against bare Redis and peers
 	$(BIN)/python benchmarks/backpressure.py --seconds 12
 
 docs: $(VENV)/.installed ## run the examples in README.md and docs/
-	$(BIN)/python -m pytest tests/fundamentals/test_documentation.py
+	$(BIN)/python -m pytest tests/docs
 
 clean: ## remove the environment and what was built
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist demo/build demo/dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info demo/src/*.egg-info

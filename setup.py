@@ -14,7 +14,7 @@ if sys.argv[1:] == ["install"]:
     sys.exit(subprocess.call([*PIP, "."]))
 if sys.argv[1:] == ["test"]:
     sys.exit(
-        subprocess.call([*PIP, "--editable", ".[test]"])
+        subprocess.call([*PIP, "--editable", ".[test]", "--editable", "demo"])
         or subprocess.call([sys.executable, "-m", "pytest"])
     )
 setup()

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from common import processes
+from comparison import stream
+from comparison.stream import Message
 from phonon import LruCache, Process, Update
 from phonon.aio import AsyncLruCache, AsyncProcess, AsyncUpdate
-from phonon.bench import stream
-from phonon.bench.stream import Message
 
 MESSAGES = 50_000
 KEYS = 20_000

@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common import processes
+from comparison.locks import Maker, phonon, pottery, python_redis_lock, redis_py
 from phonon import Process
-from phonon.bench.locks import Maker, phonon, pottery, python_redis_lock, redis_py
 from round_trips import Counting, CountingSocket
 
 CONTENDERS = 8

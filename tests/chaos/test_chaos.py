@@ -1,4 +1,4 @@
-"""``phonon chaos`` finds nothing wrong, and would find it."""
+"""The chaos run finds nothing wrong, and would find it."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import saboteurs
 
-from phonon.cli import chaos
-from phonon.cli.jobs import Job
-from phonon.cli.ledger import Ledger, Verdict
+from chaos import run as chaos
+from chaos.ledger import Ledger, Verdict
+from phonon_demo.jobs import Job
+from support import saboteurs
 
 MINUTE = 60
 
@@ -31,7 +31,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def chaos_program(*arguments: str, timeout: float) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "phonon", "chaos", *arguments],
+        [sys.executable, "-m", "chaos", *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -8,8 +8,8 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
-from conftest import Make, Redis
 from phonon import Process
+from support.world import Make, Redis
 
 
 def test_whoever_is_last_to_update_a_record_writes_it_once(make: Make) -> None:

@@ -6,10 +6,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sim_random import PROFILES, report, try_schedule
-from sim_server import SimServer, small
+from simulation.schedules import PROFILES, report, try_schedule
+from simulation.server import SimServer, small
 
 
 def main() -> int:

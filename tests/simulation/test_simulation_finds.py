@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from sim_mutations import MUTATIONS, mutated
-from sim_random import try_schedule
-from sim_server import SimServer, small
+
+from simulation.mutations import MUTATIONS, mutated
+from simulation.schedules import try_schedule
+from simulation.server import SimServer, small
 
 #: So many random schedules are tried at the most.
 SCHEDULES = 60

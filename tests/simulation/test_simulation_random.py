@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from sim_random import PROFILES, Schedule, run_random
-from sim_server import SimServer, small
+
+from simulation.schedules import PROFILES, Schedule, run_random
+from simulation.server import SimServer, small
 
 SIMULATIONS = int(os.environ.get("PHONON_TEST_SIMULATIONS", "119"))
 SEED = os.environ.get("PHONON_TEST_SEED", "1")

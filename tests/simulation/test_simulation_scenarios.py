@@ -4,14 +4,14 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-import sim_scenarios as scenarios
-from sim_checks import Violation
-from sim_mutations import Mutation, Patch, mutated
-from sim_scenarios import SCENARIOS, Scenario, play
-from sim_server import Change, SimServer, small
 
 from phonon._core import heartbeat, identity, members, outbox, rebirth, takeover
 from phonon._protocol import lane
+from simulation import scenarios
+from simulation.checks import Violation
+from simulation.mutations import Mutation, Patch, mutated
+from simulation.scenarios import SCENARIOS, Scenario, play
+from simulation.server import Change, SimServer, small
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import os
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from steps_lab import Lab, lab_fixture  # noqa: F401 - the fixture is found by its name
-from steps_world import EVENTS, FATES, WEIGHTS, Move, fresh, run, run_random
+
+from steps.lab import Lab, lab_fixture  # noqa: F401 - the fixture is found by its name
+from steps.world import EVENTS, FATES, WEIGHTS, Move, fresh, run, run_random
 
 SCHEDULES = int(os.environ.get("PHONON_TEST_SCHEDULES", "120"))
 SEED = int(os.environ.get("PHONON_TEST_SEED", "1"))

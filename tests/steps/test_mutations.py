@@ -10,23 +10,25 @@ from typing import Any, NamedTuple
 
 import pytest
 import redis
-import test_scenarios
-import test_step_batches
-import test_step_compaction
-import test_step_lanes
-import test_step_locks
-import test_step_membership
-import test_step_parties
-import test_step_processes
-import test_step_reap
-import test_step_tokens
-from steps_lab import Lab, make_library
-from steps_world import run_random
 
-from conftest import Redis
 from phonon._protocol import lane as shipped_lane
 from phonon._protocol import library
 from phonon._protocol.library import text
+from steps import (
+    test_scenarios,
+    test_step_batches,
+    test_step_compaction,
+    test_step_lanes,
+    test_step_locks,
+    test_step_membership,
+    test_step_parties,
+    test_step_processes,
+    test_step_reap,
+    test_step_tokens,
+)
+from steps.lab import Lab, make_library
+from steps.world import run_random
+from support.world import Redis
 
 # Those that take longer are last: most faults are found before.
 MODULES = (

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
-from steps_lab import Lab, lab_fixture  # noqa: F401 - the fixture is found by its name
 
-from conftest import Redis, wait_until
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.partitions import Partitions, decode, encode_resource, encode_semaphore
+from steps.lab import Lab, lab_fixture  # noqa: F401 - the fixture is found by its name
+from support.world import Redis, wait_until
 
 SPECIAL = [
     *("", "}", "{", "{}", "{a}", "a}b{c", "}{", "\n", "\0", "\0r", "\0s", "\0rx", "\0\0", " "),

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from steps_lab import Lab, Proc, lab_fixture  # noqa: F401 - the fixture is found by its name
-from steps_world import World, fresh
 
 from phonon._protocol import operations as ops
 from phonon._protocol.operations import Operation
+from steps.lab import Lab, Proc, lab_fixture  # noqa: F401 - the fixture is found by its name
+from steps.world import World, fresh
 
 #: What a process does next, as soon as it is its turn; None if there is nothing to do any more.
 Step = Callable[[World, Proc], Operation | None]

@@ -2,10 +2,10 @@
 
 import msgpack
 import pytest
-from steps_lab import BATCH_SCORE, Lab, lab_fixture  # noqa: F401 - found by its name
 
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
+from steps.lab import BATCH_SCORE, Lab, lab_fixture  # noqa: F401 - found by its name
 
 QUEUE = b"class:C"
 

@@ -3,12 +3,12 @@
 import hashlib
 
 import pytest
-from steps_lab import Lab, Proc, lab_fixture  # noqa: F401 - found by its name
 
 from phonon._core.compaction import digest
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import MODIFICATIONS
+from steps.lab import Lab, Proc, lab_fixture  # noqa: F401 - found by its name
 
 
 def compact(process: Proc, first: int, partials: list[bytes], *merged: bytes) -> object:

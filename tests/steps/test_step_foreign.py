@@ -6,12 +6,12 @@ Either way nothing is half done, and the other operations of the call go on.
 from collections.abc import Callable
 
 import pytest
-from steps_lab import Lab, Proc, lab_fixture  # noqa: F401 - the fixture is found by its name
 
 from phonon._core.compaction import digest
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import FORCE, MODIFICATIONS, Operation
+from steps.lab import Lab, Proc, lab_fixture  # noqa: F401 - the fixture is found by its name
 
 TYPES = (
     *("members", "left", "partials", "running", "batch", "parked", "parties"),

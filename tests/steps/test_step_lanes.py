@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from steps_lab import Lab, lab_fixture, refused  # noqa: F401 - found by its name
 
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.lane import MOST_BYTES, MOST_OPERATIONS, State
+from steps.lab import Lab, lab_fixture, refused  # noqa: F401 - found by its name
 
 
 def altered(call: object, place: int, word: bytes) -> object:

@@ -3,10 +3,10 @@
 import itertools
 
 import pytest
-from steps_lab import BATCH_SCORE, Lab, lab_fixture  # noqa: F401 - found by its name
 
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
+from steps.lab import BATCH_SCORE, Lab, lab_fixture  # noqa: F401 - found by its name
 
 
 def test_a_free_lock_is_granted_and_again_to_its_holder(lab: Lab) -> None:

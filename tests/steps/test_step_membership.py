@@ -1,11 +1,11 @@
 """Join, modify, leave, restore: who is a member, and who is told to be the last."""
 
 import pytest
-from steps_lab import BATCH_SCORE, Lab, lab_fixture  # noqa: F401 - found by its name
 
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import FORCE, MODIFICATIONS
+from steps.lab import BATCH_SCORE, Lab, lab_fixture  # noqa: F401 - found by its name
 
 
 def test_join_counts_a_process_once(lab: Lab) -> None:

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from steps_lab import Lab, lab_fixture  # noqa: F401 - found by its name
+
+from steps.lab import Lab, lab_fixture  # noqa: F401 - found by its name
 
 TTL = 1000
 

@@ -1,11 +1,11 @@
 """Reap: what a dead process, or a class queue, has left in a partition."""
 
 import pytest
-from steps_lab import LEFT_SCORE, WEEK_MS, Lab, lab_fixture, refused  # noqa: F401 - found by its name
 
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import MODIFICATIONS
+from steps.lab import LEFT_SCORE, WEEK_MS, Lab, lab_fixture, refused  # noqa: F401 - found by its name
 
 ONE = [Reply.REAPED, 0, 0, [], [], 1]
 

@@ -2,11 +2,11 @@
 
 import pytest
 import redis
-from steps_lab import Lab
 
-from conftest import Redis
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
+from steps.lab import Lab
+from support.world import Redis
 
 
 @pytest.fixture(name="own")

@@ -1,9 +1,9 @@
 """Tokens grow strictly, whatever the clock does, and keep all their digits."""
 
 import pytest
-from steps_lab import EPOCH_US, Lab, lab_fixture  # noqa: F401 - found by its name
 
 from phonon._protocol.answers import Reply
+from steps.lab import EPOCH_US, Lab, lab_fixture  # noqa: F401 - found by its name
 
 
 def test_tokens_follow_the_clock(lab: Lab) -> None:

@@ -29,7 +29,7 @@ PAUSE = 0.01
 #: Memberships renewed in one exchange.
 MOST_JOINS = 4096
 
-#: What is logged when a dead process has left something; see `phonon.cli.report`.
+#: What is logged when a dead process has left something; see `phonon_demo.report`.
 TAKEN_OVER = (
     "process %s has taken over %d resources of process %s, which was declared dead, and %d batches"
 )

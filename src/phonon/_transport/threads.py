@@ -22,6 +22,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from operator import call as call_function
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 from redis.exceptions import ResponseError
@@ -82,6 +83,7 @@ ATTEMPTS = 100
 POLL = 0.05
 
 _get_ident = threading.get_ident
+_get_frame = sys._getframe  # noqa: SLF001 - documented, in spite of its name
 
 
 class Bell:
@@ -134,12 +136,28 @@ class _Ticket(Ticket):
 
 
 class _Leader:
-    """A claim to something that one thread does for all."""
+    """A claim to something that one thread does for all, made by the frame that does it."""
 
-    __slots__ = ("thread",)
+    __slots__ = ("frame", "thread")
 
     def __init__(self) -> None:
         self.thread = _get_ident()
+        self.frame: FrameType | None = _get_frame(1)
+
+    def leads(self) -> bool:
+        """Return whether the frame runs: an exception out of a signal handler may have ended it.
+
+        `sys._current_frames` would tell too, but before Python 3.12.4 it deadlocks if the garbage
+        collector runs inside it.
+        """
+        frame = self.frame
+        if frame is None:
+            return False
+        try:
+            frame.clear()  # refused to a frame that runs; nobody needs the variables of another
+        except RuntimeError:
+            return True
+        return False
 
 
 class _Claims:
@@ -147,8 +165,6 @@ class _Claims:
 
     def __init__(self) -> None:
         self._leaders: dict[Hashable, _Leader] = {}
-        # A claim is alive as long as one of these runs with it in its variable ``leader``.
-        self.codes: set[Any] = set()
 
     def claim(self, thing: Hashable, leader: _Leader) -> bool:
         """Try to become the leader. One's own thread's outer frame gives way."""
@@ -163,7 +179,7 @@ class _Claims:
     def claim_from_the_dead(self, thing: Hashable, leader: _Leader) -> bool:
         """Become the leader if the one that is does not run any more."""
         other = self._leaders.get(thing)
-        if other is not None and self._runs(other):
+        if other is not None and other.leads():
             return False
         self._leaders[thing] = leader
         return True
@@ -179,29 +195,18 @@ class _Claims:
             other is not None
             and other is not leader
             and other.thread == leader.thread
-            and self._runs(other)
+            and other.leads()
         )
 
     def release(self, thing: Hashable, leader: _Leader) -> None:
         """Give up a claim, if there is one."""
+        leader.frame = None  # its variables lead back to it
         if self._leaders.get(thing) is leader:
             self._leaders.pop(thing, None)
 
     def forget(self) -> None:
         """Nobody leads, in a forked child."""
         self._leaders = {}
-
-    def _runs(self, leader: _Leader) -> bool:
-        """Return whether the frame that leads still runs.
-
-        A signal handler's exception may have ended it before it gave up its claim.
-        """
-        frame = sys._current_frames().get(leader.thread)  # noqa: SLF001 - documented, in spite of its name
-        while frame is not None:
-            if frame.f_code in self.codes and frame.f_locals.get("leader") is leader:
-                return True
-            frame = frame.f_back
-        return False
 
 
 class ThreadWorker:
@@ -269,11 +274,6 @@ class ThreadDriver:
         self.on_ready: Callable[[FlowRun], object] = lambda _: None
         self._receiver = Receiver(identity, self.explain)
         self._claims = _Claims()
-        self._claims.codes |= {
-            ThreadDriver._send.__code__,
-            ThreadDriver._lead.__code__,
-            ThreadDriver._await_mail.__code__,
-        }
         self._waiting: dict[_Ticket, None] = {}
         self._mail = _Mail()
         self._trouble: Exception | None = None

@@ -1,9 +1,7 @@
 """The command line program, ``phonon`` or ``python -m phonon``.
 
-`app` has the commands. `demo` is the one to begin with: it reads rows (`rows`), deals them out to
-worker processes (`broker`, `pool`, `worker`), kills one of them (`deaths`), and checks (`check`)
-what they have written (`sink`). `chaos` has them killed all the time (`killer`, `proxy`), and
-audits every single message (`numbered`, `ledger`).
+`app` has the group of commands. Other distributions add commands with an entry point of the group
+``phonon.commands``; ``phonon demo`` comes with ``phonon-demo``.
 """
 
 import sys

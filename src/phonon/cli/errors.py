@@ -1,9 +1,46 @@
-"""What the command line program says in one line."""
+"""Errors that the command line program prints in one line."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from phonon.errors import PhononError
 
 
-class InputError(Exception):
-    """The input or an option cannot be used as it is; the message names the remedy."""
+class CommandError(Exception):
+    """A command failed; the message says why, and names the remedy.
+
+    Attributes:
+        status: The exit status of the program.
+    """
+
+    status = 1
 
 
-class WorkerError(Exception):
-    """A worker has ended before its time; the message says which, and why."""
+class CommandInterrupt(BaseException):
+    """A signal ended a command, which has tidied up behind itself.
+
+    Attributes:
+        status: The exit status of the program: 128 plus the signal's number.
+    """
+
+    status = 130
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print an error of the block in one line, and exit with its status.
+
+    Raises:
+        SystemExit: The block raised a `PhononError`, `CommandError` or `CommandInterrupt`.
+    """
+    try:
+        yield
+    except PhononError as error:
+        status, text = 2, str(error)
+    except (CommandError, CommandInterrupt) as error:
+        status, text = error.status, str(error)
+    else:
+        return
+    sys.stderr.write(f"phonon: {text}\n")
+    sys.exit(status)

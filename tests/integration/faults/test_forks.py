@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from conftest import Make, Redis, wait_until
 from phonon import LruCache, Process
 from phonon._transport.threads import Bell
 from phonon.errors import ForkedError, LockLostError
-from samples import Tally, put
+from support.samples import Tally, put
+from support.world import Make, Redis, wait_until
 
 
 Fork = Callable[[Process], int]

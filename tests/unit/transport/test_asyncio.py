@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import uvloop
 
-from conftest import Redis
-from driver_lab import Identity, async_server, calls_of, partials, send
 from phonon._core.flows import (
     CALLER_GONE,
     EXECUTING,
@@ -42,7 +40,9 @@ from phonon._transport import async_io
 from phonon._transport.asyncio import AsyncDriver
 from phonon._transport.server import after_fork_in_child
 from phonon.errors import ConfigurationError, ConnectionLostError, ForkedError, ServerError
-from proxy import Fault, Proxy
+from support.drivers import Identity, async_server, calls_of, partials, send
+from support.proxy import Fault, Proxy
+from support.world import Redis
 
 
 class Lab:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,14 +14,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 from redis.exceptions import ResponseError
 
-from conftest import Redis, wait_until
-from driver_lab import Identity, calls_of, partials, send, sync_server
 from phonon._core.flows import (
     CALLER_GONE,
     EXECUTING,
@@ -45,7 +45,9 @@ from phonon._transport import sync_io, threads
 from phonon._transport.server import after_fork_in_child
 from phonon._transport.threads import ThreadDriver, _Leader
 from phonon.errors import ConnectionLostError, ServerError
-from proxy import Fault, Proxy
+from support.drivers import Identity, calls_of, partials, send, sync_server
+from support.proxy import Fault, Proxy
+from support.world import Redis, wait_until
 
 
 class Lab:
@@ -705,6 +707,25 @@ def test_a_leader_whose_frame_has_ended_is_replaced(lab: Lab) -> None:
     lab.append(b"r")
     assert time.monotonic() - started < 8
     settled(lab)
+
+
+def test_garbage_is_collected_while_a_leader_is_looked_at(tmp_path: Path) -> None:
+    """`sys._current_frames` would wait for itself, when garbage has a ``threading.local``."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import gc, threading\n"
+        "from phonon._transport.threads import _Leader\n"
+        "class Node: pass\n"
+        "leader = _Leader()\n"
+        "def look(): return leader.leads()\n"
+        "gc.set_threshold(1)\n"
+        "for _ in range(1000):\n"
+        "    node = Node()\n"
+        "    node.itself, node.local = node, threading.local()\n"
+        "    del node\n"
+        "    assert look()\n"
+    )
+    subprocess.run([sys.executable, script], check=True, timeout=30)
 
 
 def test_an_own_leader_that_was_left_behind_is_replaced(lab: Lab) -> None:

@@ -17,7 +17,6 @@ import redis
 import redis.asyncio
 from redis.exceptions import ResponseError
 
-from conftest import Redis, wait_until
 from phonon._core.settings import Durability
 from phonon._protocol.library import Request
 from phonon._transport import async_io, connect, sync_io
@@ -29,8 +28,9 @@ from phonon.errors import (
     ServerError,
     ServerUnreachableError,
 )
-from proxy import Fault, Proxy
-from transport_lab import Lab, Node, Watched
+from support.proxy import Fault, Proxy
+from support.transport import Lab, Node, Watched
+from support.world import Redis, wait_until
 
 
 @pytest.fixture(params=["threads", "asyncio", "uvloop"])

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from conftest import wait_until
 from phonon.errors import ConfigurationError, ConnectionLostError, ServerUnreachableError
-from transport_lab import Cluster, Lab, Node, slot_of
+from support.transport import Cluster, Lab, Node, slot_of
+from support.world import wait_until
 
 
 @pytest.fixture(scope="module")

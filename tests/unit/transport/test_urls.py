@@ -7,7 +7,7 @@ import pytest
 
 from phonon._transport import connect, urls
 from phonon.errors import ConfigurationError
-from transport_lab import Lab
+from support.transport import Lab
 
 SECRET = "sEcReT"  # noqa: S105 - a test's
 

@@ -1,0 +1,90 @@
+"""``python -m chaos``: the options of the chaos run."""
+
+import secrets
+import sys
+
+import click
+
+from chaos import run as chaos_
+from phonon.cli.app import SETTINGS
+from phonon.cli.errors import one_line_errors
+from phonon_demo.app import asyncio_option
+
+
+@click.command(context_settings=SETTINGS)
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=2),
+    default=4,
+    show_default=True,
+    help="Worker processes; for each that is killed another one is started.",
+)
+@click.option(
+    "--seconds",
+    metavar="S",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End after so many seconds.  [default: 20, unless --kills is given]",
+)
+@click.option("--kills", metavar="K", type=click.IntRange(min=1), help="End after so many kills.")
+@click.option(
+    "--seed",
+    metavar="N",
+    type=int,
+    help="Whom it strikes and when is chosen by chance; the same number chooses the same, but the "
+    "workers are never in the same state twice.  [default: another one each time]",
+)
+@click.option("--cut", is_flag=True, help="Also cut all connections to the server, now and then.")
+@click.option(
+    "--restart-server",
+    is_flag=True,
+    help="Also kill the server with SIGKILL, now and then, and start it again. Workers then wait "
+    "until data is on its disk before they acknowledge.",
+)
+@click.option("--verbose", is_flag=True, help="Show every death, and what the workers log.")
+@asyncio_option
+def main(
+    workers: int,
+    seconds: float | None,
+    kills: int | None,
+    seed: int | None,
+    cut: bool,
+    restart_server: bool,
+    verbose: bool,
+    asyncio_: bool,
+) -> None:
+    """Kill and pause workers all the time, and check that nothing is lost or doubled.
+
+    The workers add up the flights of ``phonon demo``, over and over, on a server of their own. Some
+    three times a second one of them is killed with SIGKILL, and others are stopped for so long
+    that they are believed dead and taken over, and then go on. In the end SQLite is audited.
+
+    Every message has a number, and every row of the database keeps the numbers of all messages
+    that were added to it. What was acknowledged must be there exactly once. What a worker had not
+    acknowledged when it was killed is dealt again under another number; the old one may be there
+    or not, since nobody can know whether it was stored: with a real broker such a message is there
+    at least once. The figures of every key must be those of a plain loop over the messages that
+    are there, so none is there in part.
+
+    \b
+    Examples:
+      python -m chaos
+      python -m chaos --kills 200 --cut --restart-server --seed 1
+
+    \b
+    Exit status: 0 if nothing acknowledged was lost, nothing doubled, no figure is wrong, nothing
+    parked, and nothing left on the server; 1 if not, or if a worker gave up; 2 if an option
+    cannot be used or the server cannot be started.
+    """  # noqa: D301 - see demo
+    if seconds is None and kills is None:
+        seconds = 20.0
+    if seed is None:
+        seed = secrets.randbelow(1_000_000)
+        click.echo(f"--seed {seed}", err=True)
+    options = chaos_.Options(workers, seconds, kills, seed, cut, restart_server, verbose, asyncio_)
+    sys.exit(chaos_.run(options))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

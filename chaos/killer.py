@@ -1,0 +1,130 @@
+"""Strikes at random moments: kills and pauses workers, cuts connections, kills the server."""
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chaos.proxy import Proxy
+from phonon._core.heartbeat import DEAD_AFTER
+from phonon_demo.pool import Pool, Worker
+from phonon_demo.server import MortalServer
+
+#: Seconds between two strikes of a kind, on average; the first comes after half of that.
+KILLS, PAUSES, CUTS, RESTARTS = 0.35, 1.5, 0.8, 6.0
+#: How long a pause is, in terms of the time after which a process counts as dead.
+SHORTEST_PAUSE, LONGEST_PAUSE = 1.1, 2.0
+#: Of so many kills, workers that are paused are not the victims.
+SPARED = 0.8
+
+
+@dataclass
+class Strikes:
+    """How often each of them happened."""
+
+    kills: int = 0
+    pauses: int = 0
+    cuts: int = 0
+    restarts: int = 0
+
+
+class Killer:
+    """Strikes when its time has come.
+
+    Args:
+        chance: Decides when and whom.
+        pool: The workers.
+        heartbeat: Theirs.
+        proxy: Cuts their connections; None if that is not wanted.
+        server: Is killed; None if that is not wanted.
+
+    Attributes:
+        strikes: How often it has struck.
+    """
+
+    def __init__(
+        self,
+        chance: random.Random,
+        pool: Pool,
+        heartbeat: float,
+        proxy: Proxy | None,
+        server: MortalServer | None,
+    ) -> None:
+        self.strikes = Strikes()
+        self._chance = chance
+        self._pool = pool
+        self._dead_after = DEAD_AFTER * heartbeat
+        self._paused: dict[Worker, float] = {}
+        self._proxy = proxy
+        self._server = server
+        kinds: list[tuple[float, Callable[[], None]]] = [(KILLS, self._kill), (PAUSES, self._pause)]
+        if proxy is not None:
+            kinds.append((CUTS, self._cut))
+        if server is not None:
+            kinds.append((RESTARTS, self._restart))
+        now = time.monotonic()
+        self._due = [(now + mean / 2, mean, strike) for mean, strike in kinds]
+
+    def is_paused(self, worker: Worker) -> bool:
+        """Whether a worker would not answer now."""
+        return worker in self._paused
+
+    def strike(self) -> None:
+        """Do what is due, the sooner the first."""
+        now = time.monotonic()
+        for worker, until in list(self._paused.items()):
+            if now >= until:
+                self._go_on(worker)
+        for i, (at, mean, strike) in enumerate(self._due):
+            if now >= at:
+                strike()
+                self._due[i] = now + self._chance.expovariate(1 / mean), mean, strike
+
+    def pause(self) -> float:
+        """Seconds until something is due."""
+        times = [*(at for at, _, _ in self._due), *self._paused.values()]
+        return max(0.0, min(times) - time.monotonic())
+
+    def retire(self) -> None:
+        """Let everybody go on who is paused."""
+        for worker in list(self._paused):
+            self._go_on(worker)
+
+    def _go_on(self, worker: Worker) -> None:
+        del self._paused[worker]
+        if not worker.fate:
+            worker.popen.send_signal(signal.SIGCONT)
+
+    def _ready(self) -> list[Worker]:
+        """Those who are at work, or about to begin; first of all those who have begun."""
+        alive = self._pool.alive
+        return [worker for worker in alive if worker.process] or alive
+
+    def _kill(self) -> None:
+        ready = self._ready()
+        # Most of those that are paused are to go on, believed dead: few live for as long as that.
+        running = [worker for worker in ready if worker not in self._paused]
+        spared = running and self._chance.random() < SPARED
+        worker = self._chance.choice(running if spared else ready)
+        self._paused.pop(worker, None)
+        self._pool.kill(worker)
+        self.strikes.kills += 1
+
+    def _pause(self) -> None:
+        running = [worker for worker in self._ready() if worker not in self._paused]
+        if len(running) > 1:  # somebody has to take over
+            worker = self._chance.choice(running)
+            seconds = self._dead_after * self._chance.uniform(SHORTEST_PAUSE, LONGEST_PAUSE)
+            self._paused[worker] = time.monotonic() + seconds
+            worker.popen.send_signal(signal.SIGSTOP)
+            self.strikes.pauses += 1
+
+    def _cut(self) -> None:
+        if self._proxy is not None:
+            self.strikes.cuts += self._proxy.cut()
+
+    def _restart(self) -> None:
+        if self._server is not None:
+            self._server.restart()
+            self.strikes.restarts += 1

@@ -1,0 +1,197 @@
+"""What ``phonon chaos`` shows: how it goes, and the verdict."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from chaos.killer import Strikes
+from chaos.ledger import Ledger, Verdict
+from phonon_demo.jobs import Message
+from phonon_demo.pool import Worker
+
+#: Seconds between two lines of progress: on a terminal, where it is one line, and elsewhere.
+LIVE_INTERVAL, LINE_INTERVAL = 0.1, 5.0
+#: Leftovers, as many as are listed.
+LISTED = 10
+
+
+class Watcher:
+    """Keeps the books and shows how it goes; a context manager.
+
+    Args:
+        ledger: The books.
+        verbose: Whether to show what the workers' libraries log.
+
+    Attributes:
+        deaths: Workers that have ended before their time.
+        strikes: What has happened.
+    """
+
+    def __init__(self, ledger: Ledger, *, verbose: bool) -> None:
+        self.deaths = 0
+        self.strikes = Strikes()
+        self._ledger = ledger
+        self._verbose = verbose
+        self._acknowledged = 0
+        self._said = self._begun = time.monotonic()
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._status: Status | None = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._status = Status("starting", console=self._console)
+
+    def __enter__(self) -> Self:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._status:
+            self._status.stop()
+
+    def started(self, workers: Sequence[Worker]) -> None:
+        """The first workers are at work."""
+        self._begun = time.monotonic()
+        self._say(f"{len(workers)} worker processes; the killer is loose")
+
+    def finishing(self) -> None:
+        """The killer is gone."""
+        self._say(f"{self._counts()}; no more strikes, waiting for the takeover of the last")
+
+    def progressed(self, workers: Sequence[Worker]) -> None:
+        """Say now and then how it goes."""
+        del workers
+        now = time.monotonic()
+        if now - self._said < (LIVE_INTERVAL if self._status else LINE_INTERVAL):
+            return
+        self._said = now
+        if self._status:
+            self._status.update(Text(self._counts()))
+        else:
+            self._say(self._counts())
+
+    def acknowledged(self, messages: list[Message]) -> None:
+        """Enter it into the books."""
+        self._acknowledged += len(messages)
+        self._ledger.acknowledge(messages)
+
+    def died(self, worker: Worker) -> None:
+        """Count it."""
+        self.deaths += 1
+        if self._verbose:
+            self._say(f"{worker.name} {worker.fate}")
+
+    def log(self, text: str) -> None:
+        """Warnings by the hundred: this is what they are for."""
+        if self._verbose:
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def _counts(self) -> str:
+        strikes = self.strikes
+        return (
+            f"{time.monotonic() - self._begun:.0f} s: {self._acknowledged:,} messages "
+            f"acknowledged, {strikes.kills:,} kills, {strikes.pauses:,} pauses, "
+            f"{strikes.cuts:,} connections cut, {strikes.restarts:,} server restarts"
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
+
+    Attributes:
+        seconds: How long it took.
+        strikes: What the killer did.
+        died: Workers that have ended before their time without its doing.
+        dealt: Messages dealt, those included that were dealt again.
+        redealt: Messages dealt again, under another number, because a worker died with them.
+        verdict: The books against the database.
+        sessions: Sessions that are in the database.
+        taken_over: Open sessions taken over from the dead, as far as those lived to say it.
+        batches: Batches executed in doing so.
+        reborn: How often a worker was believed dead, and went on under a new id.
+        repeats: Batches that came twice, and were skipped by their token.
+        parked: Batches that were given up on.
+        leftovers: Keys that should not be on the server any more.
+    """
+
+    seconds: float
+    strikes: Strikes
+    died: int
+    dealt: int
+    redealt: int
+    verdict: Verdict
+    sessions: int
+    taken_over: int
+    batches: int
+    reborn: int
+    repeats: int
+    parked: int
+    leftovers: Sequence[str]
+
+    @property
+    def exact(self) -> bool:
+        """Whether all is as it was promised."""
+        return self.verdict.exact and not self.parked and not self.leftovers
+
+
+def show(outcome: Outcome) -> None:
+    """Print the outcome."""
+    console = Console()
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in _lines(outcome):
+        table.add_row(Text(name), Text(value))
+    console.print(table)
+    verdict = outcome.verdict
+    equal = f"{verdict.keys - verdict.differing:,} of {verdict.keys:,} keys equal"
+    console.print(Text(f"SQLite against a plain loop over the messages there: {equal}"))
+    for leftover in outcome.leftovers[:LISTED]:
+        console.print(Text(f"left on the server: {leftover}"))
+    if outcome.exact:
+        console.print(Text("EXACT: nothing acknowledged was lost, nothing doubled", "bold green"))
+    else:
+        console.print(Text("NOT EXACT", "bold red"))
+
+
+def _lines(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    strikes, verdict = outcome.strikes, outcome.verdict
+    counts = {
+        "workers killed with SIGKILL": strikes.kills,
+        "workers paused until believed dead": strikes.pauses,
+        "connections cut": strikes.cuts,
+        "server killed and started again": strikes.restarts,
+        "workers that died by themselves": outcome.died,
+        "messages dealt": outcome.dealt,
+        "  dealt again, their worker having died": outcome.redealt,
+        "messages acknowledged": verdict.acknowledged,
+        "  lost": verdict.lost,
+        "messages unacknowledged, but stored": verdict.unacknowledged,
+        "messages doubled": verdict.doubled,
+        "messages in the wrong row": verdict.foreign,
+        "sessions written": outcome.sessions,
+        "sessions taken over": outcome.taken_over,
+        "  batches executed in doing so": outcome.batches,
+        "zombies that went on under a new id": outcome.reborn,
+        "repeats skipped by token": outcome.repeats,
+        "batches parked": outcome.parked,
+        "leftovers on the server": len(outcome.leftovers),
+    }
+    for name, count in counts.items():
+        yield name, f"{count:,}"
+    yield "seconds", f"{outcome.seconds:.1f}"

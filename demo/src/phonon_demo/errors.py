@@ -1,0 +1,13 @@
+"""Errors that the demo prints in one line."""
+
+from phonon.cli.errors import CommandError
+
+
+class InputError(CommandError):
+    """The input or an option cannot be used as it is; the message names the remedy."""
+
+    status = 2
+
+
+class WorkerError(CommandError):
+    """A worker has ended before its time; the message says which, and why."""

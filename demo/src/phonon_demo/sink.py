@@ -1,0 +1,172 @@
+"""The SQLite database that sessions are written to, each batch exactly once.
+
+Every row has the token of the last batch that was added to it, and the upsert does nothing unless
+the batch's own is greater. So a batch that is executed twice, because the process that executed it
+died before it could say so, changes nothing the second time: check and addition are one statement.
+"""
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from phonon_demo import exact
+from phonon_demo.errors import InputError
+
+#: Seconds to wait while another worker writes.
+BUSY_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with one row a key.
+
+    Attributes:
+        name: Its name.
+        key: The column of the key.
+        figures: The other columns, each with the SQL expression that merges two values of it,
+            ``{old}`` and ``{new}``.
+    """
+
+    name: str
+    key: str
+    figures: dict[str, str]
+
+    @property
+    def create(self) -> str:
+        """The SQL that makes it."""
+        figures = "".join(f"{_quoted(figure)}, " for figure in self.figures)
+        return (
+            f"CREATE TABLE {self.name} ({self.key} TEXT PRIMARY KEY, {figures}"
+            "sessions INTEGER NOT NULL, token INTEGER NOT NULL)"
+        )
+
+    @property
+    def upsert(self) -> str:
+        """The SQL that adds a session: key, figures, token."""
+        merges = "".join(
+            f"{(name := _quoted(figure))} = "
+            + merge.format(old=f"{self.name}.{name}", new=f"excluded.{name}")
+            + ", "
+            for figure, merge in self.figures.items()
+        )
+        values = ", ".join("?" * (1 + len(self.figures)))
+        return (
+            f"INSERT INTO {self.name} VALUES ({values}, 1, ?) "  # noqa: S608 - the names are quoted
+            f"ON CONFLICT ({self.key}) DO UPDATE SET {merges}"
+            f"sessions = {self.name}.sessions + 1, token = excluded.token "
+            f"WHERE excluded.token > {self.name}.token"
+        )
+
+    @property
+    def select(self) -> str:
+        """The SQL that reads keys and figures."""
+        figures = ", ".join([self.key, *map(_quoted, self.figures)])
+        return f"SELECT {figures} FROM {self.name}"  # noqa: S608 - the names are quoted
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+class Sink:
+    """One worker's connection to the database. It is opened by the first write.
+
+    An update that came here from another process was made without its constructor, so it has no
+    attribute to find the connection by: there is one a process, `Sink.current`.
+
+    Args:
+        path: The database, made by `create`.
+        table: The table.
+        written: Called after every write.
+
+    Attributes:
+        writes: How many sessions were written.
+        repeats: How many had been written before, and were skipped.
+    """
+
+    current: ClassVar["Sink"]
+
+    def __init__(self, path: str, table: Table, written: Callable[[], object]) -> None:
+        self._path = path
+        self._upsert = table.upsert
+        self._written = written
+        self._connection: sqlite3.Connection | None = None
+        # A batch that failed is tried again by another thread.
+        self._lock = threading.Lock()
+        self.writes = 0
+        self.repeats = 0
+
+    def write(self, key: str, figures: Sequence[Any], token: int | None) -> None:
+        """Add a session to the row of its key, unless that was done before."""
+        with self._lock:
+            if self._connection is None:
+                self._connection = connect(self._path)
+            if self._connection.execute(self._upsert, (key, *figures, token)).rowcount:
+                self.writes += 1
+            else:
+                self.repeats += 1
+        self._written()
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+
+def connect(path: str) -> sqlite3.Connection:
+    """Open the database. Every statement is a transaction of its own."""
+    connection = sqlite3.connect(
+        path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+    )
+    connection.create_function("exact_add", 2, exact.add_in_sql, deterministic=True)
+    # With the write-ahead log that is safe against the end of a process, of any and at any time.
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def sessions(database: sqlite3.Connection, table: Table) -> int:
+    """How many sessions are in the table."""
+    select = f"SELECT coalesce(sum(sessions), 0) FROM {table.name}"  # noqa: S608 - our name
+    (count,) = database.execute(select).fetchone()
+    return int(count)
+
+
+@contextlib.contextmanager
+def create(path: str, table: Table) -> Iterator[sqlite3.Connection]:
+    """Make the database, and leave it as one file without a log beside it.
+
+    Raises:
+        InputError: It cannot be made, or is there already: sums of two runs would mix in it.
+    """
+    try:
+        file = Path(path)
+        if file.exists() and (not file.is_file() or file.stat().st_size):
+            raise InputError(
+                f"{path!r} is there already, and the demo adds to no file but its own: delete it, "
+                "or name another with --database"
+            )
+        connection = connect(path)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(table.create)
+    except (OSError, ValueError, sqlite3.Error) as error:  # ValueError: a null byte in the name
+        raise InputError(
+            f"{path!r} cannot be made: {error}; name a file in a folder that can be written to "
+            "with --database"
+        ) from error
+    with contextlib.closing(connection):
+        try:
+            yield connection
+        finally:
+            with contextlib.suppress(sqlite3.Error):
+                # A file without a row is of no use, and would be in the way of the next run.
+                useless = not sessions(connection, table)
+                # Fails while somebody else looks at it. Then the log stays, as SQLite is used to.
+                connection.execute("PRAGMA journal_mode = DELETE")
+                if useless:
+                    file.unlink()

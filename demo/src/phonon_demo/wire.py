@@ -1,0 +1,107 @@
+"""What a program and its workers tell each other, over one pair of sockets a worker.
+
+The program sends a `Setup`, then lists of messages, and None when there are no more. A worker
+acknowledges a list when all of it is on the server.
+"""
+
+from dataclasses import dataclass
+
+from phonon.settings import Durability
+from phonon_demo.jobs import Job
+
+#: Seconds between two heartbeats of a worker: short, so that a takeover can be watched.
+HEARTBEAT = 0.5
+
+
+@dataclass(frozen=True)
+class Setup:
+    """To a worker: what to do.
+
+    Attributes:
+        job: What to add up.
+        url: Phonon's server.
+        namespace: This run's.
+        database: The SQLite file.
+        max_entries: The size of the worker's cache, keys.
+        heartbeat: Seconds between two heartbeats.
+        durability: What the server must have done with data before it is acknowledged.
+        patience: Seconds for which a server that is not there at the start is tried again.
+        asyncio: Whether the worker is a program with an event loop.
+    """
+
+    job: Job
+    url: str
+    namespace: str
+    database: str
+    max_entries: int
+    heartbeat: float = HEARTBEAT
+    durability: Durability | None = None
+    patience: float = 0.0
+    asyncio: bool = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    """From a worker: it is connected.
+
+    Attributes:
+        process: The id of its `phonon.Process`.
+    """
+
+    process: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """From a worker: what it has done so far.
+
+    Attributes:
+        lists: Lists acknowledged.
+        messages: Messages acknowledged.
+        writes: Sessions written to the database.
+        repeats: Sessions that were there already, and were skipped.
+        reborn: How often it was believed dead, and went on under a new id.
+        done: Whether all its sessions have ended and it has left.
+    """
+
+    lists: int = 0
+    messages: int = 0
+    writes: int = 0
+    repeats: int = 0
+    reborn: int = 0
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class TookOver:
+    """From a worker: it has seen to what a dead one had left.
+
+    Attributes:
+        dead: The id of the dead one's `phonon.Process`.
+        sessions: The resources that it has released.
+        batches: Of these, how many had a batch that fell to this worker, which has executed it.
+    """
+
+    dead: str
+    sessions: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class Log:
+    """From a worker: a line of the library's log."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """From a worker: it gives up.
+
+    Attributes:
+        text: Why, in one line.
+        traceback: Where, unless the reason is outside of the program.
+    """
+
+    text: str
+    traceback: str = ""

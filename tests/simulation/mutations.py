@@ -1,0 +1,364 @@
+"""Faults: changes of the library's text, and of the core's, each of which the simulation must find."""
+
+import __future__
+
+import contextlib
+import inspect
+import textwrap
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from phonon._core import (
+    executor,
+    heartbeat,
+    identity,
+    leases,
+    members,
+    outbox,
+    rebirth,
+    takeover,
+)
+from phonon._protocol import lane
+from simulation.server import Change, SimServer, small
+
+
+class Patch(NamedTuple):
+    """A change of a function of the core: ``old``, which occurs once in its text, becomes ``new``."""
+
+    module: ModuleType
+    function: str
+    old: str
+    new: str
+
+
+class Mutation(NamedTuple):
+    """A fault.
+
+    Attributes:
+        lua: Changes of the library's text.
+        core: Changes of the core.
+        profile: Of the random schedules that find it.
+        first: The number of the first schedule that is tried.
+        scenario: What finds it instead.
+    """
+
+    lua: Sequence[Change] = ()
+    core: Sequence[Patch] = ()
+    profile: str = "deaths"
+    first: int = 0
+    scenario: str = ""
+
+
+def _lua(old: str, new: str, profile: str = "deaths", first: int = 0) -> Mutation:
+    return Mutation((Change(old, new),), (), profile, first)
+
+
+def _core(
+    module: ModuleType, function: str, old: str, new: str, profile: str = "deaths", first: int = 0
+) -> Mutation:
+    return Mutation((), (Patch(module, function, old, new),), profile, first)
+
+
+@contextlib.contextmanager
+def mutated(server: SimServer, mutation: Mutation) -> Iterator[SimServer]:
+    """Run the core and the library with a fault, and put all back."""
+    undo: list[tuple[Any, str, Any]] = []
+    with small(server, mutation.lua):
+        try:
+            texts: dict[tuple[ModuleType, str], str] = {}
+            for module, function, old, new in mutation.core:
+                owner, found = _find(module, function)
+                plain: Any = found.fget if isinstance(found, property) else found
+                text = texts.get((module, function)) or textwrap.dedent(inspect.getsource(plain))
+                assert text.count(old) == 1, f"{text.count(old)} times in {function}: {old}"
+                texts[module, function] = text = text.replace(old, new)
+                flag = __future__.annotations.compiler_flag
+                code = compile(text, f"<{function}>", "exec", flag)
+                made: dict[str, Any] = {}
+                exec(code, module.__dict__, made)  # noqa: S102 - our own text, with a fault
+                name = function.rpartition(".")[2]
+                undo.append((owner, name, found))
+                setattr(owner, name, made[name])
+            yield server
+        finally:
+            for owner, name, found in reversed(undo):
+                setattr(owner, name, found)
+
+
+def _find(module: ModuleType, function: str) -> tuple[Any, Any]:
+    """Return where a function is defined, and what is there."""
+    owner: Any = module
+    *path, name = function.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, owner.__dict__[name]
+
+
+#: By what is wrong. The first ones are the rules of the protocol; see also the scenarios.
+MUTATIONS: dict[str, Mutation] = {
+    # The lane
+    "a fenced lane goes on": _lua("  if known[5] then\n", "  if false then\n"),
+    "a repeat is done once more": _lua(
+        "  if sequence == last then\n    -- An empty", "  if false then\n    -- An empty", "faults"
+    ),
+    "the number of a lane is not compared": _lua(
+        "if known[2] ~= number or sequence > last + 1 then", "if sequence > last + 1 then", "empty"
+    ),
+    "lanes have no number": _lua(
+        "    number = fmt(next_token(c))\n", "    number = '1'; next_token(c)\n", "empty"
+    ),
+    "a call names no stamp": _lua(
+        "  if (known[3] or '') ~= args[4] then\n", "  if false then\n", "rollback"
+    ),
+    "a repeat delivers a batch that another has": _lua(
+        "if running[1] ~= c.pid or tonumber(running[2]) ~= token then", "if not running[1] then"
+    ),
+    "close forgets what is left": _lua("  if left > 0 then\n", "  if false then\n"),
+    # Batches
+    "complete does not ask who owns the batch": _lua(
+        "  local mine, due = owns(c, resource, o[i + 2])\n  if not mine then\n",
+        "  local mine, due = owns(c, resource, o[i + 2])\n  if false then\n",
+    ),
+    "fail does not ask who owns the batch": _lua(
+        "  local mine, due = owns(c, resource, token)\n  if not mine then\n",
+        "  local mine, due = owns(c, resource, token)\n"
+        "  if call('EXISTS', running) == 0 then\n",
+    ),
+    "a batch is owned under any token": _lua(
+        "  return running[1] == c.pid and tonumber(running[2]) == token,",
+        "  return running[1] == c.pid,",
+    ),
+    "resume does not ask who owns the batch": _lua(
+        "  if not owns(c, resource, token) then\n    settle(c, resource)\n    return LOST\n  end\n"
+        "  local known",
+        "  local known",
+    ),
+    "leave starts a batch beside the running one": _lua(
+        "  if owner then\n    call('HSET', running, 'due', total)", "  if false then\n    call()",
+        "faults",
+    ),
+    "leave does not note what is due": _lua(
+        "  if owner then\n    call('HSET', running, 'due', total)\n", "  if owner then\n", "faults"
+    ),
+    "what is due is forgotten": _lua(
+        "  if due > 0 and total > 0 then\n    return { AGAIN", "  if false then\n    return { AGAIN",
+        "faults",
+    ),
+    "a batch takes the partials of the session after": _lua(
+        "start(c, resource, math.min(due, total), total), math.min(due, total), 0, 0 }",
+        "start(c, resource, total, total), total, 0, 0 }",
+        "faults",
+    ),
+    "tokens follow the clock only": _lua(
+        "local token = math.max(last_token(c) + 1, now(c))", "last_token(c)\n  local token = now(c)"
+    ),
+    "tokens do not follow the clock": _lua(
+        "local token = math.max(last_token(c) + 1, now(c))", "local token = last_token(c) + 1",
+        "empty",
+    ),
+    "the registry does not name a batch": _lua(
+        "  elseif is_mine(c, resource, owner) then\n    return track(c, resource, BATCH)\n  end",
+        "  end",
+        "faults",
+    ),
+    "append does not enter the registry": _lua(
+        "  if times == 1 then\n    track_member(c, resource)\n  end", "", "faults"
+    ),
+    "compact does not compare what it replaces": _lua(
+        "  if digest_of(call('LRANGE', partials, first, behind - 1)) ~= digest then\n",
+        "  if false then\n",
+        "faults",
+    ),
+    "compact merges two sessions": _lua(
+        "if behind > total or first < due and due < behind then", "if behind > total then", "faults"
+    ),
+    "compact does not move what is due": _lua(
+        "  if behind <= due then\n", "  if false then\n", "faults"
+    ),
+    # Reaping
+    "reap does not fence": _lua("  if died then\n    fence(T, dead)\n  end\n", ""),
+    "reap does not remove the member": _lua(
+        "  if times then\n    call('HDEL', members, dead)\n  end\n  local others",
+        "  local others",
+    ),
+    "reap leaves a lock": _lua(
+        "  if held and process_of(held) == dead then\n", "  if false then\n"
+    ),
+    "reap leaves a shared lock": _lua(
+        "    if process_of(holder) == dead then\n      freed = free",
+        "    if false then\n      freed = free",
+    ),
+    "reap leaves a waiter": _lua(
+        "    if process_of(waiter) == dead then\n", "    if false then\n"
+    ),
+    "reap does not start the batch of the dead": _lua(
+        "  elseif others == 0 and total > 0 and not run[1] then\n    if recovers then\n",
+        "  elseif false then\n    if recovers then\n",
+    ),
+    "reap does not note what is due": _lua(
+        "    if run[1] and total > 0 then\n      call('HSET', running, 'due', total)\n    end\n", ""
+    ),
+    "reap leaves the batch": _lua(
+        "  if run[1] == dead then\n    if recovers then\n", "  if false then\n    if recovers then\n"
+    ),
+    "reap gives a batch another token": _lua(
+        "    if recovers then\n      call('HSET', running, 'owner', c.pid)\n",
+        "    if recovers then\n      run[2] = fmt(next_token(c))\n"
+        "      call('HSET', running, 'owner', c.pid, 'token', run[2])\n",
+    ),
+    "reap forgets what it leaves": _lua(
+        "    call('ZADD', registry, fmt(LEFT_SCORE), resource)\n",
+        "    call('ZREM', registry, resource)\n",
+    ),
+    # Locks
+    "unlock wakes nobody": _lua(
+        "  local mine = free(c, resource, holder)\n  if others then\n",
+        "  local mine = free(c, resource, holder)\n  if false then\n",
+    ),
+    "a waiter that lets its wake-up lie stays in line": _lua(
+        "    if now(c) - woken <= (type(lies) == 'number' and UNTAKEN_US or COMING_US) then\n",
+        "    if true then\n",
+    ),
+    "a lock is granted beside those that share it": _lua(
+        "    room = room and call('HLEN', shared) == 0\n", ""
+    ),
+    # Processes
+    "a late beat marks others": _lua(
+        "      if score <= at then\n", "      if false then\n", "outage"
+    ),
+    "a listing has no number": _lua(
+        "or call('HGET', N .. 'listings', pid) ~= args[4] then", "then"
+    ),
+    # The core
+    "an empty call is taken for a refusal": _core(
+        lane, "Lane.read", "call.error is not None and not answers", "call.error is not None",
+        "faults",
+    ),
+    "what a refused call could have freed is dropped": _core(
+        lane,
+        "_refused",
+        "        if mixed and operation.frees:\n            again.append(operation)\n        else:",
+        "        if not (mixed and operation.frees):",
+        "faults",
+    ),
+    "operations do not wait for the former self": _core(
+        lane, "Lane.defer", "if self.deferred is None:", "if False:"
+    ),
+    "a former self is reaped in one partition only": _core(
+        takeover,
+        "Takeover._reaped",
+        "if any(partition in others for others in self.former.values()):",
+        "if False:",
+        "rollback",
+    ),
+    "an own former self is left to others": _core(
+        takeover, "Takeover.take_over", " or dead in self._identity.former\n", "\n"
+    ),
+    "a rebirth does not join": _core(
+        members, "Members.joins", "list(self.held)", "()"
+    ),
+    "a rebirth forgets what was carried out": _core(
+        rebirth, "_fate", "record.digest == call.digest:", "False:"
+    ),
+    "a rebirth repeats locks": _core(
+        rebirth, "Rebirth.run", "operation.words[0] in _PERSONAL or ", ""
+    ),
+    "a rebirth does not fence again after a loss": _core(
+        rebirth, "Rebirth._fence", "if lost_data:", "if False:", "rollback"
+    ),
+    "a former lock is believed in": _core(
+        leases, "Grant.is_ours",
+        "    if operations.process_of(self.holder) != identity.name:\n        return False\n", "",
+    ),
+    "a process believes that it lives": _core(
+        leases, "Grant.is_ours", "identity.surely_lives and ", ""
+    ),
+    "the lease is counted from the answer": _core(
+        identity, "Identity.alive", "max(self.lives_until, begun + self.lease)",
+        "max(self.lives_until, self.clock() + 2 * self.lease)",
+    ),
+    "lanes are not verified": _core(
+        heartbeat, "Heartbeat.beat", "lost = not self.closing and self._has_lost(known, found)",
+        "lost = False", "rollback",
+    ),
+    "nobody sweeps": _core(heartbeat, "Heartbeat.sweep", "now - since > patience", "False", "shards"),
+    "a sweep is not patient": _core(
+        heartbeat, "Heartbeat.sweep", "now - since > patience", "True", "shards"
+    ),
+    "a newcomer marks others": _core(
+        identity, "Identity.may_mark", "self.clock() - self.lived_since >= self.lease", "True",
+        "outage",
+    ),
+    "a waiter that gives up stays in line": _core(
+        leases, "Leases._quit", "    yield Send((operations.unlock(*place, holder),))",
+        "    return\n    yield", "faults",
+    ),
+    "a batch is tried again twice": _core(
+        outbox, "Outbox._take_due", "if self._due.get((due.name, due.token)) is not due:",
+        "if self._due.pop((due.name, due.token), due) is None:",
+    ),
+    "a batch that is executed is taken up": _core(
+        outbox, "Outbox.take_over",
+        "if (name, token) in self.busy or (name, token) in self._resuming:", "if False:",
+    ),
+    "an answer that was not seen is a forgotten batch": _core(
+        outbox, "Outbox.knows", "name in self.executor.expected", "False", "outage"
+    ),
+    "a refused membership is forgotten at once": _core(
+        members, "Members.entered", "not entry.entered and", "failed and", "faults"
+    ),
+    "a refused partial is dropped": _core(
+        outbox, "Outbox._not_left", "ending.parcel.put_back(data)", "pass", "faults"
+    ),
+    "a piece of a batch is executed": _core(
+        executor, "Executor._fetch", "if not piece:\n            return False",
+        "if not piece:\n            return True",
+    ),
+    "a forgotten batch stays forgotten": _core(
+        heartbeat, "Heartbeat._compare", "if not self._outbox.knows(name, token):", "if False:"
+    ),
+}  # fmt: skip
+
+#: Where those are found that most schedules do not come to.
+_FOUND_AT = {
+    "fail does not ask who owns the batch": ("rollback", 15),
+    "resume does not ask who owns the batch": ("outage", 8),
+    "a process believes that it lives": ("deaths", 36),
+    "what a refused call could have freed is dropped": ("rollback", 0),
+}
+#: Directed scenarios find these; random schedules seldom do.
+_BY_SCENARIO = (
+    "a listing has no number",
+    "an own former self is left to others",
+    "a late beat marks others",
+    "a sweep is not patient",
+    "a newcomer marks others",
+    "lanes are not verified",
+    "a call names no stamp",
+    "an answer that was not seen is a forgotten batch",
+)
+#: Nothing finds these reliably yet: no scenario, and not 60 random schedules.
+UNFOUND_NAMES = (
+    "a rebirth forgets what was carried out",
+    "complete does not ask who owns the batch",
+    "compact merges two sessions",
+    "compact does not compare what it replaces",
+    "a waiter that lets its wake-up lie stays in line",
+    "a repeat delivers a batch that another has",
+    "a batch is owned under any token",
+    "unlock wakes nobody",
+    "a former self is reaped in one partition only",
+    "a former lock is believed in",
+    "a waiter that gives up stays in line",
+    "a refused membership is forgotten at once",
+    "a refused partial is dropped",
+    "a batch that is executed is taken up",
+    "a piece of a batch is executed",
+    "a forgotten batch stays forgotten",
+)
+UNFOUND = {name: MUTATIONS.pop(name) for name in UNFOUND_NAMES}
+for _name in _BY_SCENARIO:
+    del MUTATIONS[_name]
+for _name, (_profile, _first) in _FOUND_AT.items():
+    MUTATIONS[_name] = MUTATIONS[_name]._replace(profile=_profile, first=_first)

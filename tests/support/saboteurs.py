@@ -1,0 +1,77 @@
+"""Jobs that do the wrong thing, to see that the audit notices. Workers import them by name."""
+
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
+
+from chaos.numbered import Numbered, NumberedUpdate
+from phonon import Process, Update
+from phonon_demo.flights import FlightUpdate
+from phonon_demo.jobs import Message
+from phonon_demo.sink import Table
+
+_chance = random.SystemRandom()
+_born = time.monotonic()
+#: Seconds: some more than a lease, so that the worker comes to execute what dead ones have left.
+YOUNG = 1.5
+
+
+class UncheckedTable(Table):
+    """Adds whatever comes, whether or not its token was there before."""
+
+    @property
+    def upsert(self) -> str:
+        return super().upsert.partition(" WHERE excluded.token >")[0]
+
+
+class DyingUpdate(NumberedUpdate):
+    """Its worker, if young, is killed when it has written, before it could say so."""
+
+    def execute(self) -> None:
+        super().execute()
+        if time.monotonic() - _born < YOUNG and _chance.random() < 0.01:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class ForgetfulUpdate(NumberedUpdate):
+    """Merging loses what others have contributed, now and then."""
+
+    def merge(self, other: FlightUpdate) -> None:
+        if _chance.random() < 0.9:
+            super().merge(other)
+
+
+class TornUpdate(NumberedUpdate):
+    """Merging counts a flight twice, under one number."""
+
+    def merge(self, other: FlightUpdate) -> None:
+        super().merge(other)
+        self.flights += 1
+
+
+@dataclass(frozen=True)
+class Dying(Numbered):
+    def update(self, process: Process, message: Message) -> Update:
+        return DyingUpdate(process, message)
+
+
+@dataclass(frozen=True)
+class Careless(Dying):
+    @property
+    def table(self) -> Table:
+        table = super().table
+        return UncheckedTable(table.name, table.key, table.figures)
+
+
+@dataclass(frozen=True)
+class Forgetful(Numbered):
+    def update(self, process: Process, message: Message) -> Update:
+        return ForgetfulUpdate(process, message)
+
+
+@dataclass(frozen=True)
+class Torn(Numbered):
+    def update(self, process: Process, message: Message) -> Update:
+        return TornUpdate(process, message)
