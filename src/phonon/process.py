@@ -636,6 +636,7 @@ class Process(BaseProcess):
             Exception: Some sessions could not be ended; several errors come as an ExceptionGroup.
                 What is on the server is left to the survivors.
         """
+        notice()  # a forked child ends its own copy, which has a lock of its own
         _lifetime.forget(self)
         engine = self._engine
         # A worker's on_error may call this while another thread stops the process, and waits for
@@ -645,7 +646,6 @@ class Process(BaseProcess):
         try:
             if engine.stopped:
                 return
-            engine.check()  # a fork that ran no hooks: the parent's sessions are not ours to end
             errors: list[BaseException] = []
             try:
                 batch = engine.batch
