@@ -303,7 +303,7 @@ MUTATIONS: dict[str, Mutation] = {
         "if (name, token) in self.busy or (name, token) in self._resuming:", "if False:",
     ),
     "an answer that was not seen is a forgotten batch": _core(
-        outbox, "Outbox.knows", "name in self.executor.expected", "False", "outage"
+        executor, "Executor.expects", "expected.update(names)", "pass", "outage"
     ),
     "a refused membership is forgotten at once": _core(
         members, "Members.entered", "not entry.entered and", "failed and", "faults"

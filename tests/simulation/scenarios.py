@@ -6,6 +6,7 @@ The resource ``d`` is in partition 0, and ``y`` in partition 1.
 from collections.abc import Callable
 from typing import Any
 
+from phonon._protocol.operations import Code
 from phonon.errors import DeclaredDeadError, ServerStateLostError
 from simulation.process import LEASE_US, SimProcess
 from simulation.settle import run_out, settle
@@ -293,6 +294,24 @@ def a_batch_is_not_forgotten_while_its_answer_lies_here(world: World) -> None:
         world.do(("go", "a", task, "ok"))
 
 
+def a_batch_whose_answer_lies_here_is_not_resumed(world: World) -> None:
+    """A rebirth takes over a batch whose answer waits, in a flow, for that of another partition."""
+    world.do(("user", "a", "user0", "leave", ("d", "y"), True, False))
+    world.do(("call", "a", 0, "ok"))
+    world.do(("pause", "a"))
+    _is_reborn(world, "a")
+    p = world.processes["a"]
+    for _ in range(30):
+        world.do(("call", "a", 0, "ok"))
+        if not any(operation.words[0] == Code.LEAVE for operation in p.identity.lanes[1].queue):
+            world.do(("call", "a", 1, "ok"))
+        for task in list(p.tasks):
+            if not task.startswith("user"):
+                world.do(("go", "a", task, "ok"))
+    world.do(("call", "a", 1, "ok"))
+    world.do(("go", "a", "user0", "ok"))
+
+
 def a_join_while_others_are_executed_stays(world: World) -> None:
     """Leaves of the next piece are made when they are sent, not before a piece is executed."""
     world.do(("user", "a", "user0", "leave", ("d", "y", "f"), True, False))
@@ -357,6 +376,7 @@ SCENARIOS: list[Scenario] = [
     a_rollback_in_a_takeover,
     a_zombie_does_not_complete,
     a_batch_is_not_forgotten_while_its_answer_lies_here,
+    a_batch_whose_answer_lies_here_is_not_resumed,
     a_join_while_others_are_executed_stays,
     a_refused_join_behind_a_rebirth,
     a_leave_behind_a_rebirth_is_the_last,

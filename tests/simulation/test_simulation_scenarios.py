@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from phonon._core import heartbeat, identity, members, outbox, rebirth, takeover
+from phonon._core import executor, heartbeat, identity, members, outbox, rebirth, takeover
 from phonon._protocol import lane
 from simulation import scenarios
 from simulation.checks import Violation
@@ -125,7 +125,17 @@ WITHOUT: dict[Scenario, Mutation] = {
         "  if call('EXISTS', c.T .. 'running:' .. resource) == 0 then\n",
     ),
     scenarios.a_batch_is_not_forgotten_while_its_answer_lies_here: Mutation(
-        core=(Patch(outbox, "Outbox.knows", "name in self.executor.expected", "False"),)
+        core=(Patch(executor, "Executor.expects", "expected.update(names)", "pass"),)
+    ),
+    scenarios.a_batch_whose_answer_lies_here_is_not_resumed: Mutation(
+        core=(
+            Patch(
+                outbox,
+                "Outbox._lies_here",
+                "if due.name not in executor.expected:",
+                "if True:",
+            ),
+        )
     ),
     scenarios.a_join_while_others_are_executed_stays: Mutation(
         core=(

@@ -49,14 +49,14 @@ def test_a_duplicate_of_the_listing_changes_nothing(lab: Lab) -> None:
 def test_a_beat_makes_the_lease_longer(lab: Lab) -> None:
     a, b = Life(lab, "a"), Life(lab, "b")
     lab.advance(600)
-    assert a.beat() == [b"alive", 400]
+    assert a.beat() == [b"alive", 400, 2]
     assert processes(lab)[b"a"] == lab.now + TTL * 1000
     lab.advance(300)
     assert b.beat()[:2] == [b"alive", 700]
 
 
 def test_alone_there_is_no_next_deadline(lab: Lab) -> None:
-    assert Life(lab, "a").beat() == [b"alive", -1]
+    assert Life(lab, "a").beat() == [b"alive", -1, 1]
 
 
 def test_dead_is_one_that_was_marked_by_anothers_beat(lab: Lab) -> None:
@@ -65,9 +65,9 @@ def test_dead_is_one_that_was_marked_by_anothers_beat(lab: Lab) -> None:
     a.beat()
     lab.advance(700)
     assert processes(lab)[b"b"] > 0, "overdue is not dead"
-    assert a.beat() == [b"alive", -1, b"b"]
+    assert a.beat() == [b"alive", -1, 1, b"b"]
     assert b.beat() == [b"dead"]
-    assert a.beat() == [b"alive", -1, b"b"]
+    assert a.beat() == [b"alive", -1, 1, b"b"]
 
 
 def test_one_that_is_overdue_and_unmarked_lives_on(lab: Lab) -> None:
@@ -76,24 +76,24 @@ def test_one_that_is_overdue_and_unmarked_lives_on(lab: Lab) -> None:
     a.beat()
     lab.advance(700)
     assert b.beat()[0] == b"alive"
-    assert a.beat()[2:] == []
+    assert a.beat()[3:] == []
 
 
 def test_one_that_is_overdue_itself_marks_nobody_and_gives_time(lab: Lab) -> None:
     a, b, c = (Life(lab, name) for name in "abc")
     lab.advance(3_600_000)
-    assert a.beat() == [b"alive", TTL]
+    assert a.beat() == [b"alive", TTL, 3]
     assert processes(lab)[b"b"] == processes(lab)[b"c"] == lab.now + TTL * 1000
-    assert b.beat()[2:] == c.beat()[2:] == []
+    assert b.beat()[3:] == c.beat()[3:] == []
 
 
 def test_a_newcomer_marks_nobody(lab: Lab) -> None:
     Life(lab, "b")
     lab.advance(2000)
     a = Life(lab, "a")
-    assert a.beat(marks=False)[2:] == []
+    assert a.beat(marks=False)[3:] == []
     assert processes(lab)[b"b"] > 0
-    assert a.beat(marks=True)[2:] == [b"b"]
+    assert a.beat(marks=True)[3:] == [b"b"]
 
 
 def test_a_late_duplicate_of_the_listing_revives_nobody(lab: Lab) -> None:
@@ -130,14 +130,14 @@ def test_the_dead_are_handed_out_for_some_time(lab: Lab) -> None:
     a, b = Life(lab, "a"), Life(lab, "b")
     for life in lives:
         lab.whole("expire", life.name)
-    first = a.beat(hand_out_ms=500)[2:]
-    second = b.beat(hand_out_ms=500)[2:]
+    first = a.beat(hand_out_ms=500)[3:]
+    second = b.beat(hand_out_ms=500)[3:]
     assert (len(first), len(second)) == (16, 4)
     assert not set(first) & set(second)
-    assert a.beat(hand_out_ms=500)[2:] == []
-    assert len(a.beat(executes=0, hand_out_ms=500)[2:]) == 16, "those that only reap have their own"
+    assert a.beat(hand_out_ms=500)[3:] == []
+    assert len(a.beat(executes=0, hand_out_ms=500)[3:]) == 16, "those that only reap have their own"
     lab.advance(501)
-    assert len(b.beat(hand_out_ms=500)[2:]) == 16
+    assert len(b.beat(hand_out_ms=500)[3:]) == 16
 
 
 def test_the_last_one_takes_all_along(lab: Lab) -> None:

@@ -22,6 +22,8 @@ MOST = 128
 #: At first it reaps fewer that there is something to execute for; more if that is done soon.
 FIRST = 2
 QUICK = 0.05
+#: Survivors that share one dead process's batches, at the most. See SHARERS in processes.lua.
+SHARERS = 16
 #: Batches of dead processes that may be left to execute when more are taken, and seconds between
 #: two looks at that.
 FEW = 16
@@ -61,6 +63,7 @@ class Takeover:
     Attributes:
         former: Own former identities, each with the partitions where it is not reaped yet. Until
             then the lanes there hold back what would be told of the former self.
+        living: How many processes are alive, this one included, as of the last beat.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Takeover:
         self._dead: dict[bytes, None] = {}
         self._joins: list[Operation] = []
         self._released: set[bytes] = set()
+        self.living = 1
         self.leaving = False
         self.is_working = False
 
@@ -246,7 +250,7 @@ class Takeover:
         paced = recovers and dead not in self.former
         most = min(FIRST, MOST) if paced else MOST
         while todo and me == self._identity.id:
-            before = taken.batches
+            before, remaining = taken.batches, 0
             reaps = [operations.reap(p, dead, most, recovers=recovers) for p in todo]
             answers = yield Send(reaps, first=True)
             again = []
@@ -261,6 +265,7 @@ class Takeover:
                 taken.batches += self._take(partition, reaped)
                 if reaped.left > 0:
                     again.append(partition)
+                    remaining = max(remaining, reaped.left)
                 else:
                     left += reaped.left_in_all
                     if me == self._identity.id and self._reaped(dead, partition):
@@ -268,8 +273,18 @@ class Takeover:
             todo = again
             if paced and todo:
                 quick = taken.batches == before or (yield from self._wait_for_capacity(me)) < QUICK
-                most = min(most * 2, MOST) if quick else max(most // 2, 1)
+                most = min(most * 2, MOST, self._share(remaining)) if quick else max(most // 2, 1)
         return left
+
+    def _share(self, remaining: int) -> int:
+        """Return how many of a partition's remaining batches to take at once, at the most.
+
+        Half of a fair share, as in guided self-scheduling: batches that take long may be behind
+        quick ones, and what one survivor has taken no other can execute.
+        """
+        if self.living <= 1:
+            return MOST
+        return max(FIRST, -(-remaining // (2 * min(self.living, SHARERS))))
 
     def _take(self, partition: int, reaped: Reaped) -> int:
         found = reaped.batches

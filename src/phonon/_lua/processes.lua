@@ -34,11 +34,13 @@ local HANDED_OUT = 16
 local SHARERS = 16
 
 -- beat(process, ttl ms, epoch, number of the listing, 1 if it may mark, 1 if it executes batches, ms
--- for which the dead that it is told of are not handed to others): renew the process's lease.
+-- for which the dead that it is told of are not handed to others, a report or nothing): renew the
+-- process's lease, and keep what it reports of itself for operators.
 -- A process whose deadline has passed is dead once another one's beat has marked it, with 0, and not
 -- before. A beat that finds itself overdue marks nobody and gives the others time: then it was the
 -- server that was away.
--- answers { 'alive', ms until the next deadline or -1, dead process ... } | { 'dead' } | { 'forgotten' }
+-- answers { 'alive', ms until the next deadline or -1, processes alive, dead process ... } | { 'dead' }
+--         { 'forgotten' }
 plain('beat', function(N, args)
   local pid, ttl, at = args[1], args[2] * 1000, micros()
   local processes = N .. 'processes'
@@ -59,7 +61,10 @@ plain('beat', function(N, args)
     end
   end
   call('ZADD', processes, fmt(at + ttl), pid)
-  local answer = { 'alive', -1 }
+  if args[8] then
+    call('HSET', N .. 'reports', pid, args[8])
+  end
+  local answer = { 'alive', -1, call('ZCOUNT', processes, '(0', '+inf') }
   local next_ones = call('ZRANGEBYSCORE', processes, '(' .. fmt(at), '+inf', 'WITHSCORES', 'LIMIT', 0, 2)
   for j = 1, #next_ones, 2 do
     if next_ones[j] ~= pid then
@@ -84,7 +89,7 @@ plain('beat', function(N, args)
     if more > 0 then
       call('HSET', N .. 'reapers', field, fmt(till) .. ' ' .. fmt(more - 1))
       answer[#answer + 1] = other
-      if #answer - 2 >= HANDED_OUT then
+      if #answer - 3 >= HANDED_OUT then
         break
       end
     end
@@ -96,6 +101,7 @@ end)
 plain('unlist', function(N, args)
   call('HDEL', N .. 'listings', args[1])
   call('HDEL', N .. 'cards', args[1])
+  call('HDEL', N .. 'reports', args[1])
   call('HDEL', N .. 'reapers', '0' .. args[1], '1' .. args[1])
   local was = call('ZREM', N .. 'processes', args[1])
   if call('EXISTS', N .. 'processes') == 0 then

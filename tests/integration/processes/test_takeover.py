@@ -344,16 +344,6 @@ def test_a_survivor_that_is_killed_while_it_takes_over(crew: Crew) -> None:
 # In a cluster
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    try:
-        cluster.wait_until_well()
-        yield cluster
-    finally:
-        cluster.close()
-
-
 @pytest.fixture
 def spread(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Crew]:
     with Crew(cluster.url, namespace, tmp_path) as crew:

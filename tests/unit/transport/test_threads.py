@@ -46,6 +46,7 @@ from phonon._transport.server import after_fork_in_child
 from phonon._transport.threads import ThreadDriver, _Leader
 from phonon.errors import ConnectionLostError, ServerError
 from support.drivers import Identity, calls_of, partials, send, sync_server
+from support.interrupts import alarms
 from support.proxy import Fault, Proxy
 from support.world import Redis, wait_until
 
@@ -437,17 +438,6 @@ def test_the_heartbeat_does_not_wait_for_its_own_rebirth(lab: Lab) -> None:
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
     """Raised by a signal handler."""
-
-
-@contextlib.contextmanager
-def alarms(handler: Callable[[], None], interval: float) -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, lambda *_: handler())
-    signal.setitimer(signal.ITIMER_REAL, interval, interval)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_signal_handler_calls(make: Make, own_server: Redis) -> None:
