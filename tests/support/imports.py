@@ -20,7 +20,7 @@ LAYERS = (
     ("_core",),
     ("_transport",),
     ("_admin",),
-    ("facades",),
+    ("facades", "_models"),
     ("aio",),
 )
 #: What `_transport` may know of `_core`: effects, and values without behaviour.
