@@ -14,6 +14,7 @@ from phonon._core.codec import UpdateCodec
 from phonon._core.dead_letters import DeadLetters, Parked
 from phonon._core.engine import Engine, Options, ThreadEngine, errors_only
 from phonon._core.flows import FLUSH, Flow, Sleep, read
+from phonon._core.forks import notice
 from phonon._protocol import library
 from phonon._protocol.library import Request
 from phonon._protocol.partitions import ENCODING, ERRORS, decode
@@ -50,7 +51,7 @@ FIRST_PAUSE = 0.005
 
 
 class BaseProcess:
-    """What `Process` and `AsyncProcess` share: everything but the waiting."""
+    """The base of `Process` and `AsyncProcess`: everything but the waiting."""
 
     AlreadyLocked: ClassVar = AlreadyLockedError
     #: The lease of locks in earlier versions, seconds. A lock lasts as long as its process's lease
@@ -73,6 +74,7 @@ class BaseProcess:
     @property
     def id(self) -> str:
         """The process's identity, unique for ever."""
+        notice()
         name: str = self.engine.name
         return name
 
@@ -220,9 +222,9 @@ class Process(BaseProcess):
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`. The call itself is kept, and goes on in the background.
         durability: How safe data must be on the server before a call that stores it returns.
-        on_error: Called, from any thread, with every error that there is no caller to raise it
-            to: a `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`,
-            or what ``execute`` raised in the background. All of them are logged as well.
+        on_error: Called, from any thread, with every background error, which no caller gets: a
+            `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`, or one
+            that ``execute`` raised in the background. All of them are logged as well.
         executor: Threads that run ``execute`` where several sessions end together, in place of the
             calling one, so that slow writes overlap. A resource's batches stay in order. It is
             yours to shut down, after `stop`; a forked child does without. A thread that ends a
@@ -241,8 +243,10 @@ class Process(BaseProcess):
         ServerError: The server cannot be used: too old, wrong password.
 
     Example:
-        >>> with Process("redis://localhost:6379/1") as process:  # doctest: +SKIP
+        >>> with Process() as process:  # at $PHONON_URL, or on this machine
         ...     reference = process.create_reference("import-42")
+        ...     print(reference.count())
+        1
     """
 
     Lock: ClassVar = phonon.lock.Lock
@@ -670,6 +674,7 @@ class Process(BaseProcess):
             Exception: Some sessions could not be ended; several errors come as an ExceptionGroup.
                 What is on the server is left to the survivors.
         """
+        notice()  # a forked child ends its own copy, which has a lock of its own
         _lifetime.forget(self)
         engine = self._engine
         # A worker's on_error may call this while another thread stops the process, and waits for
@@ -679,7 +684,6 @@ class Process(BaseProcess):
         try:
             if engine.stopped:
                 return
-            engine.check()  # a fork that ran no hooks: the parent's sessions are not ours to end
             errors: list[BaseException] = []
             try:
                 batch = engine.batch

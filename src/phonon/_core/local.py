@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 from phonon._core import codec
 from phonon._core.copies import CONTAINERS, DEEP, PLAIN, copied
 from phonon._core.engine import Engine
+from phonon._core.forks import SAME, notice
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError, ForkedError
 
@@ -118,7 +119,7 @@ class LocalUpdate:
 
     @property
     def forced(self) -> bool:
-        """Whether the end of the session does not wait for other processes."""
+        """Return whether the session ends without waiting for other processes."""
         return self.is_expired() or (self._ref_ is not None and self._ref_.force_expiry)
 
     def has_unsent(self) -> bool:
@@ -499,6 +500,8 @@ class LocalUpdate:
         self._check_at_ = 0.0
 
     def _own_engine_(self) -> Any:
+        if not SAME[0]:
+            notice()
         engine = self._engine_
         if self._generation_ is not engine.identity.generation:
             raise ForkedError(
