@@ -1,5 +1,6 @@
 """Distributed references, locks and session-aggregated updates over Redis or Valkey."""
 
+from phonon.admin import Admin
 from phonon.cache import LruCache
 from phonon.dead_letters import Parked
 from phonon.errors import AlreadyLockedError, LockLostError, PhononError
@@ -11,6 +12,7 @@ from phonon.settings import Durability, RetryPolicy
 from phonon.update import ConflictFreeUpdate, Update
 
 __all__ = [
+    "Admin",
     "AlreadyLockedError",
     "ConflictFreeUpdate",
     "Durability",

@@ -20,6 +20,7 @@
     ├── BatchLostError                       a batch was executed here, and taken over meanwhile
     ├── BatchRunningError                    a parked batch cannot run while another one does
     ├── BatchMissingError (LookupError)      there is no such parked batch
+    ├── ProcessMissingError (LookupError)    there is no such process
     ├── DeclaredDeadError                    the process counted as dead, and is another one now
     ├── ServerStateLostError                 the server has come back without its data
     ├── SourceLostError                      a source that was claimed here is claimed no longer
@@ -138,6 +139,10 @@ class BatchRunningError(PhononError):
 
 class BatchMissingError(PhononError, LookupError):
     """There is no such parked batch: it was replayed or discarded, or there never was one."""
+
+
+class ProcessMissingError(PhononError, LookupError):
+    """There is no such process: it has stopped, or it was taken over to its end."""
 
 
 class DeclaredDeadError(PhononError):

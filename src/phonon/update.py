@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from phonon._core import classes, codec
-from phonon._core.copies import DEEP, FLAT, PLAIN, copied, has_plain_items
+from phonon._core.copies import DEEP, FLAT, PLAIN, copied
 from phonon._core.detached import DetachedEngine, detached
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import CALLER_GONE, Flow
@@ -155,9 +155,15 @@ class Update(LocalUpdate):
                 )
             for value in state.values():
                 kind = type(value)
-                if kind not in PLAIN and not (kind in FLAT and has_plain_items(value)):
+                if kind in PLAIN:
+                    continue
+                if kind not in FLAT:
                     plain = False
                     break
+                for item in value:
+                    if type(item) not in PLAIN:
+                        plain = False
+                        break
         if not plain:
             self._check_(engine, spec, doc)
         self._begun_ = self._touched_ = time.monotonic()

@@ -143,7 +143,8 @@ WITHOUT: dict[Scenario, Mutation] = {
                 outbox,
                 "Outbox.end",
                 "answers = yield from executor.execute(batches, leaves)",
-                "made = leaves()\n            answers = yield from executor.execute(batches, lambda: made)",
+                "made: list[Operation] = []\n            leaves(made)\n"
+                "            answers = yield from executor.execute(batches, lambda sent: sent.extend(made))",
             ),
         )
     ),

@@ -124,3 +124,8 @@ def check_methods(cls: type[Any], *, is_async: bool) -> None:
 def find(name: str) -> type[Any] | None:
     """Return the class of that name, if it is imported here."""
     return _classes.get(name)
+
+
+def names() -> list[str]:
+    """Return the names of all classes that are imported here."""
+    return list(_classes)

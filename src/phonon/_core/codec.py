@@ -66,6 +66,8 @@ class Storable(Protocol):
         """Note that an instance has executed."""
 
 
+_BIN8 = [bytes((0xC4, length)) for length in range(0x100)]
+
 #: The names of attributes that a class's `state` has been seen to return.
 _states: "weakref.WeakKeyDictionary[type[Any], set[tuple[str, ...]]]" = weakref.WeakKeyDictionary()
 
@@ -82,8 +84,8 @@ def pack(update: Storable, serializer: Serializer) -> bytes:
     content = dump(update, serializer)
     length = len(content)
     header = update._headers_.get(serializer.name) or _header(type(update), serializer)
-    if length < 0x100:  # noqa: PLR2004 - msgpack's bin 8, 16 and 32
-        return b"%b\xc4%c%b" % (header, length, content)
+    if length < len(_BIN8):  # msgpack's bin 8, 16 and 32
+        return header + _BIN8[length] + content
     if length < 0x10000:  # noqa: PLR2004
         return b"%b\xc5%b%b" % (header, length.to_bytes(2, "big"), content)
     return b"%b\xc6%b%b" % (header, length.to_bytes(4, "big"), content)

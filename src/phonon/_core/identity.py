@@ -50,7 +50,7 @@ class Identity:
         namespace: str,
         partitions: int | None,
         lease: float,
-        card: dict[str, str | int],
+        card: dict[str, str | int | float],
         library: Library,
         clock: Callable[[], float],
         new_id: Callable[[], str],

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 from phonon._core import codec
+from phonon._core.copies import CONTAINERS, PLAIN
 from phonon._core.engine import Engine
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError, ForkedError
@@ -73,9 +74,10 @@ class LocalUpdate:
     _check_at_: float
     #: The lock of the cache that it is in; None: one of the engine's stripes.
     _lock_: Any
-    #: Whether it has data that is nowhere else; and if not, how it looked when it was emptied.
+    #: Whether it has data that is nowhere else; and if not, how it looked when it was emptied: a
+    #: digest, or the values of its state, if none of them can change in place without showing it.
     _unsent_: bool
-    _emptied_: int | None
+    _emptied_: int | tuple[Any, ...] | None
     #: The batch that is going to store it.
     _batch_: Any
     #: Whether it may be the update with which `Process.stop` ends the session.
@@ -121,8 +123,19 @@ class LocalUpdate:
         """Return whether it has data that is not on the server."""
         if self._unsent_:
             return True
+        emptied = self._emptied_
+        if emptied is None:
+            return False
         try:
-            return self._emptied_ is not None and self._look_() != self._emptied_
+            if emptied.__class__ is not tuple:
+                return self._look_() != emptied
+            if self.spec is not None or self.doc:
+                return True
+            values = self.state().values()
+            # Containers were empty then, and may be the same objects.
+            return emptied != tuple(values) or any(
+                [value and type(value) not in PLAIN for value in values]  # noqa: C419 - it is faster
+            )
         except Exception:  # noqa: BLE001 - it could be stored when it was emptied, so it has changed
             return True
 
@@ -136,6 +149,11 @@ class LocalUpdate:
         engine = self._engine_
         if self._generation_ is not engine.identity.generation:
             self._own_engine_()
+        lock = self._lock_
+        if lock is not None:
+            with lock:
+                if lock is self._lock_:
+                    return self._take_(engine)
         partial: bytes | None = self._locked_(self._take_, engine)
         return partial
 
@@ -193,13 +211,28 @@ class LocalUpdate:
         batch = self._batch_
         if (
             now >= self._check_at_
-            or other._batch_ is not batch
-            or not (other._unsent_ and self._unsent_)
+            or not other._unsent_
             or other._opens_
             or other is self
             or other._generation_ is not self._generation_
         ):
             return self._absorb_slowly_(other, self._now_() if other is self else now)
+        if not self._unsent_ or other._batch_ is not batch:
+            batch = other._batch_
+            if (
+                self._unsent_
+                or self._batch_ is not None
+                or batch is None
+                or not batch.is_open
+                or self.has_unsent()
+            ):
+                return self._absorb_slowly_(other, now)
+            # The first one since the content was stored, in an open batch.
+            self._adopt_(other)
+            self._unsent_, other._unsent_ = True, False
+            self._touched_ = now
+            batch.replace(other, self)
+            return False
         result: object = self.merge(other)  # type: ignore[func-returns-value]  # it should not
         if result is not None:
             raise codec.returned(self, result)
@@ -225,6 +258,7 @@ class LocalUpdate:
         self._own_engine_()
         if self._direct_:
             self._locked_(setattr, self, "_lock_", lock)
+            self._check_at_ = self._over_at_(self._touched_)
 
     # For the codec
 
@@ -297,19 +331,27 @@ class LocalUpdate:
             for name, value in values.items():
                 setattr(self, name, value)
         self._unsent_ = False
-        if self._has_state_ or self.spec is not None or self.doc != {}:
-            self._mark_()
-        else:
-            self._emptied_ = _EMPTY
+        self._mark_()
 
     def _mark_(self) -> None:
         """Note how it looks: what is changed from here on, without our being told, is unsent."""
         if self._unsent_:
             return
         try:
-            self._emptied_ = self._look_()
+            self._emptied_ = self._values_() or self._look_()
         except Exception:  # noqa: BLE001 - what execute has left need not be storable
             self._emptied_ = None
+
+    def _values_(self) -> tuple[Any, ...] | None:
+        """Return the values of its state, if that is all there is and each is plain or empty."""
+        if not self._has_state_ or self.spec is not None or self.doc:
+            return None
+        values = tuple(self.state().values())
+        for value in values:
+            kind = type(value)
+            if kind not in PLAIN and (kind not in CONTAINERS or value):
+                return None
+        return values
 
     def _look_(self) -> int:
         """Return a digest of the content, to see whether it changes."""
@@ -340,6 +382,9 @@ class LocalUpdate:
         if batch is not None and batch.joins.get(self.resource_id) is other:
             batch.joins[self.resource_id] = self
 
+    def _over_at_(self, touched: float) -> float:
+        return min(touched + self.soft_session, self._begun_ + self.hard_session)
+
     def _is_over_(self, now: float) -> bool:
         return now - self._touched_ >= self.soft_session or now - self._begun_ >= self.hard_session
 
@@ -368,7 +413,7 @@ class LocalUpdate:
                 batch.replace(other, self)
         if not over:
             self._touched_ = now
-            self._check_at_ = min(now + self.soft_session, self._begun_ + self.hard_session)
+            self._check_at_ = self._over_at_(now)
         return over
 
     def _merge_or_adopt_(self, other: Any) -> None:
