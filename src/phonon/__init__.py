@@ -2,9 +2,11 @@
 
 from phonon.admin import Admin
 from phonon.cache import LruCache
+from phonon.collection import Collection
 from phonon.dead_letters import Parked
 from phonon.errors import AlreadyLockedError, LockLostError, PhononError
 from phonon.lock import Lock, Semaphore
+from phonon.model import Model
 from phonon.process import Process
 from phonon.reference import Reference
 from phonon.serializers import ExactSerializer, Serializer, SignedPickleSerializer
@@ -14,12 +16,14 @@ from phonon.update import ConflictFreeUpdate, Update
 __all__ = [
     "Admin",
     "AlreadyLockedError",
+    "Collection",
     "ConflictFreeUpdate",
     "Durability",
     "ExactSerializer",
     "Lock",
     "LockLostError",
     "LruCache",
+    "Model",
     "Parked",
     "PhononError",
     "Process",

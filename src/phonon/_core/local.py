@@ -85,6 +85,8 @@ class LocalUpdate:
     _ref_: Any = None
     #: The codec's: how partials of this class begin, by the serializer's name.
     _headers_: ClassVar[dict[str, bytes]]
+    #: The version of what the class stores.
+    _version_: ClassVar[int] = 1
     #: Whether the class has a `state` of its own.
     _has_state_: ClassVar[bool] = False
     #: Whether a cache may merge without calling `refresh` and `is_expired`.
@@ -273,6 +275,25 @@ class LocalUpdate:
         self._opens_ = False
         self._check_at_ = 0.0
         self._begun_ = self._touched_ = self._now_()
+
+    @classmethod
+    def upgraded_(cls, content: list[Any], version: int) -> list[Any]:
+        """Return decoded content as this version of the class stores it."""
+        identifier, database, collection, spec, doc, state = content
+        new = cls.upgrade({**state, "spec": spec, "doc": doc}, version)
+        if type(new) is not dict:
+            raise TypeError(f"{cls.__qualname__}.upgrade() returned {new!r}: it returns a dict")
+        spec, doc = new.pop("spec", None), new.pop("doc", None)
+        return [identifier, database, collection, spec, doc, new]
+
+    @classmethod
+    def upgrade(cls, old: dict[str, Any], version: int) -> dict[str, Any]:
+        """Return what an earlier version of the class has stored as this version stores it."""
+        raise NotImplementedError
+
+    def fault_(self) -> str:
+        """Return what is wrong with decoded content; empty if nothing is."""
+        return ""
 
     def begin_execution(self, merged: Self, token: int) -> Self:
         """Return the instance that executes a merged record.
