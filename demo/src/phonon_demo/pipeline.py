@@ -292,7 +292,7 @@ class Worker:
         self.popen.send_signal(signal.SIGCONT)
 
     def leave(self) -> str:
-        """Let it end its sessions and leave. Returns what it has written to stderr, if it failed."""
+        """Let it end its sessions and leave. Returns what it has said if it failed."""
         self.popen.send_signal(signal.SIGTERM)
         try:
             _, text = self.popen.communicate(timeout=TIMEOUT)

@@ -101,7 +101,7 @@ def loop(plan: Plan, process: Process, views: Any) -> Callable[[Callable[[Any, A
                 for _, fields in raw:
                     if fields is not None:
                         content = dict(zip(fields[::2], fields[1::2], strict=True))
-                        storing._handle(_Entry(content))
+                        storing.handle(_Entry(content))
             if raw:
                 self._client.xack(stream, self._group, *[entry for entry, _ in raw])
 

