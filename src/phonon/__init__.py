@@ -13,6 +13,8 @@ from phonon.serializers import ExactSerializer, Serializer, SignedPickleSerializ
 from phonon.settings import Durability, RetryPolicy
 from phonon.update import ConflictFreeUpdate, Update
 
+__version__ = "4.0.0a1"
+
 __all__ = [
     "Admin",
     "AlreadyLockedError",

@@ -14,6 +14,7 @@ from phonon._core.codec import UpdateCodec
 from phonon._core.dead_letters import DeadLetters, Parked
 from phonon._core.engine import Engine, Options, ThreadEngine, errors_only
 from phonon._core.flows import FLUSH, Flow, Sleep, read
+from phonon._core.forks import notice
 from phonon._protocol import library
 from phonon._protocol.library import Request
 from phonon._protocol.partitions import ENCODING, ERRORS, decode
@@ -74,6 +75,7 @@ class BaseProcess:
     @property
     def id(self) -> str:
         """The process's identity, unique for ever."""
+        notice()
         name: str = self.engine.name
         return name
 
@@ -676,6 +678,7 @@ class Process(BaseProcess):
             Exception: Some sessions could not be ended; several errors come as an ExceptionGroup.
                 What is on the server is left to the survivors.
         """
+        notice()  # a forked child ends its own copy, which has a lock of its own
         _lifetime.forget(self)
         engine = self._engine
         # A worker's on_error may call this while another thread stops the process, and waits for
@@ -685,7 +688,6 @@ class Process(BaseProcess):
         try:
             if engine.stopped:
                 return
-            engine.check()  # a fork that ran no hooks: the parent's sessions are not ours to end
             errors: list[BaseException] = []
             try:
                 batch = engine.batch

@@ -10,6 +10,7 @@ from phonon._core.copies import DEEP, FLAT, PLAIN, copied
 from phonon._core.detached import DetachedEngine, detached
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import CALLER_GONE, Flow
+from phonon._core.forks import SAME, notice
 from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION, LocalUpdate, prefix_of
 from phonon._core.outbox import Ending
 from phonon._core.shown import shown
@@ -107,6 +108,8 @@ class Update(LocalUpdate):
                 raise ConfigurationError(f"process is a Process, not {process!r}") from None
             process = self._detached_()
             engine = process.engine
+        if not SAME[0]:
+            notice()
         self._id = _id
         self._process_ = process
         self._engine_ = engine

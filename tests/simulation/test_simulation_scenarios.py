@@ -174,6 +174,7 @@ def test_with_all_rules(sim: SimServer, scenario: Scenario) -> None:
         play(sim, scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=_name)
 def test_without_its_rule(sim: SimServer, scenario: Scenario) -> None:
     with mutated(sim, WITHOUT[scenario]), pytest.raises((Violation, AssertionError)):

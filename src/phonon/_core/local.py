@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 from phonon._core import codec
 from phonon._core.copies import CONTAINERS, PLAIN
 from phonon._core.engine import Engine
+from phonon._core.forks import SAME, notice
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError, ForkedError
 
@@ -460,6 +461,8 @@ class LocalUpdate:
         self._check_at_ = 0.0
 
     def _own_engine_(self) -> Any:
+        if not SAME[0]:
+            notice()
         engine = self._engine_
         if self._generation_ is not engine.identity.generation:
             raise ForkedError(
