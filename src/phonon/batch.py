@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from phonon.update import Update
 
-#: When so many updates have been collected, those of one record that nobody else has are merged.
+#: From so many updates on, those of one record that only the batch refers to are merged.
 MANY = 1024
 #: What `sys.getrefcount` says of an object that only the function that asks has.
 _UNREFERENCED = 2
@@ -35,7 +35,7 @@ class Out(NamedTuple):
 
 
 class BaseBatch:
-    """What `Batch` and `AsyncBatch` share: everything but the waiting.
+    """The base of `Batch` and `AsyncBatch`: everything but the waiting.
 
     Args:
         engine: The process's.
@@ -110,7 +110,7 @@ class BaseBatch:
             fresh.pop()
 
     def shrink(self) -> None:
-        """Merge updates of the same record and class that nobody else has any more."""
+        """Merge updates of the same record and class that only the batch refers to."""
         waiting, self.fresh = self.fresh, []
         waiting.reverse()  # the very list, or it would be one more reference to each
         firsts: dict[tuple[str, type], Any] = {}
@@ -182,7 +182,7 @@ class BaseBatch:
 
 
 class Closing:
-    """What a batch has collected, on its way to the server.
+    """The contents of a batch on their way to the server.
 
     Args:
         engine: The process's.

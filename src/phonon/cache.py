@@ -24,7 +24,7 @@ PIECE = 1000
 
 
 class BaseCache(Generic[U]):
-    """What `LruCache` and `AsyncLruCache` share: everything but the waiting.
+    """The base of `LruCache` and `AsyncLruCache`: everything but the waiting.
 
     Args:
         max_entries: The number of keys to keep at the most.
@@ -213,7 +213,7 @@ class BaseCache(Generic[U]):
 
     @property
     def surplus(self) -> int:
-        """How many more it holds than it should, because they could not be sent."""
+        """Return how many entries it holds beyond its limit, because they could not be sent."""
         return max(0, len(self._entries) - self.max_entries)
 
     def forget_for(self, engine: Engine) -> None:
@@ -262,9 +262,20 @@ class LruCache(BaseCache[U]):
         ConfigurationError: ``max_entries`` is less than 1, or no whole number.
 
     Example:
+        >>> class Clicks(ConflictFreeUpdate):
+        ...     def execute(self):
+        ...         print("write", self._id, self.doc["n"])
         >>> cache = LruCache(max_entries=1000)
+        >>> with process.batch():  # stores what is set in one exchange
+        ...     for page in ("/a", "/b", "/a"):
+        ...         cache.set(page, Clicks(process, page, doc={"n": 1}))
+        True
+        True
+        False
         >>> cache.size()
-        0
+        2
+        >>> cache.expire("/a")
+        write /a 2
     """
 
     def set(self, key: Hashable, update: U) -> bool | None:

@@ -52,7 +52,7 @@ FIRST_PAUSE = 0.005
 
 
 class BaseProcess:
-    """What `Process` and `AsyncProcess` share: everything but the waiting."""
+    """The base of `Process` and `AsyncProcess`: everything but the waiting."""
 
     AlreadyLocked: ClassVar = AlreadyLockedError
     #: The lease of locks in earlier versions, seconds. A lock lasts as long as its process's lease
@@ -223,9 +223,9 @@ class Process(BaseProcess):
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`. The call itself is kept, and goes on in the background.
         durability: How safe data must be on the server before a call that stores it returns.
-        on_error: Called, from any thread, with every error that there is no caller to raise it
-            to: a `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`,
-            or what ``execute`` raised in the background. All of them are logged as well.
+        on_error: Called, from any thread, with every background error, which no caller gets: a
+            `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`, or one
+            that ``execute`` raised in the background. All of them are logged as well.
         executor: Threads that run ``execute`` where several sessions end together, in place of the
             calling one, so that slow writes overlap. A resource's batches stay in order. It is
             yours to shut down, after `stop`; a forked child does without. A thread that ends a
@@ -244,8 +244,10 @@ class Process(BaseProcess):
         ServerError: The server cannot be used: too old, wrong password.
 
     Example:
-        >>> with Process("redis://localhost:6379/1") as process:  # doctest: +SKIP
+        >>> with Process() as process:  # at $PHONON_URL, or on this machine
         ...     reference = process.create_reference("import-42")
+        ...     print(reference.count())
+        1
     """
 
     Lock: ClassVar = phonon.lock.Lock

@@ -40,7 +40,7 @@ class _Watched(list[Any]):
 
 
 class BaseMessages(BaseBatch, Generic[M]):
-    """What `Messages` and `AsyncMessages` share: everything but the waiting.
+    """The base of `Messages` and `AsyncMessages`: everything but the waiting.
 
     Args:
         engine: The process's.
@@ -107,7 +107,7 @@ class BaseMessages(BaseBatch, Generic[M]):
         self.add(update)
 
     def shrink(self) -> None:
-        """Merge updates of the same record and class that nobody else has any more."""
+        """Merge updates of the same record and class that only the batch refers to."""
         watched = isinstance(self.fresh, _Watched)
         self.fresh = list(self.fresh)
         super().shrink()
@@ -141,7 +141,7 @@ class BaseMessages(BaseBatch, Generic[M]):
 
     @property
     def _is_full(self) -> bool:
-        """Whether what has come together is stored before the next message."""
+        """Return whether the collected data is stored before the next message."""
         if len(self.fresh) < self._measure_at:
             return False
         place = self._engine.members.place
@@ -187,7 +187,7 @@ class BaseMessages(BaseBatch, Generic[M]):
 
 
 class MessagesClosing:
-    """What messages have brought, on its way to the server.
+    """The contents of messages on their way to the server.
 
     Args:
         engine: The process's.
@@ -302,7 +302,7 @@ class Messages(BaseMessages[M], Batch):
 
 
 class BaseSource:
-    """What `Source` and `AsyncSource` share: everything but the waiting."""
+    """The base of `Source` and `AsyncSource`: everything but the waiting."""
 
     def __init__(self, process: Any, claim: Claim) -> None:
         self._process = process

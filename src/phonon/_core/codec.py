@@ -34,7 +34,7 @@ _LOOK_THROUGH = 2048
 
 
 class Storable(Protocol):
-    """What the codec needs of an update."""
+    """The interface of an update, as the codec uses it."""
 
     _id: Any
     database: str
@@ -393,7 +393,7 @@ class UpdateCodec:
 
 
 class UpdateRecord:
-    """What a batch comes to for one class.
+    """The part of a batch that belongs to one class.
 
     Attributes:
         together: The class, if its records are executed together; else None.

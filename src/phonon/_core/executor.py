@@ -37,7 +37,7 @@ _RETRY = int(Reply.RETRY)
 
 
 class Record(Protocol):
-    """What a batch comes to for one class."""
+    """The part of a batch that belongs to one class."""
 
     #: The class, if its records are executed together; else None.
     together: Any
@@ -147,7 +147,7 @@ class Batch:
 
     @property
     def key(self) -> tuple[bytes, int]:
-        """What names it among all batches of this process."""
+        """Return the key of the batch among all batches of this process."""
         return self.name, self.run.token
 
 

@@ -124,7 +124,7 @@ class LocalUpdate:
 
     @property
     def forced(self) -> bool:
-        """Whether the end of the session does not wait for other processes."""
+        """Return whether the session ends without waiting for other processes."""
         return self.is_expired() or (self._ref_ is not None and self._ref_.force_expiry)
 
     def has_unsent(self) -> bool:

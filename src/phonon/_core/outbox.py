@@ -53,7 +53,7 @@ class Parcel(Protocol):
 
     @property
     def forced(self) -> bool:
-        """Whether the end of the session does not wait for other processes."""
+        """Return whether the session ends without waiting for other processes."""
 
     def take(self) -> bytes | None:
         """Move out what is unsent, as one partial; None if there is nothing."""
@@ -79,7 +79,7 @@ class Ending(NamedTuple):
 
 
 class SessionResult:
-    """What the end of a session came to.
+    """The result of ending a session.
 
     Attributes:
         last: Whether this process was the last member.
@@ -188,7 +188,7 @@ class Outbox:
 
     @property
     def size(self) -> int:
-        """How much is unfinished."""
+        """Return the number of unfinished entries."""
         failed = sum(due.failed for due in list(self._due.values()))
         undone = (
             failed + self._retrying + len(self.unstored) + len(self.unended) + len(self.detached)
@@ -197,7 +197,7 @@ class Outbox:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether something is still to be stored or ended, or somebody is about to do it now.
+        """Return whether an entry is still to be stored or ended, or is being worked on.
 
         Code of the user's that runs for that does not wait for itself.
         """
@@ -209,7 +209,7 @@ class Outbox:
 
     @property
     def has_work(self) -> bool:
-        """Whether something is unfinished, apart from batches that are not due."""
+        """Return whether anything is unfinished, apart from batches that are not due."""
         return bool(self.unstored or self.unended or self.detached) or any(
             lane.has_work for lane in self._identity.lanes
         )
@@ -246,7 +246,7 @@ class Outbox:
 
     @property
     def blocks(self) -> bool:
-        """Whether new updates wait for room."""
+        """Return whether new updates wait for room."""
         return self._overflow == "block"
 
     def refusal(self) -> BacklogFullError:
@@ -487,7 +487,7 @@ class Outbox:
         self._enter(self._clock() + seconds, partition, name, token, local, failed)
 
     def knows(self, name: bytes, token: int) -> bool:
-        """Whether a batch is being executed here, or waits for that."""
+        """Return whether a batch is being executed here, or waits for it."""
         key = name, token
         if key in self._due or key in self.busy or key in self._resuming:
             return True
@@ -495,7 +495,7 @@ class Outbox:
 
     @property
     def taken_over(self) -> int:
-        """How many batches are due in the background, or being executed there."""
+        """Return how many batches are due, or being executed, in the background."""
         now = self._clock()
         waiting = sum(due.at <= now for due in list(self._due.values()))
         running = sum(batch.background for batch in list(self.busy.values()))

@@ -43,7 +43,7 @@ _Ready = tuple[ModelRecord, Sequence[tuple[Hashable, Any]]]
 
 
 class BaseCollection(Generic[P, M]):
-    """What `Collection` and `AsyncCollection` share.
+    """The base of `Collection` and `AsyncCollection`.
 
     Args:
         process: The process.

@@ -18,7 +18,7 @@ DATABASE = "model"
 
 
 class ModelRecord(Update):
-    """What has come together for one key of a model.
+    """The merged data of one key of a model.
 
     Attributes:
         model: The model's class.

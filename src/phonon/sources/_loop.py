@@ -1,4 +1,4 @@
-"""What loops over sources share: storing batches, poison messages, signals, ends of sessions."""
+"""The loop that all sources share: batches, poison messages, signals, ends of sessions."""
 
 import contextlib
 import logging
@@ -32,7 +32,7 @@ PAUSE = 0.5
 
 
 class Sessions(Protocol):
-    """What holds sessions: a `phonon.LruCache`, or a collection.
+    """The interface of an object that holds sessions, such as a `phonon.LruCache`.
 
     If it has a method ``purge``, that is called now and then, to end the sessions that are over.
     """
@@ -154,7 +154,7 @@ class Loop:
 
     @property
     def stopping(self) -> bool:
-        """Whether the loop is to be left."""
+        """Return whether the loop is to be left."""
         return self._stopping.is_set()
 
     def pause(self) -> None:
