@@ -20,7 +20,7 @@ U = TypeVar("U")
 #: What `set` has to answer most often, and nothing has left the cache.
 _MERGED: tuple[bool, tuple[()]] = (False, ())
 #: Sessions ended at a time, so that no more than those have left the cache and wait.
-PIECE = 1000
+PIECE = 5000
 
 
 class BaseCache(Generic[U]):

@@ -233,6 +233,17 @@ class UpdateCodec:
             for cls, update in merged.items()
         ]
 
+    def kept(self, resource: str, partial: bytes, local: Any, content: Any) -> list["UpdateRecord"]:
+        """Return what `records` does for the one partial that an update has sent last.
+
+        Args:
+            resource: Whose.
+            partial: The partial.
+            local: The update.
+            content: What its `take_last` has returned.
+        """
+        return [KeptRecord(local, content, lambda: self.records(resource, (partial,), local))]
+
     def _check_loop(self, cls: type[Any], resource: str) -> None:
         if cls.is_async and not self._is_async:
             name = classes.name_of(cls)
@@ -416,6 +427,33 @@ class UpdateRecord:
     def finish(self) -> None:
         """Note that the execution has ended."""
         self._local.end_execution(self.instance)
+
+
+class KeptRecord(UpdateRecord):
+    """A batch of nothing but what an update of this process has sent last: it need not be decoded.
+
+    Args:
+        local: The update.
+        content: What its `take_last` has returned.
+        decode: Returns the records of the partial.
+    """
+
+    __slots__ = ("_content", "_decode")
+
+    def __init__(self, local: Any, content: Any, decode: Callable[[], list[UpdateRecord]]) -> None:
+        super().__init__(local, local)
+        self._content = content
+        self._decode = decode
+
+    def begin(self, token: int) -> Any:
+        """Return the instance that executes; it knows its token until `finish`."""
+        if self._merged is self._local:
+            if self._local.begin_again(self._content, token):
+                self.instance = self._local
+                return self.instance
+            (record,) = self._decode()
+            self._merged = record._merged  # noqa: SLF001 - of the same class
+        return super().begin(token)
 
 
 def _place(resource: str, where: str) -> str:

@@ -58,6 +58,9 @@ class Parcel(Protocol):
     def take(self) -> bytes | None:
         """Move out what is unsent, as one partial; None if there is nothing."""
 
+    def take_last(self) -> tuple[bytes | None, Any]:
+        """Do what `take` does; return its content as well, if that need not be decoded."""
+
     def put_back(self, partial: bytes) -> None:
         """Take a partial back that the server refused: it is unsent again."""
 
@@ -99,8 +102,10 @@ class SessionResult:
         self.sent = False
 
 
-#: A leave that is sent: its ending, the data with it, what was held before, and its result.
-_Leaving = tuple[Operation, Ending, bytes | None, Any, SessionResult]
+#: A leave that is sent: its ending, the data with it, that undecoded, what was held before, and
+#: its result.
+_Leaving = tuple[Operation, Ending, bytes | None, Any, Any, SessionResult]
+_NOTHING = (None, None)
 
 
 class Due(NamedTuple):
@@ -393,7 +398,7 @@ class Outbox:
         self, leaving: _Leaving, answer: Any, many: list[tuple[Operation, int]]
     ) -> Batch | None:
         """See to the answer to a leave. Return the batch that falls to us, if there is one."""
-        operation, ending, data, was_held, result = leaving
+        operation, ending, data, kept, was_held, result = leaving
         if isinstance(answer, Exception):
             self._not_left(ending, data, was_held)
             result.errors.append(answer)
@@ -413,6 +418,8 @@ class Outbox:
                     resource=ending.resource,
                     local=ending.parcel,
                     errors=result.errors,
+                    # The very bytes that were sent: nobody else has added any.
+                    kept=kept if run.size == 1 and run.content[:1] == [data] else None,
                 )
         elif answer[0] == _HELD:
             if answer[3]:
@@ -442,7 +449,7 @@ class Outbox:
             for (ending, result), resource, partition, name in group:
                 parcel = ending.parcel
                 try:
-                    data = parcel.take() if parcel is not None else None
+                    data, kept = parcel.take_last() if parcel is not None else _NOTHING
                 except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
                     result.errors.append(error)
                     continue
@@ -451,7 +458,7 @@ class Outbox:
                 flags += operations.MODIFICATIONS * ending.modifications
                 operation = operations.leave(partition, name, data or b"", flags)
                 operation.held = was_held is not ABSENT
-                about.append((operation, ending, data, was_held, result))
+                about.append((operation, ending, data, kept, was_held, result))
                 sent.append(operation)
             yield
 

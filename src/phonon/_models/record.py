@@ -90,14 +90,10 @@ class ModelRecord(Update):
         self.messages = 0
         self.is_due = False
 
-    def take(self) -> bytes | None:
-        """Move out what is unsent, as one partial; None if there is nothing."""
-        self._locked_(self._seal_)
-        return super().take()
-
-    def _seal_(self) -> None:
+    def _take_(self, engine: Any, *, keep: bool) -> tuple[bytes | None, Any]:
         if self.doc:
             self.compiled.seal(self.doc)
+        return super()._take_(engine, keep=keep)
 
     def is_expired(self) -> bool:
         """Return whether the session is over; the collection decides."""
