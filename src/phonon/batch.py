@@ -79,6 +79,10 @@ class BaseBatch:
             update._batch_ = self
             self.fresh.append(update)
 
+    def add_new(self, update: "Update") -> None:
+        """Store an update that was made in the block, when it ends."""
+        self.add(update)
+
     def replace(self, spent: "Update", update: "Update") -> None:
         """Store an update into which another one was merged, in the place of that."""
         fresh = self.fresh
@@ -195,7 +199,7 @@ class Closing:
         outbox, held = engine.outbox, engine.members.held
         ending = {id(out.update) for out in self._outs}
         unstored, outbox.unstored = outbox.unstored, []
-        parcels = [*unstored, *_merged(u for u in self._fresh if id(u) not in ending)]
+        parcels = [*unstored, *merge_updates(u for u in self._fresh if id(u) not in ending)]
         try:
             errors = list((yield from outbox.store(parcels, list(self._joins))))
         finally:
@@ -295,7 +299,7 @@ def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
     return errors
 
 
-def _merged(updates: Iterable[Any]) -> list[Any]:
+def merge_updates(updates: Iterable[Any]) -> list[Any]:
     """Merge updates of the same record and class; what does not merge stays by itself."""
     firsts: dict[tuple[str, type], Any] = {}
     apart: list[Any] = []

@@ -103,6 +103,11 @@ class BaseCache(Generic[U]):
             batch = engine.batch if engine.batches else None
             if batch is not None and batch.durable:
                 batch.add(update)
+        elif not hasattr(update, "end_session"):
+            raise ConfigurationError(
+                f"a cache holds updates, not {update!r}: make a subclass of phonon.Update with "
+                "merge(other) and execute(), or of phonon.ConflictFreeUpdate"
+            )
         self._entries[key] = update
         out = []
         while len(self._entries) > self.max_entries:

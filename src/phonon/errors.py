@@ -22,6 +22,8 @@
     ├── BatchMissingError (LookupError)      there is no such parked batch
     ├── DeclaredDeadError                    the process counted as dead, and is another one now
     ├── ServerStateLostError                 the server has come back without its data
+    ├── SourceLostError                      a source that was claimed here is claimed no longer
+    ├── AlreadyStoredError                   messages that another delivery of them has stored
     ├── StaleOperationError                  the server saw a later operation before this one
     ├── UnknownClassError                    a batch of a class that is not imported here
     ├── ProcessStoppedError                  ``stop()`` was called
@@ -159,6 +161,36 @@ class ServerStateLostError(PhononError):
     def __init__(self, message: str, calls: int = 0) -> None:
         super().__init__(message)
         self.calls = calls
+
+
+class SourceLostError(PhononError):
+    """A source that was claimed here is read by another consumer now, or stands somewhere else.
+
+    Nothing of the batch was stored that was not stored before. If the source is still this
+    consumer's, claim it again, go to its position, and read on from there.
+
+    Attributes:
+        source: Its name.
+    """
+
+    def __init__(self, message: str, source: str = "") -> None:
+        super().__init__(message)
+        self.source = source
+
+
+class AlreadyStoredError(PhononError):
+    """Messages of the batch were stored before, by another delivery of them.
+
+    What they had been merged with was not stored either. Handle the same messages again: this
+    process now knows what is stored, and skips that.
+
+    Attributes:
+        ids: Of the messages.
+    """
+
+    def __init__(self, message: str, ids: tuple[bytes, ...] = ()) -> None:
+        super().__init__(message)
+        self.ids = ids
 
 
 class StaleOperationError(PhononError):

@@ -1,13 +1,15 @@
 """Locks: exclusive and shared access to a resource, and semaphores."""
 
 import contextlib
+import functools
+import inspect
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from phonon._core.executor import TOKENS
 from phonon._core.flows import CALLER_GONE, Flow
@@ -15,7 +17,13 @@ from phonon._core.leases import Grant, LockRequest
 from phonon._protocol.answers import Taken
 from phonon._protocol.operations import is_shared, process_of
 from phonon._protocol.partitions import encode_resource, encode_semaphore
-from phonon.errors import AlreadyLockedError, DeadlockError, LockLostError, ServerError
+from phonon.errors import (
+    AlreadyLockedError,
+    ConfigurationError,
+    DeadlockError,
+    LockLostError,
+    ServerError,
+)
 from phonon.settings import (
     check_api,
     check_callable,
@@ -27,6 +35,9 @@ from phonon.settings import (
 
 if TYPE_CHECKING:
     from phonon.process import Process
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class LockHolder(NamedTuple):
@@ -83,14 +94,17 @@ class BaseLock:
         reentrant: bool = False,
         lease: float | None = None,
         on_lost: Callable[[Any], object] | None = None,
+        timeout: float | None = None,
     ) -> None:
         check_name("lock_key", lock_key)
         if lease is not None:
             check_seconds("lease", lease)
-        self._engine = process.engine
-        check_api(type(self), process_is_async=self._engine.is_async, is_async=self._is_async)
-        check_callable("on_lost", on_lost, is_async=self._engine.is_async)
+        if timeout is not None:
+            check_timeout("timeout", timeout)
         self.process = process
+        self._check_process()
+        check_callable("on_lost", on_lost, is_async=self._is_async)
+        self.timeout = timeout
         self.lock_key = lock_key
         self.block = block
         self.shared = shared
@@ -101,6 +115,37 @@ class BaseLock:
         self._places = 0
         #: The grants acquired through this object, each as often as it was taken.
         self._grants: list[Grant] = []
+
+    @functools.cached_property
+    def _engine(self) -> Any:
+        return self.process.engine
+
+    def _check_process(self) -> None:
+        """Refuse a process of the other API."""
+        is_async = self._engine.is_async
+        check_api(type(self), process_is_async=is_async, is_async=self._is_async)
+
+    def _check_decorated(self, function: Callable[..., Any]) -> None:
+        """Refuse what a decorator cannot hold the lock around.
+
+        Raises:
+            ConfigurationError: It is no function, or its body runs after the call has returned.
+        """
+        name = getattr(function, "__qualname__", repr(function))
+        is_coroutine = inspect.iscoroutinefunction(function)
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            remedy = "use a with block inside it"
+        elif not callable(function):
+            remedy = "write it above a function, as in @process.lock(...)"
+        elif is_coroutine and not self._is_async:
+            remedy = "its body would run without the lock: use the lock of an AsyncProcess"
+        elif self._is_async and not is_coroutine:
+            remedy = "make it an async function, or use the lock of a Process"
+        else:
+            return
+        raise ConfigurationError(
+            f"the lock on {self.lock_key!r} cannot be held around {name}: {remedy}"
+        )
 
     @staticmethod
     def _encode(key: str) -> bytes:
@@ -188,7 +233,7 @@ class BaseLock:
         """Return how many seconds to wait; None not to wait."""
         block = self.block if block is None else block
         if timeout is None:
-            timeout = self.process.BLOCKING_TIMEOUT
+            timeout = self.process.BLOCKING_TIMEOUT if self.timeout is None else self.timeout
         seconds = check_timeout("timeout", timeout)
         if not block:
             return None
@@ -437,6 +482,8 @@ class Lock(BaseLock):
         lease: Seconds that a grant lasts unless renewed. None: as long as the process's lease. Give
             one to have the lock freed sooner than a process is declared dead.
         on_lost: Called with this lock, from any thread, once it is found to be lost.
+        timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0 for
+            ever. None: `Process.BLOCKING_TIMEOUT`.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -444,6 +491,8 @@ class Lock(BaseLock):
     Example:
         >>> with process.lock("report") as lock:  # doctest: +SKIP
         ...     write_report(fencing_token=lock.token)
+        >>> @process.lock("report")  # doctest: +SKIP
+        ... def write_reports(): ...  # one call at a time, in all processes
     """
 
     process: "Process"
@@ -530,9 +579,24 @@ class Lock(BaseLock):
         found: list[LockHolder] = self._engine.run(self._waiters())
         return found
 
-    def __enter__(self) -> Self:
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate a function: each call of it takes the lock, and gives it back.
+
+        Raises:
+            ConfigurationError: It is a coroutine function or a generator, whose body runs later.
+        """
+        self._check_decorated(function)
+
+        @functools.wraps(function)
+        def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
+                return function(*args, **kwargs)
+
+        return locked
+
+    def __enter__(self) -> "HeldLock":
         self._engine.run(self.entering())
-        return self
+        return cast("HeldLock", self)
 
     def __exit__(
         self,
@@ -549,6 +613,16 @@ class Lock(BaseLock):
             error.add_note(f"phonon: {lost}")
 
 
+if TYPE_CHECKING:
+
+    class HeldLock(Lock):
+        """What a ``with`` block has: the same lock, whose token is known to be there."""
+
+        @property
+        def token(self) -> int:
+            """The fencing token of the grant."""
+
+
 class BaseSemaphore(BaseLock):
     """What `Semaphore` and `AsyncSemaphore` share."""
 
@@ -561,10 +635,13 @@ class BaseSemaphore(BaseLock):
         *,
         lease: float | None = None,
         on_lost: Callable[[Any], object] | None = None,
+        timeout: float | None = None,
     ) -> None:
         check_name("name", name)
         number = check_places(places)
-        super().__init__(process, name, block, shared=True, lease=lease, on_lost=on_lost)
+        super().__init__(
+            process, name, block, shared=True, lease=lease, on_lost=on_lost, timeout=timeout
+        )
         self._places = number
 
     @staticmethod

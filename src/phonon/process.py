@@ -3,10 +3,10 @@
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, overload
 
 import phonon.lock
 from phonon import _lifetime
@@ -30,12 +30,16 @@ from phonon.settings import (
     RetryPolicy,
     check_executor,
     check_name,
+    check_position,
     check_process,
     url_of,
 )
+from phonon.source import WINDOW, Messages, Source, id_of, unordered
 
 if TYPE_CHECKING:
     from phonon.update import Update
+
+M = TypeVar("M")
 
 #: The default, which an address as the first argument leaves in force.
 SESSION_LENGTH = 900.0
@@ -408,6 +412,7 @@ class Process(BaseProcess):
         reentrant: bool = False,
         lease: float | None = None,
         on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
+        timeout: float | None = None,
     ) -> "phonon.lock.Lock":
         """Return a lock on a resource, for a ``with`` block.
 
@@ -418,6 +423,8 @@ class Process(BaseProcess):
             reentrant: Whether the thread that has it may take it again.
             lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the lock, from any thread, once it is found to be lost.
+            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
+                for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return phonon.lock.Lock(
             self,
@@ -427,6 +434,7 @@ class Process(BaseProcess):
             reentrant=reentrant,
             lease=lease,
             on_lost=on_lost,
+            timeout=timeout,
         )
 
     def semaphore(
@@ -437,6 +445,7 @@ class Process(BaseProcess):
         *,
         lease: float | None = None,
         on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
+        timeout: float | None = None,
     ) -> "phonon.lock.Semaphore":
         """Return a semaphore, for a ``with`` block: so many hold it at the same time.
 
@@ -446,10 +455,57 @@ class Process(BaseProcess):
             block: Whether to wait if all places are taken.
             lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the semaphore, from any thread, once a place is found to be lost.
+            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
+                for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
-        return phonon.lock.Semaphore(self, name, places, block, lease=lease, on_lost=on_lost)
+        return phonon.lock.Semaphore(
+            self, name, places, block, lease=lease, on_lost=on_lost, timeout=timeout
+        )
 
-    def batch(self, *, durable: bool = True) -> Batch:
+    def source(self, name: str, position: int | None = None) -> Source:
+        """Claim an ordered source of messages, such as a partition of a Kafka topic.
+
+        From now on no other consumer can store messages of the source, also not one that has lost
+        it in a rebalance and does not know it yet.
+
+        Args:
+            name: Its name, any text: topic and partition, and what else tells it from others.
+            position: Move it there, to have messages stored again, or some passed over. None: it
+                goes on where it is.
+
+        Returns:
+            The source: ask it for its `position`, seek there, and give it batches of messages.
+
+        Raises:
+            SourceLostError: Another consumer has claimed it at the same time.
+            ConnectionLostError: The server does not answer.
+        """
+        check_position(position)
+        flow = self._engine.sources.claim(check_name("name", name), position)
+        return Source(self, self._engine.run(flow))
+
+    @overload
+    def batch(self, *, durable: bool = True) -> Batch: ...
+
+    @overload
+    def batch(
+        self,
+        messages: Iterable[M],
+        *,
+        dedupe: str,
+        message_id: Callable[[M], Any] | None = None,
+        window: float = WINDOW,
+    ) -> Messages[M]: ...
+
+    def batch(
+        self,
+        messages: Iterable[Any] = (),
+        *,
+        durable: bool = True,
+        dedupe: str | None = None,
+        message_id: Callable[[Any], Any] | None = None,
+        window: float = WINDOW,
+    ) -> Batch:
         """Collect what this thread does, and send it together when the ``with`` block ends.
 
         References created, updates made and sessions ended inside the block are merged per key
@@ -466,7 +522,19 @@ class Process(BaseProcess):
             durable: Whether updates made with ``init_cache=False`` are stored as well. If not,
                 their data stays in this process until the session ends, and only the memberships
                 travel together.
+            messages: With ``dedupe``: the messages. Loop over the batch, and make the updates of
+                each message there.
+            dedupe: Whose ids the messages have: the name of a queue, say. A message whose id was
+                stored is not stored again. If the block raises, nothing of it is stored. Leaving
+                the block raises `AlreadyStoredError` if another delivery of a message was stored
+                that this process did not know of: handle the same messages again.
+            message_id: Returns a message's id: a str, bytes or int. None: its attribute, or method,
+                ``id``, its key ``"MessageId"``, or the first item of a tuple.
+            window: Seconds for which ids are remembered on the server.
         """
+        if dedupe is not None:
+            progress = unordered(self._engine, dedupe, window)
+            return Messages(self._engine, progress, messages, message_id or id_of)
         batch: Batch | None = self._engine.batch
         if batch is None:
             return Batch(self._engine, durable=durable)
@@ -605,7 +673,15 @@ def url_first(session_length: Any, url: str | None) -> tuple[Any, str | None]:
     Raises:
         ConfigurationError: There are two URLs.
     """
-    if not isinstance(session_length, str) or "://" not in session_length:
+    if isinstance(session_length, str) and "://" not in session_length:
+        raise ConfigurationError(
+            f"the first argument is the URL of the server, not {session_length!r}: write "
+            f'"redis://{session_length}", or host=, port= and db=; or it is session_length, a '
+            "number"
+        )
+    if hasattr(session_length, "execute_command"):
+        raise ConfigurationError("a client is not the first argument: give it as client=")
+    if not isinstance(session_length, str):
         return session_length, url
     if url is not None:
         raise ConfigurationError("there are two URLs: give one, as url= or as the first argument")

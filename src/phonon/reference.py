@@ -211,6 +211,7 @@ class Reference(BaseReference):
         reentrant: bool = False,
         lease: float | None = None,
         on_lost: Callable[[Lock], object] | None = None,
+        timeout: float | None = None,
     ) -> Lock:
         """Return a lock on the resource, for a ``with`` block.
 
@@ -220,6 +221,8 @@ class Reference(BaseReference):
             reentrant: Whether the thread that has it may take it again.
             lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the lock, from any thread, once it is found to be lost.
+            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
+                for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return self._process.lock(
             self.resource_key,
@@ -228,6 +231,7 @@ class Reference(BaseReference):
             reentrant=reentrant,
             lease=lease,
             on_lost=on_lost,
+            timeout=timeout,
         )
 
     def count(self) -> int:

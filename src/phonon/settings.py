@@ -50,6 +50,19 @@ def check_name(argument: str, value: Any) -> str:
     raise ConfigurationError(f"{argument} is a str, not {value!r}: {remedy}")
 
 
+def check_position(value: Any) -> None:
+    """Refuse a position in a source that is no offset.
+
+    Raises:
+        ConfigurationError: It is neither None nor an int of 0 or more.
+    """
+    if value is not None and (type(value) is not int or value < 0):
+        raise ConfigurationError(
+            f"position is an offset, an int of 0 or more, not {value!r}: leave it out to go on "
+            "where the source is"
+        )
+
+
 def check_seconds(argument: str, value: Any) -> float:
     """Refuse what is no positive, finite number of seconds.
 

@@ -3,14 +3,16 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from phonon._core import classes, codec
 from phonon._core.copies import DEEP, FLAT, PLAIN, copied, has_plain_items
+from phonon._core.detached import DetachedEngine, detached
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import CALLER_GONE, Flow
 from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION, LocalUpdate, prefix_of
 from phonon._core.outbox import Ending
+from phonon._core.shown import shown
 from phonon.errors import ConfigurationError
 from phonon.reference import Reference
 
@@ -33,7 +35,8 @@ class Update(LocalUpdate):
     ``class Row(Update, name="row")``.
 
     Args:
-        process: The process it belongs to.
+        process: The process it belongs to. None, for a unit test of `merge` and `execute`: nothing
+            of the update can be stored.
         _id: The record's key; with ``database`` and ``collection`` it names the resource.
         database: The name of the database, for your `execute`.
         collection: The name of the collection or table, for your `execute`.
@@ -78,7 +81,7 @@ class Update(LocalUpdate):
 
     def __init__(  # noqa: C901, PLR0912, PLR0915 - all in one place: calls cost time
         self,
-        process: "Process",
+        process: "Process | None",
         _id: Any,
         database: str = DEFAULT,
         collection: str = DEFAULT,
@@ -90,9 +93,12 @@ class Update(LocalUpdate):
         soft_session: float = SOFT_SESSION,
     ) -> None:
         try:
-            engine = process._engine or process.engine  # noqa: SLF001 - a property costs time
+            engine = process._engine or process.engine  # type: ignore[union-attr]  # noqa: SLF001 - a property costs time
         except AttributeError:
-            raise ConfigurationError(f"process is a Process, not {process!r}") from None
+            if process is not None:
+                raise ConfigurationError(f"process is a Process, not {process!r}") from None
+            process = self._detached_()
+            engine = process.engine
         self._id = _id
         self._process_ = process
         self._engine_ = engine
@@ -175,7 +181,7 @@ class Update(LocalUpdate):
             self._begin_(engine, init_cache=False)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__qualname__} of {self.resource_id!r}: {self.doc!r}>"
+        return f"<{type(self).__qualname__} of {shown(self.resource_id)}: {self.doc!r}>"
 
     # To override
 
@@ -392,6 +398,8 @@ class Update(LocalUpdate):
     def _begin_(self, engine: Any, *, init_cache: bool) -> None:
         """Store the data, or join the session; inside a batch, when that ends."""
         self._check_loop_(engine)
+        if type(engine) is DetachedEngine:
+            return
         if engine.outbox.full:
             engine.outbox.wait_for_room(self._process_.BLOCKING_TIMEOUT)
         if self._is_left_to_others_(engine, init_cache=init_cache):
@@ -406,7 +414,7 @@ class Update(LocalUpdate):
         """Leave the rest to a batch, or to the update that opened the session, if there is one."""
         batch = engine.batch
         if batch is not None and (batch.durable or init_cache):
-            batch.add(self)
+            batch.add_new(self)
             return True
         if init_cache:
             return False
@@ -422,6 +430,10 @@ class Update(LocalUpdate):
             batch.joins[resource] = self
             self._opens_ = True
         return True
+
+    def _detached_(self) -> Any:
+        """Return what stands in for a process."""
+        return detached(is_async=self.is_async)
 
     def _check_loop_(self, engine: Any) -> None:
         if engine.is_async:
@@ -453,6 +465,18 @@ class Update(LocalUpdate):
             setattr(self, name, serializer.loads(serializer.dumps(value)) if own is DEEP else own)
 
 
+class _NoHeaders(dict[str, bytes]):
+    """The headers of `Update` itself, which is no class of records."""
+
+    def get(self, *_: Any) -> NoReturn:
+        raise ConfigurationError(
+            "Update itself stores nothing: make a subclass with merge(other) and execute()"
+        )
+
+
+Update._headers_ = _NoHeaders()
+
+
 class ConflictFreeUpdate(Update):
     """An update whose numbers add up.
 
@@ -463,7 +487,22 @@ class ConflictFreeUpdate(Update):
 
     def merge(self, other: Any) -> None:
         """Add up the numbers of two docs."""
-        self.doc = _sum(self.doc or {}, other.doc or {})
+        add_up(self, other)
+
+
+def add_up(mine: Update, other: Update) -> None:
+    """Add the numbers in one update's doc to those in another's.
+
+    Raises:
+        TypeError: A doc is no dict, or something in it does not add up.
+    """
+    for update in (mine, other):
+        if update.doc is not None and not isinstance(update.doc, Mapping):
+            raise TypeError(
+                f"the doc of {update!r} does not add up: give it a dict of numbers, as in "
+                'doc={"n": 1}, or override merge()'
+            )
+    mine.doc = _sum(mine.doc or {}, other.doc or {})
 
 
 def _sum(mine: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[Any, Any]:

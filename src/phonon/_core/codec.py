@@ -16,6 +16,7 @@ import msgpack
 
 from phonon._core import classes
 from phonon._core.classes import forget
+from phonon._core.shown import shown
 from phonon.errors import NotStorableError, UndecodableError, UnknownClassError
 from phonon.serializers import ExactSerializer, Serializer
 
@@ -230,8 +231,8 @@ class UpdateCodec:
         if cls.is_async and not self._is_async:
             name = classes.name_of(cls)
             raise UnknownClassError(
-                f"a batch of {resource!r} belongs to {name}, an AsyncUpdate, and this process has "
-                "no event loop: run an AsyncProcess that imports it",
+                f"a batch of {shown(resource)} belongs to {name}, an AsyncUpdate, and this process "
+                "has no event loop: run an AsyncProcess that imports it",
                 name,
             )
 
@@ -332,7 +333,8 @@ class UpdateCodec:
         update.attach(self._owner())
         if update.resource_id != resource:
             raise UndecodableError(
-                f"{_place(resource, where)} belongs to another resource, {update.resource_id!r}"
+                f"{_place(resource, where)} belongs to another resource, "
+                f"{shown(update.resource_id)}"
             )
         if state:
             _set_state(update, state, resource, where)
@@ -396,7 +398,7 @@ class UpdateRecord:
 
 
 def _place(resource: str, where: str) -> str:
-    return f"a partial of {resource!r} in {where}"
+    return f"a partial of {shown(resource)} in {where}"
 
 
 def _look_through(data: bytes) -> None:

@@ -25,6 +25,7 @@ from phonon._core.outbox import Ending, Outbox, Overflow
 from phonon._core.rebirth import Rebirth
 from phonon._core.reports import Reports
 from phonon._core.retry import RetryPolicy
+from phonon._core.sources import Sources
 from phonon._core.takeover import Takeover
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply
@@ -136,6 +137,7 @@ class Engine:
         self.executor = Executor(
             self.identity, self.codec, options.retry, self.reports, self.outbox.schedule
         )
+        self.sources = Sources(self.identity, self.members, self.executor, self.reports)
         self.takeover = Takeover(
             self.identity,
             self.outbox,

@@ -12,6 +12,7 @@ from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, read
 from phonon._core.identity import Identity
 from phonon._core.reports import Reports
 from phonon._core.retry import RetryPolicy
+from phonon._core.shown import shown
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply, Run
 from phonon._protocol.operations import Operation
@@ -420,8 +421,9 @@ class Executor:
             return
         self._reports.report_error(
             BatchLostError(
-                f"batch {token} of {resource!r} was executed here, but another process has taken "
-                "it over: this one was believed dead; a database that checks the token has it once",
+                f"batch {token} of {shown(resource)} was executed here, but another process has "
+                "taken it over: this one was believed dead; a database that checks the token has "
+                "it once",
                 resource,
                 token,
             )
@@ -433,7 +435,7 @@ class Executor:
             then = f"is tried again in {retry_in:.1f} s"
         else:
             then = "is parked: see Process.parked()"
-        text = f"batch {batch.token} of {batch.resource!r} failed and {then}"
+        text = f"batch {batch.token} of {shown(batch.resource)} failed and {then}"
         error.add_note(f"phonon: {text}; its data is kept")
         log.warning("%s: %s: %s", text, type(error).__name__, error)
         batch.errors.append(error)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 from phonon._core import codec
 from phonon._core.engine import Engine
+from phonon._core.shown import shown
 from phonon.errors import ConfigurationError, ForkedError
 
 #: Seconds without a message after which a session is over.
@@ -412,12 +413,12 @@ class LocalUpdate:
 
     def _not_the_same_(self, other: Any) -> ConfigurationError:
         if isinstance(other, LocalUpdate) and type(other) is type(self):
-            what = f"of {other.resource_id!r}"
+            what = f"of {shown(other.resource_id)}"
         else:
             what = f"a {type(other).__qualname__}"
         return ConfigurationError(
             f"an update {what} cannot be merged into the {type(self).__qualname__} of "
-            f"{self.resource_id!r}: a cache has one key for each record and class; give "
+            f"{shown(self.resource_id)}: a cache has one key for each record and class; give "
             "LruCache.set the record's own key, as in cache.set(update.resource_id, update)"
         )
 

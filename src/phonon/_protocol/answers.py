@@ -37,6 +37,10 @@ class Reply(IntEnum):
     COMPACTED = 24
     CHANGED = 25
     MEETING = 26
+    CLAIMED = 40
+    REFUSED = 41
+    INGESTED = 42
+    SEEN = 43
     FAILED = 99
 
 

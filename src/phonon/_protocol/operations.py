@@ -30,6 +30,10 @@ class Code(IntEnum):
     COMPACT = 20
     TRACK = 21
     UNTRACK = 22
+    CLAIM = 40
+    DROP_SOURCE = 41
+    INGEST = 42
+    INGEST_NEW = 43
 
 
 #: A full server still runs a call of nothing but these: they free memory, or lead to that.
@@ -245,6 +249,60 @@ def track(partition: int, resource: bytes) -> Operation:
 def untrack(partition: int, resource: bytes) -> Operation:
     """Remove a resource from the registry by hand."""
     return Operation(partition, (int(Code.UNTRACK), resource))
+
+
+def claim(partition: int, source: bytes, epoch: int = 0, position: bytes = b"") -> Operation:
+    """Become the one reader of an ordered source, under a new epoch if it is 0."""
+    return Operation(partition, (int(Code.CLAIM), source, epoch, position))
+
+
+def drop_source(partition: int, source: bytes, epoch: int) -> Operation:
+    """Forget where an ordered source is."""
+    return Operation(partition, (int(Code.DROP_SOURCE), source, epoch))
+
+
+def ingest(
+    partition: int,
+    source: bytes,
+    epoch: int,
+    positions: tuple[bytes, bytes],
+    items: list[bytes],
+) -> Operation:
+    """Append what an ordered source brought from one position to the next.
+
+    Args:
+        partition: Where.
+        source: The server's name of the source.
+        epoch: Of the claim.
+        positions: Where the source stands, empty if nowhere yet, and where it is to stand.
+        items: Resource, partial, resource, partial, ...
+    """
+    words = (int(Code.INGEST), source, epoch, *positions, items)
+    return Operation(partition, words, _size(items))
+
+
+def ingest_new(
+    partition: int, scope: bytes, window_ms: int, ids: list[bytes], items: list[bytes]
+) -> Operation:
+    """Append what messages brought, unless one with these ids was stored before.
+
+    Args:
+        partition: Where.
+        scope: Whose ids they are.
+        window_ms: How long they are remembered.
+        ids: Of the messages.
+        items: Resource, partial, resource, partial, ...
+    """
+    words = (int(Code.INGEST_NEW), scope, window_ms, ids, items)
+    return Operation(partition, words, _size(items) + sum(map(len, ids)))
+
+
+#: Of one operation's size, each item has this share at the least, so that 512 items are a call.
+_ITEM = 1024
+
+
+def _size(items: list[bytes]) -> int:
+    return max(sum(map(len, items)), _ITEM * (len(items) // 2)) + 128
 
 
 def holder_name(process: str, number: int, *, shared: bool = False, places: int = 0) -> Holder:

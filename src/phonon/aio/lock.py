@@ -1,13 +1,18 @@
 """Locks and semaphores, for tasks."""
 
+import functools
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from phonon.aio.leaving import leave
 from phonon.lock import BaseLock, BaseSemaphore, LockHolder
 
 if TYPE_CHECKING:
     from phonon.aio.process import AsyncProcess
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class AsyncLock(BaseLock):
@@ -29,10 +34,10 @@ class AsyncLock(BaseLock):
         lease: Seconds that a grant lasts unless renewed. None: as long as the process's lease.
         on_lost: Called, and awaited if it returns something to await, with this lock, once it is
             found to be lost.
+        timeout: Seconds to wait at the most, where `acquire` is not told otherwise.
 
     Raises:
         ConfigurationError: An argument is invalid.
-        ProcessStoppedError: The process was not started.
 
     Example:
         >>> async with process.lock("report") as lock:  # doctest: +SKIP
@@ -42,6 +47,28 @@ class AsyncLock(BaseLock):
     _package = "phonon.aio"
     _is_async = True
     process: "AsyncProcess"
+
+    def _check_process(self) -> None:
+        # A process may be started later: a decorator is applied when the module is imported.
+        if getattr(self.process, "_engine", self) is not None:
+            super()._check_process()
+
+    def __call__(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+        """Decorate a coroutine function: each call takes the lock, and gives it back.
+
+        The process may be started later.
+
+        Raises:
+            ConfigurationError: It is no coroutine function.
+        """
+        self._check_decorated(function)
+
+        @functools.wraps(function)
+        async def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+            async with self:
+                return await function(*args, **kwargs)
+
+        return locked
 
     async def acquire(
         self,
@@ -85,9 +112,9 @@ class AsyncLock(BaseLock):
         found: list[LockHolder] = await self._engine.run(self._waiters())
         return found
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> "HeldAsyncLock":
         await self._engine.run(self.entering())
-        return self
+        return cast("HeldAsyncLock", self)
 
     async def __aexit__(
         self,
@@ -104,6 +131,16 @@ class AsyncLock(BaseLock):
             error.add_note(f"phonon: {lost}")
 
 
+if TYPE_CHECKING:
+
+    class HeldAsyncLock(AsyncLock):
+        """What an ``async with`` block has: the same lock, whose token is known to be there."""
+
+        @property
+        def token(self) -> int:
+            """The fencing token of the grant."""
+
+
 class AsyncSemaphore(BaseSemaphore, AsyncLock):
     """A number of places, across processes, threads and tasks.
 
@@ -116,6 +153,7 @@ class AsyncSemaphore(BaseSemaphore, AsyncLock):
         block: Whether to wait if all places are taken.
         lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
         on_lost: As of an `AsyncLock`.
+        timeout: As of an `AsyncLock`.
 
     Example:
         >>> async with process.semaphore("connections", 10):  # doctest: +SKIP

@@ -2,9 +2,9 @@
 
 import asyncio
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, overload
 
 from phonon import _lifetime
 from phonon._core.dead_letters import Parked
@@ -17,6 +17,7 @@ from phonon._transport.connect import SharedConnection
 from phonon.aio.batch import AsyncBatch
 from phonon.aio.lock import AsyncLock, AsyncSemaphore
 from phonon.aio.reference import AsyncReference
+from phonon.aio.source import AsyncMessages, AsyncSource
 from phonon.batch import raise_together
 from phonon.errors import ConfigurationError, ProcessStoppedError
 from phonon.process import SESSION_LENGTH, BaseProcess, make_codec, url_first
@@ -25,13 +26,18 @@ from phonon.settings import (
     Durability,
     Overflow,
     RetryPolicy,
+    check_name,
+    check_position,
     check_process,
     check_whole,
     url_of,
 )
+from phonon.source import WINDOW, id_of, unordered
 
 if TYPE_CHECKING:
     from phonon.aio.update import AsyncUpdate
+
+M = TypeVar("M")
 
 
 class AsyncProcess(BaseProcess):
@@ -297,6 +303,7 @@ class AsyncProcess(BaseProcess):
         reentrant: bool = False,
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
+        timeout: float | None = None,
     ) -> AsyncLock:
         """Return a lock on a resource, for an ``async with`` block; see `Process.lock`."""
         return AsyncLock(
@@ -307,6 +314,7 @@ class AsyncProcess(BaseProcess):
             reentrant=reentrant,
             lease=lease,
             on_lost=on_lost,
+            timeout=timeout,
         )
 
     def semaphore(
@@ -317,11 +325,41 @@ class AsyncProcess(BaseProcess):
         *,
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
+        timeout: float | None = None,
     ) -> AsyncSemaphore:
         """Return a semaphore, for an ``async with`` block; see `Process.semaphore`."""
-        return AsyncSemaphore(self, name, places, block, lease=lease, on_lost=on_lost)
+        return AsyncSemaphore(
+            self, name, places, block, lease=lease, on_lost=on_lost, timeout=timeout
+        )
 
-    def batch(self, *, durable: bool = True) -> AsyncBatch:
+    async def source(self, name: str, position: int | None = None) -> AsyncSource:
+        """Claim an ordered source of messages; see `Process.source`."""
+        check_position(position)
+        flow = self.engine.sources.claim(check_name("name", name), position)
+        return AsyncSource(self, await self.engine.run(flow))
+
+    @overload
+    def batch(self, *, durable: bool = True) -> AsyncBatch: ...
+
+    @overload
+    def batch(
+        self,
+        messages: Iterable[M],
+        *,
+        dedupe: str,
+        message_id: Callable[[M], Any] | None = None,
+        window: float = WINDOW,
+    ) -> AsyncMessages[M]: ...
+
+    def batch(
+        self,
+        messages: Iterable[Any] = (),
+        *,
+        durable: bool = True,
+        dedupe: str | None = None,
+        message_id: Callable[[Any], Any] | None = None,
+        window: float = WINDOW,
+    ) -> AsyncBatch:
         """Collect what this task does, and the tasks that it starts, and send it together.
 
         It is sent when the ``async with`` block ends; see `Process.batch`. Tasks that are started
@@ -329,7 +367,14 @@ class AsyncProcess(BaseProcess):
 
         Args:
             durable: Whether updates made with ``init_cache=False`` are stored as well.
+            messages: With ``dedupe``: the messages, for ``async for``.
+            dedupe: Whose ids the messages have.
+            message_id: Returns a message's id.
+            window: Seconds for which ids are remembered on the server.
         """
+        if dedupe is not None:
+            progress = unordered(self.engine, dedupe, window)
+            return AsyncMessages(self.engine, progress, messages, message_id or id_of)
         batch: AsyncBatch | None = self.engine.batch
         if batch is None:
             return AsyncBatch(self.engine, durable=durable)

@@ -47,6 +47,7 @@ class AsyncReference(BaseReference):
         reentrant: bool = False,
         lease: float | None = None,
         on_lost: Callable[[AsyncLock], object] | None = None,
+        timeout: float | None = None,
     ) -> AsyncLock:
         """Return a lock on the resource, for an ``async with`` block; see `Reference.lock`."""
         return self._process.lock(
@@ -56,6 +57,7 @@ class AsyncReference(BaseReference):
             reentrant=reentrant,
             lease=lease,
             on_lost=on_lost,
+            timeout=timeout,
         )
 
     async def count(self) -> int:

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from phonon._core.detached import DetachedEngine
 from phonon._core.flows import EXECUTING, Flow, Sleep
 from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION
 from phonon.aio.reference import AsyncReference
 from phonon.errors import ConfigurationError
-from phonon.update import ConflictFreeUpdate, Update, raise_first
+from phonon.update import Update, add_up, raise_first
 
 if TYPE_CHECKING:
     from phonon.aio.process import AsyncProcess
@@ -30,7 +31,7 @@ class AsyncUpdate(Update):
     batch leaves it to them.
 
     Args:
-        process: The process it belongs to.
+        process: The process it belongs to. None, for a unit test of `merge` and `execute`.
         _id: The record's key; with ``database`` and ``collection`` it names the resource.
         database: The name of the database, for your `execute`.
         collection: The name of the collection or table, for your `execute`.
@@ -61,7 +62,7 @@ class AsyncUpdate(Update):
 
     def __init__(
         self,
-        process: "AsyncProcess",
+        process: "AsyncProcess | None",
         _id: Any,
         database: str = DEFAULT,
         collection: str = DEFAULT,
@@ -88,6 +89,8 @@ class AsyncUpdate(Update):
     def _begin_(self, engine: Any, *, init_cache: bool) -> None:
         if not engine.is_async:
             raise self._in_wrong_process_()
+        if type(engine) is DetachedEngine:
+            return
         if engine.outbox.full or not self._is_left_to_others_(engine, init_cache=init_cache):
             self._init_cache_ = init_cache
 
@@ -207,4 +210,6 @@ class AsyncUpdate(Update):
 class AsyncConflictFreeUpdate(AsyncUpdate):
     """An update whose numbers add up; see `ConflictFreeUpdate`."""
 
-    merge = ConflictFreeUpdate.merge
+    def merge(self, other: Any) -> None:
+        """Add up the numbers of two docs."""
+        add_up(self, other)

@@ -11,6 +11,7 @@ import click
 import rich  # noqa: F401 - part of the extra: what is missing is said before a command begins
 
 from phonon.cli.errors import one_line_errors
+from phonon.cli.init import init
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
 #: The group of entry points by which other distributions add commands.
@@ -48,3 +49,6 @@ class Commands(click.Group):
 @click.version_option(package_name="phonon", prog_name="phonon")
 def phonon() -> None:
     """Distributed references, locks and session-aggregated updates over Redis or Valkey."""
+
+
+phonon.add_command(init)

@@ -1,0 +1,71 @@
+"""What stands in for a process where an update is made without one, for a unit test.
+
+Such an update merges and executes. Nothing of it can be stored, so whatever would need a server
+raises an error that says what to do.
+"""
+
+import threading
+import weakref
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from phonon._core.engine import STRIPES
+from phonon.errors import ConfigurationError
+from phonon.serializers import ExactSerializer
+
+
+class DetachedEngine:
+    """The parts of a process that an update uses by itself.
+
+    Args:
+        is_async: Whether it stands in for the engine of an `AsyncProcess`.
+    """
+
+    def __init__(self, *, is_async: bool) -> None:
+        self.is_async = is_async
+        self.identity = SimpleNamespace(generation=object())
+        self.codec = SimpleNamespace(serializer=ExactSerializer())
+        self.outbox = SimpleNamespace(full=False)
+        self.members = SimpleNamespace(held={})
+        self.prefixes: dict[tuple[str, str], str] = {}
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.batches: frozenset[Any] = frozenset()
+        self.stripes = [threading.RLock() for _ in range(STRIPES)]
+
+    @property
+    def batch(self) -> NoReturn:
+        """There is none, and nothing that could be sent without one."""
+        raise _refusal()
+
+    def ensure_alive(self) -> NoReturn:
+        """Refuse what needs a server."""
+        raise _refusal()
+
+    def run(self, flow: Any) -> NoReturn:
+        """Refuse what needs a server."""
+        flow.close()
+        raise _refusal()
+
+
+class DetachedProcess:
+    """What `Update.process` returns for an update that was made without one."""
+
+    def __init__(self, *, is_async: bool) -> None:
+        self.engine = DetachedEngine(is_async=is_async)
+
+    def __repr__(self) -> str:
+        return "<no process: the update was made without one>"
+
+
+def _refusal() -> ConfigurationError:
+    return ConfigurationError(
+        "this update was made without a process: merge() and execute() work, what needs the "
+        "server does not; give a Process as the first argument"
+    )
+
+
+@cache
+def detached(*, is_async: bool) -> DetachedProcess:
+    """Return the stand-in for a process; there is one for each API."""
+    return DetachedProcess(is_async=is_async)

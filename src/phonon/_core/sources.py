@@ -1,0 +1,489 @@
+"""Sources of messages: what a batch of them is stored with, so that a repeated one changes nothing.
+
+An ordered source has a position in each partition of the namespace. It is written by the operation
+that stores the data, and only if the source stands where this reader believes it does and nobody
+has claimed it since. So operations of one source form a chain: a lost one breaks it, and none is
+carried out twice.
+
+An unordered source has ids, which are remembered for a window of time, in the partition of the data
+that their messages have brought.
+
+After any failure the local view is in doubt, what the batch has brought is dropped, and the reader
+begins again where the server says. Nothing is handed to the outbox: the broker has it.
+"""
+
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from phonon._core.executor import Executor
+from phonon._core.flows import Branch, Flow, Read, Send, single
+from phonon._core.identity import Identity
+from phonon._core.members import Members
+from phonon._core.outbox import Parcel
+from phonon._core.reports import Reports
+from phonon._protocol import operations
+from phonon._protocol.answers import Reply
+from phonon._protocol.operations import Operation
+from phonon._protocol.partitions import encode_resource
+from phonon.errors import AlreadyStoredError, ForeignKeyError, PhononError, SourceLostError
+
+_CLAIMED, _REFUSED, _INGESTED, _SEEN = (
+    int(Reply.CLAIMED),
+    int(Reply.REFUSED),
+    int(Reply.INGESTED),
+    int(Reply.SEEN),
+)
+
+#: Partitions that nothing came for are moved on after so many seconds, so that a reader that begins
+#: again need not go far back.
+MOVE_ON_AFTER = 1.0
+
+
+class Claim:
+    """What this process knows of an ordered source that it reads.
+
+    Attributes:
+        name: The source's name.
+        encoded: The server's name of it.
+        epoch: The claim's number; a later claim has a greater one.
+        positions: By partition, the first offset that is not in; None as long as nothing is.
+        in_doubt: Whether something went wrong: the server knows better.
+        moved_on: When all partitions were at the same position, by the monotonic clock.
+    """
+
+    __slots__ = ("encoded", "epoch", "in_doubt", "moved_on", "name", "positions")
+
+    def __init__(self, name: str, epoch: int, positions: Sequence[int | None]) -> None:
+        self.name = name
+        self.encoded = encode_resource(name)
+        self.epoch = epoch
+        self.positions = list(positions)
+        self.in_doubt = False
+        self.moved_on = time.monotonic()
+
+    @property
+    def position(self) -> int | None:
+        """The first offset that is not in everywhere; None for a source that is new."""
+        return min((p for p in self.positions if p is not None), default=None)
+
+    def lost(self, why: str) -> SourceLostError:
+        """Return the error that says that the claim is no longer good."""
+        self.in_doubt = True
+        return SourceLostError(
+            f"source {self.name!r} {why}; nothing of the batch was stored that was not stored "
+            "before. If this consumer is still assigned to it: claim() it again and read on from "
+            "its position()",
+            self.name,
+        )
+
+
+class Progress(Protocol):
+    """What a batch of messages is stored with."""
+
+    #: Whether `skips` has to be asked about each update.
+    asks: bool
+
+    def begin(self, mark: Any) -> bool:
+        """Go on to a message. Return whether it has to be handled at all."""
+
+    def skips(self, partition: int) -> bool:
+        """Return whether what the message brings to a partition is in already."""
+
+    def preparing(self) -> list[Operation]:
+        """Return operations that have to be carried out before anything is stored."""
+
+    def operations(self, items: dict[int, list[bytes]]) -> list[Operation]:
+        """Return the operations that store items, by partition: resource, partial, ..."""
+
+    def stored(self, operation: Operation) -> None:
+        """Note that an operation was carried out."""
+
+    def refused(self, operation: Operation, answer: Any) -> PhononError:
+        """Note that the server refused. Return the error that says so."""
+
+    def failed(self) -> None:
+        """Note that it is not known what was carried out."""
+
+
+class Ordered:
+    """A batch's progress on an ordered source.
+
+    Args:
+        claim: The source.
+    """
+
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
+        self._first: int | None = None
+        self._offset = -1
+        self._upto: int | None = None
+        known = [p for p in claim.positions if p is not None]
+        self._lowest, self._highest = min(known, default=0), max(known, default=0)
+        self.asks = False
+
+    def begin(self, mark: Any) -> bool:
+        """Go on to the message with that offset."""
+        if type(mark) is not int or mark < 0:
+            raise TypeError(f"an offset is an int of 0 or more, not {mark!r}")
+        if self._upto is not None and mark < self._upto:
+            raise ValueError(
+                f"offset {mark} of source {self._claim.name!r} comes after {self._upto - 1}: give "
+                "the messages of one source in growing order"
+            )
+        if self._first is None:
+            self._first = mark
+        self._offset, self._upto = mark, mark + 1
+        self.asks = mark < self._highest
+        return mark >= self._lowest
+
+    def skips(self, partition: int) -> bool:
+        """Return whether the message's data is in that partition already."""
+        position = self._claim.positions[partition]
+        return position is not None and self._offset < position
+
+    def preparing(self) -> list[Operation]:
+        """Let a new source stand somewhere, so that a crash in the first batch loses no start."""
+        claim = self._claim
+        if claim.position is not None or self._first is None:
+            # After a crash some may stand nowhere; nothing has come for them.
+            if None in claim.positions and claim.position is not None:
+                start = claim.position
+            else:
+                return []
+        else:
+            start = self._first
+        return [
+            operations.ingest(p, claim.encoded, claim.epoch, (b"", b"%d" % start), [])
+            for p, position in enumerate(claim.positions)
+            if position is None
+        ]
+
+    def operations(self, items: dict[int, list[bytes]]) -> list[Operation]:
+        """Return the operations that store items, and move the source on."""
+        claim, upto = self._claim, self._upto
+        if upto is None:
+            return []
+        partitions: Iterable[int] = items
+        now = time.monotonic()
+        if now - claim.moved_on >= MOVE_ON_AFTER:
+            claim.moved_on = now
+            partitions = range(len(claim.positions))
+        made = []
+        for partition in partitions:
+            position = claim.positions[partition]
+            if position is not None and position < upto:
+                positions = b"%d" % position, b"%d" % upto
+                made.append(
+                    operations.ingest(
+                        partition, claim.encoded, claim.epoch, positions, items.get(partition, [])
+                    )
+                )
+        return made
+
+    def stored(self, operation: Operation) -> None:
+        """The source stands where the operation has moved it."""
+        self._claim.positions[operation.partition] = int(operation.words[4])
+
+    def refused(self, operation: Operation, answer: Any) -> PhononError:
+        """Somebody else has claimed it, or something before this was refused."""
+        _, epoch, position = answer
+        if epoch != operation.words[2]:
+            return self._claim.lost("was claimed by another consumer")
+        where = position.decode() or "nowhere"
+        return self._claim.lost(f"stands at {where} in partition {operation.partition}")
+
+    def failed(self) -> None:
+        """Only the server knows where the source stands."""
+        self._claim.in_doubt = True
+
+
+class Ids:
+    """The ids of a scope that this process knows to be stored, by partition: the latest ones.
+
+    Args:
+        scope: Whose ids they are.
+        window: How long the server remembers them, seconds.
+    """
+
+    #: So many are kept: those of a few batches, which may come again.
+    MOST = 65536
+
+    def __init__(self, scope: str, window: float) -> None:
+        self.scope = scope
+        self.encoded = encode_resource(scope)
+        self.window_ms = int(window * 1000)
+        self.known: dict[tuple[int, bytes], None] = {}
+
+    def learn(self, partition: int, ids: Iterable[bytes]) -> None:
+        """Note that messages are stored in a partition."""
+        known = self.known
+        for each in ids:
+            known[partition, each] = None
+        while len(known) > self.MOST:
+            del known[next(iter(known))]
+
+
+class Unordered:
+    """A batch's progress on a source with ids.
+
+    Args:
+        ids: What is known of its ids.
+    """
+
+    asks = True
+
+    def __init__(self, ids: Ids) -> None:
+        self._ids = ids
+        self._id = b""
+        self._begun: set[bytes] = set()
+        self._brought: dict[int, list[bytes]] = {}
+
+    def begin(self, mark: Any) -> bool:
+        """Go on to the message with that id."""
+        if isinstance(mark, str):
+            mark = mark.encode("utf-8", "surrogatepass")
+        elif isinstance(mark, int):
+            mark = b"%d" % mark
+        if not isinstance(mark, bytes) or not mark:
+            raise TypeError(f"a message's id is a str, bytes or int, not {mark!r}")
+        self._id = mark
+        if mark in self._begun:
+            return False  # twice in one batch
+        self._begun.add(mark)
+        return True
+
+    def skips(self, partition: int) -> bool:
+        """Return whether the message's data is in that partition already; if not, it will be."""
+        mark = self._id
+        if (partition, mark) in self._ids.known:
+            return True
+        if mark:
+            brought = self._brought.get(partition)
+            if brought is None:
+                self._brought[partition] = [mark]
+            elif brought[-1] is not mark:
+                brought.append(mark)
+        return False
+
+    def preparing(self) -> list[Operation]:
+        """Nothing comes first."""
+        return []
+
+    def operations(self, items: dict[int, list[bytes]]) -> list[Operation]:
+        """Return the operations that store items with the ids of their messages."""
+        ids, brought = self._ids, self._brought
+        self._brought = {}
+        return [
+            operations.ingest_new(p, ids.encoded, ids.window_ms, brought.get(p, []), some)
+            for p, some in items.items()
+        ]
+
+    def stored(self, operation: Operation) -> None:
+        """These ids are known, should other partitions of the batch have refused."""
+        self._ids.learn(operation.partition, operation.words[3])
+
+    def refused(self, operation: Operation, answer: Any) -> PhononError:
+        """Some were stored before."""
+        seen = answer[1]
+        self._ids.learn(operation.partition, seen)
+        return AlreadyStoredError(
+            f"{len(seen)} of the batch's messages were stored before by another delivery, and what "
+            "they were merged with was not stored now: handle the same messages again (this "
+            "process skips what is stored from now on), or leave them to the broker to deliver",
+            tuple(seen),
+        )
+
+    def failed(self) -> None:
+        """What was carried out is found out when the messages come again."""
+
+
+class Sources:
+    """Claims sources, and stores what they bring.
+
+    Args:
+        identity: Who this process is.
+        members: What it holds.
+        executor: Merges partials of long sessions.
+        reports: Told what had to be put aside.
+    """
+
+    def __init__(
+        self, identity: Identity, members: Members, executor: Executor, reports: Reports
+    ) -> None:
+        self._identity = identity
+        self._members = members
+        self._executor = executor
+        self._reports = reports
+        self._ids: dict[tuple[str, float], Ids] = {}
+
+    def ids(self, scope: str, window: float) -> Ids:
+        """Return what is known here of the ids of a scope."""
+        return self._ids.setdefault((scope, window), Ids(scope, window))
+
+    def claim(self, name: str, position: int | None = None) -> Flow[Claim]:
+        """Become the one reader of an ordered source, in all partitions.
+
+        Args:
+            name: The source.
+            position: Where it is to stand; None leaves it where it is.
+
+        Raises:
+            SourceLostError: Another consumer has claimed it meanwhile.
+            PhononError: The server does not answer, or refuses.
+        """
+        encoded = encode_resource(name)
+        where = b"" if position is None else b"%d" % position
+        partitions = self._identity.partitions
+        home = partitions.of(encoded)
+        first = yield from single(operations.claim(home, encoded, 0, where))
+        others = [p for p in range(partitions.count) if p != home]
+        epoch = first[1]
+        answers = yield Send([operations.claim(p, encoded, epoch, where) for p in others])
+        positions: list[int | None] = [None] * partitions.count
+        claim = Claim(name, epoch, positions)
+        for partition, answer in zip([home, *others], [first, *answers], strict=True):
+            if isinstance(answer, Exception):
+                raise answer
+            if answer[0] == _REFUSED:
+                raise claim.lost("was claimed by another consumer meanwhile")
+            claim.positions[partition] = int(answer[2]) if answer[2] else None
+        return claim
+
+    def position(self, name: str) -> Flow[int | None]:
+        """Return where a source stands, without claiming it."""
+        encoded = encode_resource(name)
+        replies = yield Read(self._identity.everywhere("source", encoded))
+        found: list[int] = []
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+            if reply[1]:
+                found.append(int(reply[1]))
+        return min(found, default=None)
+
+    def drop(self, claim: Claim) -> Flow[None]:
+        """Forget where a source is, in all partitions."""
+        count = range(self._identity.partitions.count)
+        answers = yield Send([operations.drop_source(p, claim.encoded, claim.epoch) for p in count])
+        claim.in_doubt = True
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            if answer[0] == _REFUSED:
+                raise claim.lost("was claimed by another consumer")
+
+    def ingest(self, progress: Progress, parcels: Sequence[Parcel]) -> Flow[list[BaseException]]:
+        """Store what messages have brought, and that they have been.
+
+        Args:
+            progress: What is stored with it.
+            parcels: The updates, of different resources or classes.
+
+        Returns:
+            What went wrong. The data is dropped then: the broker has it.
+        """
+        errors: list[BaseException] = []
+        items: dict[int, list[bytes]] = {}
+        about: dict[int, list[Parcel]] = {}
+        place = self._members.place
+        for parcel in parcels:
+            try:
+                partial = parcel.take()
+            except Exception as error:  # noqa: BLE001 - the user's `state`, or what cannot be stored
+                errors.append(error)
+                continue
+            if partial is None:
+                continue
+            partition, name = place(parcel.resource_id)
+            items.setdefault(partition, []).extend((name, partial))
+            about.setdefault(partition, []).append(parcel)
+        if errors:
+            progress.failed()
+            return errors
+        # Set before anything is sent: a caller that goes away must not believe in its view.
+        preparing = progress.preparing()
+        if preparing:
+            errors += yield from self._send(progress, preparing, {}, {})
+        if not errors:
+            errors += yield from self._send(progress, progress.operations(items), items, about)
+        return _together(errors)
+
+    def _send(
+        self,
+        progress: Progress,
+        sent: list[Operation],
+        items: dict[int, list[bytes]],
+        about: dict[int, list[Parcel]],
+    ) -> Flow[list[BaseException]]:
+        if not sent:
+            return []
+        errors: list[BaseException] = []
+        held = self._members.held
+        named = [[parcel.resource_id for parcel in about.get(o.partition, ())] for o in sent]
+        entries = [self._members.entering(names) for names in named]
+        for parcels in about.values():
+            for parcel in parcels:
+                if held.get(parcel.resource_id) is None:
+                    held[parcel.resource_id] = weakref.ref(parcel)
+        try:
+            answers = yield Send(sent)
+        except BaseException:
+            progress.failed()
+            raise
+        many: list[tuple[int, bytes, int]] = []
+        for operation, answer, names, entered in zip(sent, answers, named, entries, strict=True):
+            code = answer[0] if isinstance(answer, list) else answer
+            if code == _INGESTED:
+                progress.stored(operation)
+                if answer is not _INGESTED and isinstance(answer, list):
+                    some = items[operation.partition]
+                    many += _pairs(operation.partition, some, answer[1])
+                    self._put_aside(operation.partition, some, answer[2])
+            else:
+                errors.append(_error(progress, operation, answer))
+            for name, entry in zip(names, entered, strict=True):
+                self._members.entered(name, entry, failed=code != _INGESTED)
+        for partition, resource, count in many:
+            yield Branch(self._executor.compact(partition, resource, count))
+        return errors
+
+    def _put_aside(self, partition: int, items: Sequence[bytes], wrong: Sequence[Any]) -> None:
+        for place, error in zip(wrong[::2], wrong[1::2], strict=True):
+            text = error.decode("utf-8", "replace")
+            self._reports.report_error(
+                ForeignKeyError(
+                    f"what a message has brought for {items[2 * place]!r} in partition {partition} "
+                    f"could not be stored, and was parked: {text}; see Process.parked()"
+                )
+            )
+
+
+def _together(errors: list[BaseException]) -> list[BaseException]:
+    """Return one error of each kind, where all partitions say the same."""
+    seen = [error for error in errors if isinstance(error, AlreadyStoredError)]
+    if len(seen) > 1:
+        ids = tuple({each: None for error in seen for each in error.ids})
+        seen = [AlreadyStoredError(str(seen[0]), ids)]
+    lost = [error for error in errors if isinstance(error, SourceLostError)][:1]
+    rest = [e for e in errors if not isinstance(e, AlreadyStoredError | SourceLostError)]
+    return [*rest, *lost, *seen]
+
+
+def _error(progress: Progress, operation: Operation, answer: Any) -> PhononError | Exception:
+    if isinstance(answer, list) and answer[0] in (_REFUSED, _SEEN):
+        return progress.refused(operation, answer)
+    progress.failed()
+    if isinstance(answer, Exception):
+        return answer
+    return PhononError(f"the server answered {answer!r} to {operation!r}")
+
+
+def _pairs(
+    partition: int, items: Sequence[bytes], many: Sequence[int]
+) -> list[tuple[int, bytes, int]]:
+    return [
+        (partition, items[2 * place], count)
+        for place, count in zip(many[::2], many[1::2], strict=True)
+    ]

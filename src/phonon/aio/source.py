@@ -1,0 +1,74 @@
+"""Sources of messages, for tasks."""
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+from phonon.aio.batch import AsyncBatch
+from phonon.source import BaseMessages, BaseSource, offset_of
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from phonon.aio.process import AsyncProcess
+
+M = TypeVar("M")
+
+
+class AsyncMessages(BaseMessages[M], AsyncBatch):
+    """A batch of messages that is stored with what says that it is; see `phonon.source.Messages`.
+
+    Loop over it with ``async for``, inside of its ``async with`` block.
+    """
+
+    async def __aiter__(self) -> AsyncIterator[M]:
+        for message in self._messages:
+            if self._is_full:
+                await self._store_piece()
+            if self._begin(message):
+                yield message
+
+    async def _store_piece(self) -> None:
+        try:
+            errors = await self._engine.run(self._piece())  # type: ignore[attr-defined]  # of tasks
+        except BaseException:
+            self._progress.failed()
+            raise
+        for error in errors:
+            raise error
+
+    async def __aexit__(
+        self,
+        kind: "type[BaseException] | None",
+        error: BaseException | None,
+        traceback: "TracebackType | None",
+    ) -> None:
+        self._ends(error)
+        await super().__aexit__(kind, error, traceback)
+
+
+class AsyncSource(BaseSource):
+    """An ordered source of messages that this process reads; see `phonon.source.Source`.
+
+    Made by `AsyncProcess.source`.
+    """
+
+    _process: "AsyncProcess"
+
+    def batch(
+        self, messages: Iterable[M], offset: Callable[[M], int] | None = None
+    ) -> AsyncMessages[M]:
+        """Collect what messages bring, and store it with how far the source is.
+
+        See `phonon.source.Source.batch`.
+        """
+        return AsyncMessages(self._process.engine, self._progress(), messages, offset or offset_of)
+
+    async def claim(self, position: int | None = None) -> None:
+        """Claim the source again; see `phonon.source.Source.claim`."""
+        engine = self._process.engine
+        self._claim = await engine.run(engine.sources.claim(self.name, position))
+
+    async def forget(self) -> None:
+        """Delete what is stored about the source: it is new when it is claimed again."""
+        engine = self._process.engine
+        await engine.run(engine.sources.drop(self._claim))

@@ -1,0 +1,413 @@
+"""Sources of messages: batches of them are stored together with what says that they are."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from phonon._core.engine import Engine
+from phonon._core.flows import Flow
+from phonon._core.sources import Claim, Ids, Ordered, Progress, Unordered
+from phonon.batch import BaseBatch, Batch, Out, end_all, has_begun, merge_updates
+from phonon.errors import ConfigurationError
+from phonon.settings import check_name
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from phonon.process import Process
+
+M = TypeVar("M")
+
+#: Records of one partition that are stored by one operation, which blocks the server for about two
+#: milliseconds. A batch of more is stored in pieces, each of whole messages.
+MOST_RECORDS = 512
+#: How long ids of messages are remembered unless something else is said, seconds.
+WINDOW = 3600.0
+
+
+class _Watched(list[Any]):
+    """The updates of a batch that looks at each new one."""
+
+    __slots__ = ("_takes",)
+
+    def __init__(self, updates: Iterable[Any], takes: Callable[[Any], bool]) -> None:
+        super().__init__(updates)
+        self._takes = takes
+
+    def append(self, update: Any) -> None:
+        """Add a new update, unless what its message brings here is stored already."""
+        if self._takes(update):
+            super().append(update)
+
+
+class BaseMessages(BaseBatch, Generic[M]):
+    """What `Messages` and `AsyncMessages` share: everything but the waiting.
+
+    Args:
+        engine: The process's.
+        progress: What the batch is stored with.
+        messages: The messages.
+        mark: Returns a message's offset, or its id.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        progress: Progress,
+        messages: Iterable[M],
+        mark: Callable[[M], Any],
+    ) -> None:
+        super().__init__(engine)
+        self._progress = progress
+        self._messages = messages
+        self._mark = mark
+        self._has_begun = False
+        #: Whether the block has ended as it should, so that the last message is complete.
+        self._complete = False
+        self._measure_at = MOST_RECORDS
+        if progress.asks:
+            self.fresh = _Watched((), self._takes)
+
+    # What is collected
+
+    def add_new(self, update: Any) -> None:
+        """Store a new update when the block ends, unless it is stored already."""
+        if self._takes(update):
+            self.add(update)
+
+    def add(self, update: Any) -> None:
+        """Store what the update has unsent when the block ends."""
+        if update._batch_ is not self:
+            update._batch_ = self
+            list.append(self.fresh, update)
+
+    def replace(self, spent: Any, update: Any) -> None:
+        """Store an update into which another one was merged, in the place of that."""
+        fresh = self.fresh
+        if fresh and fresh[-1] is spent and spent is not update:
+            fresh.pop()
+        self.add(update)
+
+    def shrink(self) -> None:
+        """Merge updates of the same record and class that nobody else has any more."""
+        watched = isinstance(self.fresh, _Watched)
+        self.fresh = list(self.fresh)
+        super().shrink()
+        if watched:
+            self.fresh = _Watched(self.fresh, self._takes)
+
+    def _takes(self, update: Any) -> bool:
+        progress = self._progress
+        if not progress.asks:
+            return True
+        if not self._has_begun:
+            raise self._outside()
+        partition, _ = self._engine.members.place(update.resource_id)
+        if progress.skips(partition):
+            update.spend()
+            return False
+        return True
+
+    def _outside(self) -> ConfigurationError:
+        return ConfigurationError(
+            "an update was made in the block that belongs to no message: loop over the batch, as "
+            "in `for message in batch:`, and make the updates of a message there"
+        )
+
+    # Going on from message to message
+
+    def _begin(self, message: M) -> bool:
+        """Go on to a message. Return whether it has to be handled at all."""
+        if not self.is_open:
+            raise ConfigurationError("loop over the batch inside of its with block")
+        wanted = self._progress.begin(self._mark(message))
+        self._has_begun = True
+        if self._progress.asks and not isinstance(self.fresh, _Watched):
+            self.fresh = _Watched(self.fresh, self._takes)
+        return wanted
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether what has come together is stored before the next message."""
+        if len(self.fresh) < self._measure_at:
+            return False
+        place = self._engine.members.place
+        records: dict[int, set[str]] = {}
+        for update in self.fresh:
+            resource = update.resource_id
+            records.setdefault(place(resource)[0], set()).add(resource)
+        room = MOST_RECORDS - max(map(len, records.values()), default=0)
+        self._measure_at = len(self.fresh) + room
+        return room <= 0
+
+    def _piece(self) -> Flow[list[BaseException]]:
+        """Return the flow that stores what has come together so far."""
+        fresh, self.fresh = list(self.fresh), self.fresh[:0]
+        self.fresh = _Watched((), self._takes) if self._progress.asks else []
+        self._measure_at = MOST_RECORDS
+        return _storing(self._engine, self, self._progress, fresh)
+
+    # The end
+
+    def _ends(self, error: BaseException | None) -> None:
+        """The block ends. If it raised, all that it has brought is dropped: the broker has it."""
+        if self._depth == 1:
+            self._complete = error is None
+
+    def _closing(self) -> "MessagesClosing | None":  # type: ignore[override]  # the same for `close`
+        outs = list(self._endings.values())
+        fresh, joins = list(self.fresh), self.joins
+        self.fresh, self.joins, self._endings = [], {}, {}
+        self.is_open = False
+        self._engine.local.batch = self._outer
+        self._engine.batches.discard(self)
+        if not self._complete:
+            drop(self, fresh)
+            fresh = []
+        elif fresh and not self._has_begun:
+            drop(self, fresh)
+            raise self._outside()
+        stores = self._complete and self._has_begun
+        if not (stores or joins or outs):
+            return None
+        return MessagesClosing(self._engine, self, fresh, joins, outs, stores=stores)
+
+
+class MessagesClosing:
+    """What messages have brought, on its way to the server.
+
+    Args:
+        engine: The process's.
+        batch: The batch.
+        fresh: Updates to store.
+        joins: Resources to join.
+        outs: Updates whose sessions are to end.
+        stores: Whether there is anything to store, be it only how far the source is.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        batch: BaseMessages[Any],
+        fresh: list[Any],
+        joins: dict[str, Any],
+        outs: list[Out],
+        *,
+        stores: bool,
+    ) -> None:
+        self._engine = engine
+        self._batch = batch
+        self._fresh = fresh
+        self._joins = joins
+        self._outs = outs
+        self._stores = stores
+        self.flow: Flow[list[BaseException]] = self._sending()
+
+    def _sending(self) -> Flow[list[BaseException]]:
+        engine = self._engine
+        errors: list[BaseException] = []
+        if self._stores:
+            progress = self._batch._progress  # noqa: SLF001 - its other half
+            errors += yield from _storing(engine, self._batch, progress, self._fresh)
+        if self._joins:
+            errors += yield from engine.outbox.store((), list(self._joins))
+        # Only now: their last data has to be stored with the books, not by the end of a session.
+        errors += yield from end_all(engine, self._outs)
+        return errors
+
+    def interrupted(self) -> None:
+        """Drop all, if nothing was begun. What was begun goes on in the background."""
+        self._batch._progress.failed()  # noqa: SLF001 - its other half
+        if not has_begun(self.flow):
+            drop(self._batch, self._fresh)
+            for out in self._outs:
+                out.failed()
+
+
+def drop(batch: BaseBatch, updates: Iterable[Any]) -> None:
+    """Drop what updates have unsent: the broker delivers its messages again."""
+    for update in updates:
+        if update._batch_ is batch:
+            update._batch_ = None
+        update.discard()
+
+
+def _storing(
+    engine: Engine, batch: BaseBatch, progress: Progress, fresh: list[Any]
+) -> Flow[list[BaseException]]:
+    try:
+        errors: list[BaseException] = yield from engine.sources.ingest(
+            progress, merge_updates(fresh)
+        )
+    finally:
+        for update in fresh:
+            if update._batch_ is batch:
+                update._batch_ = None
+    if errors:
+        drop(batch, fresh)
+    return errors
+
+
+class Messages(BaseMessages[M], Batch):
+    """A batch of messages that is stored with what says that it is, or not at all.
+
+    Loop over it inside of its ``with`` block, and make the updates of each message there: messages
+    that are stored are passed over. When the block ends, everything is on the server, and the
+    messages can be acknowledged. If the block raises, nothing of it is stored.
+
+    Made by `Source.batch`, and by `Process.batch` with ``dedupe``.
+    """
+
+    def __iter__(self) -> Iterator[M]:
+        for message in self._messages:
+            if self._is_full:
+                self._store_piece()
+            if self._begin(message):
+                yield message
+
+    def _store_piece(self) -> None:
+        try:
+            errors = self._engine.run(self._piece())  # type: ignore[attr-defined]  # of threads
+        except BaseException:
+            self._progress.failed()
+            raise
+        for error in errors:
+            raise error
+
+    def __exit__(
+        self,
+        kind: "type[BaseException] | None",
+        error: BaseException | None,
+        traceback: "TracebackType | None",
+    ) -> None:
+        self._ends(error)
+        super().__exit__(kind, error, traceback)
+
+
+class BaseSource:
+    """What `Source` and `AsyncSource` share: everything but the waiting."""
+
+    def __init__(self, process: Any, claim: Claim) -> None:
+        self._process = process
+        self._claim = claim
+
+    def __repr__(self) -> str:
+        where = "in doubt" if self._claim.in_doubt else f"at {self._claim.position}"
+        return f"<phonon source {self.name!r} {where}>"
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._claim.name
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether something went wrong, so that it has to be claimed again."""
+        return self._claim.in_doubt
+
+    def position(self) -> int | None:
+        """Return the first offset that is not stored everywhere: where to read on from.
+
+        Returns:
+            None if nothing was ever stored: begin where you like.
+
+        Raises:
+            SourceLostError: Something went wrong: call `claim` first.
+        """
+        self._check()
+        return self._claim.position
+
+    def _check(self) -> None:
+        if self._claim.in_doubt:
+            raise self._claim.lost("is in doubt after an error")
+
+    def _progress(self) -> Ordered:
+        self._check()
+        return Ordered(self._claim)
+
+
+class Source(BaseSource):
+    """An ordered source of messages, like a partition of a Kafka topic, that this process reads.
+
+    The offset up to which its messages are stored is kept in Phonon, in the same atomic step as
+    what they have brought. So a message that is delivered again is passed over, and offsets need
+    not be committed anywhere else. Nobody else can store messages of the source from the moment
+    when it was claimed.
+
+    Made by `Process.source`.
+
+    Example:
+        >>> source = process.source("orders/3")  # doctest: +SKIP
+        >>> consumer.seek(source.position() or 0)  # doctest: +SKIP
+        >>> with source.batch(consumer.read(1000)) as batch:  # doctest: +SKIP
+        ...     for message in batch:
+        ...         cache.set(message.key, Visits(process, message.key, doc={"n": 1}))
+    """
+
+    _process: "Process"
+
+    def batch(self, messages: Iterable[M], offset: Callable[[M], int] | None = None) -> Messages[M]:
+        """Collect what messages bring, and store it with how far the source is.
+
+        Args:
+            messages: In growing order of offsets. Those that are stored are passed over.
+            offset: Returns a message's offset. None: its attribute, or method, ``offset``, or the
+                first item of a tuple.
+
+        Returns:
+            For a ``with`` block, to be looped over. Leaving the block raises `SourceLostError` if
+            another consumer has claimed the source: nothing is stored then. After that, or any
+            other error, `claim` the source again, and read on from its `position`.
+        """
+        return Messages(self._process.engine, self._progress(), messages, offset or offset_of)
+
+    def claim(self, position: int | None = None) -> None:
+        """Claim the source again: after an error, or when the broker has assigned it again.
+
+        Args:
+            position: Move it there, to have messages stored again, or some passed over.
+
+        Raises:
+            SourceLostError: Another consumer was faster.
+            ConnectionLostError: The server does not answer.
+        """
+        engine = self._process.engine
+        self._claim = engine.run(engine.sources.claim(self.name, position))
+
+    def forget(self) -> None:
+        """Delete what is stored about the source: it is new when it is claimed again."""
+        engine = self._process.engine
+        engine.run(engine.sources.drop(self._claim))
+
+
+def offset_of(message: Any) -> Any:
+    """Return the offset of a message of one of the usual clients."""
+    if isinstance(message, tuple):
+        return message[0]
+    offset = message.offset
+    return offset() if callable(offset) else offset
+
+
+def id_of(message: Any) -> Any:
+    """Return the id of a message of one of the usual clients."""
+    if isinstance(message, tuple):
+        return message[0]
+    if isinstance(message, dict):
+        return message["MessageId"]
+    found = message.id
+    return found() if callable(found) else found
+
+
+def unordered(engine: Engine, dedupe: Any, window: float) -> Unordered:
+    """Return the progress of a batch whose messages have ids.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+    """
+    check_name("dedupe", dedupe)
+    if isinstance(window, bool) or not isinstance(window, int | float) or not window >= 1:
+        raise ConfigurationError(
+            f"window is a number of seconds, at least 1, not {window!r}: give one that is longer "
+            "than the broker takes to deliver a message again"
+        )
+    ids: Ids = engine.sources.ids(dedupe, window)
+    return Unordered(ids)

@@ -1,0 +1,145 @@
+"""Unordered sources: an id that was stored is not stored again, for as long as the window lasts."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+
+from phonon import ConflictFreeUpdate, LruCache, Process
+from phonon.errors import AlreadyStoredError, ConfigurationError
+from support.world import Make, Redis, wait_until
+
+Message = tuple[str, int]
+
+
+class Count(ConflictFreeUpdate):
+    executed: ClassVar[Counter[Any]] = Counter()
+
+    def execute(self) -> None:
+        self.executed[self._id] += self.doc["n"]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    Count.executed.clear()
+
+
+def messages(first: int, last: int, keys: int = 20) -> list[Message]:
+    return [(f"id-{n}", n * 7 % keys) for n in range(first, last)]
+
+
+def expected(some: list[Message]) -> Counter[Any]:
+    return Counter(key for _, key in some)
+
+
+def take(process: Process, some: list[Message], cache: Any = None, window: float = 3600) -> None:
+    with process.batch(some, dedupe="queue", window=window) as batch:
+        for _, key in batch:
+            update = Count(process, key, doc={"n": 1})
+            if cache is not None:
+                cache.set(key, update)
+
+
+def take_at_last(process: Process, some: list[Message], cache: Any = None) -> int:
+    """Handle messages as often as they have to be. Returns how often that was."""
+    for times in range(1, 5):
+        try:
+            take(process, some, cache)
+        except AlreadyStoredError:
+            continue
+        return times
+    raise AssertionError
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_message_counts_once_however_it_comes(make: Make, cached: bool) -> None:
+    first, second = make(), make()
+    caches: list[Any] = [LruCache(5), LruCache(5)] if cached else [None, None]
+    some = messages(0, 200)
+    take(first, some[:100] + some[:10], caches[0])  # twice in one batch
+    take(first, some[50:120], caches[0])  # known here
+    with pytest.raises(AlreadyStoredError, match="stored before by another delivery") as raised:
+        take(second, some[90:150], caches[1])
+    assert set(raised.value.ids) <= {each.encode() for each, _ in some[90:120]}
+    assert take_at_last(second, some, caches[1]) <= 2
+    assert take_at_last(first, some, caches[0]) <= 2
+    for cache in caches:
+        if cache is not None:
+            cache.expire_all()
+    first.stop()
+    second.stop()
+    assert Count.executed == expected(some)
+
+
+def test_a_block_that_raises_leaves_its_messages_new(make: Make) -> None:
+    process = make()
+    some = messages(0, 50)
+    with pytest.raises(RuntimeError), process.batch(some, dedupe="queue") as batch:
+        for _, key in batch:
+            Count(process, key, doc={"n": 1})
+        raise RuntimeError
+    take(process, some)
+    process.stop()
+    assert Count.executed == expected(some)
+
+
+def test_ids_are_forgotten_after_the_window(make: Make, server: Redis) -> None:
+    process, other = make(), make()
+    some = messages(0, 20)
+    take(process, some, window=1)
+    with pytest.raises(AlreadyStoredError):
+        take(other, some, window=1)
+
+    def kept() -> int:
+        with server.client() as client:
+            names = client.scan_iter(match=f"{{{process.namespace}/*}}:ids:*", count=1000)
+            return sum(client.scard(name) for name in names)
+
+    assert kept() == 20
+    wait_until(lambda: kept() == 0)
+    third = make()
+    take(third, some, window=1)
+    for each in (process, other, third):
+        each.stop()
+    assert Count.executed == expected(some + some)
+
+
+def test_ids_may_be_found_in_many_ways(make: Make) -> None:
+    class Celery:
+        def __init__(self, number: int) -> None:
+            self.id = number
+
+    process = make()
+    many: dict[str, list[Any]] = {
+        "a": [{"MessageId": "x"}, {"MessageId": "y"}],
+        "b": [Celery(1), Celery(2)],
+    }
+    for dedupe, some in many.items():
+        for _ in range(2):
+            batch: Any
+            with process.batch(some, dedupe=dedupe) as batch:
+                for _message in batch:
+                    Count(process, dedupe, doc={"n": 1})
+    with process.batch([3, 4], dedupe="c", message_id=lambda n: n) as batch:
+        for _message in batch:
+            Count(process, "c", doc={"n": 1})
+    process.stop()
+    assert Count.executed == Counter(a=2, b=2, c=2)
+
+
+def test_what_cannot_be_meant_is_refused(make: Make) -> None:
+    process = make()
+    for window in (0, "1", True):
+        with pytest.raises(ConfigurationError, match="window is a number of seconds"):
+            process.batch([], dedupe="x", window=window)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="dedupe is a str"):
+        process.batch([], dedupe=1)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="a message's id is"):
+        take(process, [("", 1)])
+    with (
+        pytest.raises(ConfigurationError, match="belongs to no message"),
+        process.batch([], dedupe="x"),
+    ):
+        Count(process, 1, doc={"n": 1})

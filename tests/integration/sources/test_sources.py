@@ -1,0 +1,181 @@
+"""Ordered sources: data and offsets in one step, whatever comes between."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+
+from phonon import ConflictFreeUpdate, LruCache, Process
+from phonon.errors import ConfigurationError, ForeignKeyError, SourceLostError
+from support.world import Make, Redis
+
+
+class Message(NamedTuple):
+    offset: int
+    key: int
+
+
+class Count(ConflictFreeUpdate):
+    executed: ClassVar[Counter[Any]] = Counter()
+
+    def execute(self) -> None:
+        self.executed[self._id] += self.doc["n"]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    Count.executed.clear()
+
+
+def messages(first: int, last: int, keys: int = 50) -> list[Message]:
+    return [Message(offset, offset * 7 % keys) for offset in range(first, last)]
+
+
+def expected(some: list[Message]) -> Counter[Any]:
+    return Counter(message.key for message in some)
+
+
+def take(process: Process, source: Any, some: list[Message], cache: Any = None) -> None:
+    with source.batch(some) as batch:
+        for message in batch:
+            update = Count(process, message.key, doc={"n": 1})
+            if cache is not None:
+                cache.set(message.key, update)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_messages_that_come_again_are_passed_over(make: Make, cached: bool) -> None:
+    process = make()
+    cache: LruCache[Count] | None = LruCache(20) if cached else None
+    source = process.source("orders/1")
+    assert source.position() is None
+    some = messages(100, 1000)
+    take(process, source, some[:500], cache)
+    assert source.position() >= 100  # type: ignore[operator]
+    take(process, source, some[100:], cache)
+    source.claim()
+    take(process, source, some, cache)
+    if cache is not None:
+        cache.expire_all()
+    process.stop()
+    assert Count.executed == expected(some)
+
+
+def test_a_source_goes_on_where_it_was_in_another_process(make: Make) -> None:
+    some = messages(0, 300)
+    first = make()
+    take(first, first.source("s"), some[:200])
+    first.stop()
+    second = make()
+    source = second.source("s")
+    assert 0 <= source.position() <= 200  # type: ignore[operator]
+    take(second, source, some[source.position() :])
+    second.stop()
+    assert Count.executed == expected(some)
+
+
+def test_a_consumer_that_lost_the_source_stores_nothing(make: Make) -> None:
+    first, second = make(), make()
+    some = messages(0, 200)
+    old = first.source("s")
+    take(first, old, some[:100])
+    new = second.source("s")
+    with pytest.raises(SourceLostError, match="'s' was claimed by another consumer"):
+        take(first, old, some[100:])
+    with pytest.raises(SourceLostError, match="in doubt"):
+        old.position()
+    take(second, new, some)
+    first.stop()
+    second.stop()
+    assert Count.executed == expected(some)
+
+
+def test_a_block_that_raises_stores_nothing_of_it(make: Make) -> None:
+    process = make()
+    cache: LruCache[Count] = LruCache(10)
+    source = process.source("s")
+    some = messages(0, 200)
+    with pytest.raises(RuntimeError), source.batch(some) as batch:
+        for message in batch:
+            cache.set(message.key, Count(process, message.key, doc={"n": 1}))
+            if message.offset == 150:
+                raise RuntimeError
+    take(process, source, some, cache)
+    cache.expire_all()
+    process.stop()
+    assert Count.executed == expected(some)
+
+
+def test_a_batch_of_many_records_is_stored_in_pieces(make: Make, namespace: str) -> None:
+    process = make(partitions=2)
+    source = process.source("s")
+    some = [Message(offset, offset % 3000) for offset in range(6000)]
+    with pytest.raises(RuntimeError), source.batch(some) as batch:
+        for message in batch:
+            Count(process, message.key, doc={"n": 1})
+            if message.offset == 5500:
+                raise RuntimeError
+    assert 0 < source.position() < 5500  # type: ignore[operator]
+    take(process, source, some)
+    process.stop()
+    assert Count.executed == expected(some)
+
+
+def test_partitions_that_nothing_comes_for_move_on(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = make()
+    source = process.source("s")
+    with source.batch(messages(0, 10, keys=1)) as batch:
+        for message in batch:
+            Count(process, message.key, doc={"n": 1})
+    assert source.position() == 0
+    monkeypatch.setattr("phonon._core.sources.MOVE_ON_AFTER", 0.0)
+    with source.batch(messages(10, 20, keys=1)) as batch:
+        for message in batch:
+            Count(process, message.key, doc={"n": 1})
+    assert source.position() == 20
+    source.claim()
+    assert source.position() == 20
+    source.claim(5)
+    assert source.position() == 5
+    source.forget()
+    source.claim()
+    assert source.position() is None
+
+
+def test_what_cannot_be_meant_is_refused(make: Make) -> None:
+    process = make()
+    source = process.source("s")
+    with pytest.raises(ValueError, match="growing order"):
+        take(process, source, [Message(1, 1), Message(1, 1)])
+    with pytest.raises(ConfigurationError, match="belongs to no message"), source.batch([]):
+        Count(process, 1, doc={"n": 1})
+    with pytest.raises(TypeError, match="an offset is an int"):
+        take(process, source, [Message("1", 1)])  # type: ignore[arg-type]
+    for position in ("1", -1, True):
+        with pytest.raises(ConfigurationError, match="position is an offset"):
+            process.source("s", position)  # type: ignore[arg-type]
+    process.stop()
+    assert not Count.executed
+
+
+def test_a_key_of_a_foreign_type_holds_nothing_up(make: Make, server: Redis) -> None:
+    errors: list[Exception] = []
+    process = make(on_error=errors.append)
+    source = process.source("s")
+    with server.client() as client:
+        partition, name = process.engine.members.place("test.test.7")
+        prefix = process.engine.identity.partitions.prefixes[partition]
+        client.set(prefix + b"partials:" + name, "foreign")
+        some = messages(0, 100, keys=10)
+        take(process, source, some)
+        assert [type(error) for error in errors] == [ForeignKeyError]
+        client.delete(prefix + b"partials:" + name)
+    (parked,) = process.parked()
+    assert "holds a string" in parked.error
+    process.replay(parked.resource, parked.token)
+    process.stop()
+    assert Count.executed == expected(some)
