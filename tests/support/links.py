@@ -1,4 +1,4 @@
-"""TCP links that a test delays, cuts and points elsewhere, and a primary with replicas behind one."""
+"""TCP links that a test delays, cuts and points elsewhere; a primary whose replica lags."""
 
 import contextlib
 import select

@@ -18,6 +18,10 @@ from phonon.errors import ConfigurationError, ServerError
 REMEMBERED = 6.5 * 24 * 3600.0
 
 
+#: Commands that are sent beside those of the function library.
+ALSO_SENT = (b"BLPOP",)
+
+
 class Identity:
     """The identity under which a process takes part, until it is declared dead and takes another.
 
@@ -165,9 +169,23 @@ class Identity:
         Raises:
             PhononError: The server does not answer, or refuses.
         """
+        yield from self._check_rights()
         begun = self.clock()
         epoch, listing, lanes = yield from self.appear(self.id, insist=False)
         self.become(self.id, epoch, listing, lanes, begun)
+
+    def _check_rights(self) -> Flow[None]:
+        """Find commands that are forbidden before one of them fails in the middle of a step.
+
+        All partitions are asked: in a cluster each node has its own list of rights.
+        """
+        replies = yield Read(self.everywhere("rights", *ALSO_SENT))
+        missing = dict.fromkeys(c.decode().lower() for reply in replies for c in _checked(reply))
+        if missing:
+            raise ServerError(
+                f"the server's user may not run {', '.join(missing)}, which Phonon needs: grant "
+                f"them with ACL SETUSER <user> {' '.join(f'+{command}' for command in missing)}"
+            )
 
     def become(
         self, process: bytes, epoch: bytes, listing: bytes, lanes: list[Lane], begun: float

@@ -1,6 +1,7 @@
 """The library of server functions: its text, its name, and the names of its functions."""
 
 import hashlib
+import re
 from functools import cache
 from importlib import resources
 from typing import NamedTuple
@@ -12,6 +13,10 @@ from phonon._protocol.operations import Code
 PROTOCOL = 2
 
 FILES = ("prelude", "members", "batches", "sources", "locks", "reap", "processes", "apply")
+
+
+#: How a step calls a command of the server.
+_COMMAND = re.compile(r"\bp?call\('([A-Z]+)'")
 
 
 class Request(NamedTuple):
@@ -36,14 +41,22 @@ class Library:
         body: The library's Lua text.
         test_clock: The key of a string that holds what the clock says, microseconds. For tests
             only; without it the functions have no such thing.
+
+    Attributes:
+        name: Its name.
+        source: Its text, as the server gets it.
+        commands: The commands that its steps use, which the server's user has to be allowed to run.
     """
 
-    __slots__ = ("_functions", "name", "source")
+    __slots__ = ("_functions", "commands", "name", "source")
 
     def __init__(self, body: str, test_clock: str | None = None) -> None:
         clock = f"'{test_clock}'" if test_clock else "false"
         codes = "\n".join(f"local {code.name} = {code.value}" for code in (*Code, *Reply))
-        body = f"local TEST_CLOCK = {clock}\n{codes}\n{body}"
+        self.commands = sorted(set(_COMMAND.findall(body)))
+        commands = ", ".join(f"'{command}'" for command in self.commands)
+        constants = f"local TEST_CLOCK = {clock}\nlocal COMMANDS = {{ {commands} }}\n{codes}"
+        body = f"{constants}\n{body}"
         digest = hashlib.sha256(body.encode()).hexdigest()[:8]
         self.name = f"phonon{PROTOCOL}_{digest}"
         self.source = f"#!lua name={self.name}\nlocal NAME = '{self.name}'\n{body}"
