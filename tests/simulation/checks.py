@@ -186,7 +186,7 @@ class Checks:
         elif isinstance(error, DeclaredDeadError):
             self.expected.pop(p.name, None)
             old = p.identity.former[-1]
-            if not self.losses and not self._world.was_skewed and old not in self._world.overdue:
+            if not self.losses and old not in self._world.overdue:
                 self.fail(f"G8: {p.name} was declared dead in time")
 
     # Locks
@@ -204,7 +204,7 @@ class Checks:
                     self.seen["shared together"] += 1
                 elif self.losses:
                     self.seen["two believe, after a loss"] += 1
-                elif self._world.was_skewed and any(g.request.lease is not None for g in grants):
+                elif self._world.was_set and any(g.request.lease is not None for g in grants):
                     self.seen["two believe, after the server's clock jumped"] += 1
                 else:
                     self.fail(f"G13: {[g.holder for g in grants]} believe to hold {resource}")
@@ -213,12 +213,12 @@ class Checks:
         resource = grant.request.key
         if is_shared(grant.holder):
             return
-        if grant.token < self.written[resource] and not self.losses and not self._world.was_skewed:
+        if grant.token < self.written[resource] and not (self.losses or self._world.was_set):
             self.fail(f"G13: {p.name} writes {resource} under {grant.token}, and believes")
         self.written[resource] = max(self.written[resource], grant.token)
 
     def lock_gone(self, p: "SimProcess", grant: Grant) -> None:
-        jumped = self._world.was_skewed and grant.request.lease is not None
+        jumped = self._world.was_set and grant.request.lease is not None
         if not self.losses and not jumped:
             self.fail(
                 f"G13: {p.name} believes in {grant.holder} of {grant.request.key}: it is gone"

@@ -116,8 +116,7 @@ class Lagging:
             stack.callback(self.replica.close)
             self.last = Node(f"replicaof 127.0.0.1 {self.replica.port}", quick)
             stack.callback(self.last.close)
-            for node in (self.replica, self.last):
-                wait_until(lambda node=node: _follows(node))
+            wait_until(lambda: _follows(self.replica) and _follows(self.last))
             self.front = Link(self.primary.port)
             stack.callback(self.front.close)
             self._stack = stack.pop_all()

@@ -33,11 +33,17 @@ end)
 local HANDED_OUT = 16
 local SHARERS = 16
 
+-- The server's clock may be set forward. It was if it has gone on by so much more of a lease between two
+-- beats than the process's own: half an interval. A beat that the network delays looks the same, and does
+-- no harm. See MARGIN in identity.py.
+local JUMP = 1 / 8
+
 -- beat(process, ttl ms, epoch, number of the listing, 1 if it may mark, 1 if it executes batches, ms
--- for which the dead that it is told of are not handed to others): renew the process's lease.
+-- for which the dead that it is told of are not handed to others, µs by the process's own clock since it
+-- sent the last beat that was answered): renew the process's lease.
 -- A process whose deadline has passed is dead once another one's beat has marked it, with 0, and not
 -- before. A beat that finds itself overdue marks nobody and gives the others time: then it was the
--- server that was away.
+-- server that was away. One that finds that the clock was set forward moves all deadlines with it.
 -- answers { 'alive', ms until the next deadline or -1, processes alive, dead process ... } | { 'dead' }
 --         { 'forgotten' }
 plain('beat', function(N, args)
@@ -49,6 +55,13 @@ plain('beat', function(N, args)
   end
   if score == 0 then
     return { 'dead' }
+  end
+  local jump = at - (score - ttl) - tonumber(args[8])
+  if jump > ttl * JUMP then
+    local others = call('ZRANGEBYSCORE', processes, '(0', '+inf', 'WITHSCORES')
+    for j = 1, #others, 2 do
+      call('ZADD', processes, fmt(tonumber(others[j + 1]) + jump), others[j])
+    end
   end
   for _, other in ipairs(call('ZRANGEBYSCORE', processes, '(0', fmt(at))) do
     if other ~= pid then

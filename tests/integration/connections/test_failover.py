@@ -38,6 +38,7 @@ def ids_of(api: Api) -> Any:
     """A class of updates that collect numbers."""
 
     class Ids(api.update):  # type: ignore[misc,name-defined]  # either of them
+        doc: dict[str, list[int]]
         written: ClassVar[list[Written]] = []
 
         def merge(self, other: Any) -> None:
@@ -46,14 +47,7 @@ def ids_of(api: Api) -> Any:
         def note(self) -> None:
             self.written.append(Written(str(self._id), self.doc["ids"], self.token))
 
-        if api.is_async:
-
-            async def execute(self) -> None:
-                self.note()
-        else:
-
-            def execute(self) -> None:
-                self.note()
+        execute = api.user_code(lambda self: self.note())
 
     return Ids
 

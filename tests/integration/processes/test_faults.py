@@ -723,7 +723,12 @@ def test_whoever_asks_again_is_told_although_the_first_call_is_slow(
     reference = brief.process.create_reference("resource")
     outbox = brief.process.engine.outbox
     resume = outbox.resume
-    monkeypatch.setattr(outbox, "resume", lambda run: (time.sleep(0.1), resume(run)))
+
+    def slowly(run: Any) -> Any:
+        time.sleep(0.1)
+        return resume(run)
+
+    monkeypatch.setattr(outbox, "resume", slowly)
     brief.strike_step(Fault.LOST_REPLY, "leave")
     with pytest.raises(ConnectionLostError):
         reference.dereference()
