@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from phonon._core.engine import Engine
+from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
 from phonon._core.sources import Claim, Ids, Ordered, Progress, Unordered
-from phonon.batch import BaseBatch, Batch, Out, end_all, has_begun, merge_updates
+from phonon.batch import BaseBatch, Batch, Out, end_all, has_begun, merge_updates, raise_together
 from phonon.errors import ConfigurationError
 from phonon.settings import check_name
 
@@ -372,6 +372,27 @@ class Source(BaseSource):
         """
         engine = self._process.engine
         self._claim = engine.run(engine.sources.claim(self.name, position))
+
+    def settle(self) -> None:
+        """Store in all partitions how far the source is: when it falls silent, or is handed over.
+
+        Batches do so about once a second. Without this the next reader may go a little further back
+        than it has to.
+
+        Raises:
+            SourceLostError: Another consumer has claimed it.
+            ConnectionLostError: The server does not answer.
+        """
+        self._check()
+        if not self._claim.is_behind:
+            return
+        engine = self._process.engine
+        try:
+            errors = engine.run(engine.sources.move_on(self._claim))
+        except BaseException:
+            self._claim.in_doubt = True
+            raise
+        raise_together("not everything was stored", errors_only(errors))
 
     def forget(self) -> None:
         """Delete what is stored about the source: it is new when it is claimed again."""

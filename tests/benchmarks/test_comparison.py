@@ -25,6 +25,7 @@ def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_all_contenders_come_to_the_same(tmp_path: Path) -> None:
     """Their totals are verified by the program; that it ends with 0 says they are right."""
     path = tmp_path / "figures.json"

@@ -26,7 +26,7 @@ class Life:
         since_ms: int = 10**7,  # longer than any of the lab's pauses: no clock was set
     ) -> list[Any]:
         words = (self.name, TTL, self.epoch, self.listing, int(marks), executes, hand_out_ms)
-        return list(self.lab.whole("beat", *words, since_ms * 1000))
+        return list(self.lab.whole("beat", *words, "", since_ms * 1000))
 
 
 def processes(lab: Lab) -> dict[bytes, float]:

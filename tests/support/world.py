@@ -53,8 +53,17 @@ class Redis:
         except redis.ConnectionError:
             return False
 
-    def client(self, db: int = 1) -> "redis.Redis":
-        return redis.Redis(unix_socket_path=self.socket, db=db, protocol=2)
+    def trouble(self) -> str:
+        """Return why others could not use it: it does not answer, or is full; "" if all is well."""
+        try:
+            with self.client(socket_timeout=5) as client:
+                full = int(client.config_get("maxmemory")["maxmemory"])
+        except redis.RedisError as error:
+            return f"without an answer ({error})"
+        return "with a limit of its memory" if full else ""
+
+    def client(self, db: int = 1, **options: Any) -> "redis.Redis":
+        return redis.Redis(unix_socket_path=self.socket, db=db, protocol=2, **options)
 
     def kill(self, sign: signal.Signals = signal.SIGKILL) -> None:
         if self.popen is not None:

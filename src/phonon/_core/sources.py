@@ -49,17 +49,19 @@ class Claim:
         encoded: The server's name of it.
         epoch: The claim's number; a later claim has a greater one.
         positions: By partition, the first offset that is not in; None as long as nothing is.
+        done: Everything before this offset has been stored under this claim, or before it.
         in_doubt: Whether something went wrong: the server knows better.
         moved_on: When all partitions were at the same position, by the monotonic clock.
     """
 
-    __slots__ = ("encoded", "epoch", "in_doubt", "moved_on", "name", "positions")
+    __slots__ = ("done", "encoded", "epoch", "in_doubt", "moved_on", "name", "positions")
 
     def __init__(self, name: str, epoch: int, positions: Sequence[int | None]) -> None:
         self.name = name
         self.encoded = encode_resource(name)
         self.epoch = epoch
         self.positions = list(positions)
+        self.done = 0
         self.in_doubt = False
         self.moved_on = time.monotonic()
 
@@ -67,6 +69,22 @@ class Claim:
     def position(self) -> int | None:
         """The first offset that is not in everywhere; None for a source that is new."""
         return min((p for p in self.positions if p is not None), default=None)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether some partitions, that nothing came for, stand before what is done."""
+        return any(p is not None and p < self.done for p in self.positions)
+
+    def moves(self) -> list[Operation]:
+        """Return the operations that move all partitions on to what is done."""
+        self.moved_on = time.monotonic()
+        return [
+            operations.ingest(
+                p, self.encoded, self.epoch, (b"%d" % position, b"%d" % self.done), []
+            )
+            for p, position in enumerate(self.positions)
+            if position is not None and position < self.done
+        ]
 
     def lost(self, why: str) -> SourceLostError:
         """Return the error that says that the claim is no longer good."""
@@ -105,6 +123,9 @@ class Progress(Protocol):
 
     def failed(self) -> None:
         """Note that it is not known what was carried out."""
+
+    def finished(self) -> None:
+        """Note that everything up to the message in hand was stored."""
 
 
 class Ordered:
@@ -197,6 +218,11 @@ class Ordered:
     def failed(self) -> None:
         """Only the server knows where the source stands."""
         self._claim.in_doubt = True
+
+    def finished(self) -> None:
+        """All that came before is in, also in partitions that nothing came for."""
+        if self._upto is not None:
+            self._claim.done = max(self._claim.done, self._upto)
 
 
 class Ids:
@@ -297,6 +323,9 @@ class Unordered:
 
     def failed(self) -> None:
         """What was carried out is found out when the messages come again."""
+
+    def finished(self) -> None:
+        """There is nothing to move on."""
 
 
 class Sources:
@@ -408,6 +437,13 @@ class Sources:
             errors += yield from self._send(progress, preparing, {}, {})
         if not errors:
             errors += yield from self._send(progress, progress.operations(items), items, about)
+        if not errors:
+            progress.finished()
+        return _together(errors)
+
+    def move_on(self, claim: Claim) -> Flow[list[BaseException]]:
+        """Store how far a source is in partitions that nothing came for, too."""
+        errors = yield from self._send(Ordered(claim), claim.moves(), {}, {})
         return _together(errors)
 
     def _send(

@@ -39,8 +39,9 @@ local SHARERS = 16
 local JUMP = 1 / 8
 
 -- beat(process, ttl ms, epoch, number of the listing, 1 if it may mark, 1 if it executes batches, ms
--- for which the dead that it is told of are not handed to others, µs by the process's own clock since it
--- sent the last beat that was answered): renew the process's lease.
+-- for which the dead that it is told of are not handed to others, a report or nothing, µs by the
+-- process's own clock since it sent the last beat that was answered): renew the process's lease, and
+-- keep what it reports of itself for operators.
 -- A process whose deadline has passed is dead once another one's beat has marked it, with 0, and not
 -- before. A beat that finds itself overdue marks nobody and gives the others time: then it was the
 -- server that was away. One that finds that the clock was set forward moves all deadlines with it.
@@ -56,7 +57,7 @@ plain('beat', function(N, args)
   if score == 0 then
     return { 'dead' }
   end
-  local jump = at - (score - ttl) - tonumber(args[8])
+  local jump = at - (score - ttl) - tonumber(args[9])
   if jump > ttl * JUMP then
     local others = call('ZRANGEBYSCORE', processes, '(0', '+inf', 'WITHSCORES')
     for j = 1, #others, 2 do
@@ -73,6 +74,9 @@ plain('beat', function(N, args)
     end
   end
   call('ZADD', processes, fmt(at + ttl), pid)
+  if args[8] ~= '' then
+    call('HSET', N .. 'reports', pid, args[8])
+  end
   local answer = { 'alive', -1, call('ZCOUNT', processes, '(0', '+inf') }
   local next_ones = call('ZRANGEBYSCORE', processes, '(' .. fmt(at), '+inf', 'WITHSCORES', 'LIMIT', 0, 2)
   for j = 1, #next_ones, 2 do
@@ -110,6 +114,7 @@ end)
 plain('unlist', function(N, args)
   call('HDEL', N .. 'listings', args[1])
   call('HDEL', N .. 'cards', args[1])
+  call('HDEL', N .. 'reports', args[1])
   call('HDEL', N .. 'reapers', '0' .. args[1], '1' .. args[1])
   local was = call('ZREM', N .. 'processes', args[1])
   if call('EXISTS', N .. 'processes') == 0 then
@@ -202,7 +207,8 @@ read('rights', function(T, args)
   local key, missing = T .. 'rights', {}
   for _, commands in ipairs({ COMMANDS, args }) do
     for _, command in ipairs(commands) do
-      if not redis.acl_check_cmd(command, key, key, key) then
+      local name, sub = string.match(command, '^([^|]+)|?(.*)$')
+      if not redis.acl_check_cmd(name, sub ~= '' and sub or key, key, key) then
         missing[#missing + 1] = command
       end
     end

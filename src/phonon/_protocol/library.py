@@ -12,11 +12,13 @@ from phonon._protocol.operations import Code
 #: Processes of the same protocol share keys. It changes when the meaning of a key does.
 PROTOCOL = 2
 
-FILES = ("prelude", "members", "batches", "sources", "locks", "reap", "processes", "apply")
+FILES = ("prelude", "members", "batches", "sources", "locks", "reap", "processes", "apply", "admin")
+#: The file with the functions for operators.
+OPERATORS = "admin"
 
 
-#: How a step calls a command of the server.
-_COMMAND = re.compile(r"\bp?call\('([A-Z]+)'")
+#: How a step calls a command of the server, and perhaps a subcommand.
+_COMMAND = re.compile(r"\bp?call\('([A-Z]+)'(?:, '([A-Z]+)')?")
 
 
 class Request(NamedTuple):
@@ -45,7 +47,8 @@ class Library:
     Attributes:
         name: Its name.
         source: Its text, as the server gets it.
-        commands: The commands that its steps use, which the server's user has to be allowed to run.
+        commands: The commands that the steps of processes use, which the server's user has to be
+            allowed to run.
     """
 
     __slots__ = ("_functions", "commands", "name", "source")
@@ -53,7 +56,7 @@ class Library:
     def __init__(self, body: str, test_clock: str | None = None) -> None:
         clock = f"'{test_clock}'" if test_clock else "false"
         codes = "\n".join(f"local {code.name} = {code.value}" for code in (*Code, *Reply))
-        self.commands = sorted(set(_COMMAND.findall(body)))
+        self.commands = sorted(commands_of(body) - of_operators())
         commands = ", ".join(f"'{command}'" for command in self.commands)
         constants = f"local TEST_CLOCK = {clock}\nlocal COMMANDS = {{ {commands} }}\n{codes}"
         body = f"{constants}\n{body}"
@@ -81,10 +84,25 @@ class Library:
         return Request(prefix, (b"FCALL", self.function(name), b"1", prefix, *arguments))
 
 
+def commands_of(text: str) -> set[str]:
+    """Return the commands of the server that a text calls, as rights name them."""
+    return {f"{name}|{sub}" if sub else name for name, sub in _COMMAND.findall(text)}
+
+
+@cache
+def of_operators() -> frozenset[str]:
+    """Return the commands that only operators' functions use: a worker does without them."""
+    others = [name for name in FILES if name != OPERATORS]
+    return frozenset(commands_of(_read(OPERATORS)) - commands_of("\n".join(map(_read, others))))
+
+
+def _read(name: str) -> str:
+    return (resources.files("phonon") / "_lua" / f"{name}.lua").read_text(encoding="utf-8")
+
+
 def text() -> str:
     """Return the Lua files, joined."""
-    folder = resources.files("phonon") / "_lua"
-    return "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in FILES)
+    return "\n".join(map(_read, FILES))
 
 
 @cache

@@ -3,7 +3,9 @@
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
+from phonon._core.engine import errors_only
 from phonon.aio.batch import AsyncBatch
+from phonon.batch import raise_together
 from phonon.source import BaseMessages, BaseSource, offset_of
 
 if TYPE_CHECKING:
@@ -67,6 +69,19 @@ class AsyncSource(BaseSource):
         """Claim the source again; see `phonon.source.Source.claim`."""
         engine = self._process.engine
         self._claim = await engine.run(engine.sources.claim(self.name, position))
+
+    async def settle(self) -> None:
+        """Store in all partitions how far the source is; see `phonon.source.Source.settle`."""
+        self._check()
+        if not self._claim.is_behind:
+            return
+        engine = self._process.engine
+        try:
+            errors = await engine.run(engine.sources.move_on(self._claim))
+        except BaseException:
+            self._claim.in_doubt = True
+            raise
+        raise_together("not everything was stored", errors_only(errors))
 
     async def forget(self) -> None:
         """Delete what is stored about the source: it is new when it is claimed again."""

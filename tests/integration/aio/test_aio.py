@@ -81,12 +81,6 @@ def member(crew: Crew) -> Iterator[Members]:
         yield start
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with contextlib.closing(Cluster()) as cluster:
-        yield cluster
-
-
 class Database:
     """Where `Row` writes to, which may be down or busy.
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import types
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +13,6 @@ from phonon import RetryPolicy
 from phonon.aio import AsyncLruCache, AsyncProcess, AsyncUpdate
 from phonon.errors import AlreadyLockedError
 from support.both import until
-from support.nodes import Cluster
 
 Work = Callable[[], Awaitable[Any]]
 
@@ -123,13 +122,6 @@ class Lab:
             assert asyncio.all_tasks() == before
 
         asyncio.run(checked())
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    yield cluster
-    cluster.close()
 
 
 @pytest.fixture(params=["server", "cluster"])

@@ -32,21 +32,6 @@ Make = Callable[..., Process]
 SECRET = "sEcReT"  # noqa: S105 - of servers that live as long as the test
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Cluster]:
-    cluster = Cluster()
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture
-def cluster(running: Cluster) -> Iterator[Cluster]:
-    """The cluster, in which all is well."""
-    running.wait_until_well()
-    yield running
-    running.wait_until_well()
-
-
 @pytest.fixture
 def make(cluster: Cluster, namespace: str) -> Iterator[Make]:
     """Makes processes, and stops those that the test has not stopped."""

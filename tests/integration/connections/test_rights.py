@@ -55,6 +55,8 @@ def test_the_documentation_names_all_commands() -> None:
     of_steps = {command.lower() for command in library.default().commands}
     also = {command.decode().lower() for command in ALSO_SENT}
     assert granted == of_steps | also | OF_CONNECTIONS | OPTIONAL
+    rules = " ".join(f"+{command.lower()}" for command in sorted(library.of_operators()))
+    assert f"Operators need more: `{rules}`" in " ".join(PAGE.read_text().split())
 
 
 @pytest.mark.parametrize("api", APIS[:2], ids=lambda api: api.name)

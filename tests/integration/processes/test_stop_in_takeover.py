@@ -29,6 +29,7 @@ async def die(process: AsyncProcess) -> None:
     await engine.driver.close()
 
 
+@pytest.mark.leaves_connections
 @pytest.mark.parametrize("seed", range(8))
 def test_stopping_leaves_nothing(own_server: Redis, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 - when it stops

@@ -361,16 +361,6 @@ def test_a_zombie_that_dies_for_good(crew: Crew) -> None:
 # In a cluster
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    try:
-        cluster.wait_until_well()
-        yield cluster
-    finally:
-        cluster.close()
-
-
 def test_a_zombie_in_a_cluster(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
     with Crew(cluster.url, namespace, tmp_path) as crew:
         zombie, survivor = crew.member(), crew.process()

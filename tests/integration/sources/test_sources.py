@@ -146,6 +146,24 @@ def test_partitions_that_nothing_comes_for_move_on(
     assert source.position() is None
 
 
+def test_a_source_that_falls_silent_is_settled(make: Make) -> None:
+    process = make()
+    source = process.source("s")
+    some = messages(0, 10, keys=1)
+    take(process, source, some)
+    assert source.position() == 0
+    source.settle()
+    assert source.position() == 10
+    with pytest.raises(RuntimeError), source.batch(messages(10, 20, keys=1)):
+        raise RuntimeError
+    source.settle()
+    make().source("s")
+    assert source.position() == 10
+    take(process, make().source("s"), messages(10, 20, keys=1))
+    with pytest.raises(SourceLostError):
+        take(process, source, messages(10, 20, keys=1))
+
+
 def test_what_cannot_be_meant_is_refused(make: Make) -> None:
     process = make()
     source = process.source("s")

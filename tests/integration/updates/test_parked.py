@@ -326,16 +326,6 @@ def test_a_batch_that_kills_its_process_is_parked(crew: Crew) -> None:
 # In a cluster
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    try:
-        cluster.wait_until_well()
-        yield cluster
-    finally:
-        cluster.close()
-
-
 def test_parked_in_a_cluster(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
     with Crew(cluster.url, namespace, tmp_path) as crew:
         process, other = crew.process(retry=ONCE), crew.process()

@@ -728,8 +728,8 @@ def test_an_interrupt_ends_the_loop_and_nothing_is_acknowledged_in_vain(
         finally:
             await lab.close()
 
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         asyncio.run(main())
     found = partials(own_server, Identity(namespace), b"same")
     assert found[: len(acknowledged)] == acknowledged

@@ -46,6 +46,7 @@ from phonon._transport.server import after_fork_in_child
 from phonon._transport.threads import ThreadDriver, _Leader
 from phonon.errors import ConnectionLostError, ServerError
 from support.drivers import Identity, calls_of, partials, send, sync_server
+from support.interrupts import alarms
 from support.proxy import Fault, Proxy
 from support.world import Redis, wait_until
 
@@ -439,17 +440,6 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
     """Raised by a signal handler."""
 
 
-@contextlib.contextmanager
-def alarms(handler: Callable[[], None], interval: float) -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, lambda *_: handler())
-    signal.setitimer(signal.ITIMER_REAL, interval, interval)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def test_a_signal_handler_calls(make: Make, own_server: Redis) -> None:
     lab = make(own_server.socket)
     busy = False
@@ -597,6 +587,7 @@ def every_bytecode(step: int) -> Iterator[int]:
     return itertools.count(1, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
 def test_a_call_in_the_middle_of_a_call_at_every_bytecode(
     make: Make, own_server: Redis, many: bool
@@ -626,6 +617,7 @@ def test_a_call_in_the_middle_of_a_call_at_every_bytecode(
     settled(lab)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
 def test_an_interrupt_at_every_bytecode(make: Make, own_server: Redis, many: bool) -> None:
     """No lane stays busy, nothing is done twice, and what was enqueued goes on."""

@@ -28,6 +28,7 @@ from phonon.errors import (
     ServerError,
     ServerUnreachableError,
 )
+from support.interrupts import alarm_handler
 from support.proxy import Fault, Proxy
 from support.transport import Lab, Node, Watched
 from support.world import Redis, wait_until
@@ -348,9 +349,8 @@ def test_interrupts_mix_up_no_answers(
     def interrupt(*_: object) -> None:
         raise Interrupt
 
-    previous = signal.signal(signal.SIGALRM, interrupt)
     interrupts = 0
-    try:
+    with alarm_handler(interrupt):
         for i in range(3000):
             word = b"%d" % i
             now = i % 2
@@ -364,10 +364,7 @@ def test_interrupts_mix_up_no_answers(
                 assert reply in (word, None) if now else reply == word
             except Interrupt:
                 interrupts += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        gc.collect()
+    gc.collect()
     assert interrupts > 100
     assert threads.exchange(to, threads.count(b"k", b"last")) == [b"last"]
 
@@ -415,17 +412,16 @@ def test_child_of_a_signal_handler_does_not_read_the_parents_answer(
         else:
             connect.after_fork_in_child()
 
-    previous = signal.signal(signal.SIGALRM, fork)
     own_server.pause()
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
     code = 1
-    try:
-        if threads.exchange(to, threads.count(b"k", b"mine")) == [b"mine"]:
-            code = 0 if to.troubles == (os.getpid() != parent) else 3
-    finally:
-        if os.getpid() != parent:
-            os._exit(code)
-        signal.signal(signal.SIGALRM, previous)
+    with alarm_handler(fork):
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            if threads.exchange(to, threads.count(b"k", b"mine")) == [b"mine"]:
+                code = 0 if to.troubles == (os.getpid() != parent) else 3
+        finally:
+            if os.getpid() != parent:
+                os._exit(code)
     assert code == 0
     assert os.waitpid(children[0], 0)[1] == 0
 

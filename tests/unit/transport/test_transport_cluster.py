@@ -12,13 +12,6 @@ from support.transport import Cluster, Lab, Node, slot_of
 from support.world import wait_until
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    yield cluster
-    cluster.close()
-
-
 @pytest.fixture(params=["threads", "asyncio", "uvloop"])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     lab = Lab(request.param)

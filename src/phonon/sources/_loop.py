@@ -1,0 +1,209 @@
+"""What loops over sources share: storing batches, poison messages, signals, ends of sessions."""
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from phonon.errors import (
+    AlreadyStoredError,
+    ConfigurationError,
+    NotStorableError,
+    PhononError,
+    SourceLostError,
+)
+from phonon.source import Messages
+
+log = logging.getLogger("phonon")
+
+M = TypeVar("M")
+
+#: Told about a message that cannot be handled, and why.
+OnPoison = Callable[[M, Exception], object]
+#: How often the same messages are handled at the most because others were storing them as well.
+ATTEMPTS = 10
+#: Seconds between two looks at which sessions are over.
+PURGE_INTERVAL = 1.0
+#: Seconds to wait before a server, or a broker, that did not answer is asked again.
+PAUSE = 0.5
+
+
+class Sessions(Protocol):
+    """What holds sessions: a `phonon.LruCache`, say."""
+
+    def purge(self) -> None:
+        """End the sessions that are over."""
+
+    def expire_all(self) -> None:
+        """End all sessions."""
+
+
+class Storing(Generic[M]):
+    """Handles batches of messages, and puts poison ones aside.
+
+    Args:
+        handle: The user's: makes the updates of one message.
+        on_poison: Told about each message that cannot be handled. It is passed over once this has
+            returned.
+    """
+
+    def __init__(self, handle: Callable[[M], object], on_poison: OnPoison[M] | None) -> None:
+        self._handle = handle
+        self._on_poison = on_poison
+
+    def store(
+        self, open_batch: Callable[[Sequence[M]], Messages[M]], messages: Sequence[M]
+    ) -> None:
+        """Handle messages, and store what they bring.
+
+        A message that cannot be handled takes nothing with it: the others are handled again
+        without it.
+
+        Args:
+            open_batch: Returns the batch for some messages.
+            messages: The messages.
+
+        Raises:
+            PhononError: They could not be stored, for a reason that is no message's.
+            Exception: A message is poison, and there is nobody to tell.
+        """
+        waiting = [messages]
+        while waiting:
+            some = waiting.pop()
+            at: list[int] = []
+            try:
+                self._try(open_batch, some, at)
+            except (NotStorableError, Exception) as error:
+                if isinstance(error, PhononError) and not isinstance(error, NotStorableError):
+                    raise
+                # Which one it was is known if its handler has raised. If storing did, look for it.
+                if len(some) == 1:
+                    self._put_aside(open_batch, some, error)
+                elif at:
+                    waiting += [some[at[0] + 1 :], some[at[0] : at[0] + 1], some[: at[0]]]
+                else:
+                    half = len(some) // 2
+                    waiting += [some[half:], some[:half]]
+                waiting = [each for each in waiting if each]
+
+    def _try(
+        self,
+        open_batch: Callable[[Sequence[M]], Messages[M]],
+        messages: Sequence[M],
+        at: list[int],
+    ) -> None:
+        for attempt in range(ATTEMPTS):
+            try:
+                with open_batch(messages) as batch:
+                    for message in batch:
+                        try:
+                            self._handle(message)
+                        except Exception:
+                            at[:] = [_index(messages, message)]
+                            raise
+            except AlreadyStoredError:
+                # Now it is known here which ones: they are passed over.
+                if attempt == ATTEMPTS - 1:
+                    raise
+            else:
+                return
+
+    def _put_aside(
+        self,
+        open_batch: Callable[[Sequence[M]], Messages[M]],
+        messages: Sequence[M],
+        error: Exception,
+    ) -> None:
+        if self._on_poison is None:
+            error.add_note(
+                "phonon: the message cannot be handled, and holds up the source: give it an "
+                "on_poison, or a place for dead letters"
+            )
+            raise error
+        self._on_poison(messages[0], error)
+        with open_batch(messages) as batch:
+            for _ in batch:
+                pass
+
+
+def _index(messages: Sequence[Any], message: Any) -> int:
+    for index, each in enumerate(messages):
+        if each is message:
+            return index
+    raise AssertionError(message)
+
+
+class Loop:
+    """A loop that can be stopped, by a signal or another thread.
+
+    Args:
+        sessions: Those that are over are ended on the way, and all of them at the end.
+    """
+
+    def __init__(self, sessions: Sessions | None) -> None:
+        self._sessions = sessions
+        self._stopping = threading.Event()
+        self._purged = time.monotonic()
+
+    def stop(self) -> None:
+        """Leave the loop when the batch in hand is stored. Any thread may call this."""
+        self._stopping.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the loop is to be left."""
+        return self._stopping.is_set()
+
+    def pause(self) -> None:
+        """Wait a little, unless the loop is to be left."""
+        self._stopping.wait(PAUSE)
+
+    @contextlib.contextmanager
+    def running(self, signals: Sequence[signal.Signals]) -> Iterator[None]:
+        """Stop on signals. They are only taken in the main thread."""
+        self._stopping.clear()
+        previous: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in signals:
+                previous[number] = signal.signal(number, lambda *_: self.stop())
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def tick(self) -> None:
+        """End sessions that are over, now and then. What fails is tried again by the process."""
+        now = time.monotonic()
+        if self._sessions is None or now - self._purged < PURGE_INTERVAL:
+            return
+        self._purged = now
+        try:
+            self._sessions.purge()
+        except Exception as error:  # noqa: BLE001 - the outbox has the batches, and tries them again
+            log.warning("ending sessions failed, and is tried again: %s", error)
+
+    def finish(self) -> None:
+        """End all sessions."""
+        if self._sessions is not None:
+            self._sessions.expire_all()
+
+
+def check_topics(argument: str, value: Any) -> list[str]:
+    """Return names, of which there may be one or several.
+
+    Raises:
+        ConfigurationError: There are none, or something else.
+    """
+    names = [value] if isinstance(value, str) else list(value)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigurationError(f"{argument} is a name, or a list of names, not {value!r}")
+    return names
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether to go on after an error: the source is claimed again, or asked again."""
+    return isinstance(error, SourceLostError | AlreadyStoredError | ConnectionError)

@@ -1,0 +1,316 @@
+"""Kafka topics, and those of what speaks its protocol, each message once.
+
+The offsets up to which messages are stored are kept in Phonon, in the same atomic step as what they
+have brought. They are committed to the broker as well, for the eyes of its tools.
+
+Needs the extra ``phonon[kafka]``, that is confluent-kafka.
+"""
+
+import logging
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from phonon.errors import ConfigurationError, PhononError
+from phonon.source import Source
+from phonon.sources._loop import Loop, OnPoison, Sessions, Storing, check_topics, is_transient
+
+try:
+    from confluent_kafka import (
+        OFFSET_INVALID,
+        Consumer,
+        KafkaError,
+        KafkaException,
+        Message,
+        Producer,
+        TopicPartition,
+    )
+except ImportError as error:
+    raise ImportError(
+        "phonon.sources.kafka needs confluent-kafka: pip install 'phonon[kafka]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from phonon.process import Process
+
+log = logging.getLogger("phonon")
+
+_Key = tuple[str, int]
+
+#: Seconds that a dead letter may take to be delivered.
+DELIVERY_TIMEOUT = 30.0
+
+
+class KafkaSource(Loop):
+    """Reads topics as a member of a consumer group, and hands each message to a function.
+
+    Partitions that are assigned are claimed, so that a member that has lost them and does not know
+    it yet stores nothing more, and are read from where they are stored.
+
+    Args:
+        process: What stores.
+        config: Of confluent-kafka's `Consumer`: ``bootstrap.servers``, ``group.id`` and others.
+            Offsets are not committed automatically, and ``auto.offset.reset`` is ``earliest``
+            unless it is given.
+        topics: The topic, or several.
+        batch_size: Messages that are stored together at the most. More cost less each.
+        poll_timeout: Seconds to wait for messages.
+        sessions: A cache, say: sessions that are over are ended on the way, and all when the loop
+            ends.
+        on_poison: Called with a message that cannot be handled and the error. The message is passed
+            over once this has returned.
+        dead_letters: In its place: the topic that such a message is sent to, with its error in the
+            headers.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+
+    Example:
+        >>> config = {"bootstrap.servers": "localhost:9092", "group.id": "views"}
+        >>> source = KafkaSource(process, config, "clicks", sessions=cache)  # doctest: +SKIP
+        >>> source.run(lambda message: cache.set(...))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        process: "Process",
+        config: Mapping[str, Any],
+        topics: str | Sequence[str],
+        *,
+        batch_size: int = 1000,
+        poll_timeout: float = 0.5,
+        sessions: Sessions | None = None,
+        on_poison: OnPoison[Message] | None = None,
+        dead_letters: str | None = None,
+    ) -> None:
+        super().__init__(sessions)
+        self._topics = check_topics("topics", topics)
+        if not config.get("group.id"):
+            raise ConfigurationError(
+                "config has no 'group.id': name the consumer group, since positions are kept by it"
+            )
+        if on_poison is not None and dead_letters is not None:
+            raise ConfigurationError("give on_poison or dead_letters, not both")
+        self._process = process
+        self._group = str(config["group.id"])
+        self._config = {
+            "auto.offset.reset": "earliest",
+            **config,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+        }
+        strategy = str(config.get("partition.assignment.strategy", ""))
+        self._cooperative = "cooperative" in strategy or config.get("group.protocol") == "consumer"
+        self._batch_size = batch_size
+        self._poll_timeout = poll_timeout
+        self._on_poison = on_poison if dead_letters is None else self._send_dead_letter
+        self._dead_letters = dead_letters
+        self._producer: Any = None
+        self._sources: dict[_Key, Source] = {}
+        #: How far each partition is stored.
+        self._done: dict[_Key, int] = {}
+        self._consumer: Any = None
+        #: Messages that were handled, and those that were received, repeated ones included.
+        self.handled = 0
+        self.received = 0
+
+    def name_of(self, topic: str, partition: int) -> str:
+        """Return the name under which a partition's position is kept; see `Process.source`."""
+        return f"kafka/{self._group}/{topic}/{partition}"
+
+    def run(
+        self,
+        handle: Callable[[Message], object],
+        *,
+        stop_on: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    ) -> None:
+        """Read and handle messages until `stop` is called, or a signal comes.
+
+        The batch in hand is stored, the group is left, and the sessions are ended.
+
+        Args:
+            handle: Makes the updates of one message. It may be called again for a message that
+                could not be stored, so it should do nothing else.
+            stop_on: Signals that end the loop, if it runs in the main thread.
+
+        Raises:
+            Exception: What ``handle`` raised, if there is neither ``on_poison`` nor
+                ``dead_letters``; or what ending the sessions raised.
+        """
+        storing = Storing(self._counted(handle), self._on_poison)
+        self._consumer = consumer = Consumer(self._config)
+        with self.running(stop_on):
+            try:
+                consumer.subscribe(
+                    self._topics,
+                    on_assign=self._assigned,
+                    on_revoke=self._revoked,
+                    on_lost=self._lost,
+                )
+                while not self.stopping:
+                    messages = consumer.consume(self._batch_size, self._poll_timeout)
+                    self._store(storing, messages)
+                    if not messages:
+                        self._settle(list(self._sources))
+                    self.tick()
+                self._settle(list(self._sources))
+            finally:
+                consumer.close()
+                self._sources.clear()
+                if self._producer is not None:
+                    self._producer.flush(DELIVERY_TIMEOUT)
+            self.finish()
+
+    def _counted(self, handle: Callable[[Message], object]) -> Callable[[Message], object]:
+        def counted(message: Message) -> None:
+            self.handled += 1
+            handle(message)
+
+        return counted
+
+    def _store(self, storing: Storing[Message], messages: Sequence[Message]) -> None:
+        batches: dict[_Key, list[Message]] = {}
+        for message in messages:
+            error = message.error()
+            if error is None:
+                batches.setdefault(_key_of(message), []).append(message)
+            elif error.fatal():
+                raise KafkaException(error)
+            elif error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001 - its public name
+                log.warning("kafka: %s", error)
+        for key, batch in batches.items():
+            source = self._sources.get(key)
+            if source is None:
+                continue  # revoked: whoever has it reads them
+            self.received += len(batch)
+            try:
+                storing.store(source.batch, batch)
+            except PhononError as error:
+                if not is_transient(error):
+                    raise
+                log.warning("%s", error)
+                self._begin_again(key)
+            else:
+                self._done[key] = int(batch[-1].offset() or 0) + 1
+                self._commit([key], wait=False)
+
+    def _commit(self, keys: Sequence[_Key], *, wait: bool) -> None:
+        """Tell the broker how far we are. Nothing depends on it."""
+        offsets = [TopicPartition(*key, self._done[key]) for key in keys if key in self._done]
+        if not offsets:
+            return
+        try:
+            if wait:
+                self._consumer.commit(offsets=offsets, asynchronous=False)
+            else:
+                self._consumer.commit(offsets=offsets, asynchronous=True)
+        except KafkaException as error:
+            log.debug("kafka: %s", error)
+
+    def _settle(self, keys: Sequence[_Key]) -> None:
+        """Nothing comes at the moment, or others go on with them: leave them as far as they are."""
+        for key in keys:
+            source = self._sources.get(key)
+            if source is None or source.in_doubt:
+                continue
+            try:
+                source.settle()
+            except PhononError as error:
+                log.info("%s", error)
+                self._begin_again(key)
+
+    # What this member reads
+
+    def _claim(self, key: _Key) -> int | None:
+        """Claim a partition, however long it takes. Return where to read on from."""
+        while not self.stopping:
+            try:
+                source = self._sources[key] = self._process.source(self.name_of(*key))
+                return source.position()
+            except PhononError as error:
+                if not is_transient(error):
+                    raise
+                log.warning("%s", error)
+                self.pause()
+        return None
+
+    def _assigned(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:
+            position = self._claim((partition.topic, partition.partition))
+            if position is not None:
+                partition.offset = position
+        if self._cooperative:
+            consumer.incremental_assign(partitions)
+        else:
+            consumer.assign(partitions)
+
+    def _revoked(self, _consumer: Any, partitions: list[TopicPartition]) -> None:
+        keys = [(partition.topic, partition.partition) for partition in partitions]
+        self._commit([key for key in keys if key in self._sources], wait=True)
+        for key in keys:
+            source = self._sources.pop(key, None)
+            if source is not None and not source.in_doubt:
+                try:
+                    source.settle()
+                except PhononError as error:
+                    log.info("%s", error)  # whoever has it now reads a little more again
+
+    def _lost(self, _consumer: Any, partitions: list[TopicPartition]) -> None:
+        for partition in partitions:
+            self._sources.pop((partition.topic, partition.partition), None)
+
+    def _begin_again(self, key: _Key) -> None:
+        """After an error: claim the partition again if it is still ours, and go back."""
+        self.pause()
+        # A member that has lost a partition learns it here, and does not claim it from whoever has
+        # it. What is read here is read again.
+        self._consumer.poll(0)
+        if key not in self._sources or self.stopping:
+            return
+        position = self._claim(key)
+        if position is None:
+            position = OFFSET_INVALID
+        partition = TopicPartition(*key, position)
+        try:
+            self._consumer.seek(partition)
+        except KafkaException:
+            # Not being read yet, or not any more.
+            if self._cooperative:
+                self._consumer.incremental_unassign([partition])
+                self._consumer.incremental_assign([partition])
+            else:
+                others = [p for p in self._consumer.assignment() if (p.topic, p.partition) != key]
+                for other in others:
+                    position = self._sources[other.topic, other.partition].position()
+                    other.offset = OFFSET_INVALID if position is None else position
+                self._consumer.assign([*others, partition])
+
+    # Dead letters
+
+    def _send_dead_letter(self, message: Message, error: Exception) -> None:
+        if self._producer is None:
+            security = ("security.", "sasl.", "ssl.", "bootstrap.servers")
+            config = {k: v for k, v in self._config.items() if k.startswith(security)}
+            self._producer = Producer({**config, "enable.idempotence": True})
+        failures: list[Any] = []
+        headers = [
+            *(message.headers() or ()),
+            ("phonon-error", f"{type(error).__name__}: {error}".encode("utf-8", "replace")),
+            ("phonon-topic", str(message.topic()).encode()),
+            ("phonon-partition", str(message.partition()).encode()),
+            ("phonon-offset", str(message.offset()).encode()),
+        ]
+        self._producer.produce(
+            self._dead_letters,
+            message.value(),
+            message.key(),
+            headers=headers,
+            on_delivery=lambda failure, _: failures.append(failure),
+        )
+        self._producer.flush(DELIVERY_TIMEOUT)
+        if failures != [None]:
+            raise KafkaException(failures[0] if failures else "a dead letter was not delivered")
+
+
+def _key_of(message: Message) -> _Key:
+    return str(message.topic()), int(message.partition() or 0)

@@ -1,0 +1,236 @@
+"""Streams of Redis and Valkey with consumer groups, each entry once.
+
+Entries are shared by the consumers of a group, and those of dead consumers are taken over, so they
+come in no particular order. Their ids are stored with what they have brought, for a window of time
+(`phonon.Process.batch` with ``dedupe``): an entry that is delivered again in it changes nothing.
+"""
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import redis
+
+from phonon.errors import ConfigurationError, PhononError
+from phonon.source import WINDOW, Messages
+from phonon.sources._loop import Loop, OnPoison, Sessions, Storing, check_topics, is_transient
+
+if TYPE_CHECKING:
+    from phonon.process import Process
+
+log = logging.getLogger("phonon")
+
+
+class StreamEntry(NamedTuple):
+    """An entry of a stream.
+
+    Attributes:
+        id: Its id.
+        fields: Its content.
+        stream: The stream's key.
+    """
+
+    id: bytes
+    fields: Mapping[bytes, bytes]
+    stream: str
+
+
+class StreamSource(Loop):
+    """Reads streams as a consumer of a group, and hands each entry to a function.
+
+    Args:
+        process: What stores. Its server has the streams as well, unless ``client`` says otherwise.
+        streams: The stream's key, or several. In a cluster give one.
+        group: The consumer group, which is made if it is not there, to begin with the first entry.
+        client: Another `redis.Redis` to read the streams from.
+        batch_size: Entries that are stored together at the most.
+        poll_timeout: Seconds to wait for entries.
+        claim_idle: Seconds after which an entry that another consumer was given, and has not
+            acknowledged, is taken over.
+        window: Seconds for which ids are remembered: much longer than ``claim_idle``, and than any
+            outage after which entries are to count once.
+        sessions: A cache, say: sessions that are over are ended on the way, and all when the loop
+            ends.
+        on_poison: Called with an entry that cannot be handled and the error. The entry is passed
+            over once this has returned.
+        dead_letters: In its place: the stream that such an entry is added to, with its error.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+    """
+
+    def __init__(
+        self,
+        process: "Process",
+        streams: str | Sequence[str],
+        group: str,
+        *,
+        client: "redis.Redis | None" = None,
+        batch_size: int = 1000,
+        poll_timeout: float = 0.5,
+        claim_idle: float = 60.0,
+        window: float = WINDOW,
+        sessions: Sessions | None = None,
+        on_poison: OnPoison[StreamEntry] | None = None,
+        dead_letters: str | None = None,
+    ) -> None:
+        super().__init__(sessions)
+        if window <= claim_idle:
+            raise ConfigurationError(
+                f"window must be longer than claim_idle, {claim_idle:g} s, not {window!r}: an "
+                "entry that is taken over later than that would count twice"
+            )
+        if on_poison is not None and dead_letters is not None:
+            raise ConfigurationError("give on_poison or dead_letters, not both")
+        self._process = process
+        self._streams = check_topics("streams", streams)
+        self._group = group
+        self._client: Any = client if client is not None else process.client
+        self._batch_size = batch_size
+        self._block_ms = max(1, int(poll_timeout * 1000))
+        self._idle_ms = int(claim_idle * 1000)
+        self._window = window
+        self._claim_at = 0.0
+        self._again = False
+        self._on_poison = on_poison if dead_letters is None else self._add_dead_letter
+        self._dead_letters = dead_letters
+        self._consumer = process.id
+        #: Entries that were handled, and those that were received, repeated ones included.
+        self.handled = 0
+        self.received = 0
+
+    def scope_of(self, stream: str) -> str:
+        """Return the name under which a stream's ids are kept; see `Process.batch`."""
+        return f"stream/{self._group}/{stream}"
+
+    def run(
+        self,
+        handle: Callable[[StreamEntry], object],
+        *,
+        stop_on: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    ) -> None:
+        """Read and handle entries until `stop` is called, or a signal comes.
+
+        The batch in hand is stored, and the sessions are ended.
+
+        Args:
+            handle: Makes the updates of one entry. It may be called again for an entry that could
+                not be stored, so it should do nothing else.
+            stop_on: Signals that end the loop, if it runs in the main thread.
+
+        Raises:
+            Exception: What ``handle`` raised, if there is neither ``on_poison`` nor
+                ``dead_letters``; or what ending the sessions raised.
+        """
+
+        def counted(entry: StreamEntry) -> None:
+            self.handled += 1
+            handle(entry)
+
+        storing = Storing(counted, self._on_poison)
+        with self.running(stop_on):
+            while not self.stopping:
+                try:
+                    self._read(storing)
+                except (redis.ConnectionError, redis.TimeoutError) as error:
+                    log.warning("streams: %s", error)
+                    self.pause()
+                except PhononError as error:
+                    if not is_transient(error):
+                        raise
+                    log.warning("%s", error)
+                    self.pause()
+                except redis.ResponseError as error:
+                    if not str(error).startswith("NOGROUP"):
+                        raise
+                    self._make_groups()
+                self.tick()
+            self._leave()
+            self.finish()
+
+    def _make_groups(self) -> None:
+        for stream in self._streams:
+            with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: it is there
+                self._client.xgroup_create(stream, self._group, id="0", mkstream=True)
+
+    def _leave(self) -> None:
+        """Leave the group, if nothing is left that others would have to take over."""
+        with contextlib.suppress(redis.RedisError):
+            for stream in self._streams:
+                self._forget(stream, lambda consumer: consumer["name"] == self._consumer.encode())
+
+    def _forget(self, stream: str, is_gone: Callable[[Any], bool]) -> None:
+        for consumer in self._client.xinfo_consumers(stream, self._group):
+            if not consumer["pending"] and is_gone(consumer):
+                self._client.xgroup_delconsumer(stream, self._group, consumer["name"])
+
+    def _read(self, storing: Storing[StreamEntry]) -> None:
+        now = time.monotonic()
+        if now >= self._claim_at:
+            self._claim_at = now + self._idle_ms / 2000
+            self._take_over(storing)
+        # What could not be stored is still this consumer's, and comes first.
+        after, self._again = ("0" if self._again else ">"), False
+        found = self._client.execute_command(
+            "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", self._batch_size,
+            "BLOCK", self._block_ms, "STREAMS", *self._streams, *[after] * len(self._streams),
+        )  # fmt: skip
+        for stream, entries in _items(found):
+            self._store(storing, _text(stream), entries)
+
+    def _take_over(self, storing: Storing[StreamEntry]) -> None:
+        """Take over entries that others were given, and have not acknowledged for long."""
+        for stream in self._streams:
+            start: Any = "0-0"
+            while not self.stopping:
+                start, entries, *_ = self._client.execute_command(
+                    "XAUTOCLAIM", stream, self._group, self._consumer, self._idle_ms, start,
+                    "COUNT", self._batch_size,
+                )  # fmt: skip
+                if entries:
+                    self._store(storing, stream, entries)
+                if start in (b"0-0", "0-0"):
+                    break
+            self._forget(stream, lambda consumer: consumer["idle"] > 10 * self._idle_ms)
+
+    def _store(self, storing: Storing[StreamEntry], stream: str, raw: Sequence[Any]) -> None:
+        entries = [
+            StreamEntry(id_, _fields(fields), stream) for id_, fields in raw if fields is not None
+        ]
+        self.received += len(entries)
+
+        def open_batch(some: Sequence[StreamEntry]) -> Messages[StreamEntry]:
+            return self._process.batch(some, dedupe=self.scope_of(stream), window=self._window)
+
+        try:
+            storing.store(open_batch, entries)
+        except PhononError:
+            self._again = True
+            raise
+        if raw:
+            self._client.xack(stream, self._group, *[id_ for id_, _ in raw])
+
+    def _add_dead_letter(self, entry: StreamEntry, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
+        more = {b"phonon-error": text, b"phonon-id": entry.id, b"phonon-stream": entry.stream}
+        self._client.xadd(self._dead_letters, {**entry.fields, **more})
+
+
+def _items(found: Any) -> Sequence[tuple[Any, Any]]:
+    """Return streams and their entries, as either version of the protocol answers them."""
+    if not found:
+        return ()
+    return list(found.items()) if isinstance(found, dict) else found
+
+
+def _fields(raw: Any) -> Mapping[bytes, bytes]:
+    if isinstance(raw, Mapping):
+        return raw
+    return dict(zip(raw[::2], raw[1::2], strict=True))
+
+
+def _text(name: Any) -> str:
+    return name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)

@@ -1,0 +1,242 @@
+"""A clock that a test advances, for the server and the library together.
+
+The server's part is a variant of the function library that adds an offset, which is kept in a key,
+to the server's time. It has another name than the library as it is shipped, which knows of no such
+key: nothing that runs in production can be made to. The library's part takes the place of the
+module ``time`` in Phonon's modules, but for those that talk to the server: the network's time-outs
+are real.
+"""
+
+import asyncio
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+
+from phonon import _lifetime
+from phonon._core.flows import Flow, Read
+from phonon._protocol import library
+from phonon.errors import ConfigurationError
+
+#: The key of the server's offset, microseconds.
+KEY = "phonon-testing:clock"
+#: Modules whose time stays real.
+_REAL = ("phonon._transport", "phonon._embedded", "phonon.embedded", "phonon.testing")
+_SERVERS_TIME = "local time = call('TIME')\n  return time[1], time[2]"
+_SHIFTED_TIME = f"""local time = call('TIME')
+  local micros = time[1] * 1000000 + time[2] + tonumber(call('GET', '{KEY}') or 0)
+  return string.format('%d', math.floor(micros / 1000000)), string.format('%d', micros % 1000000)"""
+#: Real seconds to wait for what an advance sets going.
+_PATIENCE = 20.0
+_LOOK = 0.002
+
+
+class _Time(ModuleType):
+    """The module ``time``, ahead of the real one.
+
+    Attributes:
+        ahead: Seconds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("time", time.__doc__)
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        """Return the seconds of the monotonic clock."""
+        return time.monotonic() + self.ahead
+
+    def time(self) -> float:
+        """Return the seconds since the epoch."""
+        return time.time() + self.ahead
+
+    def clock_gettime(self, clock: int) -> float:
+        """Return the seconds of a clock."""
+        return time.clock_gettime(clock) + self.ahead
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@cache
+def _library() -> library.Library:
+    text = library.text()
+    if text.count(_SERVERS_TIME) != 1:
+        raise ConfigurationError(
+            "this release's function library reads the time otherwise than phonon.testing knows"
+        )
+    return library.Library(text.replace(_SERVERS_TIME, _SHIFTED_TIME))
+
+
+class Clock:
+    """Time as the server and the library see it, from `start` to `stop`.
+
+    Processes that are to follow it are made in between. Time goes on by itself, as it does in
+    reality; `advance` lets more of it pass at once.
+
+    Args:
+        client: A redis-py client of the server, of the database that the processes use.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._time = _Time()
+        self._replaced: list[tuple[ModuleType, str, Any]] = []
+
+    def start(self) -> None:
+        """Begin to be the clock of what is made from now on."""
+        self._client.set(KEY, 0)
+        self._replace(library, "default", _library)
+        self._shift_modules()
+
+    def stop(self) -> None:
+        """Leave things as they were."""
+        for module, name, value in reversed(self._replaced):
+            setattr(module, name, value)
+        self._replaced.clear()
+        self._client.delete(KEY)
+
+    @property
+    def ahead(self) -> float:
+        """How many seconds it is ahead of the real time."""
+        return self._time.ahead
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass: leases run out, the dead are taken over, retries and sessions come due.
+
+        Processes of this interpreter that live beat meanwhile as they would in that time. It
+        returns when they have done what has come due.
+
+        Args:
+            seconds: How many.
+
+        Raises:
+            ConfigurationError: An `AsyncProcess` of this thread's event loop is to beat meanwhile:
+                ``await clock.advance_async(seconds)``.
+        """
+        if any(engine.is_async for engine in _living()) and _in_a_loop():
+            raise ConfigurationError(
+                "the event loop of an AsyncProcess cannot run while advance() does: "
+                "await clock.advance_async(seconds)"
+            )
+        for _ in self._advancing(seconds):
+            time.sleep(_LOOK)
+
+    async def advance_async(self, seconds: float) -> None:
+        """Let time pass, in a program with an event loop; see `advance`."""
+        for _ in self._advancing(seconds):
+            await asyncio.sleep(_LOOK)
+
+    # What both do. Each step of these generators is a moment in which to wait.
+
+    def _advancing(self, seconds: float) -> Iterator[None]:
+        if seconds < 0:
+            raise ConfigurationError(f"time does not go back: advance(seconds={seconds!r})")
+        self._shift_modules()  # those that were imported since
+        left = seconds
+        while left > 0:
+            engines = _living()
+            # In one leap all would be overdue at once, and nobody would be left to notice deaths.
+            step = min([left, *map(_pace, engines)])
+            left -= step
+            self._time.ahead += step
+            self._client.set(KEY, int(self._time.ahead * 1_000_000))
+            # Twice: the first beat may have begun before the clock was set.
+            for _ in range(2):
+                beats = {engine: engine.heartbeat.beats for engine in engines}
+                for engine in engines:
+                    _wake(engine)
+                yield from _until(partial(_have_beaten, beats))
+                yield from _until(partial(_are_quiet, engines))
+
+    def _shift_modules(self) -> None:
+        for name, module in list(sys.modules.items()):
+            if not name.startswith("phonon.") or name.startswith(_REAL) or module is None:
+                continue
+            for attribute, value in list(vars(module).items()):
+                if value is time:
+                    self._replace(module, attribute, self._time)
+                elif value is time.monotonic or value is time.time:
+                    self._replace(module, attribute, getattr(self._time, value.__name__))
+
+    def _replace(self, module: ModuleType, name: str, value: Any) -> None:
+        self._replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+
+def _living() -> list[Any]:
+    """Return the engines of the processes that live in this interpreter, and reach their server."""
+    engines = []
+    for process in list(_lifetime._forkable):  # noqa: SLF001 - between the library's own modules
+        engine = getattr(process, "_engine", None)
+        if engine is not None and engine.is_started and not _is_out(engine):
+            engines.append(engine)
+    return engines
+
+
+def _is_out(engine: Any) -> bool:
+    """Return whether a process has ended, or does not beat: a test has paused or killed it."""
+    return bool(engine.stopped or engine.heartbeat.stopping or engine in paused)
+
+
+#: The engines of the processes that a test has paused or killed.
+paused: set[Any] = set()
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _wake(engine: Any) -> None:
+    """Have all that waits for a time look at the clock."""
+    for part in list(vars(engine).values()):
+        ring: Any = getattr(getattr(part, "signal", None), "set", None)
+        if ring is not None:
+            ring()
+    identity = engine.identity
+    if not identity.waiters:
+        return
+
+    def nudge() -> Flow[None]:
+        yield Read(identity.nudges(identity.id))
+
+    engine.driver.spawn(nudge(), "phonon-testing-nudge")
+
+
+def _pace(engine: Any) -> float:
+    """Return the seconds in which a process wants to do something to stay as it is."""
+    return float(min(engine.options.heartbeat_interval, engine.leases.soonest()))
+
+
+def _have_beaten(beats: dict[Any, int]) -> bool:
+    return all(_is_out(e) or e.heartbeat.beats > before for e, before in beats.items())
+
+
+def _are_quiet(engines: Sequence[Any]) -> bool:
+    """Return whether processes have done what is due, in the background, by now."""
+    return not any(
+        e.outbox.taken_over
+        or e.takeover.is_working
+        or e.identity.suspected
+        or (e.leases.soonest() < math.inf and e.leases._due <= e.identity.clock())  # noqa: SLF001 - between the library's own modules
+        for e in engines
+        if not _is_out(e)
+    )
+
+
+def _until(condition: Callable[[], bool]) -> Iterator[None]:
+    give_up = time.monotonic() + _PATIENCE
+    while not condition():
+        if time.monotonic() > give_up:
+            raise TimeoutError(
+                f"after {_PATIENCE:g} real seconds the processes have not done what has come due: "
+                "does an execute() of theirs wait for something?"
+            )
+        yield

@@ -1,0 +1,101 @@
+"""What can happen to a process: it is killed, it is paused, answers to it are lost."""
+
+import contextlib
+import os
+import signal
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from phonon import _lifetime
+from phonon.errors import ConfigurationError
+from phonon.testing import clock
+from phonon.testing.wire import Wire
+
+#: The wires of the processes that were made with one.
+_wires: "weakref.WeakKeyDictionary[Any, Wire]" = weakref.WeakKeyDictionary()
+
+
+def attach(process: Any, wire: Wire) -> None:
+    """Note through which wire a process reaches its server."""
+    _wires[process] = wire
+
+
+def kill(process: Any) -> None:
+    """Kill a process: nothing of it reaches the server any more, and it says no good-bye.
+
+    A process of the operating system gets SIGKILL, and is waited for. A `Process` of this
+    interpreter is cut off from its server, and stops beating; the server and the other processes
+    cannot tell the difference. Calls of it that are under way raise a `ConnectionLostError`, later
+    ones a `ProcessStoppedError`.
+
+    Args:
+        process: A `Process` or `AsyncProcess` that was made by the fixture ``phonon_processes``;
+            or what has a ``pid``: a ``subprocess.Popen`` or a ``multiprocessing.Process``.
+    """
+    if not hasattr(process, "engine"):
+        os.kill(process.pid, signal.SIGKILL)
+        getattr(process, "wait", getattr(process, "join", int))()
+        return
+    wire = _wire_of(process)
+    engine = process.engine
+    clock.paused.add(engine)
+    _lifetime.forget(process)
+    engine.driver.retry_timeout = 0.0  # who waits for an answer need not wait long
+    wire.cut()
+    engine.close()
+
+
+@contextlib.contextmanager
+def pause(process: Any) -> Iterator[None]:
+    """Pause a process as long as the ``with`` block lasts, and let it go on afterwards.
+
+    A process of the operating system gets SIGSTOP and SIGCONT. Of a `Process` of this interpreter
+    nothing reaches the server and nothing comes back; its calls wait.
+
+    Args:
+        process: As of `kill`.
+    """
+    if not hasattr(process, "engine"):
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        return
+    wire = _wire_of(process)
+    clock.paused.add(process.engine)
+    wire.hold()
+    try:
+        yield
+    finally:
+        clock.paused.discard(process.engine)
+        wire.release()
+
+
+@contextlib.contextmanager
+def lose_answers(process: Any, answers: int = 1) -> Iterator[None]:
+    """Have the server's next answers to a process lost: it has done what it was asked to.
+
+    The process repeats those calls. What is still to be lost when the ``with`` block ends arrives.
+
+    Args:
+        process: A `Process` or `AsyncProcess` that was made by the fixture ``phonon_processes``.
+        answers: How many.
+    """
+    wire = _wire_of(process)
+    wire.lose(answers)
+    try:
+        yield
+    finally:
+        wire.lose(0)
+
+
+def _wire_of(process: Any) -> Wire:
+    wire = _wires.get(process)
+    if wire is None:
+        raise ConfigurationError(
+            f"{process!r} was not made by the testing kit, so its connection is not in its hands: "
+            "make it with the fixture phonon_processes, or phonon.testing.Lab"
+        )
+    return wire

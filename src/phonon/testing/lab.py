@@ -1,0 +1,118 @@
+"""A server, a clock, and processes to experiment with."""
+
+import contextlib
+import itertools
+import os
+import shutil
+import tempfile
+from types import TracebackType
+from typing import Any, Self
+
+import redis
+
+from phonon import Process, embedded
+from phonon.testing import faults
+from phonon.testing.clock import Clock
+from phonon.testing.wire import Wire
+
+_numbers = itertools.count(1)
+
+
+class Server:
+    """An embedded server for tests, with a folder of its own; it ends with its last user.
+
+    Attributes:
+        url: Where it is.
+        socket_path: Its unix socket.
+        client: A redis-py client of its database 1, in which tests work.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="phonon-")
+        self._server = embedded.start(self._folder)
+        self.socket_path = self._server.socket_path
+        self.url = f"unix://{self.socket_path}?db=1"
+        self.client: Any = redis.Redis(unix_socket_path=self.socket_path, db=1, protocol=2)
+
+    def close(self) -> None:
+        """Let go of the server, and of its data."""
+        self.client.close()
+        self._server.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def new_namespace() -> str:
+    """Return a namespace that nobody else uses."""
+    return f"test-{os.getpid()}-{next(_numbers)}"
+
+
+class Lab:
+    """Processes in a namespace of their own, and a clock that they follow.
+
+    A context manager. The pytest plugin makes one for each test that uses its fixtures.
+
+    Args:
+        server: Where they are; None: a server for this one.
+        namespace: Their namespace; None: one that nobody else uses.
+
+    Attributes:
+        server: The server.
+        namespace: The namespace.
+        clock: The clock.
+
+    Example:
+        >>> with Lab() as lab:
+        ...     one, two = lab.process(), lab.process()
+        ...     reference, _ = one.create_reference("job"), two.create_reference("job")
+        ...     kill(two)
+        ...     lab.clock.advance(60)
+        ...     reference.count()
+        1
+    """
+
+    def __init__(self, server: Server | None = None, namespace: str | None = None) -> None:
+        self._stack = contextlib.ExitStack()
+        self.server = server or self._stack.enter_context(Server())
+        self.namespace = namespace or new_namespace()
+        self.clock = Clock(self.server.client)
+
+    def __enter__(self) -> Self:
+        self.clock.start()
+        self._stack.callback(self.clock.stop)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def process(self, kind: Any = Process, **options: Any) -> Any:
+        """Return a process, which is stopped when the lab closes unless it was killed.
+
+        Args:
+            kind: `Process`, or `phonon.aio.AsyncProcess`, which the caller starts and stops.
+            options: Arguments of it.
+        """
+        wire = Wire(self.server.socket_path)
+        self._stack.callback(wire.cut)
+        process = kind(url=wire.url, **{"namespace": self.namespace} | options)
+        faults.attach(process, wire)
+        if isinstance(process, Process):
+            self._stack.callback(process.stop)
+        return process
+
+    def keys(self) -> set[str]:
+        """Return the keys on the server that belong to resources: empty when all is over."""
+        about_processes = ("token", "lanes", "lane:", "registry:", "mailbox:", "handed")
+        found = self.server.client.scan_iter(match=f"{{{self.namespace}/*", count=1000)
+        names = {key.decode("utf-8", "replace").partition("}:")[2] for key in found}
+        return {name for name in names if not name.startswith(about_processes)}

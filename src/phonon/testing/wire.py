@@ -1,0 +1,160 @@
+"""A wire between one process and its server, which a test can cut, hold, or have lose answers.
+
+It listens on a unix socket and forwards bytes both ways, so what the process and the server see is
+what a broken network, a paused or a killed process shows them.
+"""
+
+import contextlib
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Self
+
+_RECEIVE = 1 << 16
+
+
+class State(Enum):
+    """What a wire does with what comes."""
+
+    OPEN = "open"
+    HELD = "held"
+    CUT = "cut"
+
+
+class Wire:
+    """Forwards connections to a server's unix socket.
+
+    Args:
+        server: The path of the server's socket.
+        db: The database, for the URL.
+
+    Attributes:
+        url: What a process connects to.
+        state: What it does with what comes.
+    """
+
+    def __init__(self, server: str, db: int = 1) -> None:
+        self._server = server
+        self._folder = Path(tempfile.mkdtemp(prefix="ph-"))
+        path = str(self._folder / "s")
+        self.url = f"unix://{path}?db={db}"
+        self.state = State.OPEN
+        self._to_lose = 0
+        self._lock = threading.Lock()
+        self._goes_on = threading.Event()
+        self._goes_on.set()
+        self._sockets: set[socket.socket] = set()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen(128)
+        self._start(self._accept)
+
+    def hold(self) -> None:
+        """Let nothing through, either way, until `release`."""
+        self.state = State.HELD
+        self._goes_on.clear()
+
+    def release(self) -> None:
+        """Let through what was held, and all that comes."""
+        if self.state is State.HELD:
+            self.state = State.OPEN
+            self._goes_on.set()
+
+    def lose(self, answers: int) -> None:
+        """Have the server's next answers lost: each with its connection."""
+        with self._lock:
+            self._to_lose = answers
+
+    @property
+    def left_to_lose(self) -> int:
+        """How many answers are still to be lost."""
+        return self._to_lose
+
+    def cut(self) -> None:
+        """End all connections, and refuse new ones, for good."""
+        self.state = State.CUT
+        self._goes_on.set()
+        # A listener that another thread waits at is not closed by close() alone.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            sockets = list(self._sockets)
+        for each in sockets:
+            _end(each)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cut()
+
+    @staticmethod
+    def _start(function: Callable[..., None], *arguments: object) -> None:
+        threading.Thread(
+            target=function, args=arguments, name="phonon-testing-wire", daemon=True
+        ).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            try:
+                server.connect(self._server)
+            except OSError:
+                _end(client)
+                client.close()
+                server.close()
+                continue
+            with self._lock:
+                self._sockets |= {client, server}
+            if self.state is State.CUT:
+                _end(client)
+                _end(server)
+            both = threading.Barrier(2)  # the last of the two closes both
+            self._start(self._pump, client, server, both)
+            self._start(self._pump, server, client, both, self._loses)
+
+    def _pump(
+        self,
+        source: socket.socket,
+        target: socket.socket,
+        both: threading.Barrier,
+        loses: Callable[[], bool] = bool,
+    ) -> None:
+        try:
+            while data := source.recv(_RECEIVE):
+                self._goes_on.wait()
+                if self.state is State.CUT or loses():
+                    break
+                target.sendall(data)
+        except OSError:
+            pass
+        finally:
+            _end(source)
+            _end(target)
+            if both.wait() == 0:
+                with self._lock:
+                    self._sockets -= {source, target}
+                source.close()
+                target.close()
+
+    def _loses(self) -> bool:
+        with self._lock:
+            if self._to_lose <= 0:
+                return False
+            self._to_lose -= 1
+            return True
+
+
+def _end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,133 @@
+"""Streams with consumer groups: entries that are delivered again count once."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+
+from phonon import ConflictFreeUpdate, LruCache, Process
+from phonon.errors import ConfigurationError
+from phonon.sources.streams import StreamEntry, StreamSource
+from support.world import Make, wait_until
+
+
+class Count(ConflictFreeUpdate):
+    executed: ClassVar[Counter[Any]] = Counter()
+
+    def execute(self) -> None:
+        self.executed[self._id] += self.doc["n"]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    Count.executed.clear()
+
+
+class Consumer:
+    """A loop in a thread."""
+
+    def __init__(self, process: Process, stream: str, **options: Any) -> None:
+        self.process = process
+        self.cache: LruCache[Count] = LruCache(20)
+        options.setdefault("poll_timeout", 0.02)
+        self.source = StreamSource(process, stream, "group", sessions=self.cache, **options)
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.source.run(self.handle)
+        except BaseException as error:  # noqa: BLE001 - for the test to see
+            self.error = error
+
+    def handle(self, entry: StreamEntry) -> None:
+        key = int(entry.fields[b"key"])
+        self.cache.set(key, Count(self.process, key, doc={"n": 1}))
+
+    def stop(self) -> None:
+        self.source.stop()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+def fill(process: Process, stream: str, first: int, last: int) -> Counter[Any]:
+    for n in range(first, last):
+        process.client.xadd(stream, {"key": n % 30})
+    return Counter(n % 30 for n in range(first, last))
+
+
+def test_entries_are_shared_and_those_of_a_dead_consumer_taken_over(
+    make: Make, namespace: str
+) -> None:
+    process, stream = make(), f"{namespace}.stream"
+    client = process.client
+    expected = fill(process, stream, 0, 300)
+    client.xgroup_create(stream, "group", "0")
+    # One that has stored what it was given, and died before it could acknowledge.
+    dead = make()
+    found: Any = client.xreadgroup("group", "dead", {stream: ">"}, count=100)
+    ((_, entries),) = found.items() if isinstance(found, dict) else found
+    scope = f"stream/group/{stream}"
+    with dead.batch(entries[:60], dedupe=scope) as batch:
+        for _, fields in batch:
+            Count(dead, int(fields[b"key"]), doc={"n": 1})
+    consumers = [Consumer(make(), stream, claim_idle=0.2) for _ in range(2)]
+    expected += fill(process, stream, 300, 500)
+
+    def pending() -> Any:
+        groups: Any = client.xinfo_groups(stream)
+        return groups[0]["pending"] + (groups[0]["lag"] or 0)
+
+    wait_until(lambda: pending() == 0)
+    for consumer in consumers:
+        consumer.stop()
+        assert consumer.error is None
+        consumer.process.stop()
+    dead.stop()
+    assert Count.executed == expected
+    assert sum(consumer.source.received for consumer in consumers) == 500
+    left: Any = client.xinfo_consumers(stream, "group")
+    assert [consumer["name"] for consumer in left] in ([], [b"dead"])
+
+
+def test_poison_entries_go_to_a_stream_of_their_own(make: Make, namespace: str) -> None:
+    process, stream = make(), f"{namespace}.stream"
+    expected = fill(process, stream, 0, 50)
+    for key in ("a", "b"):
+        process.client.xadd(stream, {"key": key})
+    expected += fill(process, stream, 50, 100)
+    consumer = Consumer(make(), stream, dead_letters=f"{stream}.dead")
+    wait_until(lambda: process.client.xlen(f"{stream}.dead") == 2)
+    wait_until(lambda: consumer.source.handled >= 100)
+    consumer.stop()
+    assert consumer.error is None
+    dead: Any = process.client.xrange(f"{stream}.dead")
+    assert [fields[b"key"] for _, fields in dead] == [b"a", b"b"]
+    assert b"ValueError: invalid literal" in dead[0][1][b"phonon-error"]
+    assert Count.executed == expected
+
+
+def test_a_poison_entry_that_nobody_wants_stops_the_loop(make: Make, namespace: str) -> None:
+    process, stream = make(), f"{namespace}.stream"
+    expected = fill(process, stream, 0, 10)
+    process.client.xadd(stream, {"key": "a"})
+    consumer = Consumer(process, stream)
+    consumer.thread.join(20)
+    assert isinstance(consumer.error, ValueError)
+    assert "give it an on_poison" in consumer.error.__notes__[0]
+    consumer.cache.expire_all()
+    assert Count.executed == expected
+
+
+def test_what_cannot_be_meant_is_refused(make: Make) -> None:
+    process = make()
+    with pytest.raises(ConfigurationError, match="window must be longer"):
+        StreamSource(process, "s", "g", window=30)
+    with pytest.raises(ConfigurationError, match="not both"):
+        StreamSource(process, "s", "g", dead_letters="d", on_poison=print)
+    with pytest.raises(ConfigurationError, match="streams is a name"):
+        StreamSource(process, [], "g")
