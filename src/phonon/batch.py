@@ -48,6 +48,19 @@ class BaseBatch:
         merge_at: When there are more than so many, `shrink` is called.
     """
 
+    #: Whether `passes_over` has to be asked about each new message of a record.
+    asks: bool = False
+
+    def passes_over(self, resource: str) -> bool:
+        """Return whether what a message brings to a resource is stored already."""
+        del resource
+        return False
+
+    def ends_for_others(self, update: "Update", failed: Callable[[], None]) -> bool:
+        """Return whether the session ends with the block that another thread ends meanwhile."""
+        del update, failed
+        return False
+
     def __init__(self, engine: Engine, *, durable: bool = True) -> None:
         self.durable = durable
         self.is_open = False

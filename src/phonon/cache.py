@@ -170,6 +170,9 @@ class BaseCache(Generic[U]):
             engine: Engine = entry.process().engine
             failed = partial(self._failed, key, entry)
             batch = engine.batch if engine.batches else None
+            theirs = entry._batch_
+            if theirs is not None and theirs is not batch and theirs.ends_for_others(entry, failed):
+                continue
             if batch is not None:
                 batch.end(entry, failed)
             else:

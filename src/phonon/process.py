@@ -39,6 +39,7 @@ from phonon.settings import (
 from phonon.source import WINDOW, Messages, Source, id_of, unordered
 
 if TYPE_CHECKING:
+    from phonon.sinks import Sink
     from phonon.update import Update
 
 P = ParamSpec("P")
@@ -477,6 +478,7 @@ class Process(BaseProcess):
         longest: float | None = None,
         largest: int | None = None,
         ignore_unknown: bool = False,
+        sink: "Sink | None" = None,
     ) -> Collection[P, M]:
         """Return a collection, which merges messages into a model's records by their keys.
 
@@ -488,6 +490,9 @@ class Process(BaseProcess):
             longest: Seconds after which it ends the session although messages keep coming.
             largest: The number of messages from this process after which it ends the session.
             ignore_unknown: Whether to pass over what the model does not know in a message.
+            sink: Where its records are written to, in place of the model's ``on_complete``; see
+                `phonon.sinks`. It is that of all of the model's records in this interpreter, also
+                of those that are taken over from processes that have died.
 
         Raises:
             ConfigurationError: An argument is invalid, or the model never completes.
@@ -500,6 +505,7 @@ class Process(BaseProcess):
             longest=longest,
             largest=largest,
             ignore_unknown=ignore_unknown,
+            sink=sink,
         )
 
     def source(self, name: str, position: int | None = None) -> Source:

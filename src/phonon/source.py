@@ -64,8 +64,27 @@ class BaseMessages(BaseBatch, Generic[M]):
         #: Whether the block has ended as it should, so that the last message is complete.
         self._complete = False
         self._measure_at = MOST_RECORDS
-        if progress.asks:
+        self.asks = progress.asks
+        if self.asks:
             self.fresh = _Watched((), self._takes)
+
+    def passes_over(self, resource: str) -> bool:
+        """Return whether what the message in hand brings to a resource is stored already."""
+        if not self._has_begun:
+            raise self._outside()
+        partition, _ = self._engine.members.place(resource)
+        return self._progress.skips(partition)
+
+    def ends_for_others(self, update: Any, failed: Callable[[], None]) -> bool:
+        """End a session when the block ends that another thread ends while the block is open.
+
+        To end it at once would store what belongs to messages without what says that they are.
+
+        Returns:
+            Whether that is so. If not, the block has ended meanwhile.
+        """
+        self.end(update, failed)
+        return self.is_open or self._endings.pop(id(update), None) is None
 
     # What is collected
 
@@ -96,16 +115,10 @@ class BaseMessages(BaseBatch, Generic[M]):
             self.fresh = _Watched(self.fresh, self._takes)
 
     def _takes(self, update: Any) -> bool:
-        progress = self._progress
-        if not progress.asks:
+        if not self.asks or not self.passes_over(update.resource_id):
             return True
-        if not self._has_begun:
-            raise self._outside()
-        partition, _ = self._engine.members.place(update.resource_id)
-        if progress.skips(partition):
-            update.spend()
-            return False
-        return True
+        update.spend()
+        return False
 
     def _outside(self) -> ConfigurationError:
         return ConfigurationError(
@@ -121,7 +134,8 @@ class BaseMessages(BaseBatch, Generic[M]):
             raise ConfigurationError("loop over the batch inside of its with block")
         wanted = self._progress.begin(self._mark(message))
         self._has_begun = True
-        if self._progress.asks and not isinstance(self.fresh, _Watched):
+        self.asks = self._progress.asks
+        if self.asks and not isinstance(self.fresh, _Watched):
             self.fresh = _Watched(self.fresh, self._takes)
         return wanted
 
@@ -142,7 +156,7 @@ class BaseMessages(BaseBatch, Generic[M]):
     def _piece(self) -> Flow[list[BaseException]]:
         """Return the flow that stores what has come together so far."""
         fresh, self.fresh = list(self.fresh), self.fresh[:0]
-        self.fresh = _Watched((), self._takes) if self._progress.asks else []
+        self.fresh = _Watched((), self._takes) if self.asks else []
         self._measure_at = MOST_RECORDS
         return _storing(self._engine, self, self._progress, fresh)
 
@@ -154,10 +168,10 @@ class BaseMessages(BaseBatch, Generic[M]):
             self._complete = error is None
 
     def _closing(self) -> "MessagesClosing | None":  # type: ignore[override]  # the same for `close`
-        outs = list(self._endings.values())
-        fresh, joins = list(self.fresh), self.joins
-        self.fresh, self.joins, self._endings = [], {}, {}
         self.is_open = False
+        outs = [self._endings.pop(key) for key in list(self._endings)]
+        fresh, joins = list(self.fresh), self.joins
+        self.fresh, self.joins = [], {}
         self._engine.local.batch = self._outer
         self._engine.batches.discard(self)
         if not self._complete:
@@ -228,7 +242,11 @@ def drop(batch: BaseBatch, updates: Iterable[Any]) -> None:
     for update in updates:
         if update._batch_ is batch:
             update._batch_ = None
-        update.discard()
+        if update.has_unsent():
+            try:
+                update._locked_(update._empty_)
+            except Exception:  # noqa: BLE001 - the user's `clear`
+                update.discard()
 
 
 def _storing(

@@ -56,6 +56,10 @@ class Storable(Protocol):
     def executes_many(cls) -> bool:
         """Return whether its records are executed together."""
 
+    @classmethod
+    def lacks_(cls) -> str:
+        """Return what is missing in this interpreter to execute its records."""
+
     def attach(self, process: Any) -> None:
         """Belong to a process."""
 
@@ -199,7 +203,7 @@ class UpdateCodec:
     def can_execute(self, class_name: str) -> bool:
         """Return whether this process can execute batches of a class."""
         cls = classes.find(class_name)
-        return cls is not None and (self._is_async or not cls.is_async)
+        return cls is not None and (self._is_async or not cls.is_async) and not cls.lacks_()
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> list["UpdateRecord"]:
         """Merge the partials of a batch, class by class, in the order of the classes' first ones.
@@ -247,6 +251,12 @@ class UpdateCodec:
                 f"a batch of {shown(resource)} belongs to {name}, an AsyncUpdate, and this process "
                 "has no event loop: run an AsyncProcess that imports it",
                 name,
+            )
+        lacking = cls.lacks_()
+        if lacking:
+            name = classes.name_of(cls)
+            raise UnknownClassError(
+                f"a batch of {shown(resource)} belongs to {name}, which lacks {lacking}", name
             )
 
     def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:

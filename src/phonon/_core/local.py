@@ -115,6 +115,11 @@ class LocalUpdate:
         """Return whether the class has an `execute_many` of its own."""
         raise NotImplementedError
 
+    @classmethod
+    def lacks_(cls) -> str:
+        """Return what is missing in this interpreter to execute updates; empty if nothing is."""
+        return ""
+
     # The parcel that flows move to the server
 
     @property
