@@ -370,6 +370,8 @@ class Outbox:
         """
         executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
+        if len(endings) == 1:
+            return [(yield from self._end_one(endings[0], executor))]
         results: list[SessionResult] = []
         batches: list[Batch] = []
         many: list[tuple[Operation, int]] = []
@@ -396,6 +398,34 @@ class Outbox:
         yield from self._compact(many)
         self.look()
         return results
+
+    def _end_one(self, ending: Ending, executor: Executor) -> Flow[SessionResult]:
+        """Do what `end` does, without lists: this is what `Reference.dereference` waits for."""
+        result, resource = SessionResult(), ending.resource
+        partition, name = self._members.place(resource)
+        about: list[_Leaving] = []
+        sent: list[Operation] = []
+        group = (((ending, result), resource, partition, name),)
+        deque(self._make_leaves((group,), about, sent), 0)
+        if not sent:
+            self.look()
+            return result
+        many: list[tuple[Operation, int]] = []
+        executor.expected[name] += 1
+        try:
+            (answer,) = yield Send(sent)
+            batch = self._left(about[0], answer, many)
+            if batch is not None:
+                executor.busy[batch.key] = batch
+        finally:
+            executor.expect_no_more(name)
+        if batch is not None:
+            yield from executor.execute((batch,))
+        if many:
+            yield from self._compact(many)
+        if self.full or batch is not None or result.errors:
+            self.look()
+        return result
 
     def _left(
         self, leaving: _Leaving, answer: Any, many: list[tuple[Operation, int]]
