@@ -60,13 +60,13 @@ class BaseAdmin:
     _inspector: Inspector
     _acts: Acts
 
-    def _begin(self, connection: SharedConnection, namespace: str, options: "Options") -> None:
+    def _begin(self, connection: SharedConnection, namespace: str, options: "AdminOptions") -> None:
         space = Namespace(connection.server, library.default(), namespace, options.timeout)
         self._inspector = Inspector(space)
         self._acts = Acts(space, self._inspector, options.who)
 
 
-class Options:
+class AdminOptions:
     """Checked arguments of an `Admin`.
 
     Args:
@@ -131,7 +131,7 @@ class Admin(BaseAdmin):
         timeout: float = 15.0,
         who: str | None = None,
     ) -> None:
-        options = Options(url, client, namespace, timeout, who)
+        options = AdminOptions(url, client, namespace, timeout, who)
         self.namespace = namespace
         self._connection = sync_io.run(options.open(sync_io.BACKEND))
         self._begin(self._connection, namespace, options)

@@ -11,11 +11,11 @@ from phonon._transport.connect import SharedConnection
 from phonon._transport.steps import Steps
 from phonon.admin import (
     Act,
+    AdminOptions,
     BaseAdmin,
     BatchState,
     BatchStatus,
     LockStatus,
-    Options,
     Partial,
     ProcessStatus,
     ResourceStatus,
@@ -60,7 +60,7 @@ class AsyncAdmin(BaseAdmin):
         timeout: float = 15.0,
         who: str | None = None,
     ) -> None:
-        self._options = Options(url, client, namespace, timeout, who)
+        self._options = AdminOptions(url, client, namespace, timeout, who)
         self.namespace = namespace
         self._connection: SharedConnection | None = None
 
