@@ -14,6 +14,7 @@ from phonon.admin import (
     BaseAdmin,
     BatchState,
     BatchStatus,
+    Finding,
     LockStatus,
     Options,
     Partial,
@@ -166,6 +167,10 @@ class AsyncAdmin(BaseAdmin):
         if token is not None:
             check_token(token)
         return self._iterate(lambda: self._inspector.content(resource, token))
+
+    async def examine(self) -> list[Finding]:
+        """See `Admin.examine`."""
+        return await self._run(lambda: self._doctor.examine())  # noqa: PLW0108 - as above
 
     async def acts(self, most: int = 100) -> list[Act]:
         """See `Admin.acts`."""
