@@ -299,6 +299,7 @@ def test_the_library_as_it_is_passes(server: Redis, namespace: str) -> None:
         unload(server, namespace, made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LUA)
 def test_faults_in_the_lua_text_show(server: Redis, namespace: str, name: str) -> None:
     files = lua_files()
@@ -322,6 +323,7 @@ def lane_tests() -> Any:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LANE)
 def test_faults_in_the_lane_show(server: Redis, namespace: str, name: str) -> None:
     source = Path(shipped_lane.__file__).read_text()

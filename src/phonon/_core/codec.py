@@ -34,7 +34,7 @@ _LOOK_THROUGH = 2048
 
 
 class Storable(Protocol):
-    """What the codec needs of an update."""
+    """The interface of an update, as the codec uses it."""
 
     _id: Any
     database: str
@@ -56,6 +56,10 @@ class Storable(Protocol):
     def executes_many(cls) -> bool:
         """Return whether its records are executed together."""
 
+    @classmethod
+    def lacks_(cls) -> str:
+        """Return what is missing in this interpreter to execute its records."""
+
     def attach(self, process: Any) -> None:
         """Belong to a process."""
 
@@ -65,6 +69,8 @@ class Storable(Protocol):
     def end_execution(self, instance: Any) -> None:
         """Note that an instance has executed."""
 
+
+_BIN8 = [bytes((0xC4, length)) for length in range(0x100)]
 
 #: The names of attributes that a class's `state` has been seen to return.
 _states: "weakref.WeakKeyDictionary[type[Any], set[tuple[str, ...]]]" = weakref.WeakKeyDictionary()
@@ -82,8 +88,8 @@ def pack(update: Storable, serializer: Serializer) -> bytes:
     content = dump(update, serializer)
     length = len(content)
     header = update._headers_.get(serializer.name) or _header(type(update), serializer)
-    if length < 0x100:  # noqa: PLR2004 - msgpack's bin 8, 16 and 32
-        return b"%b\xc4%c%b" % (header, length, content)
+    if length < len(_BIN8):  # msgpack's bin 8, 16 and 32
+        return header + _BIN8[length] + content
     if length < 0x10000:  # noqa: PLR2004
         return b"%b\xc5%b%b" % (header, length.to_bytes(2, "big"), content)
     return b"%b\xc6%b%b" % (header, length.to_bytes(4, "big"), content)
@@ -197,7 +203,7 @@ class UpdateCodec:
     def can_execute(self, class_name: str) -> bool:
         """Return whether this process can execute batches of a class."""
         cls = classes.find(class_name)
-        return cls is not None and (self._is_async or not cls.is_async)
+        return cls is not None and (self._is_async or not cls.is_async) and not cls.lacks_()
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> list["UpdateRecord"]:
         """Merge the partials of a batch, class by class, in the order of the classes' first ones.
@@ -227,6 +233,17 @@ class UpdateCodec:
             for cls, update in merged.items()
         ]
 
+    def kept(self, resource: str, partial: bytes, local: Any, content: Any) -> list["UpdateRecord"]:
+        """Return what `records` does for the one partial that an update has sent last.
+
+        Args:
+            resource: Whose.
+            partial: The partial.
+            local: The update.
+            content: What its `take_last` has returned.
+        """
+        return [KeptRecord(local, content, lambda: self.records(resource, (partial,), local))]
+
     def _check_loop(self, cls: type[Any], resource: str) -> None:
         if cls.is_async and not self._is_async:
             name = classes.name_of(cls)
@@ -234,6 +251,12 @@ class UpdateCodec:
                 f"a batch of {shown(resource)} belongs to {name}, an AsyncUpdate, and this process "
                 "has no event loop: run an AsyncProcess that imports it",
                 name,
+            )
+        lacking = cls.lacks_()
+        if lacking:
+            name = classes.name_of(cls)
+            raise UnknownClassError(
+                f"a batch of {shown(resource)} belongs to {name}, which lacks {lacking}", name
             )
 
     def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:
@@ -315,7 +338,7 @@ class UpdateCodec:
             UndecodableError: It cannot be read.
             UnknownClassError: Its class is not imported here.
         """
-        cls, body = self._open(resource, partial, where)
+        cls, version, body = self._open(resource, partial, where)
         try:
             content = self.serializer.loads(body)
         except Exception as error:
@@ -328,6 +351,12 @@ class UpdateCodec:
             or not isinstance(content[5], dict)
         ):
             raise UndecodableError(f"{_place(resource, where)} does not hold an update's content")
+        if version != cls._version_:
+            try:
+                content = cls.upgraded_(content, version)
+            except Exception as error:
+                error.add_note(f"phonon: {_place(resource, where)} was stored by version {version}")
+                raise
         update: Any = object.__new__(cls)
         update._id, update.database, update.collection, update.spec, update.doc, state = content  # noqa: SLF001 - its public name
         update.attach(self._owner())
@@ -338,9 +367,12 @@ class UpdateCodec:
             )
         if state:
             _set_state(update, state, resource, where)
+        fault = update.fault_()
+        if fault:
+            raise UndecodableError(f"{_place(resource, where)}: {fault}")
         return update
 
-    def _open(self, resource: str, partial: bytes, where: str) -> tuple[type[Any], bytes]:
+    def _open(self, resource: str, partial: bytes, where: str) -> tuple[type[Any], int, bytes]:
         try:
             if len(partial) > _LOOK_THROUGH:
                 _look_through(partial)
@@ -361,18 +393,18 @@ class UpdateCodec:
             )
         if type(name) is not str or type(body) is not bytes:
             raise UndecodableError(f"{_place(resource, where)} is not one of Phonon's")
-        cls = classes.find(name)
-        if cls is None:
+        found = classes.resolve(name)
+        if found is None:
             raise UnknownClassError(
                 f"{_place(resource, where)} belongs to {name}, which is not imported in this "
                 "process: import it, so that its batches can be executed here",
                 name,
             )
-        return cls, body
+        return *found, body
 
 
 class UpdateRecord:
-    """What a batch comes to for one class.
+    """The part of a batch that belongs to one class.
 
     Attributes:
         together: The class, if its records are executed together; else None.
@@ -395,6 +427,33 @@ class UpdateRecord:
     def finish(self) -> None:
         """Note that the execution has ended."""
         self._local.end_execution(self.instance)
+
+
+class KeptRecord(UpdateRecord):
+    """A batch of nothing but what an update of this process has sent last: it need not be decoded.
+
+    Args:
+        local: The update.
+        content: What its `take_last` has returned.
+        decode: Returns the records of the partial.
+    """
+
+    __slots__ = ("_content", "_decode")
+
+    def __init__(self, local: Any, content: Any, decode: Callable[[], list[UpdateRecord]]) -> None:
+        super().__init__(local, local)
+        self._content = content
+        self._decode = decode
+
+    def begin(self, token: int) -> Any:
+        """Return the instance that executes; it knows its token until `finish`."""
+        if self._merged is self._local:
+            if self._local.begin_again(self._content, token):
+                self.instance = self._local
+                return self.instance
+            (record,) = self._decode()
+            self._merged = record._merged  # noqa: SLF001 - of the same class
+        return super().begin(token)
 
 
 def _place(resource: str, where: str) -> str:

@@ -10,7 +10,7 @@ is stored once, a batch that falls to it is executed. A flow that has to know as
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -28,7 +28,7 @@ EXECUTING: ContextVar[bool] = ContextVar("phonon_executing", default=False)
 
 
 class Outcome(NamedTuple):
-    """What became of the user's code: a value, or an error of any kind."""
+    """The result of the user's code: a value, or an error of any kind."""
 
     value: Any = None
     error: BaseException | None = None
@@ -67,10 +67,17 @@ class Send(NamedTuple):
     Attributes:
         operations: What to send.
         first: Whether they go before those that wait for the former self to be reaped.
+        more: Appends further operations to the list, a group at a time. A driver may send a group
+            while the next one is made, so that the server and this process work side by side.
     """
 
     operations: Sequence[Operation]
     first: bool = False
+    more: Iterator[object] | None = None
+
+    def make_all(self) -> None:
+        """Have all operations in the list."""
+        deque(self.more or (), 0)
 
 
 class Read(NamedTuple):
@@ -195,7 +202,7 @@ def call(function: Callable[[], Any]) -> Flow[Outcome]:
 
 
 class Ticket(Protocol):
-    """What waits for the answers to the operations of one `Send`: the owner of each of them."""
+    """The owner of the operations of one `Send`, which waits for their answers."""
 
     def answer(self, index: int, answer: Any) -> None:
         """Take in the answer to one of them. A second one for the same is ignored."""
@@ -245,7 +252,7 @@ class FlowRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the flow has returned, or raised."""
+        """Return whether the flow has returned or raised."""
         effects = self.effects
         return self.flow.gi_frame is None or (bool(effects) and type(effects[0]) is Done)
 

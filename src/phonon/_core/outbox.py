@@ -13,13 +13,14 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from phonon._core.executor import Batch, Executor
 from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Wait
 from phonon._core.identity import Identity
-from phonon._core.members import ABSENT, Members, modifications_of
+from phonon._core.members import ABSENT, Entry, Members, modifications_of
 from phonon._core.reports import Reports
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply, Run
@@ -32,12 +33,16 @@ log = logging.getLogger("phonon")
 Overflow = Literal["block", "raise"]
 #: Sessions ended, or batches executed, together: a bound on what is held in memory.
 CHUNK = 1000
+#: Operations that are sent while others are made.
+GROUP = 128
 #: Seconds after which the worker looks by itself.
 IDLE = 60.0
 #: Seconds between two attempts to send what was not answered.
 AGAIN = 0.25
 
-_HELD, _RUN = int(Reply.HELD), int(Reply.RUN)
+T = TypeVar("T")
+
+_HELD, _RUN, _STORED = int(Reply.HELD), int(Reply.RUN), int(Reply.STORED)
 
 
 class Parcel(Protocol):
@@ -48,10 +53,13 @@ class Parcel(Protocol):
 
     @property
     def forced(self) -> bool:
-        """Whether the end of the session does not wait for other processes."""
+        """Return whether the session ends without waiting for other processes."""
 
     def take(self) -> bytes | None:
         """Move out what is unsent, as one partial; None if there is nothing."""
+
+    def take_last(self) -> tuple[bytes | None, Any]:
+        """Do what `take` does; return its content as well, if that need not be decoded."""
 
     def put_back(self, partial: bytes) -> None:
         """Take a partial back that the server refused: it is unsent again."""
@@ -74,7 +82,7 @@ class Ending(NamedTuple):
 
 
 class SessionResult:
-    """What the end of a session came to.
+    """The result of ending a session.
 
     Attributes:
         last: Whether this process was the last member.
@@ -94,8 +102,10 @@ class SessionResult:
         self.sent = False
 
 
-#: A leave that is sent: its ending, the data with it, what was held before, and its result.
-_Leaving = tuple[Ending, bytes | None, Any, SessionResult]
+#: A leave that is sent: its ending, the data with it, that undecoded, what was held before, and
+#: its result.
+_Leaving = tuple[Operation, Ending, bytes | None, Any, Any, SessionResult]
+_NOTHING = (None, None)
 
 
 class Due(NamedTuple):
@@ -183,7 +193,7 @@ class Outbox:
 
     @property
     def size(self) -> int:
-        """How much is unfinished."""
+        """Return the number of unfinished entries."""
         failed = sum(due.failed for due in list(self._due.values()))
         undone = (
             failed + self._retrying + len(self.unstored) + len(self.unended) + len(self.detached)
@@ -192,7 +202,7 @@ class Outbox:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether something is still to be stored or ended, or somebody is about to do it now.
+        """Return whether an entry is still to be stored or ended, or is being worked on.
 
         Code of the user's that runs for that does not wait for itself.
         """
@@ -204,7 +214,7 @@ class Outbox:
 
     @property
     def has_work(self) -> bool:
-        """Whether something is unfinished, apart from batches that are not due."""
+        """Return whether anything is unfinished, apart from batches that are not due."""
         return bool(self.unstored or self.unended or self.detached) or any(
             lane.has_work for lane in self._identity.lanes
         )
@@ -241,7 +251,7 @@ class Outbox:
 
     @property
     def blocks(self) -> bool:
-        """Whether new updates wait for room."""
+        """Return whether new updates wait for room."""
         return self._overflow == "block"
 
     def refusal(self) -> BacklogFullError:
@@ -267,11 +277,63 @@ class Outbox:
         Returns:
             What went wrong. The data is back in its update then.
         """
+        members = self._members
         errors: list[BaseException] = []
         sent: list[Operation] = []
-        partials: list[tuple[Parcel, bytes]] = []
-        held, place = self._members.held, self._members.place
-        for parcel in parcels:
+        stored: list[tuple[str, Entry | None, Parcel, bytes]] = []
+        joined = [resource for resource in joins if not members.is_sure(resource)]
+        entries: list[Entry | None] = []
+
+        def make() -> Iterator[None]:
+            for group in _groups(
+                parcels, [parcel.resource_id for parcel in parcels], members.place
+            ):
+                self._appends(group, sent, stored, errors)
+                yield
+            for resource in joined:
+                entries.append(members.enter(resource))
+                sent.append(operations.join(*members.place(resource)))
+
+        making = _while_sending(make(), len(parcels) + len(joined))
+        if not (sent or making):
+            return errors
+        answers = yield Send(sent, more=making)
+        many: list[tuple[Operation, int]] = []
+        for (resource, entry, parcel, partial), operation, answer in zip(
+            stored, sent, answers, strict=False
+        ):
+            if answer == _STORED:
+                if entry is not None:
+                    members.entered(resource, entry, failed=False)
+            elif isinstance(answer, Exception):
+                parcel.put_back(partial)
+                self.unstored.append(parcel)
+                errors.append(answer)
+                members.entered(resource, entry, failed=True)
+            else:
+                many.append((operation, answer))
+                members.entered(resource, entry, failed=False)
+        for resource, entry, answer in zip(joined, entries, answers[len(stored) :], strict=False):
+            failed = isinstance(answer, Exception)
+            members.entered(resource, entry, failed=failed)
+            if failed:
+                errors.append(answer)
+        if errors:
+            self.look()
+        if many:
+            yield from self._compact(many)
+        return errors
+
+    def _appends(
+        self,
+        group: Sequence[tuple[Parcel, str, int, bytes]],
+        sent: list[Operation],
+        stored: list[tuple[str, Entry | None, Parcel, bytes]],
+        errors: list[BaseException],
+    ) -> None:
+        """Take what updates have unsent, and make the operations that store it."""
+        held, enter = self._members.held, self._members.enter
+        for parcel, resource, partition, name in group:
             try:
                 partial = parcel.take()
             except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
@@ -279,36 +341,11 @@ class Outbox:
                 continue
             if partial is None:
                 continue
-            sent.append(operations.append(*place(parcel.resource_id), partial))
-            partials.append((parcel, partial))
-        entered = [parcel.resource_id for parcel, _ in partials]
-        for resource in joins:
-            if not self._members.is_sure(resource):
-                sent.append(operations.join(*place(resource)))
-                entered.append(resource)
-        if not sent:
-            return errors
-        entries = self._members.entering(entered)
-        for parcel, _ in partials:
-            if held.get(parcel.resource_id) is None:
-                held[parcel.resource_id] = weakref.ref(parcel)
-        answers = yield Send(sent)
-        many: list[tuple[Operation, int]] = []
-        for (parcel, partial), operation, answer in zip(partials, sent, answers, strict=False):
-            if isinstance(answer, Exception):
-                parcel.put_back(partial)
-                self.unstored.append(parcel)
-                errors.append(answer)
-            elif answer != Reply.STORED:
-                many.append((operation, answer))
-        errors += [answer for answer in answers[len(partials) :] if isinstance(answer, Exception)]
-        for resource, entry, answer in zip(entered, entries, answers, strict=True):
-            if entry is not None:
-                self._members.entered(resource, entry, failed=isinstance(answer, Exception))
-        if errors:
-            self.look()
-        yield from self._compact(many)
-        return errors
+            entry = enter(resource)
+            if held[resource] is None:
+                held[resource] = weakref.ref(parcel)
+            stored.append((resource, entry, parcel, partial))
+            sent.append(operations.append(partition, name, partial))
 
     def _compact(self, many: Sequence[tuple[Operation, int]]) -> Flow[None]:
         """Merge some partials of sessions that go on. The data is stored: it fails no call."""
@@ -334,17 +371,21 @@ class Outbox:
         batches: list[Batch] = []
         many: list[tuple[Operation, int]] = []
         for first in range(0, len(endings), CHUNK):
-            sent: list[Operation] = []
             about: list[_Leaving] = []
+            some = endings[first : first + CHUNK]
+            fresh = [SessionResult() for _ in some]
+            results += fresh
+            resources = [ending.resource for ending in some]
+            pairs = list(zip(some, fresh, strict=True))
+            groups = list(_groups(pairs, resources, self._members.place))
             # They are made when they are sent, not before batches are executed: a join in between
             # would be held here, and undone there.
-            some = endings[first : first + CHUNK]
-            leaves = functools.partial(self._leaves, some, results, sent, about)
-            with executor.expects(self._members.place(e.resource)[1] for e in some):
+            leaves = functools.partial(self._leaves, groups, about)
+            with executor.expects(name for group in groups for _, _, _, name in group):
                 answers = yield from executor.execute(batches, leaves)
                 batches = []
-                for operation, leaving, answer in zip(sent, about, answers, strict=True):
-                    batch = self._left(operation, leaving, answer, many)
+                for leaving, answer in zip(about, answers, strict=False):
+                    batch = self._left(leaving, answer, many)
                     if batch is not None:
                         executor.busy[batch.key] = batch
                         batches.append(batch)
@@ -354,14 +395,10 @@ class Outbox:
         return results
 
     def _left(
-        self,
-        operation: Operation,
-        leaving: _Leaving,
-        answer: Any,
-        many: list[tuple[Operation, int]],
+        self, leaving: _Leaving, answer: Any, many: list[tuple[Operation, int]]
     ) -> Batch | None:
         """See to the answer to a leave. Return the batch that falls to us, if there is one."""
-        ending, data, was_held, result = leaving
+        operation, ending, data, kept, was_held, result = leaving
         if isinstance(answer, Exception):
             self._not_left(ending, data, was_held)
             result.errors.append(answer)
@@ -381,6 +418,8 @@ class Outbox:
                     resource=ending.resource,
                     local=ending.parcel,
                     errors=result.errors,
+                    # The very bytes that were sent: nobody else has added any.
+                    kept=kept if run.size == 1 and run.content[:1] == [data] else None,
                 )
         elif answer[0] == _HELD:
             if answer[3]:
@@ -393,28 +432,35 @@ class Outbox:
 
     def _leaves(
         self,
-        endings: Sequence[Ending],
-        results: list[SessionResult],
-        sent: list[Operation],
+        groups: Sequence[Sequence[tuple[tuple[Ending, SessionResult], str, int, bytes]]],
         about: list[_Leaving],
-    ) -> list[Operation]:
-        place = self._members.place
-        for ending in endings:
-            result = SessionResult()
-            results.append(result)
-            try:
-                data = ending.parcel.take() if ending.parcel is not None else None
-            except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
-                result.errors.append(error)
-                continue
-            was_held = self._members.leaving(ending.resource)
-            flags = operations.FORCE * ending.force
-            flags += operations.MODIFICATIONS * ending.modifications
-            operation = operations.leave(*place(ending.resource), data or b"", flags)
-            operation.held = was_held is not ABSENT
-            sent.append(operation)
-            about.append((ending, data, was_held, result))
-        return sent
+        sent: list[Operation],
+    ) -> Iterator[None] | None:
+        return _while_sending(self._make_leaves(groups, about, sent), sum(map(len, groups)))
+
+    def _make_leaves(
+        self,
+        groups: Sequence[Sequence[tuple[tuple[Ending, SessionResult], str, int, bytes]]],
+        about: list[_Leaving],
+        sent: list[Operation],
+    ) -> Iterator[None]:
+        leaving = self._members.leaving
+        for group in groups:
+            for (ending, result), resource, partition, name in group:
+                parcel = ending.parcel
+                try:
+                    data, kept = parcel.take_last() if parcel is not None else _NOTHING
+                except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
+                    result.errors.append(error)
+                    continue
+                was_held = leaving(resource)
+                flags = operations.FORCE * ending.force
+                flags += operations.MODIFICATIONS * ending.modifications
+                operation = operations.leave(partition, name, data or b"", flags)
+                operation.held = was_held is not ABSENT
+                about.append((operation, ending, data, kept, was_held, result))
+                sent.append(operation)
+            yield
 
     def _not_left(self, ending: Ending, data: bytes | None, was_held: Any) -> None:
         """The server refused: the data is local again, and the session goes on."""
@@ -448,7 +494,7 @@ class Outbox:
         self._enter(self._clock() + seconds, partition, name, token, local, failed)
 
     def knows(self, name: bytes, token: int) -> bool:
-        """Whether a batch is being executed here, or waits for that."""
+        """Return whether a batch is being executed here, or waits for it."""
         key = name, token
         if key in self._due or key in self.busy or key in self._resuming:
             return True
@@ -456,7 +502,7 @@ class Outbox:
 
     @property
     def taken_over(self) -> int:
-        """How many batches are due in the background, or being executed there."""
+        """Return how many batches are due, or being executed, in the background."""
         now = self._clock()
         waiting = sum(due.at <= now for due in list(self._due.values()))
         running = sum(batch.background for batch in list(self.busy.values()))
@@ -657,6 +703,34 @@ class Outbox:
         finally:
             if self._continued.get(run) is me:
                 del self._continued[run]
+
+
+def _groups(
+    items: Sequence[T], resources: Sequence[str], place: Callable[[str], tuple[int, bytes]]
+) -> Iterator[list[tuple[T, str, int, bytes]]]:
+    """Return items with their resources and places, those of a partition together, in groups."""
+    partitions: dict[int, list[tuple[T, str, int, bytes]]] = {}
+    for item, resource in zip(items, resources, strict=True):
+        partition, name = place(resource)
+        known = partitions.get(partition)
+        if known is None:
+            known = partitions[partition] = []
+        known.append((item, resource, partition, name))
+    group: list[tuple[T, str, int, bytes]] = []
+    for some in partitions.values():
+        group += some
+        if len(group) >= GROUP:
+            yield group
+            group = []
+    yield group
+
+
+def _while_sending(making: Iterator[None], count: int) -> Iterator[None] | None:
+    """Return what makes so many operations; None if they are few, and made now."""
+    if count >= 2 * GROUP:
+        return making
+    deque(making, 0)
+    return None
 
 
 def _one_each(endings: Sequence[Ending]) -> list[Ending]:

@@ -344,6 +344,7 @@ class AsyncDriver:
     # Sending
 
     async def _send(self, run: FlowRun, send: Send) -> list[Any]:
+        send.make_all()
         if not send.operations:
             return []
         ticket = run.ticket
@@ -713,7 +714,7 @@ class _Mail:
                 self._early.popitem(last=False)
 
     def take(self, waiter: str) -> bool:
-        """Return whether a waiter's mail has come already."""
+        """Return whether a waiter's mail has arrived."""
         came = self._early.pop(waiter, None)
         return came is not None and time.monotonic() - came < KEEP_MAIL
 

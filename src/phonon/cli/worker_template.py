@@ -28,8 +28,8 @@ ADD = """INSERT INTO counts VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE
          SET n = n + excluded.n, token = excluded.token WHERE excluded.token > token"""
 
 
-class Count(ConflictFreeUpdate):
-    """What is known about one key: numbers that add up, wherever their messages arrive."""
+class Count(ConflictFreeUpdate, name="count"):
+    """Data about one key: numbers that add up, wherever their messages arrive."""
 
     def execute(self) -> None:
         """Write the record; the last process to let go of the key does, once a session."""

@@ -1,0 +1,1 @@
+"""The implementation of `phonon.Model` and `phonon.fields`."""
