@@ -116,8 +116,9 @@ class AsyncAdmin(BaseAdmin):
 
     async def close(self) -> None:
         """Close the connection. A second call does nothing."""
-        if self._connection is not None:
-            await async_io.run(self._connection.close())
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await async_io.run(connection.close())
 
     async def processes(self) -> list[ProcessStatus]:
         """See `Admin.processes`."""

@@ -21,6 +21,9 @@ def create_app(
 ) -> "Starlette":
     """Return the page as an ASGI application.
 
+    It connects when it is first asked. Served by itself it closes its connection at shutdown;
+    where it is mounted, await its ``state.close()`` in the other application's lifespan.
+
     Args:
         url: The Redis or Valkey server; see `phonon.Admin`.
         namespace: The namespace.

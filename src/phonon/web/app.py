@@ -1,8 +1,9 @@
 """The ASGI application: pages and answers in JSON, read from the server when they are asked for."""
 
 import asyncio
+import contextlib
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
 from typing import Any
 
@@ -78,6 +79,11 @@ class Page:
             await self._admin.start()
         self._history.ensure_alive()
         return self._admin
+
+    async def close(self) -> None:
+        """Look no more, and close the connection. A page that is asked again opens another."""
+        self._history.close()
+        await self._admin.close()
 
     async def overview(self, _: Request) -> Any:
         """What a person wants to know first."""
@@ -238,7 +244,16 @@ def make(
     middleware = [Middleware(_Headers)]
     if hosts is not None:
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)))
-    return Starlette(
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await page.close()
+
+    app = Starlette(
+        lifespan=lifespan,
         routes=[
             Route("/", _index),
             *(Route(f"/api/{name}", _answer(read)) for name, read in reads.items()),
@@ -247,3 +262,5 @@ def make(
         ],
         middleware=middleware,
     )
+    app.state.close = page.close
+    return app

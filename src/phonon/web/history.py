@@ -71,6 +71,12 @@ class History:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._work())
 
+    def close(self) -> None:
+        """Sample no more."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the figures of the last hour, the oldest first."""
         return list(self._samples)

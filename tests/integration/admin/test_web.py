@@ -120,7 +120,8 @@ def test_a_server_that_has_gone_is_said(own_server: Redis) -> None:
 
 
 def test_it_mounts_into_another_application(server: Redis, namespace: str) -> None:
-    app = Starlette(routes=[Mount("/phonon", create_app(server.url, namespace=namespace))])
+    page = create_app(server.url, namespace=namespace)
+    app = Starlette(routes=[Mount("/phonon", page)])
 
     async def get(path: str) -> tuple[int, dict[bytes, bytes], bytes]:
         sent: list[Any] = []
@@ -145,6 +146,7 @@ def test_it_mounts_into_another_application(server: Redis, namespace: str) -> No
         assert status in (307, 308), headers
         status, _, body = await get("/phonon/api/acts")
         assert (status, body) == (200, b"[]")
+        await page.state.close()
 
     asyncio.run(look())
 
