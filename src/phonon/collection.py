@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from phonon._core.engine import Engine, errors_only
-from phonon._models.collecting import TOGETHER, BaseCollection, Rejected
+from phonon._models.collecting import TOGETHER, BaseCollection, Limits, Rejected
 from phonon.batch import raise_together
 from phonon.cache import LruCache
 
@@ -12,7 +12,7 @@ P = ParamSpec("P")
 M = TypeVar("M")
 
 
-class RecordCache(LruCache[Any]):
+class RecordCache(Limits, LruCache[Any]):
     """The records of a collection.
 
     Args:

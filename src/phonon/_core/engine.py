@@ -27,6 +27,7 @@ from phonon._core.presence import Presence
 from phonon._core.rebirth import Rebirth
 from phonon._core.reports import Reports
 from phonon._core.retry import RetryPolicy
+from phonon._core.sessions import Sessions
 from phonon._core.sources import Sources
 from phonon._core.takeover import Takeover
 from phonon._protocol import operations
@@ -171,6 +172,8 @@ class Engine:
             is_wanted=lambda: public() is not None,
             report=self.presence.report,
         )
+        self.sessions = Sessions(self.outbox, self.reports, lambda: public() is not None)
+        self.sessions.start_worker = lambda: self._ensure("sessions", self.sessions.work)
         self.outbox.executor = self.executor
         self.outbox.surplus = lambda: sum(cache.surplus for cache in list(self.caches))
         self.outbox.start_worker = lambda: self._ensure("outbox", self.outbox.work)
@@ -202,6 +205,7 @@ class Engine:
         self._former_workers: dict[str, list[Any]] = {}
         self.outbox.signal = self.driver.signal()
         self.leases.signal = self.driver.signal()
+        self.sessions.signal = self.driver.signal()
         self.heartbeat.signal = self.identity.signal = self.driver.signal()
         self.local = self.make_local()
         self.batches: set[Any] = set()
@@ -292,6 +296,7 @@ class Engine:
             self.executor,
             self.takeover,
             self.heartbeat,
+            self.sessions,
             self.presence,
         ):
             part.begin()
@@ -344,7 +349,7 @@ class Engine:
         if not self._started:
             return errors
         try:
-            yield from self._stop_workers("takeover", "outbox", "leases")
+            yield from self._stop_workers("sessions", "takeover", "outbox", "leases")
             yield from self._dismiss_waiters()
             begun = self.outbox.mark()
             cached = [out for cache in list(self.caches) for out in cache.endings_for(self)]
@@ -370,8 +375,8 @@ class Engine:
         self.leases.stopping = self.members.stopping = True
         self.takeover.leaving = True
         self.leases.wake()
-        for part in (self.outbox, self.heartbeat):
-            if part is self.outbox or "heartbeat" in names:
+        for part in (self.sessions, self.outbox, self.heartbeat):
+            if part is not self.heartbeat or "heartbeat" in names:
                 part.stopping = True
                 if part.signal is not None:
                     part.signal.set()
@@ -442,12 +447,12 @@ class Engine:
     def close(self) -> None:
         """Do no more. A second call does nothing."""
         self.stopped = True
-        self.outbox.stopping = self.heartbeat.stopping = True
+        self.outbox.stopping = self.heartbeat.stopping = self.sessions.stopping = True
         self.leases.stopping = self.members.stopping = True
         self.takeover.leaving = True
         self.outbox.open()
         self.identity.reborn()
-        for signal in (self.outbox.signal, self.heartbeat.signal):
+        for signal in (self.outbox.signal, self.heartbeat.signal, self.sessions.signal):
             if signal is not None:
                 signal.set()
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 from phonon._core import codec
 from phonon._core.copies import CONTAINERS, PLAIN
 from phonon._core.engine import Engine
+from phonon._core.sessions import SPREAD, share
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError, ForkedError
 
@@ -405,6 +406,13 @@ class LocalUpdate:
 
     def _over_at_(self, touched: float) -> float:
         return min(touched + self.soft_session, self._begun_ + self.hard_session)
+
+    def ends_at_(self) -> float:
+        """Return when the session is ended if nothing more comes: in its spread behind its end."""
+        part = 1 + SPREAD * share(self.resource_id)
+        return min(
+            self._touched_ + part * self.soft_session, self._begun_ + part * self.hard_session
+        )
 
     def _is_over_(self, now: float) -> bool:
         return now - self._touched_ >= self.soft_session or now - self._begun_ >= self.hard_session

@@ -1,5 +1,6 @@
 """Collections of a model's records: what threads and tasks share, which is all but the waiting."""
 
+import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -8,6 +9,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 from phonon._core.engine import Engine
 from phonon._core.flows import Flow, read
 from phonon._core.local import prefix_of
+from phonon._core.sessions import SPREAD, share
 from phonon._models.messages import mapping_of
 from phonon._models.record import DATABASE, ModelRecord
 from phonon.errors import ConfigurationError, InvalidMessageError, UnknownClassError
@@ -40,6 +42,42 @@ class Rejected(NamedTuple):
 
 #: What `BaseCollection._ready` returns: where to fold, and what has left the collection.
 _Ready = tuple[ModelRecord, Sequence[tuple[Hashable, Any]]]
+
+
+class Limits:
+    """When the sessions of a collection's records end: a part of the cache that has them.
+
+    Attributes:
+        idle: Seconds without a message after which this process leaves the session; None: never.
+        longest: Seconds after which the session ends although messages keep coming.
+    """
+
+    idle: float | None = None
+    longest: float | None = None
+
+    def _ends_at(self, record: Any) -> float:
+        return min(self._idle_at(record), self._ends_by(record))
+
+    def _idle_at(self, record: Any) -> float:
+        if self.idle is None:
+            return math.inf
+        part = 1 + SPREAD * share(record.resource_id)
+        return float(record._touched_ + self.idle * part)
+
+    def _ends_by(self, record: Any) -> float:
+        if record.is_due:
+            return 0.0
+        if self.longest is None:
+            return math.inf
+        # A bound is a bound: these end before it.
+        part = 1 - SPREAD * share(record.resource_id)
+        return float(record._begun_ + self.longest * part)
+
+    def _is_over(self, record: Any, now: float) -> bool:
+        if self._ends_by(record) <= now:
+            record.is_due = True  # whoever else may hold the resource
+            return True
+        return self._idle_at(record) <= now
 
 
 class BaseCollection(Generic[P, M]):
@@ -86,6 +124,7 @@ class BaseCollection(Generic[P, M]):
             )
         self._collection = self._record.resource_collection
         self._cache = self._make_cache(max_entries)
+        self._cache.idle, self._cache.longest = idle, longest
         self._engine.caches.add(self._cache)
         self._build()
 
@@ -209,7 +248,10 @@ class BaseCollection(Generic[P, M]):
         raise NotImplementedError
 
     def _grown(self, key: Any, record: ModelRecord) -> None:
-        """Note that a session has become as large as it may."""
+        """Have a session end that has become as large as it may."""
+        if not record.is_due:
+            record.is_due = True
+            self._engine.sessions.watch(self._cache.known, key, 0.0)
 
     # Flows
 
