@@ -10,6 +10,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from importlib import metadata
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, NamedTuple, Protocol
@@ -513,10 +514,31 @@ class ThreadEngine(Engine):
             self.close()
 
 
+class _TaskLocal:
+    """What each task has of its own, and shares with the tasks that it starts."""
+
+    def __init__(self) -> None:
+        self._batch: ContextVar[Any] = ContextVar("phonon_batch", default=None)
+
+    @property
+    def batch(self) -> Any:
+        """The batch that the task has opened last."""
+        return self._batch.get()
+
+    @batch.setter
+    def batch(self, batch: Any) -> None:
+        self._batch.set(batch)
+
+
 class TaskEngine(Engine):
     """The engine of a `phonon.aio.AsyncProcess`."""
 
     is_async = True
+
+    @staticmethod
+    def make_local() -> Any:
+        """Return an object with attributes of their own for each task."""
+        return _TaskLocal()
 
     def tell(self, function: Callable[..., object], *arguments: object) -> None:
         """Run the user's ``on_error`` or ``on_lost``, and await its result in the background."""
