@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
+from phonon._core.forks import notice
 from phonon._core.outbox import Ending
 from phonon._core.sessions import Sessions
 from phonon.batch import Out, end_all, has_begun, raise_together
@@ -22,11 +23,11 @@ U = TypeVar("U")
 #: What `set` has to answer most often, and nothing has left the cache.
 _MERGED: tuple[bool, tuple[()]] = (False, ())
 #: Sessions ended at a time, so that no more than those have left the cache and wait.
-PIECE = 1000
+PIECE = 5000
 
 
 class BaseCache(Generic[U]):
-    """What `LruCache` and `AsyncLruCache` share: everything but the waiting.
+    """The base of `LruCache` and `AsyncLruCache`: everything but the waiting.
 
     Args:
         max_entries: The number of keys to keep at the most.
@@ -53,12 +54,14 @@ class BaseCache(Generic[U]):
 
     def size(self) -> int:
         """Return the number of keys in the cache."""
+        notice()
         return len(self._entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self.size()
 
     def __contains__(self, key: object) -> bool:
+        notice()
         return key in self._entries
 
     def get_last_failed(self) -> U | None:
@@ -155,6 +158,7 @@ class BaseCache(Generic[U]):
         self._failed(key, update)
 
     def _look_up(self, key: Hashable) -> tuple[U | None, list[tuple[Hashable, U]]]:
+        notice()  # what a forked child finds here is its parent's
         with self._lock:
             entry = self._entries[key]
             if not _is_expired(entry):
@@ -164,14 +168,17 @@ class BaseCache(Generic[U]):
             return None, [(key, entry)]
 
     def _pop(self, key: Hashable) -> list[tuple[Hashable, U]]:
+        notice()  # what a forked child finds here is its parent's
         with self._lock:
             return [(key, self._entries.pop(key))]
 
     def _pop_oldest(self) -> list[tuple[Hashable, U]]:
+        notice()  # what a forked child finds here is its parent's
         with self._lock:
             return [self._entries.popitem(last=False)] if self._entries else []
 
     def _keys(self, *, expired: bool = False) -> list[Hashable]:
+        notice()  # what a forked child finds here is its parent's
         with self._lock:
             if not expired:
                 return list(self._entries)
@@ -202,6 +209,9 @@ class BaseCache(Generic[U]):
             engine: Engine = entry.process().engine
             failed = partial(self._failed, key, entry)
             batch = engine.batch if engine.batches else None
+            theirs = entry._batch_
+            if theirs is not None and theirs is not batch and theirs.ends_for_others(entry, failed):
+                continue
             if batch is not None:
                 batch.end(entry, failed)
             else:
@@ -243,7 +253,7 @@ class BaseCache(Generic[U]):
 
     @property
     def surplus(self) -> int:
-        """How many more it holds than it should, because they could not be sent."""
+        """Return how many entries it holds beyond its limit, because they could not be sent."""
         return max(0, len(self._entries) - self.max_entries)
 
     def forget_for(self, engine: Engine) -> None:
@@ -292,9 +302,20 @@ class LruCache(BaseCache[U]):
         ConfigurationError: ``max_entries`` is less than 1, or no whole number.
 
     Example:
+        >>> class Clicks(ConflictFreeUpdate):
+        ...     def execute(self):
+        ...         print("write", self._id, self.doc["n"])
         >>> cache = LruCache(max_entries=1000)
+        >>> with process.batch():  # stores what is set in one exchange
+        ...     for page in ("/a", "/b", "/a"):
+        ...         cache.set(page, Clicks(process, page, doc={"n": 1}))
+        True
+        True
+        False
         >>> cache.size()
-        0
+        2
+        >>> cache.expire("/a")
+        write /a 2
     """
 
     def set(self, key: Hashable, update: U) -> bool | None:

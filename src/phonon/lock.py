@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from phonon._core.executor import TOKENS
 from phonon._core.flows import CALLER_GONE, Flow
+from phonon._core.forks import notice
 from phonon._core.leases import Grant, LockRequest
 from phonon._protocol.answers import Taken
 from phonon._protocol.operations import is_shared, process_of
@@ -77,7 +78,7 @@ class _OnLost:
 
 
 class BaseLock:
-    """What `Lock` and `AsyncLock` share: everything but the waiting."""
+    """The base of `Lock` and `AsyncLock`: everything but the waiting."""
 
     #: Where users import it from, for a repr.
     _package = "phonon"
@@ -178,8 +179,11 @@ class BaseLock:
         A store that refuses writes under a lower token than the last one it saw is safe from a
         holder that was paused beyond its lease.
         """
+        notice()
         grant = self._grant
-        return None if grant is None else _token_of(grant)
+        if grant is None or grant.generation is not self._engine.generation:
+            return None
+        return _token_of(grant)
 
     def owned(self) -> bool:
         """Return whether this object holds the lock: without asking, and never for too long.
@@ -187,6 +191,7 @@ class BaseLock:
         False as well once the lease, counted from before it was asked for, is over, or others may
         have declared this process dead.
         """
+        notice()
         grant = self._grant
         return grant is not None and grant.is_ours
 
@@ -489,10 +494,14 @@ class Lock(BaseLock):
         ConfigurationError: An argument is invalid.
 
     Example:
-        >>> with process.lock("report") as lock:  # doctest: +SKIP
-        ...     write_report(fencing_token=lock.token)
-        >>> @process.lock("report")  # doctest: +SKIP
-        ... def write_reports(): ...  # one call at a time, in all processes
+        >>> with process.lock("report") as lock:
+        ...     print("a fencing token:", lock.token > 0)
+        a fencing token: True
+        >>> @process.lock("report")
+        ... def write_report():  # one call at a time, in all processes
+        ...     return "written"
+        >>> write_report()
+        'written'
     """
 
     process: "Process"
@@ -616,7 +625,7 @@ class Lock(BaseLock):
 if TYPE_CHECKING:
 
     class HeldLock(Lock):
-        """What a ``with`` block has: the same lock, whose token is known to be there."""
+        """A lock in its ``with`` block, where it is known to have a token."""
 
         @property
         def token(self) -> int:
@@ -624,7 +633,7 @@ if TYPE_CHECKING:
 
 
 class BaseSemaphore(BaseLock):
-    """What `Semaphore` and `AsyncSemaphore` share."""
+    """The base of `Semaphore` and `AsyncSemaphore`."""
 
     def __init__(
         self,
@@ -662,8 +671,9 @@ class Semaphore(BaseSemaphore, Lock):
         options: As of a `Lock`, but for ``shared``.
 
     Example:
-        >>> with process.semaphore("connections", 10):  # doctest: +SKIP
-        ...     fetch()
+        >>> with process.semaphore("connections", 10) as place:
+        ...     place.owned()
+        True
     """
 
 

@@ -15,10 +15,11 @@ from importlib import metadata
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, NamedTuple, Protocol
 
-from phonon._core import classes
+from phonon._core import classes, forks
 from phonon._core.clock import clock
 from phonon._core.executor import Executor
 from phonon._core.flows import REBORN, Flow, Read, Send, Sleep, call, read
+from phonon._core.forks import SAME
 from phonon._core.heartbeat import DEAD_AFTER, Heartbeat
 from phonon._core.identity import Identity
 from phonon._core.leases import Leases
@@ -50,7 +51,7 @@ _DISMISSAL = 5.0
 
 
 class Options(NamedTuple):
-    """What a process was told; see `phonon.Process`."""
+    """The options of a process; see `phonon.Process`."""
 
     namespace: str
     partitions: int | None
@@ -72,7 +73,7 @@ class SessionCache(Protocol):
 
     @property
     def surplus(self) -> int:
-        """How many more it holds than it should, because they could not be sent."""
+        """Return how many entries it holds beyond its limit, because they could not be sent."""
 
 
 class Engine:
@@ -120,7 +121,7 @@ class Engine:
             namespace=options.namespace,
             partitions=options.partitions,
             lease=DEAD_AFTER * options.heartbeat_interval,
-            card=_card(options.heartbeat_interval),
+            card=lambda: _card(options.heartbeat_interval),
             library=library,
             clock=clock,
             new_id=lambda: uuid.uuid4().hex,
@@ -197,7 +198,6 @@ class Engine:
 
     def _begin(self) -> None:
         """Hold nothing, and have no workers: at first, and in a forked child."""
-        self._pid = os.getpid()
         self._started = False
         self._starting = threading.RLock()
         self._spawning = threading.RLock()
@@ -270,7 +270,7 @@ class Engine:
 
     @property
     def is_worker(self) -> bool:
-        """Whether the caller is one of the workers, which `stopping` waits for."""
+        """Return whether the caller is one of the workers, which `stopping` waits for."""
         former = [worker for some in list(self._former_workers.values()) for worker in some]
         return any(worker.is_me() for worker in (*self._workers.values(), *former))
 
@@ -310,14 +310,13 @@ class Engine:
         Raises:
             ProcessStoppedError: `stop` was called.
         """
-        if os.getpid() != self._pid:
-            self.after_fork_in_child()
+        forks.notice()
         if self.stopped:
             raise ProcessStoppedError(f"process {self.name} was stopped: make a new Process")
 
     @property
     def is_started(self) -> bool:
-        """Whether the process is listed and beats."""
+        """Return whether the process is listed and beats."""
         return self._started
 
     @property
@@ -495,7 +494,7 @@ class ThreadEngine(Engine):
         Raises:
             ProcessStoppedError: `stop` was called.
         """
-        if self.stopped or not self._started or os.getpid() != self._pid:
+        if self.stopped or not self._started or not SAME[0]:
             self.check()
             self.start()
 
@@ -566,6 +565,8 @@ class TaskEngine(Engine):
             ConfigurationError: Another event loop runs.
             ForkedError: The process belongs to the parent.
         """
+        if not SAME[0]:
+            forks.notice()
         self.driver.check()
         if self.stopped:
             raise ProcessStoppedError(f"process {self.name} was stopped: make a new AsyncProcess")
