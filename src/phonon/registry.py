@@ -7,7 +7,6 @@ import threading
 from typing import Any
 
 from phonon import connections
-from phonon._models.collecting import BaseCollection
 from phonon.collection import Collection
 from phonon.model import Model
 
@@ -80,6 +79,3 @@ def configure(
 def register(model: Model, *args: Any, **kwargs: Any) -> None:
     """Merge a record that shows one message; see `Registry.register`."""
     _registry.register(model, *args, **kwargs)
-
-
-_ = BaseCollection

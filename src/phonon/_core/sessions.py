@@ -24,6 +24,8 @@ log = logging.getLogger("phonon")
 #: Sessions that began together end within this part of their length, not in one moment: a million
 #: of them would be one call after another, and keep the server from everything else.
 SPREAD = 0.1
+#: Seconds after the end of an update's session in which it is left to its next message.
+GRACE = 1.0
 #: Sessions that are ended together.
 PIECE = 1000
 #: Seconds between two looks, at the most: the clock may have been moved on.

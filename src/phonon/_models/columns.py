@@ -69,13 +69,13 @@ def reduce(table: Any, compiled: Compiled, *, ignore_unknown: bool) -> Reduced:
 
 def _polars() -> Any:
     try:
-        import polars  # noqa: PLC0415 - an extra
+        import polars as pl  # noqa: PLC0415 - an extra
     except ImportError:
         raise ConfigurationError(
             "add_table() needs polars, which groups and reduces the rows: "
             "pip install 'phonon[columns]'"
         ) from None
-    return polars
+    return pl
 
 
 def _frame(table: Any, polars: Any) -> Any:

@@ -72,14 +72,8 @@ class AsyncCollection(BaseCollection[P, M]):
         if self._engine.outbox.full:
             await self._room()
         rest = self._fold_one(*values, **named)
-        if rest is None:
-            return
-        record, out, alone = rest
-        errors: list[Exception] = []
-        if alone:
-            errors += errors_only(await self._engine.run(self._storing(record)))  # type: ignore[attr-defined]  # of tasks
-        errors += await self._cache.end(out)
-        raise_together("not everything went well", errors)
+        if rest is not None:
+            await self._finished(*rest)
 
     async def add_many(self, rows: Iterable[Any]) -> list[Rejected]:
         """Merge many messages; see `Collection.add_many`."""
@@ -92,6 +86,35 @@ class AsyncCollection(BaseCollection[P, M]):
             async with self._process.batch():
                 await self._rows(piece, first, rejected)
         return rejected
+
+    async def add_table(self, table: Any) -> list[Rejected]:
+        """Merge the rows of a table; see `Collection.add_table`."""
+        reduced = self._reduced(table)
+        if reduced.rows is not None:
+            return await self.add_many(reduced.rows)
+        await self._room()
+        async with self._process.batch():
+            out = self._put_columns(reduced.columns)
+            raise_together("ending sessions failed", await self._cache.end(out))
+        return [Rejected(*each) for each in reduced.rejected]
+
+    async def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
+        """Merge a record that shows one message; see `Collection.add_record`."""
+        await self._room()
+        rest = self._folded_record(record, tuple(arguments), dict(named or {}))
+        if rest is not None:
+            await self._finished(*rest)
+
+    async def _finished(self, record: Any, out: Any, alone: bool) -> None:
+        errors: list[Exception] = []
+        if alone:
+            errors += errors_only(await self._engine.run(self._storing(record)))  # type: ignore[attr-defined]  # of tasks
+        errors += await self._cache.end(out)
+        raise_together("not everything went well", errors)
+
+    def _finish(self, record: Any, out: Sequence[tuple[Hashable, Any]], alone: bool) -> Any:
+        """Return it all: a task awaits the rest."""
+        return record, out, alone
 
     async def _rows(self, rows: Any, first: int, rejected: list[Rejected]) -> None:
         out = self._put_rows(rows, first, rejected)

@@ -351,6 +351,7 @@ class AsyncProcess(BaseProcess):
         longest: float | None = None,
         largest: int | None = None,
         ignore_unknown: bool = False,
+        sink: Any = None,
     ) -> AsyncCollection[P, M]:
         """Return a collection, which merges messages into a model's records; see `Process.collect`.
 
@@ -361,6 +362,7 @@ class AsyncProcess(BaseProcess):
             longest: Seconds after which it ends the session although messages keep coming.
             largest: The number of messages from this process after which it ends the session.
             ignore_unknown: Whether to pass over what the model does not know in a message.
+            sink: Where its records are written to, in place of the model's ``on_complete``.
 
         Raises:
             ConfigurationError: An argument is invalid, or the model never completes.
@@ -374,6 +376,7 @@ class AsyncProcess(BaseProcess):
             longest=longest,
             largest=largest,
             ignore_unknown=ignore_unknown,
+            sink=sink,
         )
 
     @overload
