@@ -56,6 +56,14 @@ class Numbered:
         plain = self.flights.table
         return Table(plain.name, plain.key, plain.figures | {"numbers": "{old} || ' ' || {new}"})
 
+    @property
+    def model(self) -> None:
+        """Updates only: there is one class for what is executed, and it is a class of updates."""
+
+    def row(self, message: Message) -> tuple[Any, ...]:
+        """Return a message's values."""
+        return message
+
     def message(self, values: Values) -> Message:
         """A message that is yet to be numbered."""
         return self.flights.message(values)

@@ -1,6 +1,8 @@
 """A local cache of updates that merges what it is given and ends the session of what it drops."""
 
+import math
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -10,6 +12,7 @@ from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
 from phonon._core.forks import notice
 from phonon._core.outbox import Ending
+from phonon._core.sessions import Sessions
 from phonon.batch import Out, end_all, has_begun, raise_together
 from phonon.errors import ConfigurationError
 from phonon.settings import check_api, check_whole
@@ -38,6 +41,7 @@ class BaseCache(Generic[U]):
         self._lock = threading.RLock()
         self._last_failed: U | None = None
         self._known_to: Engine | None = None
+        self.known = weakref.ref(self)
 
     def __repr__(self) -> str:
         size, most = len(self._entries), self.max_entries
@@ -113,10 +117,46 @@ class BaseCache(Generic[U]):
                 "merge(other) and execute(), or of phonon.ConflictFreeUpdate"
             )
         self._entries[key] = update
+        self._watch(key, update)
         out = []
         while len(self._entries) > self.max_entries:
             out.append(self._entries.popitem(last=False))
         return out
+
+    # For the worker that ends sessions when they are over
+
+    def _watch(self, key: Hashable, update: Any) -> None:
+        deadline = self._ends_at(update)
+        if deadline < math.inf:
+            update.process().engine.sessions.watch(self.known, key, deadline)
+
+    def _ends_at(self, update: Any) -> float:
+        return update.ends_at_() if isinstance(update, Update) else math.inf
+
+    def deadline(self, key: Hashable) -> float:
+        """Return when a key's session may be over, by the monotonic clock; never: infinity."""
+        entry = self._entries.get(key)
+        return math.inf if entry is None else self._ends_at(entry)
+
+    def take_over(self, key: Hashable, now: float, sessions: Sessions) -> Any:
+        """Remove and return the update of a key whose session is over; see `Watched`."""
+        with self._lock:
+            entry: Any = self._entries.get(key)
+            if not isinstance(entry, Update) or entry.process().engine.sessions is not sessions:
+                return None
+            batch = entry._batch_
+            if (batch is not None and batch.is_open) or not self._is_over(entry, now):
+                return None
+            del self._entries[key]
+            return entry
+
+    def _is_over(self, entry: Any, now: float) -> bool:
+        # An update with an is_expired of its own goes by that alone.
+        return (entry.ends_at_() <= now or not entry._direct_) and _is_expired(entry)
+
+    def restore(self, key: Hashable, update: Any) -> None:
+        """Take an update back whose data could not be sent."""
+        self._failed(key, update)
 
     def _look_up(self, key: Hashable) -> tuple[U | None, list[tuple[Hashable, U]]]:
         notice()  # what a forked child finds here is its parent's

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from phonon._core.engine import Engine, errors_only
-from phonon._models.collecting import TOGETHER, BaseCollection, Rejected
+from phonon._models.collecting import TOGETHER, BaseCollection, Limits, Rejected
 from phonon.batch import raise_together
 from phonon.cache import LruCache
 
@@ -12,7 +12,7 @@ P = ParamSpec("P")
 M = TypeVar("M")
 
 
-class RecordCache(LruCache[Any]):
+class RecordCache(Limits, LruCache[Any]):
     """The records of a collection.
 
     Args:
@@ -68,14 +68,7 @@ class Collection(BaseCollection[P, M]):
 
     def _build(self) -> None:
         super()._build()
-        fold, finish = self._fold_one, self._finish
-
-        def add(*values: P.args, **named: P.kwargs) -> None:
-            rest = fold(*values, **named)
-            if rest is not None:
-                finish(*rest)
-
-        self.add = add  # type: ignore[method-assign]  # one call less for each message
+        self.add = self._fold_one  # type: ignore[method-assign]  # a call less for each message
 
     def add(self, *values: P.args, **named: P.kwargs) -> None:
         """Merge a message into the record of its key.
@@ -115,6 +108,50 @@ class Collection(BaseCollection[P, M]):
             with self._process.batch():
                 self._rows(piece, first, rejected)
         return rejected
+
+    def add_table(self, table: Any) -> list[Rejected]:
+        """Merge the rows of a table, which has a column for each field.
+
+        They are grouped and reduced by polars (``pip install phonon[columns]``), and merged with
+        one merge a key.
+
+        Args:
+            table: A polars or pandas frame, an Arrow table or record batch, or anything else with
+                the Arrow PyCapsule interface.
+
+        Returns:
+            The rows that the model does not take, with their numbers. All others were merged.
+
+        Raises:
+            ConfigurationError: polars is not installed, or this is no table.
+            InvalidMessageError: There is no column for the ID, or one that the model does not have.
+            ConnectionLostError: The server does not answer; see `add`.
+            Exception: As `add`.
+        """
+        reduced = self._reduced(table)
+        if reduced.rows is not None:
+            return self.add_many(reduced.rows)
+        self._wait_for_room()
+        with self._process.batch():
+            out = self._put_columns(reduced.columns)
+            raise_together("ending sessions failed", self._cache.end(out))
+        return [Rejected(*each) for each in reduced.rejected]
+
+    def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
+        """Merge a record that shows one message; its ``on_complete`` may be given arguments.
+
+        Args:
+            record: One that you have made, as in ``PageViews("ada", views=1)``.
+            arguments: What ``on_complete`` is given if this process completes the session, the
+                last ones that came.
+            named: The same by name.
+
+        Raises:
+            InvalidMessageError: The model does not take it. Nothing of it was merged.
+            ConnectionLostError: The server does not answer; see `add`.
+            Exception: As `add`.
+        """
+        self._folded_record(record, tuple(arguments), dict(named or {}))
 
     def _rows(self, rows: Any, first: int, rejected: list[Rejected]) -> None:
         out = self._put_rows(rows, first, rejected)

@@ -14,8 +14,8 @@ from phonon.errors import ConfigurationError
 
 #: What a model has of its own, so that no field can be called so.
 _RESERVED = frozenset(
-    {"completes_many", "fields", "from_states", "on_complete", "on_complete_many", "source",
-     "token", "upgrade"}
+    {"completes_many", "fields", "from_states", "no_arguments", "on_complete", "on_complete_many",
+     "source", "token", "upgrade"}
 )  # fmt: skip
 
 
@@ -123,7 +123,8 @@ class Model:
         database that stores `token` beside the record, in the same transaction, and skips a token
         that is not greater than the stored one, has every batch exactly once.
 
-        It may be a coroutine function; the model needs an `AsyncProcess` then.
+        It may be a coroutine function; the model needs an `AsyncProcess` then. It may have
+        arguments, which `phonon.registry.register` was given; None where another process was.
         """
         raise NotImplementedError(f"{type(self).__qualname__} must define on_complete()")
 
@@ -184,6 +185,15 @@ class Model:
         """Return whether the class has an `on_complete_many` of its own."""
         mine: Any = cls.on_complete_many
         return mine.__func__ is not Model.on_complete_many.__func__  # type: ignore[attr-defined]  # of classmethods
+
+    @classmethod
+    def no_arguments(cls) -> tuple[None, ...]:
+        """Return what stands for the arguments of `on_complete`, where nobody has given any."""
+        parameters = list(inspect.signature(cls.on_complete).parameters.values())[1:]
+        return (None,) * sum(
+            p.default is p.empty and p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}
+            for p in parameters
+        )
 
     @classmethod
     def from_states(cls, identifier: Any, states: Mapping[str, Any], token: int | None) -> Self:

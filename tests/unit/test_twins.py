@@ -19,6 +19,7 @@ TWINS = {
     phonon.Update: aio.AsyncUpdate,
     phonon.ConflictFreeUpdate: aio.AsyncConflictFreeUpdate,
     phonon.LruCache: aio.AsyncLruCache,
+    phonon.Collection: aio.AsyncCollection,
 }
 
 #: What one of them has and the other has not, and why.

@@ -70,6 +70,11 @@ asyncio_option = click.option(
     "take them over. A single worker is not killed.",
 )
 @asyncio_option
+@click.option(
+    "--updates",
+    is_flag=True,
+    help="The workers make an Update of each message, the older way, in place of a Model.",
+)
 def demo(
     workers: int,
     url: str | None,
@@ -80,6 +85,7 @@ def demo(
     database: str | None,
     kill: bool,
     asyncio_: bool,
+    updates: bool,
 ) -> None:
     """Add up a stream of messages in many processes, and check the result.
 
@@ -126,6 +132,6 @@ def demo(
                 "columns; add these up one after the other"
             )
     options = demo_.Options(
-        workers, url, input_, key or "", sums, max_entries, database, kill, asyncio_
+        workers, url, input_, key or "", sums, max_entries, database, kill, asyncio_, updates
     )
     sys.exit(demo_.run(options))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from phonon.aio import AsyncLruCache, AsyncProcess, AsyncUpdate
@@ -48,23 +49,34 @@ class _Inbox:
 
 async def work(link: Link, setup: Setup, stop: Stop) -> None:
     """Handle messages until there are no more."""
-    job: Any = setup.job  # its updates are those of phonon.aio
     counter = Counter(link)
     inbox = _Inbox(link, stop)
-    Sink.current = Sink(setup.database, job.table, counter.written)
+    Sink.current = Sink(setup.database, setup.job.table, counter.written)
     with contextlib.closing(Sink.current):
         async with await _connect(setup, counter) as process:
-            cache: AsyncLruCache[AsyncUpdate] = AsyncLruCache(setup.max_entries)
+            merge, expire_all = _merging(process, setup)
             link.send(Ready(process.id))
             while (messages := await inbox.receive()) is not None:
                 async with process.batch():
                     for message in messages:
-                        await cache.set(message[0], job.update(process, message))
+                        await merge(message)
                 # Only now are they all on the server, and safe: a broker would be told here.
                 counter.acknowledge(len(messages))
-            await cache.expire_all()
+            await expire_all()
             await process.stop()
             counter.report(done=True)
+
+
+def _merging(
+    process: AsyncProcess, setup: Setup
+) -> tuple[Callable[[Any], Awaitable[object]], Callable[[], Awaitable[None]]]:
+    """Return what merges a message, and what ends all sessions, both to be awaited."""
+    job: Any = setup.job  # its updates are those of phonon.aio
+    if job.model is not None and not setup.updates:
+        records: Any = process.collect(job.model, setup.max_entries)
+        return lambda message: records.add(*job.row(message)), records.expire_all
+    cache: AsyncLruCache[AsyncUpdate] = AsyncLruCache(setup.max_entries)
+    return lambda message: cache.set(message[0], job.update(process, message)), cache.expire_all
 
 
 async def _connect(setup: Setup, counter: Counter) -> AsyncProcess:

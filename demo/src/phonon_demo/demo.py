@@ -45,6 +45,7 @@ class Options:
     database: str | None
     kill: bool
     asyncio: bool = False
+    updates: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,15 @@ def run(options: Options) -> int:
         database = enter(sink.create(path, task.job.table))
         if options.url:
             enter(forgetting(process))
-        setup = Setup(task.job, url, namespace, path, options.max_entries, asyncio=options.asyncio)
+        setup = Setup(
+            task.job,
+            url,
+            namespace,
+            path,
+            options.max_entries,
+            asyncio=options.asyncio,
+            updates=options.updates,
+        )
         run = _Run(task, process, options)
         run.work(setup)
         outcome = run.outcome(database)

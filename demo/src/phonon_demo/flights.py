@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phonon import Process, Update
+from phonon import Model, Process, Update
+from phonon.fields import ID, Count, Max, SetAppend, Sum
 from phonon_demo.formats import Rejected, Values
 from phonon_demo.jobs import Message, for_process
 from phonon_demo.sink import Sink, Table
@@ -14,8 +15,25 @@ from phonon_demo.sink import Sink, Table
 MISSING = "NA"
 
 
+class Aircraft(Model, name="phonon_demo_aircraft"):
+    """The flights of one aircraft."""
+
+    tailnum: ID[str]
+    airports: SetAppend[str]
+    miles: Sum[int]
+    worst_delay: Max[int]
+    air_minutes: Sum[int]
+    flights: Count = Count()
+
+    def on_complete(self) -> None:
+        """Write the session to the database."""
+        airports = json.dumps(sorted(self.airports))
+        row = self.flights, self.miles, airports, self.worst_delay, self.air_minutes
+        Sink.current.write(self.tailnum, row, self.token)
+
+
 class FlightUpdate(Update):
-    """What is known about one aircraft."""
+    """The same as an update: what it takes without fields."""
 
     def __init__(
         self,
@@ -113,6 +131,16 @@ class Flights:
             return tailnum, origin, dest, int(distance), _int(delay), _int(minutes)
         except ValueError:
             raise Rejected("not a number where one should be") from None
+
+    @property
+    def model(self) -> type[Model]:
+        """One record an aircraft."""
+        return Aircraft
+
+    def row(self, message: Message) -> tuple[Any, ...]:
+        """One flight."""
+        tailnum, origin, dest, *rest = message
+        return tailnum, (origin, dest), *rest
 
     def update(self, process: Process, message: Message) -> Update:
         """One flight."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
-from phonon import Process, Update
+from phonon import Model, Process, Update
 from phonon_demo.formats import Values
 from phonon_demo.sink import Table
 
@@ -46,8 +46,15 @@ class Job(Protocol):
             Rejected: They make none.
         """
 
+    @property
+    def model(self) -> type[Model] | None:
+        """The model of its records; None if it has updates only."""
+
+    def row(self, message: Message) -> tuple[Any, ...]:
+        """Return a message's values in the order of the model's fields."""
+
     def update(self, process: Process, message: Message) -> Update:
-        """Make an update of a message."""
+        """Make an update of a message, the older way."""
 
     def figures(self, stored: Sequence[Any]) -> tuple[Any, ...]:
         """The figures as Python values, out of the table's."""

@@ -6,15 +6,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phonon import Process, Update
+from phonon import Model, Process, Update
+from phonon.fields import ID, Custom
 from phonon_demo import exact
 from phonon_demo.formats import Rejected, Values, is_utf8
 from phonon_demo.jobs import Message, for_process
 from phonon_demo.sink import Sink, Table
 
+#: Figures by the columns of the table.
+Figures = dict[str, exact.Number]
+
+
+def _add_all(one: Figures, other: Figures) -> Figures:
+    return {name: exact.add(one.get(name, 0), value) for name, value in other.items()}
+
+
+class Totals(Model, name="phonon_demo_totals"):
+    """Rows and sums of one key, by the names of the table's columns."""
+
+    key: ID[str]
+    figures: Custom[Figures] = Custom(merge=_add_all, zero={})
+
+    def on_complete(self) -> None:
+        """Write the session to the database."""
+        Sink.current.write(self.key, [exact.to_sql(v) for v in self.figures.values()], self.token)
+
 
 class SumUpdate(Update):
-    """Rows and sums of one key: the figures of the table, by name, are its ``doc``."""
+    """The same as an update: the figures are its ``doc``."""
 
     def merge(self, other: "SumUpdate") -> None:
         """Add up."""
@@ -70,10 +89,19 @@ class Sums:
                 raise Rejected(f"no number in {column!r}") from None
         return key, *numbers
 
-    def update(self, process: Process, message: Message) -> Update:
+    @property
+    def model(self) -> type[Model]:
+        """One record a key."""
+        return Totals
+
+    def row(self, message: Message) -> tuple[Any, ...]:
         """One row."""
         key, *numbers = message
-        doc = dict(zip(self._names, (1, *numbers), strict=True))
+        return key, dict(zip(self._names, (1, *numbers), strict=True))
+
+    def update(self, process: Process, message: Message) -> Update:
+        """One row."""
+        key, doc = self.row(message)
         kind = for_process(SumUpdate, process)
         return kind(process, key, database="demo", collection="totals", doc=doc)
 

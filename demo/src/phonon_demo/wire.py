@@ -27,6 +27,7 @@ class Setup:
         durability: What the server must have done with data before it is acknowledged.
         patience: Seconds for which a server that is not there at the start is tried again.
         asyncio: Whether the worker is a program with an event loop.
+        updates: Whether it makes an update of each message, where the job has a model as well.
     """
 
     job: Job
@@ -38,6 +39,7 @@ class Setup:
     durability: Durability | None = None
     patience: float = 0.0
     asyncio: bool = False
+    updates: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
-from phonon import LruCache, PhononError, Process, Update
+from phonon import Collection, LruCache, PhononError, Process, Update
 from phonon._core.takeover import TAKEN_OVER
 from phonon.errors import DeclaredDeadError, ServerUnreachableError
 from phonon_demo.sink import Sink
@@ -165,17 +166,27 @@ def work(link: Link, setup: Setup) -> None:
         contextlib.closing(Sink.current),
         _connect(setup, counter) as process,
     ):
-        cache: LruCache[Update] = LruCache(setup.max_entries)
+        merge, expire_all = _merging(process, setup)
         link.send(Ready(process.id))
         while (messages := link.receive()) is not None:
             with process.batch():
                 for message in messages:
-                    cache.set(message[0], job.update(process, message))
+                    merge(message)
             # Only now are they all on the server, and safe: a broker would be told here.
             counter.acknowledge(len(messages))
-        cache.expire_all()
+        expire_all()
         process.stop()
         counter.report(done=True)
+
+
+def _merging(process: Process, setup: Setup) -> tuple[Callable[[Any], object], Callable[[], None]]:
+    """Return what merges a message, and what ends all sessions."""
+    job = setup.job
+    if job.model is not None and not setup.updates:
+        records: Collection[..., Any] = process.collect(job.model, setup.max_entries)
+        return lambda message: records.add(*job.row(message)), records.expire_all
+    cache: LruCache[Update] = LruCache(setup.max_entries)
+    return lambda message: cache.set(message[0], job.update(process, message)), cache.expire_all
 
 
 def options(setup: Setup, counter: Counter) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from importlib import metadata
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +29,7 @@ from phonon._core.presence import Presence
 from phonon._core.rebirth import Rebirth
 from phonon._core.reports import Reports
 from phonon._core.retry import RetryPolicy
+from phonon._core.sessions import Sessions
 from phonon._core.sources import Sources
 from phonon._core.takeover import Takeover
 from phonon._protocol import operations
@@ -172,6 +174,8 @@ class Engine:
             is_wanted=lambda: public() is not None,
             report=self.presence.report,
         )
+        self.sessions = Sessions(self.outbox, self.reports, lambda: public() is not None)
+        self.sessions.start_worker = lambda: self._ensure("sessions", self.sessions.work)
         self.outbox.executor = self.executor
         self.outbox.surplus = lambda: sum(cache.surplus for cache in list(self.caches))
         self.outbox.start_worker = lambda: self._ensure("outbox", self.outbox.work)
@@ -202,6 +206,7 @@ class Engine:
         self._former_workers: dict[str, list[Any]] = {}
         self.outbox.signal = self.driver.signal()
         self.leases.signal = self.driver.signal()
+        self.sessions.signal = self.driver.signal()
         self.heartbeat.signal = self.identity.signal = self.driver.signal()
         self.local = self.make_local()
         self.batches: set[Any] = set()
@@ -292,6 +297,7 @@ class Engine:
             self.executor,
             self.takeover,
             self.heartbeat,
+            self.sessions,
             self.presence,
         ):
             part.begin()
@@ -343,7 +349,7 @@ class Engine:
         if not self._started:
             return errors
         try:
-            yield from self._stop_workers("takeover", "outbox", "leases")
+            yield from self._stop_workers("sessions", "takeover", "outbox", "leases")
             yield from self._dismiss_waiters()
             begun = self.outbox.mark()
             cached = [out for cache in list(self.caches) for out in cache.endings_for(self)]
@@ -369,8 +375,8 @@ class Engine:
         self.leases.stopping = self.members.stopping = True
         self.takeover.leaving = True
         self.leases.wake()
-        for part in (self.outbox, self.heartbeat):
-            if part is self.outbox or "heartbeat" in names:
+        for part in (self.sessions, self.outbox, self.heartbeat):
+            if part is not self.heartbeat or "heartbeat" in names:
                 part.stopping = True
                 if part.signal is not None:
                     part.signal.set()
@@ -441,12 +447,12 @@ class Engine:
     def close(self) -> None:
         """Do no more. A second call does nothing."""
         self.stopped = True
-        self.outbox.stopping = self.heartbeat.stopping = True
+        self.outbox.stopping = self.heartbeat.stopping = self.sessions.stopping = True
         self.leases.stopping = self.members.stopping = True
         self.takeover.leaving = True
         self.outbox.open()
         self.identity.reborn()
-        for signal in (self.outbox.signal, self.heartbeat.signal):
+        for signal in (self.outbox.signal, self.heartbeat.signal, self.sessions.signal):
             if signal is not None:
                 signal.set()
 
@@ -507,10 +513,31 @@ class ThreadEngine(Engine):
             self.close()
 
 
+class _TaskLocal:
+    """What each task has of its own, and shares with the tasks that it starts."""
+
+    def __init__(self) -> None:
+        self._batch: ContextVar[Any] = ContextVar("phonon_batch", default=None)
+
+    @property
+    def batch(self) -> Any:
+        """The batch that the task has opened last."""
+        return self._batch.get()
+
+    @batch.setter
+    def batch(self, batch: Any) -> None:
+        self._batch.set(batch)
+
+
 class TaskEngine(Engine):
     """The engine of a `phonon.aio.AsyncProcess`."""
 
     is_async = True
+
+    @staticmethod
+    def make_local() -> Any:
+        """Return an object with attributes of their own for each task."""
+        return _TaskLocal()
 
     def tell(self, function: Callable[..., object], *arguments: object) -> None:
         """Run the user's ``on_error`` or ``on_lost``, and await its result in the background."""

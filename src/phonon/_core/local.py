@@ -12,6 +12,7 @@ from phonon._core import codec
 from phonon._core.copies import CONTAINERS, DEEP, PLAIN, copied
 from phonon._core.engine import Engine
 from phonon._core.forks import SAME, notice
+from phonon._core.sessions import GRACE, SPREAD, share
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError, ForkedError
 
@@ -463,6 +464,15 @@ class LocalUpdate:
     def _over_at_(self, touched: float) -> float:
         return min(touched + self.soft_session, self._begun_ + self.hard_session)
 
+    def ends_at_(self) -> float:
+        """Return when the session is ended if nothing more comes: in its spread behind its end.
+
+        A message that comes a moment too late ends it in its caller's thread, who hears of errors.
+        """
+        part = 1 + SPREAD * share(self.resource_id)
+        soft, hard = part * self.soft_session, part * self.hard_session
+        return min(self._touched_ + soft, self._begun_ + hard) + GRACE
+
     def _is_over_(self, now: float) -> bool:
         return now - self._touched_ >= self.soft_session or now - self._begun_ >= self.hard_session
 
@@ -537,12 +547,11 @@ class LocalUpdate:
                     return function(*arguments)
 
     def _not_the_same_(self, other: Any) -> ConfigurationError:
-        if isinstance(other, LocalUpdate) and type(other) is type(self):
-            what = f"of {shown(other.resource_id)}"
-        else:
-            what = f"a {type(other).__qualname__}"
+        what = f"a {type(other).__qualname__}"
+        if isinstance(other, LocalUpdate):
+            what = f"the {type(other).__qualname__} of {shown(other.resource_id)}"
         return ConfigurationError(
-            f"an update {what} cannot be merged into the {type(self).__qualname__} of "
+            f"{what} cannot be merged into the {type(self).__qualname__} of "
             f"{shown(self.resource_id)}: a cache has one key for each record and class; give "
             "LruCache.set the record's own key, as in cache.set(update.resource_id, update)"
         )

@@ -1,5 +1,6 @@
 """Collections of a model's records: what threads and tasks share, which is all but the waiting."""
 
+import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -8,6 +9,8 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 from phonon._core.engine import Engine
 from phonon._core.flows import Flow, read
 from phonon._core.local import prefix_of
+from phonon._core.sessions import SPREAD, share
+from phonon._models.columns import Reduced, reduce
 from phonon._models.messages import mapping_of
 from phonon._models.record import DATABASE, ModelRecord
 from phonon.errors import ConfigurationError, InvalidMessageError, UnknownClassError
@@ -40,6 +43,42 @@ class Rejected(NamedTuple):
 
 #: What `BaseCollection._ready` returns: where to fold, and what has left the collection.
 _Ready = tuple[ModelRecord, Sequence[tuple[Hashable, Any]]]
+
+
+class Limits:
+    """When the sessions of a collection's records end: a part of the cache that has them.
+
+    Attributes:
+        idle: Seconds without a message after which this process leaves the session; None: never.
+        longest: Seconds after which the session ends although messages keep coming.
+    """
+
+    idle: float | None = None
+    longest: float | None = None
+
+    def _ends_at(self, record: Any) -> float:
+        return min(self._idle_at(record), self._ends_by(record))
+
+    def _idle_at(self, record: Any) -> float:
+        if self.idle is None:
+            return math.inf
+        part = 1 + SPREAD * share(record.resource_id)
+        return float(record._touched_ + self.idle * part)
+
+    def _ends_by(self, record: Any) -> float:
+        if record.is_due:
+            return 0.0
+        if self.longest is None:
+            return math.inf
+        # A bound is a bound: these end before it.
+        part = 1 - SPREAD * share(record.resource_id)
+        return float(record._begun_ + self.longest * part)
+
+    def _is_over(self, record: Any, now: float) -> bool:
+        if self._ends_by(record) <= now:
+            record.is_due = True  # whoever else may hold the resource
+            return True
+        return self._idle_at(record) <= now
 
 
 class BaseCollection(Generic[P, M]):
@@ -88,6 +127,7 @@ class BaseCollection(Generic[P, M]):
             )
         self._collection = self._record.resource_collection
         self._cache = self._make_cache(max_entries)
+        self._cache.idle, self._cache.longest = idle, longest
         self._engine.caches.add(self._cache)
         self._build()
 
@@ -161,6 +201,8 @@ class BaseCollection(Generic[P, M]):
             "_dict": dict,
             "_InvalidMessageError": InvalidMessageError,
             "_Rejected": Rejected,
+            "_finish": self._finish,
+            "_zip": zip,
         }
         parts = {
             "@TOUCH": "_record._touched_ = _clock()" if self.idle is not None else "",
@@ -171,6 +213,8 @@ class BaseCollection(Generic[P, M]):
                 + [f"{name} is None" for name in self._compiled.fields]
             ),
         }
+        self._fold_columns: dict[tuple[str, ...], Any] = {}
+        self._parts, self._namespace = parts, namespace
         build = self._compiled.build
         self._fold_one = build("put", _filled(_PUT, parts), namespace)
         self._fold_rows = build("put_rows", _filled(_PUT_ROWS, parts), namespace)
@@ -221,7 +265,10 @@ class BaseCollection(Generic[P, M]):
         raise NotImplementedError
 
     def _grown(self, key: Any, record: ModelRecord) -> None:
-        """Note that a session has become as large as it may."""
+        """Have a session end that has become as large as it may."""
+        if not record.is_due:
+            record.is_due = True
+            self._engine.sessions.watch(self._cache.known, key, 0.0)
 
     # Flows
 
@@ -272,6 +319,57 @@ class BaseCollection(Generic[P, M]):
         return partials
 
     # Messages
+
+    def _finish(self, record: Any, out: Sequence[tuple[Hashable, Any]], alone: bool) -> Any:
+        """Go on with a message that was folded.
+
+        Args:
+            record: Its record.
+            out: What has left the collection for it.
+            alone: Whether no batch stores it.
+        """
+        raise NotImplementedError
+
+    def _folded_record(self, record: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Fold a record of the user's that shows one message; its ``on_complete`` has arguments."""
+        message = mapping_of(record)
+        if message is None:
+            raise self._compiled.no_mapping(record)
+        cache = self._cache
+        with cache._lock:  # noqa: SLF001 - a cache of ours
+            rest = self._fold_one(**message)
+            key = message.get(self._compiled.id.name)
+            found = cache._entries.get(key)  # noqa: SLF001
+            if found is not None:
+                found.arguments_ = arguments, named
+        return rest
+
+    def _reduced(self, table: Any) -> Reduced:
+        return reduce(table, self._compiled, ignore_unknown=self.ignore_unknown)
+
+    def _put_columns(self, columns: Mapping[str, list[Any]]) -> list[tuple[Hashable, Any]]:
+        """Merge columns in the open batch. Returns what has left the collection."""
+        names = tuple(columns)
+        put = self._fold_columns.get(names)
+        if put is None:
+            absent = [field.name for field in self._compiled.others if field.name not in columns]
+            parts = self._parts | {
+                "@NAMES": f"({', '.join(names)},)",
+                "@ABSENT": " = ".join([*absent, "None"]),
+            }
+            template = _filled(_PUT_COLUMNS, parts)
+            put = self._compiled.build("put_columns", template, self._namespace)
+            self._fold_columns[names] = put
+        out: list[tuple[Hashable, Any]] = []
+        batch = self._engine.batch
+        target = batch if batch is not None and batch.durable else None
+        put(list(columns.values()), batch, target, out)
+        return out
+
+    @property
+    def engine(self) -> Engine:
+        """The process's parts; nothing of them is public."""
+        return self._engine
 
     def _pieces(self, rows: Iterable[Any], size: int) -> Iterable[tuple[int, list[Any]]]:
         iterator, first = iter(rows), 0
@@ -344,8 +442,27 @@ def put(@PARAMETERS, **_unknown):
         @TOUCH
         @COUNT
     if _out or _batch is None:
-        return _record, _out, _batch is None
+        return _finish(_record, _out, _batch is None)
     return None
+"""
+
+_PUT_COLUMNS = """\
+def put_columns(_columns, _batch, _target, _all_out):
+    @ABSENT
+    with _lock:
+        _now = _clock()
+        for @NAMES in _zip(*_columns):
+            _record = _find(@ID)
+            if _record is None or _record._batch_ is not _target:
+                _record, _out = _ready(@ID, _record, _batch, _target)
+                if _out:
+                    _all_out += _out
+            else:
+                _use(@ID)
+            _doc = _record.doc
+            @FOLDS
+            @SEEN
+            @COUNT
 """
 
 _PUT_ROWS = """\

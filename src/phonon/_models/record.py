@@ -27,7 +27,7 @@ class ModelRecord(Update):
         is_due: Whether the session is over although others may hold the resource.
     """
 
-    __slots__ = ("is_due", "messages")
+    __slots__ = ("arguments_", "is_due", "messages")
 
     model: ClassVar[Any]
     compiled: ClassVar[Compiled]
@@ -37,6 +37,8 @@ class ModelRecord(Update):
     sink: ClassVar[Any] = None
     messages: int
     is_due: bool
+    #: What ``on_complete`` is given, in programs that were written for the original.
+    arguments_: tuple[tuple[Any, ...], dict[str, Any]] | None
 
     def merge(self, other: Self) -> None:
         """Merge the fields."""
@@ -46,7 +48,7 @@ class ModelRecord(Update):
         """Run the model's ``on_complete``."""
         if self.executes_many():
             return super().execute()
-        return self.shown().on_complete()
+        return self._complete()
 
     @classmethod
     def execute_many(cls, updates: Sequence[Self]) -> Any:
@@ -84,11 +86,22 @@ class ModelRecord(Update):
         """Return the record as users see it."""
         return self.model.from_states(self._id, self.doc, self.token)
 
+    def _complete(self) -> Any:
+        arguments, named = self.arguments_ or (self.model.no_arguments(), {})
+        return self.shown().on_complete(*arguments, **named)
+
+    def begin_execution(self, merged: Self, token: int) -> Self:
+        """Return the instance that executes a merged record, with this one's arguments."""
+        instance = super().begin_execution(merged, token)
+        instance.arguments_ = self.arguments_
+        return instance
+
     def attach(self, process: Any) -> None:
         """Belong to a process."""
         super().attach(process)
         self.messages = 0
         self.is_due = False
+        self.arguments_ = None
 
     def _take_(self, engine: Any, *, keep: bool) -> tuple[bytes | None, Any]:
         if self.doc:
@@ -126,7 +139,7 @@ class AsyncModelRecord(ModelRecord):
             for _, error in await self.execute_many([self]) or ():
                 raise error
         else:
-            await self.shown().on_complete()
+            await self._complete()
 
     @classmethod
     async def execute_many(cls, updates: Sequence[Self]) -> Any:

@@ -7,6 +7,7 @@ and errors, runs the same flows, and works together with it on the same resource
 from phonon.aio.admin import AsyncAdmin
 from phonon.aio.batch import AsyncBatch
 from phonon.aio.cache import AsyncLruCache
+from phonon.aio.collection import AsyncCollection
 from phonon.aio.lock import AsyncLock, AsyncSemaphore
 from phonon.aio.process import AsyncProcess
 from phonon.aio.reference import AsyncReference
@@ -15,6 +16,7 @@ from phonon.aio.update import AsyncConflictFreeUpdate, AsyncUpdate
 __all__ = [
     "AsyncAdmin",
     "AsyncBatch",
+    "AsyncCollection",
     "AsyncConflictFreeUpdate",
     "AsyncLock",
     "AsyncLruCache",

@@ -4,7 +4,7 @@ import asyncio
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, TypeVar, overload
 
 from phonon import _lifetime
 from phonon._core.dead_letters import Parked
@@ -15,6 +15,7 @@ from phonon._transport import async_io, connect
 from phonon._transport.asyncio import AsyncDriver
 from phonon._transport.connect import SharedConnection
 from phonon.aio.batch import AsyncBatch
+from phonon.aio.collection import AsyncCollection
 from phonon.aio.lock import AsyncLock, AsyncSemaphore
 from phonon.aio.reference import AsyncReference
 from phonon.aio.source import AsyncMessages, AsyncSource
@@ -37,6 +38,7 @@ from phonon.source import WINDOW, id_of, unordered
 if TYPE_CHECKING:
     from phonon.aio.update import AsyncUpdate
 
+P = ParamSpec("P")
 M = TypeVar("M")
 
 
@@ -339,6 +341,43 @@ class AsyncProcess(BaseProcess):
         check_position(position)
         flow = self.engine.sources.claim(check_name("name", name), position)
         return AsyncSource(self, await self.engine.run(flow))
+
+    def collect(
+        self,
+        model: Callable[P, M],
+        max_entries: int = 10_000,
+        *,
+        idle: float | None = None,
+        longest: float | None = None,
+        largest: int | None = None,
+        ignore_unknown: bool = False,
+        sink: Any = None,
+    ) -> AsyncCollection[P, M]:
+        """Return a collection, which merges messages into a model's records; see `Process.collect`.
+
+        Args:
+            model: A subclass of `Model`.
+            max_entries: The number of keys to keep in this process at the most.
+            idle: Seconds without a message after which this process leaves a key's session.
+            longest: Seconds after which it ends the session although messages keep coming.
+            largest: The number of messages from this process after which it ends the session.
+            ignore_unknown: Whether to pass over what the model does not know in a message.
+            sink: Where its records are written to, in place of the model's ``on_complete``.
+
+        Raises:
+            ConfigurationError: An argument is invalid, or the model never completes.
+            ProcessStoppedError: The process was not started.
+        """
+        return AsyncCollection(
+            self,
+            model,
+            max_entries,
+            idle=idle,
+            longest=longest,
+            largest=largest,
+            ignore_unknown=ignore_unknown,
+            sink=sink,
+        )
 
     @overload
     def batch(self, *, durable: bool = True) -> AsyncBatch: ...

@@ -1,0 +1,146 @@
+"""A collection of a model's records, for tasks."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from phonon._core.engine import Engine, errors_only
+from phonon._core.flows import EXECUTING, Flow, Sleep
+from phonon._models.collecting import TOGETHER, BaseCollection, Limits, Rejected
+from phonon.aio.cache import AsyncLruCache
+from phonon.batch import raise_together
+
+P = ParamSpec("P")
+M = TypeVar("M")
+
+#: Seconds between two looks whether there is room for new messages.
+_LOOK = 0.02
+
+
+class AsyncRecordCache(Limits, AsyncLruCache[Any]):
+    """The records of a collection.
+
+    Args:
+        max_entries: The number of keys to keep at the most.
+        on_fork: Called in a forked child, once the parent's records are gone.
+    """
+
+    def __init__(self, max_entries: int, on_fork: Callable[[], None]) -> None:
+        super().__init__(max_entries)
+        self._on_fork = on_fork
+
+    def insert(self, key: Hashable, record: Any) -> Sequence[tuple[Hashable, Any]]:
+        """Add a record; the lock is held. Return what has left the cache."""
+        return self._insert(key, record)
+
+    async def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
+        """End the sessions of what has left the cache. Returns what went wrong."""
+        return await self._end(out)
+
+    def forget_for(self, engine: Engine) -> None:
+        """Drop the records: after a fork they are the parent's."""
+        super().forget_for(engine)
+        self._on_fork()
+
+
+class AsyncCollection(BaseCollection[P, M]):
+    """Merges messages into records by key; see `Collection`. Made by `AsyncProcess.collect`.
+
+    The model's ``on_complete`` may be a coroutine function; one that is not runs in a thread.
+
+    Example:
+        >>> views = process.collect(PageViews, idle=30, longest=3600)  # doctest: +SKIP
+        >>> async with process.batch():  # doctest: +SKIP
+        ...     await views.add("ada", views=1, pages={"/": 1})
+    """
+
+    def _make_cache(self, max_entries: int) -> AsyncRecordCache:
+        return AsyncRecordCache(max_entries, self._build)
+
+    def _wait_for_room(self) -> None:
+        """Tasks wait before their messages are folded."""
+
+    async def add(self, *values: P.args, **named: P.kwargs) -> None:
+        """Merge a message into the record of its key; see `Collection.add`.
+
+        Raises:
+            InvalidMessageError: The model does not take it. Nothing of it was merged.
+            ConnectionLostError: The server does not answer. The data is kept and stored once, when
+                the server is back: do not hand the message back to its broker.
+            BacklogFullError: Too much is unfinished; this was not taken in.
+            Exception: What ending an evicted record's session raised; the message was merged.
+        """
+        if self._engine.outbox.full:
+            await self._room()
+        rest = self._fold_one(*values, **named)
+        if rest is not None:
+            await self._finished(*rest)
+
+    async def add_many(self, rows: Iterable[Any]) -> list[Rejected]:
+        """Merge many messages; see `Collection.add_many`."""
+        await self._room()
+        rejected: list[Rejected] = []
+        if self._engine.batch is not None:
+            await self._rows(rows, 0, rejected)
+            return rejected
+        for first, piece in self._pieces(rows, TOGETHER):
+            async with self._process.batch():
+                await self._rows(piece, first, rejected)
+        return rejected
+
+    async def add_table(self, table: Any) -> list[Rejected]:
+        """Merge the rows of a table; see `Collection.add_table`."""
+        reduced = self._reduced(table)
+        if reduced.rows is not None:
+            return await self.add_many(reduced.rows)
+        await self._room()
+        async with self._process.batch():
+            out = self._put_columns(reduced.columns)
+            raise_together("ending sessions failed", await self._cache.end(out))
+        return [Rejected(*each) for each in reduced.rejected]
+
+    async def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
+        """Merge a record that shows one message; see `Collection.add_record`."""
+        await self._room()
+        rest = self._folded_record(record, tuple(arguments), dict(named or {}))
+        if rest is not None:
+            await self._finished(*rest)
+
+    async def _finished(self, record: Any, out: Any, alone: bool) -> None:
+        errors: list[Exception] = []
+        if alone:
+            errors += errors_only(await self._engine.run(self._storing(record)))  # type: ignore[attr-defined]  # of tasks
+        errors += await self._cache.end(out)
+        raise_together("not everything went well", errors)
+
+    def _finish(self, record: Any, out: Sequence[tuple[Hashable, Any]], alone: bool) -> Any:
+        """Return it all: a task awaits the rest."""
+        return record, out, alone
+
+    async def _rows(self, rows: Any, first: int, rejected: list[Rejected]) -> None:
+        out = self._put_rows(rows, first, rejected)
+        raise_together("ending sessions failed", await self._cache.end(out))
+
+    async def read(self, key: Any) -> M | None:
+        """Return what all processes have stored of a key; see `Collection.read`."""
+        found: M | None = await self._engine.run(self._reading(key))  # type: ignore[attr-defined]  # of tasks
+        return found
+
+    async def expire(self, key: Any) -> None:
+        """End the session of a key here; see `Collection.expire`."""
+        await self._cache.expire(key)
+
+    async def expire_all(self) -> None:
+        """End all sessions here, many at a time; see `Collection.expire_all`."""
+        await self._cache.expire_all()
+
+    async def _room(self) -> None:
+        if self._engine.outbox.full:
+            await self._engine.run(self._waiting_for_room())  # type: ignore[attr-defined]  # of tasks
+
+    def _waiting_for_room(self) -> Flow[None]:
+        outbox, clock = self._engine.outbox, self._engine.identity.clock
+        deadline = clock() + self._process.BLOCKING_TIMEOUT
+        while outbox.full and not EXECUTING.get():
+            if not outbox.blocks or clock() >= deadline:
+                raise outbox.refusal()
+            yield Sleep(_LOOK)

@@ -1,0 +1,81 @@
+"""The original's registry: one collection for each model, in a process that `connect` has made.
+
+It is there for programs that were written for the original; others make a `Process`, and collect.
+"""
+
+import threading
+from typing import Any
+
+from phonon import connections
+from phonon.collection import Collection
+from phonon.model import Model
+
+__all__ = ["Registry", "configure", "register"]
+
+
+class Registry:
+    """The collections of a process, by model.
+
+    Args:
+        max_entries: Keys to keep of each model at the most.
+        idle: Seconds without a message after which a session ends.
+        longest: Seconds after which it ends although messages keep coming.
+    """
+
+    def __init__(
+        self, max_entries: int = 10_000, idle: float | None = 1800, longest: float | None = None
+    ) -> None:
+        self.max_entries = max_entries
+        self.idle = idle
+        self.longest = longest
+        self._lock = threading.Lock()
+        self._collections: dict[type[Model], Collection[Any, Any]] = {}
+
+    def collection(self, model: type[Model]) -> Collection[Any, Any]:
+        """Return the collection of a model."""
+        process = connections.process()
+        with self._lock:
+            found = self._collections.get(model)
+            if found is None or found.engine is not process.engine:
+                found = process.collect(
+                    model, self.max_entries, idle=self.idle, longest=self.longest
+                )
+                self._collections[model] = found
+            return found
+
+    def register(self, model: Model, *args: Any, **kwargs: Any) -> None:
+        """Merge a record that shows one message.
+
+        Args:
+            model: The record.
+            args: What ``on_complete`` is given once the data is safe: a broker's message to finish,
+                say. It is called for each message that this process has registered.
+            kwargs: The same by name.
+
+        Raises:
+            InvalidMessageError: Its model does not take it. Nothing was merged.
+            ConnectionLostError: The server does not answer; the data is kept, and stored once.
+        """
+        self.collection(type(model)).add_record(model, args, kwargs)
+
+
+_registry = Registry()
+
+
+def configure(
+    max_entries: int = 10_000, idle: float | None = 1800, longest: float | None = None
+) -> None:
+    """Set how many keys are kept, and when sessions end; for models that are registered from now.
+
+    Args:
+        max_entries: Keys to keep of each model at the most.
+        idle: Seconds without a message after which a session ends.
+        longest: Seconds after which it ends although messages keep coming.
+    """
+    global _registry  # noqa: PLW0603 - the original's interface is a module
+    _registry = Registry(max_entries, idle, longest)
+
+
+def register(model: Model, *args: Any, **kwargs: Any) -> None:
+    """Merge a record that shows one message; see `Registry.register`."""
+    _registry.register(model, *args, **kwargs)
