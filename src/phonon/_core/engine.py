@@ -172,6 +172,7 @@ class Engine:
             is_wanted=lambda: public() is not None,
             report=self.presence.report,
         )
+        self.takeover.ask_for_more = self.heartbeat.wake
         self.outbox.executor = self.executor
         self.outbox.surplus = lambda: sum(cache.surplus for cache in list(self.caches))
         self.outbox.start_worker = lambda: self._ensure("outbox", self.outbox.work)
