@@ -542,8 +542,8 @@ class World:
         self.server.skew += micros
 
     def do_forward(self) -> None:
-        """The server's clock is right again."""
-        self.server.skew = 0
+        """The server's clock is not behind any more. To set it back delays takeovers for long."""
+        self.server.skew = max(0, self.server.skew)
 
     def do_save(self) -> None:
         """The server's data is saved."""

@@ -158,18 +158,21 @@ def test_another_epoch_is_noticed(lab: Lab) -> None:
 
 
 def test_the_dead_are_handed_out_for_some_time(lab: Lab) -> None:
-    lives = [Life(lab, f"d{i:02}") for i in range(20)]
-    a, b = Life(lab, "a"), Life(lab, "b")
+    lives = [Life(lab, f"d{i:02}") for i in range(6)]
+    a, b, c = (Life(lab, name) for name in "abc")
     for life in lives:
         lab.whole("expire", life.name)
     first = a.beat(hand_out_ms=500)[3:]
     second = b.beat(hand_out_ms=500)[3:]
-    assert (len(first), len(second)) == (16, 4)
+    assert (len(first), len(second)) == (4, 2)
     assert not set(first) & set(second)
     assert a.beat(hand_out_ms=500)[3:] == []
-    assert len(a.beat(executes=0, hand_out_ms=500)[3:]) == 16, "those that only reap have their own"
+    assert len(a.beat(executes=0, hand_out_ms=500)[3:]) == 4, "those that only reap have their own"
     lab.advance(501)
-    assert len(b.beat(hand_out_ms=500)[3:]) == 16
+    told = [life.beat(hand_out_ms=500)[3:] for life in (a, b, c, a, b)]
+    assert sum(map(len, told)) == 12, "two for each"
+    lab.advance(501)
+    assert sum(len(b.beat(hand_out_ms=500)[3:]) for _ in range(12)) == 24, "four for each"
 
 
 def test_the_last_one_takes_all_along(lab: Lab) -> None:

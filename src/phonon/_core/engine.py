@@ -176,6 +176,7 @@ class Engine:
         )
         self.sessions = Sessions(self.outbox, self.reports, lambda: public() is not None)
         self.sessions.start_worker = lambda: self._ensure("sessions", self.sessions.work)
+        self.takeover.ask_for_more = self.heartbeat.wake
         self.outbox.executor = self.executor
         self.outbox.surplus = lambda: sum(cache.surplus for cache in list(self.caches))
         self.outbox.start_worker = lambda: self._ensure("outbox", self.outbox.work)

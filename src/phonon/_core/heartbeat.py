@@ -22,6 +22,8 @@ log = logging.getLogger("phonon")
 DEAD_AFTER = 4
 #: Seconds after another process's deadline at which to look after it.
 DEATH_GRACE = 0.01
+#: As many dead processes are named by one beat. See HANDED_OUT in processes.lua.
+HANDED_OUT = 4
 #: Every so many beats the lanes of processes that are not listed are looked for.
 SWEEP_EVERY = 4
 
@@ -159,6 +161,7 @@ class Heartbeat:
             yield from self._rebirth.run()
             return 0.0
         self._takeover.living = answer[2]
+        self._takeover.has_more = len(answer) - 3 >= HANDED_OUT
         self._takeover.add(answer[3:])
         self._compare(found)
         self._leases.start_work()

@@ -64,6 +64,8 @@ class Takeover:
         former: Own former identities, each with the partitions where it is not reaped yet. Until
             then the lanes there hold back what would be told of the former self.
         living: How many processes are alive, this one included, as of the last beat.
+        has_more: Whether the last beat has named as many dead ones as one beat does.
+        ask_for_more: Beats, to be told of others.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Takeover:
         self._recovers = recovers
         self._can_execute = can_execute
         self.start_worker: Callable[[], None] = lambda: None
+        self.ask_for_more: Callable[[], None] = lambda: None
         self.begin()
 
     def begin(self) -> None:
@@ -86,7 +89,9 @@ class Takeover:
         self.former: dict[bytes, set[int]] = {}
         self._dead: dict[bytes, None] = {}
         self._joins: list[Operation] = []
-        self._released: set[bytes] = set()
+        # Where something of those is left that were released.
+        self._released: dict[bytes, list[int]] = {}
+        self.has_more = False
         self.living = 1
         self.leaving = False
         self.is_working = False
@@ -139,6 +144,9 @@ class Takeover:
                     if process in self.former:
                         self._dead.setdefault(process)
                     return
+            if self.has_more:
+                self.has_more = False
+                self.ask_for_more()
         finally:
             self.is_working = False
 
@@ -185,7 +193,7 @@ class Takeover:
         try:
             left = yield from self._reap(dead, recovers, taken)
         finally:
-            self._released.discard(dead)
+            self._released.pop(dead, None)
             foreign = dead not in self._identity.former
             if taken.resources and foreign and operations.class_of_queue(dead) is None:
                 log.warning(
@@ -205,26 +213,32 @@ class Takeover:
             if isinstance(reply, Exception):
                 raise reply
 
-    def _reap(self, dead: bytes, recovers: bool, taken: _Taken) -> Flow[int]:
+    def _reap(self, dead: bytes, recovers: bool, taken: _Taken) -> Flow[list[int]]:
         """Reap a dead process in all partitions.
 
         Memberships and locks at once. Batches as they are executed: survivors share them, and none
         takes more than it can see to.
 
         Returns:
-            How many resources are left to survivors that execute batches.
+            The partitions in which something is left to survivors that execute batches.
         """
+        partitions = list(range(self._identity.partitions.count))
         if not recovers:
-            return (yield from self._reap_everywhere(dead, taken, recovers=False))
+            return (yield from self._reap_in(partitions, dead, taken, recovers=False))
         if dead not in self.former and operations.class_of_queue(dead) is None:
-            yield from self._release(dead, taken)
-        return (yield from self._reap_everywhere(dead, taken, recovers=True))
+            partitions = yield from self._release(dead, taken)
+        return (yield from self._reap_in(partitions, dead, taken, recovers=True))
 
-    def _release(self, dead: bytes, taken: _Taken) -> Flow[None]:
-        """Release what a dead process held, but for what there is to execute."""
+    def _release(self, dead: bytes, taken: _Taken) -> Flow[list[int]]:
+        """Release what a dead process held, but for what there is to execute.
+
+        Returns:
+            The partitions in which there is something: it is fenced, so there will be no others.
+        """
         if dead not in self._released:
-            yield from self._reap_everywhere(dead, taken, recovers=False)
-            self._released.add(dead)
+            everywhere = range(self._identity.partitions.count)
+            self._released[dead] = yield from self._reap_in(everywhere, dead, taken, recovers=False)
+        return self._released[dead]
 
     def _wait_for_capacity(self, me: bytes) -> Flow[float]:
         """Wait until what was taken over is nearly executed. Return the seconds that this took.
@@ -242,10 +256,12 @@ class Takeover:
                 yield Sleep(PAUSE)
         return clock() - begun
 
-    def _reap_everywhere(self, dead: bytes, taken: _Taken, *, recovers: bool) -> Flow[int]:
-        todo = list(range(self._identity.partitions.count))
+    def _reap_in(
+        self, partitions: Iterable[int], dead: bytes, taken: _Taken, *, recovers: bool
+    ) -> Flow[list[int]]:
+        todo = list(partitions)
         random.shuffle(todo)  # survivors do not all begin at the same place
-        left = 0
+        left: list[int] = []
         me = self._identity.id
         paced = recovers and dead not in self.former
         most = min(FIRST, MOST) if paced else MOST
@@ -267,7 +283,7 @@ class Takeover:
                     again.append(partition)
                     remaining = max(remaining, reaped.left)
                 else:
-                    left += reaped.left_in_all
+                    left += [partition] * (reaped.left_in_all > 0)
                     if me == self._identity.id and self._reaped(dead, partition):
                         yield FLUSH
             todo = again

@@ -27,10 +27,11 @@ plain('list', function(N, args)
   return { epoch_of(N, true), call('HGET', N .. 'listings', pid), tonumber(call('GET', N .. 'partitions')) }
 end)
 
--- The dead are handed out to those that beat, so many to each. At first to one survivor alone, which is
--- mostly enough; after some time to many: they share the work, and a survivor that dies itself keeps
--- nobody from it.
-local HANDED_OUT = 16
+-- The dead are handed out to those that beat, so many to each; whoever is done with them beats again.
+-- At first each dead one is handed to one survivor alone, which is mostly enough; after some time to two,
+-- then to four: they share the work, and a survivor that dies itself keeps nobody from it. Not to all at
+-- once: where the survivors are slow since there are many dead, that would make them slower.
+local HANDED_OUT = 4
 local SHARERS = 16
 
 -- The server's clock may be set forward. It was if it has gone on by so much more of a lease between two
@@ -91,16 +92,17 @@ plain('beat', function(N, args)
     -- others have to take over.
     local field = args[6] .. other
     local known = call('HGET', N .. 'reapers', field)
-    local till, more = 0, 1
+    local till, more, sharers = 0, 0, 0.5
     if known then
-      till, more = string.match(known, '^(%d+) (%d+)$')
-      till, more = tonumber(till), tonumber(more)
+      till, more, sharers = string.match(known, '^(%d+) (%d+) (%d+)$')
+      till, more, sharers = tonumber(till), tonumber(more), tonumber(sharers)
     end
     if till <= at then
-      till, more = at + args[7] * 1000, known and SHARERS or 1
+      sharers = math.min(sharers * 2, SHARERS)
+      till, more = at + args[7] * 1000, sharers
     end
     if more > 0 then
-      call('HSET', N .. 'reapers', field, fmt(till) .. ' ' .. fmt(more - 1))
+      call('HSET', N .. 'reapers', field, fmt(till) .. ' ' .. fmt(more - 1) .. ' ' .. fmt(sharers))
       answer[#answer + 1] = other
       if #answer - 3 >= HANDED_OUT then
         break

@@ -1,7 +1,6 @@
 """Processes are killed, and the others finish what they have begun."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -194,16 +193,15 @@ def test_survivors_share_the_work(crew: Crew) -> None:
     doomed.do("put_many", "slow-", 200)  # 10 s for one alone
     doomed.kill()
     begun = time.monotonic()
-    wait_until(lambda: len(crew.journal.lines()) >= 2200)
+    wait_until(lambda: len(crew.journal.applied()) == 2200)
     assert time.monotonic() - begun < PROMISED + SLACK
     probe = crew.process(recover_failed_processes=False)
     wait_until(lambda: is_dead(probe, doomed))
-    lines = crew.journal.lines()
     expected = [f"orphan{i}" for i in range(2000)] + [f"slow-{i}" for i in range(200)]
-    assert Counter(line.record for line in lines) == Counter(expected)
-    assert all(line.doc == {"n": 1} for line in lines)
-    shares = Counter(line.process for line in lines)
-    assert shares.keys() == {member.id for member in survivors}, "each takes some"
+    assert crew.journal.applied() == {record: {"n": 1} for record in expected}
+    # On a slow machine one may be declared dead itself, and go on under another id.
+    pids = {line.pid for line in crew.journal.lines()}
+    assert pids == {member.popen.pid for member in survivors}, "each takes some"
 
 
 def test_a_process_that_comes_later_takes_over(
@@ -384,10 +382,11 @@ def test_survivors_share_the_work_in_a_cluster(spread: Crew) -> None:
     doomed.do("put_many", "orphan", 1000)
     doomed.do("put_many", "slow-", 100)
     doomed.kill()
-    wait_until(lambda: len(spread.journal.lines()) >= 1100)
+    wait_until(lambda: len(spread.journal.applied()) == 1100)
     probe = spread.process(recover_failed_processes=False)
     wait_until(lambda: is_dead(probe, doomed))
-    lines = spread.journal.lines()
     expected = [f"orphan{i}" for i in range(1000)] + [f"slow-{i}" for i in range(100)]
-    assert Counter(line.record for line in lines) == Counter(expected)
-    assert {line.process for line in lines} == {member.id for member in survivors}
+    assert spread.journal.applied() == {record: {"n": 1} for record in expected}
+    # On a slow machine one may be declared dead itself, and go on under another id.
+    pids = {line.pid for line in spread.journal.lines()}
+    assert pids == {member.popen.pid for member in survivors}, "each takes some"
