@@ -41,6 +41,7 @@ from phonon._core.flows import (
 )
 from phonon._protocol import operations as ops
 from phonon._protocol.library import default
+from phonon._protocol.operations import Operation
 from phonon._transport import sync_io, threads
 from phonon._transport.server import after_fork_in_child
 from phonon._transport.threads import ThreadDriver, _Leader
@@ -1069,4 +1070,62 @@ def test_a_forked_child_goes_on_as_another_process(make: Make, own_server: Redis
     over.set()
     leading.join(20)
     assert partials(own_server, lab.identity, b"c") == [b"child"]
+    settled(lab)
+
+
+# Sending while operations are made
+
+
+class OddError(Exception):
+    """What making operations raises."""
+
+
+def storing(lab: Lab, fails_at: int = -1) -> Flow[Any]:
+    sent: list[Operation] = []
+
+    def groups() -> Iterator[None]:
+        for i in range(6):
+            sent.append(lab.identity.append(b"r%d" % i, b"x"))
+            if i == fails_at:
+                raise OddError
+            yield
+
+    answers = yield Send(sent, more=groups())
+    return answers
+
+
+def stored(server: Redis, lab: Lab) -> list[bytes]:
+    return [b"".join(partials(server, lab.identity, b"r%d" % i)) for i in range(6)]
+
+
+def test_all_are_stored_once(make: Make, own_server: Redis) -> None:
+    lab = make(own_server.socket)
+    lab.append(b"other")  # there is an idle connection
+    assert lab.driver.run(storing(lab)) == [1] * 6
+    assert stored(own_server, lab) == [b"x"] * 6
+    settled(lab)
+
+
+def test_a_connection_that_fails_in_the_middle(make: Make, own_server: Redis, proxy: Proxy) -> None:
+    lab = make(proxy.socket)
+    lab.append(b"other")
+    for fault in (Fault.LOST_REQUEST, Fault.LOST_REPLY):
+        proxy.strike(fault)
+        assert lab.driver.run(storing(lab)) == [1] * 6
+    assert stored(own_server, lab) == [b"xx"] * 6
+    settled(lab)
+
+
+def test_an_interrupt_in_the_middle_leaves_no_answer_for_others(
+    make: Make, own_server: Redis
+) -> None:
+    """Those that are in lanes go on in the background; the connection is given up."""
+    lab = make(own_server.socket)
+    lab.append(b"other")
+    with pytest.raises(OddError):
+        lab.driver.run(storing(lab, fails_at=4))
+    assert lab.append(b"another") == 1
+    with contextlib.suppress(OddError):
+        lab.catch_up()
+    assert stored(own_server, lab) == [b"x"] * 5 + [b""]
     settled(lab)
