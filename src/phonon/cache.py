@@ -105,6 +105,7 @@ class BaseCache(Generic[U]):
             # One that was made before the block is stored by it all the same.
             batch = engine.batch if engine.batches else None
             if batch is not None and batch.durable:
+                batch.keep(update)
                 batch.add(update)
         elif not hasattr(update, "end_session"):
             raise ConfigurationError(

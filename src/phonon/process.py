@@ -549,8 +549,10 @@ class Process(BaseProcess):
         References created, updates made and sessions ended inside the block are merged per key
         and travel in one exchange, so that a batch of messages costs hardly more than one. After
         the block everything set inside it is on the server, and the messages can be acknowledged.
-        That is so as well if the block's body raises: what was set before is stored, and the error
-        is passed on.
+        If the block's body raises, nothing that was set inside is stored, and caches are as they
+        were before: hand all messages back to their broker. Only what the body has sent by itself
+        stays: locks, modifications, `Reference.dereference`, `stop`, what another thread has
+        stored or ended meanwhile, and sessions from before the block that a cache has ended.
 
         If leaving the block raises, what could not be stored is kept and goes with the next batch
         or with `flush`: acknowledge the messages when that has returned. Do not hand them back to

@@ -307,6 +307,7 @@ class Update(LocalUpdate):
         self._check_loop_(engine)
         batch = engine.batch
         if batch is not None:
+            batch.keep(self)
             batch.add(self)
         else:
             raise_first(engine.run(self.storing(engine)))

@@ -236,6 +236,8 @@ class LocalUpdate:
             self._touched_ = now
             batch.replace(other, self)
             return False
+        if batch is None and self._engine_.batches:
+            return self._absorb_slowly_(other, now)  # neither is in the batch that may be open
         result: object = self.merge(other)  # type: ignore[func-returns-value]  # it should not
         if result is not None:
             raise codec.returned(self, result)
@@ -245,11 +247,6 @@ class LocalUpdate:
             fresh = batch.fresh
             if fresh and fresh[-1] is other:
                 fresh.pop()
-        elif self._engine_.batches:
-            # Something was merged into it that no batch has.
-            batch = getattr(self._engine_.local, "batch", None)
-            if batch is not None and batch.durable and batch.is_open:
-                batch.add(self)
         return False
 
     def cached_under(self, lock: Any) -> None:
@@ -425,9 +422,15 @@ class LocalUpdate:
             # Another thread's batch is storing this one. Its end says nothing to our caller, who is
             # to know that all is stored: the other one is stored by itself.
             if other._batch_ is not batch:
+                batch.keep(other)
                 batch.add(other)
         else:
-            if other is not self:
+            if theirs is not None and batch is None and theirs.is_open and other is not self:
+                # If its block raises, what is not the block's stays.
+                theirs.put_aside(self, other)
+            elif other is not self:
+                if batch is not None:
+                    batch.keep(self)
                 self._merge_or_adopt_(other)
             if other._opens_:
                 self._take_over_(other)
