@@ -199,7 +199,6 @@ class BaseBatch:
             return None
         return Closing(self._engine, self, joins, fresh, outs)
 
-
     def _undo(self, fresh: Iterable[Any], aside: Iterable[tuple[Any, Any]]) -> None:
         """Have all updates be as they were before the block."""
         for update in fresh:

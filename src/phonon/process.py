@@ -31,6 +31,7 @@ from phonon.settings import (
     Overflow,
     RetryPolicy,
     check_executor,
+    check_flag,
     check_name,
     check_position,
     check_process,
@@ -291,7 +292,9 @@ class Process(BaseProcess):
         found = url_of(url, hosts, client, (host, port, db))
         self.session_length = length
         self.heartbeat_interval = heartbeat_interval
-        self.recover_failed_processes = recover_failed_processes
+        self.recover_failed_processes = check_flag(
+            "recover_failed_processes", recover_failed_processes
+        )
         self.namespace = namespace
         self._stop_lock = threading.RLock()
         self._connection = _connect(
@@ -303,7 +306,7 @@ class Process(BaseProcess):
                     namespace,
                     partitions,
                     heartbeat_interval,
-                    bool(recover_failed_processes),
+                    self.recover_failed_processes,
                     retry,
                     max_backlog,
                     overflow,
@@ -577,8 +580,8 @@ class Process(BaseProcess):
             return Messages(self._engine, progress, messages, message_id or id_of)
         batch: Batch | None = self._engine.batch
         if batch is None:
-            return Batch(self._engine, durable=durable)
-        batch.durable |= durable
+            return Batch(self._engine, durable=check_flag("durable", durable))
+        batch.durable |= check_flag("durable", durable)
         return batch
 
     def flush(self) -> None:

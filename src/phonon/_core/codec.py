@@ -99,7 +99,7 @@ def dump(update: Storable, serializer: Serializer) -> bytes:
         raise stopped(update, "state", error) from error
     content = [update._id, update.database, update.collection, update.spec, update.doc, state]  # noqa: SLF001 - its public name
     try:
-        return serializer.dumps(content)
+        data: object = serializer.dumps(content)
     except NotStorableError:
         if type(state) is not dict:
             raise TypeError(
@@ -110,6 +110,9 @@ def dump(update: Storable, serializer: Serializer) -> bytes:
         for name, value in named.items():
             _explain(serializer, value, f"{type(update).__qualname__}.{name}")
         raise
+    if not isinstance(data, bytes):
+        raise TypeError(f"{serializer!r}.dumps() returned {data!r}: it returns bytes")
+    return data
 
 
 def state_of(update: Storable) -> dict[str, Any]:
@@ -163,13 +166,16 @@ def merge(mine: Storable, other: Storable) -> None:
         raise returned(mine, result)
 
 
-def returned(update: Storable, result: Any) -> TypeError:
-    """Return the error for a `merge` that has returned something."""
+def returned(
+    update: Storable,
+    result: Any,
+    method: str = "merge",
+    does: str = "changes self and returns None",
+) -> TypeError:
+    """Return the error for a method that has returned what nobody looks at."""
     if iscoroutine(result):
         result.close()
-    return TypeError(
-        f"{type(update).__qualname__}.merge() returned {result!r}: it changes self and returns None"
-    )
+    return TypeError(f"{type(update).__qualname__}.{method}() returned {result!r}: it {does}")
 
 
 class UpdateCodec:

@@ -6,6 +6,7 @@ An update is emptied when its content goes to the server, and goes on, as an ent
 import marshal
 import weakref
 from collections.abc import Callable
+from inspect import isawaitable
 from typing import Any, ClassVar, Self
 
 from phonon._core import codec
@@ -120,7 +121,10 @@ class LocalUpdate:
     @property
     def forced(self) -> bool:
         """Whether the end of the session does not wait for other processes."""
-        return self.is_expired() or (self._ref_ is not None and self._ref_.force_expiry)
+        expired: Any = self.is_expired()
+        if expired.__class__ is not bool and isawaitable(expired):
+            raise codec.returned(self, expired, "is_expired", "returns whether the session is over")
+        return bool(expired) or (self._ref_ is not None and self._ref_.force_expiry)
 
     def has_unsent(self) -> bool:
         """Return whether it has data that is not on the server."""
@@ -164,7 +168,13 @@ class LocalUpdate:
         if not (self._unsent_ or self.has_unsent()):
             return None
         partial = codec.pack(self, engine.codec.serializer)
-        self._empty_()
+        try:
+            self._empty_()
+        except BaseException:
+            # It may be empty by half.
+            self._adopt_(engine.codec.decode(self.resource_id, partial, "memory"))
+            self._unsent_ = True
+            raise
         return partial
 
     def put_back(self, partial: bytes) -> None:
@@ -336,17 +346,20 @@ class LocalUpdate:
 
     def _empty_(self) -> None:
         """Go on with no content: it is on the server."""
-        doc = self.doc
-        if doc is not None:
+        if self.doc is not None:
             self.doc = {}
         try:
             values = self.clear()
-        except BaseException as error:
-            self.doc = doc
-            if isinstance(error, StopIteration):
-                raise codec.stopped(self, "clear", error) from error
-            raise
-        if isinstance(values, dict):
+        except StopIteration as error:
+            raise codec.stopped(self, "clear", error) from error
+        if values is not None:
+            if not isinstance(values, dict):
+                raise codec.returned(
+                    self,
+                    values,
+                    "reset_states() or clear",
+                    "empties self and returns None, or a dict",
+                )
             for name, value in values.items():
                 setattr(self, name, value)
         self._unsent_ = False

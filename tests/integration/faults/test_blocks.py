@@ -152,12 +152,10 @@ def test_a_session_that_the_cache_has_ended_ends_with_what_it_had(
 
 def test_a_block_inside_is_part_of_the_outer_one(api: Api, server: Redis, namespace: str) -> None:
     async def scene(world: World) -> None:
-        async with world.failing():
-            async with api.enter(world.process.batch()):
-                await world.set("record", 1)
-        async with api.enter(world.process.batch()):
-            async with world.failing():
-                await world.set("record", 10)
+        async with world.failing(), api.enter(world.process.batch()):
+            await world.set("record", 1)
+        async with api.enter(world.process.batch()), world.failing():
+            await world.set("record", 10)
         assert await world.totals() == {"record": 10}
 
     play(api, server, namespace, scene)
