@@ -2,9 +2,8 @@
 
 import os
 
-from celery import Celery
-
 import prefork_app
+from celery import Celery
 
 app = Celery("prefork_tasks", broker=os.environ["PREFORK_BROKER"])
 app.conf.worker_prefetch_multiplier = 1
