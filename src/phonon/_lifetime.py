@@ -39,6 +39,16 @@ _forkable: "weakref.WeakSet[Forkable]" = weakref.WeakSet()
 _watched: dict[str, int] = {}
 
 
+def is_to_be_forked() -> bool:
+    """Return whether this is uWSGI's master, which has imported the program for its workers.
+
+    It forks in C, whatever other threads do: if one of them runs Python code at that moment, no
+    Python code runs in the worker ever again.
+    """
+    uwsgi = sys.modules.get("uwsgi")
+    return uwsgi is not None and uwsgi.worker_id() == 0
+
+
 def stop_at_exit(process: Stoppable) -> None:
     """Stop a process at the end of the interpreter, unless it was stopped before."""
     _stoppable.add(process)

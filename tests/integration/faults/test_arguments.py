@@ -149,7 +149,7 @@ def ids(case: Any) -> str:
 def check(error: ConfigurationError, name: str, value: Any) -> None:
     """The message names the argument, or says what it is; and the value; and the remedy."""
     text = str(error)
-    assert name.split("_", maxsplit=1)[0] in text or name == "blocking", text
+    assert name.split("_", maxsplit=1)[0] in text.lower(), text
     inner = [value]
     if isinstance(value, RetryPolicy | Durability):
         inner = list(value)
