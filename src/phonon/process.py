@@ -320,7 +320,8 @@ class Process(BaseProcess):
                 retry_timeout,
             )
             try:
-                self._engine.start()
+                if not _lifetime.is_to_be_forked():
+                    self._engine.start()  # otherwise with the first call, in a worker
             except BaseException:
                 self._engine.close()
                 raise

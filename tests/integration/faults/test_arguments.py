@@ -149,7 +149,7 @@ def ids(case: Any) -> str:
 def check(error: ConfigurationError, name: str, value: Any) -> None:
     """The message names the argument, or says what it is; and the value; and the remedy."""
     text = str(error)
-    assert name.split("_", maxsplit=1)[0] in text or name == "blocking", text
+    assert name.split("_", maxsplit=1)[0] in text.lower(), text
     inner = [value]
     if isinstance(value, RetryPolicy | Durability):
         inner = list(value)
@@ -314,7 +314,7 @@ def test_nothing_is_left_out() -> None:
     """Each argument of each public method is in the table."""
     for kind in (phonon.Process, phonon.Reference, phonon.Lock, phonon.Update, phonon.LruCache):
         for name, method in inspect.getmembers(kind, inspect.isfunction):
-            if name.startswith("_") or method.__module__ not in _MODULES:
+            if name.startswith("_") or method.__module__ not in _MODULES or name in _OWN_TESTS:
                 continue
             wanted = set(inspect.signature(method).parameters) - {"self", *ANYTHING}
             listed = set(TABLE.get((kind.__name__, name), ())) | set(_ELSEWHERE.get(name, ()))
@@ -322,11 +322,11 @@ def test_nothing_is_left_out() -> None:
 
 
 _MODULES = {f"phonon.{name}" for name in ("process", "reference", "lock", "update", "cache")}
+#: Methods whose arguments are tested with what they are for.
+_OWN_TESTS = {"collect", "source"}
 #: Methods that others call, or that take what they get for compatibility, or whose own tests exist.
 _ELSEWHERE: dict[str, tuple[str, ...]] = {
     "merge": ("other",),
-    "source": ("position",),
-    "collect": ("model", "max_entries", "idle", "longest", "largest", "ignore_unknown"),
     "end_session": ("block",),
     "storing": ("engine",),
     "ending": ("engine",),
