@@ -135,7 +135,7 @@ def check_owner(value: Any) -> Any:
     engine = getattr(value, "engine", None)
     if engine is None or isinstance(value, type):
         raise ConfigurationError(
-            f"process is a Process or an AsyncProcess, not {value!r}: make one, and give that"
+            f"process is a Process, not {value!r}: make one, or an AsyncProcess, and give that"
         )
     return engine
 
@@ -425,7 +425,7 @@ def url_of(
 def _url_at(host: Any, port: Any, db: Any) -> str:
     """Return the URL of a server at an address."""
     if "://" in check_name("host", host):
-        raise ConfigurationError(f"host is the name of a host, not {host!r}: give a URL as url=")
+        raise ConfigurationError("host is the name of a host, not a URL: give that as url=")
     for name, number in (("port", port), ("db", db)):
         if check_whole(name, number) < 0:
             raise ConfigurationError(

@@ -95,6 +95,15 @@ def pack(update: Storable, serializer: Serializer) -> bytes:
     return b"%b\xc6%b%b" % (header, length.to_bytes(4, "big"), content)
 
 
+def too_large(update: Storable, size: int, most: int) -> NotStorableError:
+    """Return the error for content that the server does not take."""
+    return NotStorableError(
+        f"{type(update).__qualname__} of {update.resource_id!r} has {size:,} bytes, and the server "
+        f"takes {most:,}: make it smaller, or raise the server's proto-max-bulk-len and "
+        "client-query-buffer-limit; its data is still in the update"
+    )
+
+
 def dump(update: Storable, serializer: Serializer) -> bytes:
     """Return an update's content, encoded by the serializer."""
     try:
@@ -306,6 +315,9 @@ class UpdateCodec:
                 for _, other in others:
                     merge(first, other)
                 partial = pack(first, self.serializer)
+                most = self._owner().engine.most_bytes
+                if len(partial) > most:
+                    raise too_large(first, len(partial), most)  # noqa: TRY301 - as what pack raises
             except Exception as error:  # noqa: BLE001 - it will be raised when the batch is executed
                 self._not_merged(resource, classes.name_of(cls), error)
                 continue

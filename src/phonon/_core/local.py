@@ -182,6 +182,8 @@ class LocalUpdate:
         if not (self._unsent_ or self.has_unsent()):
             return None, None
         partial = codec.pack(self, engine.codec.serializer)
+        if len(partial) > engine.most_bytes:
+            raise codec.too_large(self, len(partial), engine.most_bytes)
         kept = self._content_() if keep else None
         try:
             self._empty_()
