@@ -13,7 +13,7 @@ from phonon._transport import connect
 
 log = logging.getLogger("phonon")
 
-#: Packages whose children end without the interpreter's exit functions: Celery's workers, say.
+#: Packages whose children end without the interpreter's exit functions.
 _PACKAGES = (multiprocessing.util.__name__, "billiard.util")
 #: Behind all others: finalizers of the user's may still need their process.
 _LAST = -100
@@ -39,11 +39,20 @@ _forkable: "weakref.WeakSet[Forkable]" = weakref.WeakSet()
 _watched: dict[str, int] = {}
 
 
+def is_to_be_forked() -> bool:
+    """Return whether this is uWSGI's master, which has imported the program for its workers.
+
+    It forks in C, whatever other threads do: if one of them runs Python code at that moment, no
+    Python code runs in the worker ever again.
+    """
+    uwsgi = sys.modules.get("uwsgi")
+    return uwsgi is not None and uwsgi.worker_id() == 0
+
+
 def stop_at_exit(process: Stoppable) -> None:
     """Stop a process at the end of the interpreter, unless it was stopped before."""
     _stoppable.add(process)
-    for package in _PACKAGES:
-        _watch(package)
+    _watch_all()
 
 
 def forget(process: Stoppable) -> None:
@@ -56,13 +65,23 @@ def tell_of_forks(process: Forkable) -> None:
     _forkable.add(process)
 
 
-def stop_all() -> None:
-    """Leave nothing to take over."""
+def stop_all(**_: object) -> None:
+    """Leave nothing to take over. Celery's signals give arguments."""
     for process in list(_stoppable):
         try:
             process.stop()
         except Exception:
             log.exception("stopping %r at exit left something undone", process)
+
+
+def _watch_all() -> None:
+    """Have all that ends children in a way of its own call `stop_all` before."""
+    for package in _PACKAGES:
+        _watch(package)
+    signals = sys.modules.get("celery.signals")
+    if signals is not None:
+        # A worker of Celery's pool ends by os._exit, without billiard's finalizers.
+        signals.worker_process_shutdown.connect(stop_all, weak=False, dispatch_uid="phonon")
 
 
 def _watch(package: str, *, anew: bool = False) -> None:
@@ -82,6 +101,8 @@ def _after_fork_in_child() -> None:
     connect.after_fork_in_child()
     for process in list(_forkable):
         process.begin_after_fork()
+    if _stoppable:
+        _watch_all()  # what forks may have been imported after the process was made
 
 
 # After the non-daemon threads have ended, which may use a process until then.

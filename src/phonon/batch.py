@@ -2,11 +2,13 @@
 
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from inspect import GEN_CREATED, getgeneratorstate
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from phonon._core import codec
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
 from phonon._core.outbox import Ending
@@ -46,6 +48,7 @@ class BaseBatch:
         joins: Resources to join, each with the update that opens its session, if there is one.
         fresh: Updates to store. One that was merged into another may be among them.
         merge_at: When there are more than so many, `shrink` is called.
+        is_failed: Whether the block's body has raised, so that nothing of it is stored.
     """
 
     #: Whether `passes_over` has to be asked about each new message of a record.
@@ -67,7 +70,13 @@ class BaseBatch:
         self.joins: dict[str, Any] = {}
         self.fresh: list[Any] = []
         self.merge_at = MANY
+        self.is_failed = False
         self._engine = engine
+        self._opened = 0.0
+        # What is to be undone if the body raises: the content that updates had before the block,
+        # and what other threads have for updates that are in it.
+        self._before: dict[int, tuple[Any, bytes]] = {}
+        self._aside: list[tuple[Any, Any]] = []
         self._endings: dict[int, Out] = {}
         self._depth = 0
         self._outer: Any = None
@@ -108,6 +117,20 @@ class BaseBatch:
                 fresh.append(update)
         elif last:
             fresh.pop()
+
+    def keep(self, update: "Update") -> None:
+        """Remember what an update has unsent before anything of the block is merged into it.
+
+        Raises:
+            NotStorableError: A value has a type that cannot be stored.
+        """
+        if update._batch_ is not self and update.has_unsent():
+            partial = codec.pack(update, self._engine.codec.serializer)
+            self._before[id(update)] = update, partial
+
+    def put_aside(self, update: "Update", other: Any) -> None:
+        """Keep apart what a thread that is not in the block has merged into one of its updates."""
+        self._aside.append((update, other))
 
     def shrink(self) -> None:
         """Merge updates of the same record and class that only the batch refers to."""
@@ -152,6 +175,7 @@ class BaseBatch:
             self._engine.local.batch = self
             self._engine.batches.add(self)
             self._pid = os.getpid()
+            self._opened = time.monotonic()
             self.is_open = True
         self._depth += 1
 
@@ -172,6 +196,14 @@ class BaseBatch:
         self._engine.batches.discard(self)
         joins, fresh, outs = self.joins, self.fresh, list(self._endings.values())
         self.joins, self.fresh, self._endings = {}, [], {}
+        aside, self._aside = self._aside, []
+        if self.is_failed:
+            self._undo(fresh, aside)
+            # A session from before the block may end at any time, as its cache has decided.
+            outs = [out for out in outs if out.update._begun_ < self._opened]
+            joins, fresh = ({} if self.durable else joins), []
+        fresh += [other for _, other in aside if other.has_unsent()]
+        self._before = {}
         if self._engine.stopped and not joins:
             # `stop` has ended what it knew of, so there may be nothing to complain about.
             fresh = [update for update in fresh if update.has_unsent()]
@@ -179,6 +211,24 @@ class BaseBatch:
         if not (joins or fresh or outs):
             return None
         return Closing(self._engine, self, joins, fresh, outs)
+
+    def _undo(self, fresh: Iterable[Any], aside: Iterable[tuple[Any, Any]]) -> None:
+        """Have all updates be as they were before the block."""
+        for update in fresh:
+            update._batch_ = None
+            update.discard()
+            before = self._before.pop(id(update), None)
+            if before is not None:
+                update.put_back(before[1])
+        for update, other in aside:
+            update.refresh(other)
+
+    def _return_aside(self) -> None:
+        """Store by itself what is not of the block."""
+        aside, self._aside = self._aside, []
+        if aside:
+            self._engine.outbox.unstored += [other for _, other in aside if other.has_unsent()]
+            self._engine.outbox.wake()
 
 
 class Closing:
@@ -271,12 +321,13 @@ class Batch(BaseBatch):
     ) -> None:
         if not self._leaves():
             return
+        self.is_failed = error is not None
         try:
             raise_together("not everything in the batch went well", errors_only(self.close()))
         except Exception as failure:
             if error is None:
                 raise
-            error.add_note(f"phonon: and storing what the block had set failed: {failure}")
+            error.add_note(f"phonon: and ending sessions from before the block failed: {failure}")
 
 
 def raise_together(message: str, errors: Sequence[Exception]) -> None:

@@ -15,7 +15,7 @@ from phonon._core.outbox import Ending
 from phonon._core.sessions import Sessions
 from phonon.batch import Out, end_all, has_begun, raise_together
 from phonon.errors import ConfigurationError
-from phonon.settings import check_api, check_whole
+from phonon.settings import check_api, check_key, check_whole
 from phonon.update import Update
 
 U = TypeVar("U")
@@ -35,7 +35,9 @@ class BaseCache(Generic[U]):
 
     def __init__(self, max_entries: int = 10000) -> None:
         if check_whole("max_entries", max_entries) < 1:
-            raise ConfigurationError(f"max_entries must be at least 1, not {max_entries!r}")
+            raise ConfigurationError(
+                f"max_entries is at least 1, not {max_entries!r}: the default is 10,000"
+            )
         self.max_entries = max_entries
         self._entries: OrderedDict[Hashable, U] = OrderedDict()
         self._lock = threading.RLock()
@@ -91,9 +93,11 @@ class BaseCache(Generic[U]):
                     result = None, ((key, entry),)
                 else:
                     self._entries.move_to_end(key)
-        except BaseException:
+        except BaseException as error:
             if lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - interrupted while it waited
                 lock.release()
+            if isinstance(error, TypeError):
+                check_key(key)
             raise
         lock.release()
         return result
@@ -110,6 +114,7 @@ class BaseCache(Generic[U]):
             # One that was made before the block is stored by it all the same.
             batch = engine.batch if engine.batches else None
             if batch is not None and batch.durable:
+                batch.keep(update)
                 batch.add(update)
         elif not hasattr(update, "end_session"):
             raise ConfigurationError(
@@ -159,6 +164,7 @@ class BaseCache(Generic[U]):
         self._failed(key, update)
 
     def _look_up(self, key: Hashable) -> tuple[U | None, list[tuple[Hashable, U]]]:
+        check_key(key)
         notice()  # what a forked child finds here is its parent's
         with self._lock:
             entry = self._entries[key]
@@ -169,6 +175,7 @@ class BaseCache(Generic[U]):
             return None, [(key, entry)]
 
     def _pop(self, key: Hashable) -> list[tuple[Hashable, U]]:
+        check_key(key)
         notice()  # what a forked child finds here is its parent's
         with self._lock:
             return [(key, self._entries.pop(key))]

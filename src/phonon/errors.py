@@ -70,7 +70,7 @@ class InvalidMessageError(PhononError, ValueError):
 
 
 class NotStorableError(PhononError, TypeError):
-    """A value has a type that cannot be stored; the message names the attribute."""
+    """A value is of a type that cannot be stored, or too large; the message says where it is."""
 
 
 class UndecodableError(PhononError):

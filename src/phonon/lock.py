@@ -28,7 +28,9 @@ from phonon.errors import (
 from phonon.settings import (
     check_api,
     check_callable,
+    check_flag,
     check_name,
+    check_owner,
     check_places,
     check_seconds,
     check_timeout,
@@ -107,9 +109,9 @@ class BaseLock:
         check_callable("on_lost", on_lost, is_async=self._is_async)
         self.timeout = timeout
         self.lock_key = lock_key
-        self.block = block
-        self.shared = shared
-        self.reentrant = reentrant
+        self.block = check_flag("block", block)
+        self.shared = check_flag("shared", shared)
+        self.reentrant = check_flag("reentrant", reentrant)
         self.lease = lease
         self.on_lost = on_lost
         self._name = self._encode(lock_key)
@@ -119,7 +121,7 @@ class BaseLock:
 
     @functools.cached_property
     def _engine(self) -> Any:
-        return self.process.engine
+        return check_owner(self.process)
 
     def _check_process(self) -> None:
         """Refuse a process of the other API."""
@@ -227,6 +229,10 @@ class BaseLock:
         blocking: bool | None,
         blocking_timeout: float | None,
     ) -> Flow[bool]:
+        if blocking is not None:
+            check_flag("blocking", blocking)
+        if blocking_timeout is not None:
+            check_timeout("blocking_timeout", blocking_timeout)
         block = blocking if block is None else block
         timeout = blocking_timeout if timeout is None else timeout
         return self._trying(self._seconds(block, timeout), self._engine.driver.me())
@@ -236,7 +242,7 @@ class BaseLock:
 
     def _seconds(self, block: bool | None, timeout: float | None) -> float | None:
         """Return how many seconds to wait; None not to wait."""
-        block = self.block if block is None else block
+        block = self.block if block is None else check_flag("block", block)
         if timeout is None:
             timeout = self.process.BLOCKING_TIMEOUT if self.timeout is None else self.timeout
         seconds = check_timeout("timeout", timeout)
@@ -371,6 +377,7 @@ class BaseLock:
     # Renewing
 
     def _extend(self, additional_time: float | None, *, replace_ttl: bool) -> Flow[bool]:
+        check_flag("replace_ttl", replace_ttl)
         if additional_time is not None:
             check_seconds("additional_time", additional_time)
         grant = self._held()

@@ -31,6 +31,7 @@ from phonon.settings import (
     Overflow,
     RetryPolicy,
     check_executor,
+    check_flag,
     check_name,
     check_position,
     check_process,
@@ -294,7 +295,9 @@ class Process(BaseProcess):
         found = url_of(url, hosts, client, (host, port, db))
         self.session_length = length
         self.heartbeat_interval = heartbeat_interval
-        self.recover_failed_processes = recover_failed_processes
+        self.recover_failed_processes = check_flag(
+            "recover_failed_processes", recover_failed_processes
+        )
         self.namespace = namespace
         self._stop_lock = threading.RLock()
         self._connection = _connect(
@@ -306,7 +309,7 @@ class Process(BaseProcess):
                     namespace,
                     partitions,
                     heartbeat_interval,
-                    bool(recover_failed_processes),
+                    self.recover_failed_processes,
                     retry,
                     max_backlog,
                     overflow,
@@ -317,7 +320,8 @@ class Process(BaseProcess):
                 retry_timeout,
             )
             try:
-                self._engine.start()
+                if not _lifetime.is_to_be_forked():
+                    self._engine.start()  # otherwise with the first call, in a worker
             except BaseException:
                 self._engine.close()
                 raise
@@ -557,8 +561,10 @@ class Process(BaseProcess):
         References created, updates made and sessions ended inside the block are merged per key
         and travel in one exchange, so that a batch of messages costs hardly more than one. After
         the block everything set inside it is on the server, and the messages can be acknowledged.
-        That is so as well if the block's body raises: what was set before is stored, and the error
-        is passed on.
+        If the block's body raises, nothing that was set inside is stored, and caches are as they
+        were before: hand all messages back to their broker. Only what the body has sent by itself
+        stays: locks, modifications, `Reference.dereference`, `stop`, what another thread has
+        stored or ended meanwhile, and sessions from before the block that a cache has ended.
 
         If leaving the block raises, what could not be stored is kept and goes with the next batch
         or with `flush`: acknowledge the messages when that has returned. Do not hand them back to
@@ -583,8 +589,8 @@ class Process(BaseProcess):
             return Messages(self._engine, progress, messages, message_id or id_of)
         batch: Batch | None = self._engine.batch
         if batch is None:
-            return Batch(self._engine, durable=durable)
-        batch.durable |= durable
+            return Batch(self._engine, durable=check_flag("durable", durable))
+        batch.durable |= check_flag("durable", durable)
         return batch
 
     def flush(self) -> None:

@@ -3,12 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from phonon._core.flows import CALLER_GONE, Branch, Flow, Outcome, call
+from phonon._core.flows import CALLER_GONE, Branch, Flow, Outcome, call, never_run
 from phonon._core.members import ProcessInfo as Holder
 from phonon._core.outbox import Ending, SessionResult
 from phonon.errors import ConfigurationError
 from phonon.lock import Lock
-from phonon.settings import check_api, check_callable, check_name, check_parties, check_timeout
+from phonon.settings import (
+    check_api,
+    check_arguments,
+    check_callable,
+    check_flag,
+    check_name,
+    check_owner,
+    check_parties,
+    check_timeout,
+)
 
 if TYPE_CHECKING:
     from phonon.process import Process
@@ -28,11 +37,11 @@ class BaseReference:
         self, process: Any, resource: str, block: bool = True, parties: int | None = None
     ) -> None:
         self.resource_key = check_name("resource", resource)
-        self.block = block
+        self.block = check_flag("block", block)
         self.parties = check_parties(parties)
         self.force_expiry = False
         self._process = process
-        self._engine = process.engine
+        self._engine = check_owner(process)
         check_api(type(self), process_is_async=self._engine.is_async, is_async=self._is_async)
         #: The session's final figures, while the callback of `dereference` runs.
         self._modifications: Mapping[str, int] | None = None
@@ -154,7 +163,7 @@ class BaseReference:
             outcome: Outcome = yield from call(callback)
         finally:
             self._modifications = None
-        error = outcome.error
+        error = outcome.error or never_run(outcome.value)
         if error is None:
             return
         # As before the call: this process may try again, or another one be the last.
@@ -330,9 +339,10 @@ def bound(
     callback: Callable[..., Any], args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
 ) -> Callable[[], Any]:
     """Return a function of the callback's name that calls it with arguments."""
+    given, named = check_arguments(args, kwargs)
 
     def run() -> Any:
-        return callback(*(args or ()), **(kwargs or {}))
+        return callback(*given, **named)
 
     # Errors name it: a coroutine function, say, that nothing awaits.
     run.__qualname__ = getattr(callback, "__qualname__", repr(callback))

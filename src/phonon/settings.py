@@ -4,7 +4,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from inspect import iscoroutinefunction
 from numbers import Real
@@ -95,6 +95,73 @@ def check_timeout(argument: str, value: Any) -> float:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_flag(argument: str, value: Any) -> bool:
+    """Refuse what is neither true nor false: a number of seconds, say, in a flag's place.
+
+    Raises:
+        ConfigurationError: It is neither.
+    """
+    if value is True or value is False:
+        return value
+    if type(value) is int and value in (0, 1):
+        return bool(value)
+    raise ConfigurationError(
+        f"{argument} is True or False, not {value!r}: write {argument}=True or {argument}=False"
+    )
+
+
+def check_key(value: Any) -> None:
+    """Refuse a cache's key that is not hashable.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    try:
+        hash(value)
+    except TypeError:
+        raise ConfigurationError(
+            f"key is hashable, not {value!r}: give a str, a number or a tuple of such"
+        ) from None
+
+
+def check_owner(value: Any) -> Any:
+    """Return the parts of a process.
+
+    Raises:
+        ConfigurationError: It is no process.
+    """
+    engine = getattr(value, "engine", None)
+    if engine is None or isinstance(value, type):
+        raise ConfigurationError(
+            f"process is a Process, not {value!r}: make one, or an AsyncProcess, and give that"
+        )
+    return engine
+
+
+def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a callback, as they are now.
+
+    Args:
+        args: Positional ones; None for none.
+        kwargs: By name; None for none.
+
+    Raises:
+        ConfigurationError: They cannot be that.
+    """
+    if args is not None and (isinstance(args, str | bytes) or not isinstance(args, Sequence)):
+        raise ConfigurationError(
+            f"args is a list or tuple of the callback's arguments, not {args!r}: write args=(...,)"
+        )
+    if kwargs is not None and not (
+        isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)
+    ):
+        raise ConfigurationError(
+            f"kwargs is a dict of the callback's arguments by name, not {kwargs!r}: write "
+            "kwargs={...}"
+        )
+    return tuple(args or ()), dict(kwargs or {})
 
 
 def check_whole(argument: str, value: Any) -> int:
@@ -296,6 +363,7 @@ def _check_durability(value: Any) -> None:
         raise ConfigurationError(
             f"durability.replicas is at least 0, not {value.replicas!r}: see phonon.Durability"
         )
+    check_flag("durability.fsync", value.fsync)
     check_seconds("durability.timeout", value.timeout)
 
 
@@ -335,7 +403,7 @@ def url_of(
         ConfigurationError: They contradict each other, or are invalid.
     """
     if client is not None:
-        if url or hosts:
+        if url is not None or hosts is not None:
             raise ConfigurationError("give one of client=, url= and hosts=")
         return None
     if url is not None and hosts is not None:
@@ -343,8 +411,11 @@ def url_of(
     if url is not None:
         return check_name("url", url)
     if hosts is not None:
-        if isinstance(hosts, str) or not hosts or not all(isinstance(h, str) for h in hosts):
-            raise ConfigurationError(f'hosts= is a list of "host:port", not {hosts!r}')
+        is_list = isinstance(hosts, Sequence) and not isinstance(hosts, str | bytes)
+        if not is_list or not hosts or not all(isinstance(h, str) for h in hosts):
+            raise ConfigurationError(
+                f'hosts= is a list of "host:port", not {hosts!r}: write hosts=["localhost:7000"]'
+            )
         return "redis+cluster://" + ",".join(hosts)
     if address == _DEFAULT_ADDRESS and os.environ.get(URL_VARIABLE):
         return os.environ[URL_VARIABLE]
@@ -357,5 +428,7 @@ def _url_at(host: Any, port: Any, db: Any) -> str:
         raise ConfigurationError("host is the name of a host, not a URL: give that as url=")
     for name, number in (("port", port), ("db", db)):
         if check_whole(name, number) < 0:
-            raise ConfigurationError(f"{name} is at least 0, not {number!r}")
+            raise ConfigurationError(
+                f"{name} is at least 0, not {number!r}: leave it out for the default"
+            )
     return f"redis://{f'[{host}]' if ':' in host else host}:{port}/{db}"

@@ -174,6 +174,7 @@ class BaseMessages(BaseBatch, Generic[M]):
         self.fresh, self.joins = [], {}
         self._engine.local.batch = self._outer
         self._engine.batches.discard(self)
+        self._return_aside()
         if not self._complete:
             drop(self, fresh)
             fresh = []

@@ -16,6 +16,7 @@ from phonon._core.outbox import Ending
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError
 from phonon.reference import Reference
+from phonon.settings import check_flag, check_owner
 
 if TYPE_CHECKING:
     from phonon.process import Process
@@ -111,7 +112,7 @@ class Update(LocalUpdate):
             engine = process._engine or process.engine  # type: ignore[union-attr]  # noqa: SLF001 - a property costs time
         except AttributeError:
             if process is not None:
-                raise ConfigurationError(f"process is a Process, not {process!r}") from None
+                check_owner(process)
             process = self._detached_()
             engine = process.engine
         if not SAME[0]:
@@ -127,8 +128,10 @@ class Update(LocalUpdate):
         else:
             self.resource_id = resource = f"{prefix_of(engine, database, collection)}{_id}"
         # What the class says already is not said again for each message.
-        if not block:
-            self.block = block
+        if block is not True:
+            self.block = check_flag("block", block)
+        if init_cache is not True and init_cache is not False:
+            init_cache = check_flag("init_cache", init_cache)
         if hard_session is not HARD_SESSION:
             self.hard_session = _seconds("hard_session", hard_session)
         if soft_session is not SOFT_SESSION:
@@ -170,17 +173,26 @@ class Update(LocalUpdate):
                     f"{type(self).__qualname__}.state() returned {state!r}: it returns a dict of "
                     "attributes by name"
                 )
-            for value in state.values():
+            changeable = False
+            for name, value in state.items():
+                if name.__class__ is not str:
+                    raise TypeError(
+                        f"{type(self).__qualname__}.state() names an attribute {name!r}: it "
+                        "returns a dict of attributes by name"
+                    )
                 kind = type(value)
                 if kind in PLAIN:
                     continue
+                changeable = changeable or (kind is not tuple and kind is not frozenset)
                 if kind not in FLAT:
                     plain = False
-                    break
+                    continue
                 for item in value:
                     if type(item) not in PLAIN:
                         plain = False
                         break
+            if changeable:
+                self._own_(state, engine)
         if not plain:
             self._check_(engine, spec, doc)
         self._begun_ = self._touched_ = time.monotonic()
@@ -313,6 +325,7 @@ class Update(LocalUpdate):
         self._check_loop_(engine)
         batch = engine.batch
         if batch is not None:
+            batch.keep(self)
             batch.add(self)
         else:
             raise_first(engine.run(self.storing(engine)))
@@ -381,7 +394,7 @@ class Update(LocalUpdate):
 
     def set_force_expiry(self, value: bool = True) -> None:
         """Have the next `end_session` execute what has come together so far, or not any more."""
-        self.ref.force_expiry = bool(value)
+        self.ref.force_expiry = check_flag("value", value)
 
     @classmethod
     def executes_many(cls) -> bool:
@@ -491,14 +504,23 @@ class Update(LocalUpdate):
             "set the attributes that it returns before calling super().__init__()"
         )
 
+    def _own_(self, state: Mapping[str, Any], engine: Engine) -> None:
+        """Have attributes of its own in place of the caller's, who may go on changing them."""
+        for name, value in state.items():
+            if type(value) not in PLAIN and getattr(self, name, None) is value:
+                own = copied(value)
+                if own is DEEP:
+                    codec.dump(self, engine.codec.serializer)  # an error names the attribute
+                    own = _deep_copy(value, engine)
+                setattr(self, name, own)
+
     def _check_(self, engine: Engine, spec: Any, doc: Any) -> None:
         """Refuse what cannot be stored where it is made, not where it would be lost."""
         self.spec, self.doc = spec, doc
-        serializer = engine.codec.serializer
-        codec.dump(self, serializer)
-        for name, value in (("spec", spec), ("doc", doc)):
+        codec.dump(self, engine.codec.serializer)
+        for name, value in (("_id", self._id), ("spec", spec), ("doc", doc)):
             own = copied(value)
-            setattr(self, name, serializer.loads(serializer.dumps(value)) if own is DEEP else own)
+            setattr(self, name, _deep_copy(value, engine) if own is DEEP else own)
 
 
 class _NoHeaders(dict[str, bytes]):
@@ -511,6 +533,11 @@ class _NoHeaders(dict[str, bytes]):
 
 
 Update._headers_ = _NoHeaders()
+
+
+def _deep_copy(value: Any, engine: Engine) -> Any:
+    serializer = engine.codec.serializer
+    return serializer.loads(serializer.dumps(value))
 
 
 class ConflictFreeUpdate(Update):

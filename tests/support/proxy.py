@@ -22,7 +22,9 @@ import msgpack
 from phonon._protocol.operations import Code
 
 #: What redis-py and Phonon say to a server besides the protocol's steps: always passed on.
-HOUSEKEEPING = frozenset({"hello", "auth", "client", "select", "ping", "info", "function", "type"})
+HOUSEKEEPING = frozenset(
+    {"hello", "auth", "client", "select", "ping", "info", "config", "function", "type"}
+)
 #: What heartbeats do, which come when they like.
 OF_HEARTBEATS = frozenset({"beat", "verify", "survey", "processes"})
 LENGTHS = frozenset(b"$=!")

@@ -150,6 +150,19 @@ def _drop_if_unused(name: str, cls: type[Any]) -> None:
     )
 
 
+#: Methods that a subclass may have of its own, and that are called from the inside.
+_OVERRIDDEN = (
+    "merge",
+    "state",
+    "reset_states",
+    "clear",
+    "is_expired",
+    "refresh",
+    "execute",
+    "execute_many",
+)
+
+
 def check_methods(cls: type[Any], *, is_async: bool) -> None:
     """Refuse methods that would never run, where their class is defined.
 
@@ -157,8 +170,8 @@ def check_methods(cls: type[Any], *, is_async: bool) -> None:
         TypeError: A method has a ``yield`` in it, or is a coroutine function that nothing awaits,
             as ``merge`` and ``state`` always are, and ``execute`` in a class without an event loop.
     """
-    for name in ("merge", "state", "reset_states", "clear", "execute", "execute_many"):
-        method = cls.__dict__.get(name)
+    for name in _OVERRIDDEN:
+        method = getattr(cls, name, None)  # it may come from a class beside it
         function = getattr(method, "__func__", method)
         where = f"{cls.__qualname__}.{name}"
         if isgeneratorfunction(function) or isasyncgenfunction(function):

@@ -95,6 +95,15 @@ def pack(update: Storable, serializer: Serializer) -> bytes:
     return b"%b\xc6%b%b" % (header, length.to_bytes(4, "big"), content)
 
 
+def too_large(update: Storable, size: int, most: int) -> NotStorableError:
+    """Return the error for content that the server does not take."""
+    return NotStorableError(
+        f"{type(update).__qualname__} of {update.resource_id!r} has {size:,} bytes, and the server "
+        f"takes {most:,}: make it smaller, or raise the server's proto-max-bulk-len and "
+        "client-query-buffer-limit; its data is still in the update"
+    )
+
+
 def dump(update: Storable, serializer: Serializer) -> bytes:
     """Return an update's content, encoded by the serializer."""
     try:
@@ -103,7 +112,7 @@ def dump(update: Storable, serializer: Serializer) -> bytes:
         raise stopped(update, "state", error) from error
     content = [update._id, update.database, update.collection, update.spec, update.doc, state]  # noqa: SLF001 - its public name
     try:
-        return serializer.dumps(content)
+        data: object = serializer.dumps(content)
     except NotStorableError:
         if type(state) is not dict:
             raise TypeError(
@@ -114,6 +123,9 @@ def dump(update: Storable, serializer: Serializer) -> bytes:
         for name, value in named.items():
             _explain(serializer, value, f"{type(update).__qualname__}.{name}")
         raise
+    if not isinstance(data, bytes):
+        raise TypeError(f"{serializer!r}.dumps() returned {data!r}: it returns bytes")
+    return data
 
 
 def state_of(update: Storable) -> dict[str, Any]:
@@ -167,13 +179,16 @@ def merge(mine: Storable, other: Storable) -> None:
         raise returned(mine, result)
 
 
-def returned(update: Storable, result: Any) -> TypeError:
-    """Return the error for a `merge` that has returned something."""
+def returned(
+    update: Storable,
+    result: Any,
+    method: str = "merge",
+    does: str = "changes self and returns None",
+) -> TypeError:
+    """Return the error for a method that has returned what nobody looks at."""
     if iscoroutine(result):
         result.close()
-    return TypeError(
-        f"{type(update).__qualname__}.merge() returned {result!r}: it changes self and returns None"
-    )
+    return TypeError(f"{type(update).__qualname__}.{method}() returned {result!r}: it {does}")
 
 
 class UpdateCodec:
@@ -300,6 +315,9 @@ class UpdateCodec:
                 for _, other in others:
                     merge(first, other)
                 partial = pack(first, self.serializer)
+                most = self._owner().engine.most_bytes
+                if len(partial) > most:
+                    raise too_large(first, len(partial), most)  # noqa: TRY301 - as what pack raises
             except Exception as error:  # noqa: BLE001 - it will be raised when the batch is executed
                 self._not_merged(resource, classes.name_of(cls), error)
                 continue

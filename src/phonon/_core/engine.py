@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -95,6 +96,7 @@ class Engine:
         prefixes: The beginnings of resource names, by database and collection.
         batches: The open batches; each thread or task has its own in ``local``.
         is_async: Whether its calls are awaited.
+        most_bytes: How long a partial may be, which the server has to take in one piece.
         stripes: Locks of updates. They are never held across I/O, so they serve asyncio as well.
     """
 
@@ -127,6 +129,8 @@ class Engine:
             new_id=lambda: uuid.uuid4().hex,
         )
         self.driver = make_driver(self.identity)
+        server = getattr(self.driver, "server", None)  # a simulation has none
+        self.most_bytes: int = sys.maxsize if server is None else server.most_bytes
         self.reports = Reports(on_error, self.tell)
         self.members = Members(self.identity)
         self.leases = Leases(self.identity, self.in_background)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from phonon._core import classes, compaction
-from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, read
+from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, never_run, read
 from phonon._core.identity import Identity
 from phonon._core.reports import Reports
 from phonon._core.retry import RetryPolicy
@@ -372,7 +372,7 @@ class Executor:
         else:
             error = outcome.error
             if error is None and outcome.value is not None:
-                error = _unused(outcome.value)
+                error = never_run(outcome.value)
         record.finish()
         batch.job = None
         batch.at += 1
@@ -509,12 +509,13 @@ _AGAIN_ALONE = PhononError("executed by itself")
 class _ManyJob(Job):
     """Runs ``execute_many`` on the records of several batches."""
 
-    __slots__ = ("cls", "instances")
+    __slots__ = ("_failed", "cls", "instances")
 
     def __init__(self, cls: Any, instances: list[Any]) -> None:
-        super().__init__(partial(cls.execute_many, instances))
+        super().__init__(partial(cls.execute_many, list(instances)))  # the user may sort it
         self.cls = cls
         self.instances = instances
+        self._failed: dict[int, BaseException | None] | TypeError | None = None
 
     def error_of(self, record: Any) -> BaseException | None:
         """Return what went wrong with a record."""
@@ -526,24 +527,32 @@ class _ManyJob(Job):
             return outcome.error
         if outcome.value is None:
             return None
+        if self._failed is None:
+            self._failed = self._read(outcome.value)  # once: it may be an iterator
+        if isinstance(self._failed, TypeError):
+            return self._failed
+        return self._failed.get(id(record.instance))
+
+    def _read(self, value: Any) -> dict[int, BaseException | None] | TypeError:
+        """Return the errors by record, or the error that what was returned is not that."""
+        failed: dict[int, BaseException | None] = {}
+        known = set(map(id, self.instances))
+        why = ""
         try:
-            failed = {id(update): error for update, error in outcome.value}
+            for update, error in value:
+                if id(update) not in known:
+                    why = f"{update!r} is none of the updates that it was given"
+                elif error is not None and not isinstance(error, BaseException):
+                    why = f"{error!r} is no exception"
+                failed[id(update)] = error
         except Exception as error:  # noqa: BLE001 - what the user returned is not what is asked for
-            return TypeError(
-                f"{self.cls.__qualname__}.execute_many() returns pairs of an update and its error, "
-                f"or None, not {outcome.value!r} ({error})"
-            )
-        return failed.get(id(record.instance))
-
-
-def _unused(value: Any) -> BaseException | None:
-    """Return an error if a return value shows that the user's code never ran."""
-    if hasattr(value, "__next__") or hasattr(value, "__anext__"):
+            why = str(error)
+        if not why:
+            return failed
         return TypeError(
-            f"execute() returned {type(value).__name__} that nobody runs: it has a yield in it; "
-            "the batch is kept"
+            f"{self.cls.__qualname__}.execute_many() returns pairs of an update and its error, "
+            f"or None, not {value!r} ({why}); its batches are kept"
         )
-    return None
 
 
 def _text_of(error: BaseException) -> bytes:

@@ -201,6 +201,20 @@ def call(function: Callable[[], Any]) -> Flow[Outcome]:
     return job.outcome
 
 
+def never_run(value: Any) -> TypeError | None:
+    """Return an error if a return value shows that code of the user's never ran.
+
+    Generators and coroutines are seen by the drivers. Other iterators may be what is left of work
+    that was done: a cursor of a database, say, or a file.
+    """
+    if isinstance(value, map | filter):
+        return TypeError(
+            f"what was returned is a {type(value).__name__} object, and its function was never "
+            "called: use a for loop"
+        )
+    return None
+
+
 class Done(NamedTuple):
     """The last effect of each flow: it has returned."""
 

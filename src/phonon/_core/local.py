@@ -6,6 +6,7 @@ An update is emptied when its content goes to the server, and goes on, as an ent
 import marshal
 import weakref
 from collections.abc import Callable
+from inspect import isawaitable
 from typing import Any, ClassVar, Self
 
 from phonon._core import codec
@@ -126,7 +127,10 @@ class LocalUpdate:
     @property
     def forced(self) -> bool:
         """Return whether the session ends without waiting for other processes."""
-        return self.is_expired() or (self._ref_ is not None and self._ref_.force_expiry)
+        expired: Any = self.is_expired()
+        if expired.__class__ is not bool and isawaitable(expired):
+            raise codec.returned(self, expired, "is_expired", "returns whether the session is over")
+        return bool(expired) or (self._ref_ is not None and self._ref_.force_expiry)
 
     def has_unsent(self) -> bool:
         """Return whether it has data that is not on the server."""
@@ -179,8 +183,16 @@ class LocalUpdate:
         if not (self._unsent_ or self.has_unsent()):
             return None, None
         partial = codec.pack(self, engine.codec.serializer)
+        if len(partial) > engine.most_bytes:
+            raise codec.too_large(self, len(partial), engine.most_bytes)
         kept = self._content_() if keep else None
-        self._empty_()
+        try:
+            self._empty_()
+        except BaseException:
+            # It may be empty by half.
+            self._adopt_(engine.codec.decode(self.resource_id, partial, "memory"))
+            self._unsent_ = True
+            raise
         return partial, kept
 
     def _content_(self) -> Any:
@@ -266,6 +278,8 @@ class LocalUpdate:
             self._touched_ = now
             batch.replace(other, self)
             return False
+        if batch is None and self._engine_.batches:
+            return self._absorb_slowly_(other, now)  # neither is in the batch that may be open
         result: object = self.merge(other)  # type: ignore[func-returns-value]  # it should not
         if result is not None:
             raise codec.returned(self, result)
@@ -275,11 +289,6 @@ class LocalUpdate:
             fresh = batch.fresh
             if fresh and fresh[-1] is other:
                 fresh.pop()
-        elif self._engine_.batches:
-            # Something was merged into it that no batch has.
-            batch = getattr(self._engine_.local, "batch", None)
-            if batch is not None and batch.durable and batch.is_open:
-                batch.add(self)
         return False
 
     def cached_under(self, lock: Any) -> None:
@@ -396,17 +405,20 @@ class LocalUpdate:
 
     def _empty_(self) -> None:
         """Go on with no content: it is on the server."""
-        doc = self.doc
-        if doc is not None:
+        if self.doc is not None:
             self.doc = {}
         try:
             values = self.clear()
-        except BaseException as error:
-            self.doc = doc
-            if isinstance(error, StopIteration):
-                raise codec.stopped(self, "clear", error) from error
-            raise
-        if isinstance(values, dict):
+        except StopIteration as error:
+            raise codec.stopped(self, "clear", error) from error
+        if values is not None:
+            if not isinstance(values, dict):
+                raise codec.returned(
+                    self,
+                    values,
+                    "reset_states() or clear",
+                    "empties self and returns None, or a dict",
+                )
             for name, value in values.items():
                 setattr(self, name, value)
         self._unsent_ = False
@@ -491,9 +503,15 @@ class LocalUpdate:
             # Another thread's batch is storing this one. Its end says nothing to our caller, who is
             # to know that all is stored: the other one is stored by itself.
             if other._batch_ is not batch:
+                batch.keep(other)
                 batch.add(other)
         else:
-            if other is not self:
+            if theirs is not None and batch is None and theirs.is_open and other is not self:
+                # If its block raises, what is not the block's stays.
+                theirs.put_aside(self, other)
+            elif other is not self:
+                if batch is not None:
+                    batch.keep(self)
                 self._merge_or_adopt_(other)
             if other._opens_:
                 self._take_over_(other)

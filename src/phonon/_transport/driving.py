@@ -53,6 +53,9 @@ def exchange(
     That is data that was stored; and a batch's start, before it is executed: a failover that took
     it back would have its contents come again, under a higher token.
     """
+    most = server.most_bytes
+    if any([len(call.arguments[-2]) > most for call in calls]):  # noqa: C419 - it is faster
+        return (yield from _without_large(server, requests, calls, patience))
     durability = server.durability
     confirm = durability is not None and any(map(_stores, calls))
     replies = yield from server.exchange(requests, patience, confirm=confirm)
@@ -63,6 +66,25 @@ def exchange(
     if starts:
         again = yield from server.exchange([requests[i] for i in starts], patience, confirm=True)
         for i, reply in zip(starts, again, strict=True):
+            replies[i] = reply
+    return replies
+
+
+def _without_large(
+    server: Server, requests: Sequence[Request], calls: Sequence[Call], patience: float
+) -> Steps[list[Answer]]:
+    """Send what the server takes, and answer the rest in its place: it would only hang up."""
+    most = server.most_bytes
+    replies: list[Answer] = []
+    for call in calls:
+        size = len(call.arguments[-2])
+        text = f"a call of {size:,} bytes, and it takes {most:,}: see its proto-max-bulk-len"
+        replies.append(ResponseError(text) if size > most else UNANSWERED)
+    small = [i for i, reply in enumerate(replies) if reply is UNANSWERED]
+    sent = [requests[i] for i in small]
+    if sent:
+        told = yield from exchange(server, sent, [calls[i] for i in small], patience)
+        for i, reply in zip(small, told, strict=True):
             replies[i] = reply
     return replies
 

@@ -78,6 +78,9 @@ class Server:
 
     Attributes:
         troubles: How many attempts have left a request unanswered.
+        trouble: Why the last attempt has left some; None if it has not.
+        most_bytes: How long a word of a request may be: a server hangs up on a longer one, which
+            looks as if it were gone.
     """
 
     #: Whether one ``BLPOP`` may name lists of several partitions.
@@ -99,6 +102,8 @@ class Server:
         self.longest_pause = longest_pause
         self.durability = durability
         self.troubles = 0
+        self.trouble: BaseException | None = None
+        self.most_bytes = _MOST_BYTES
         self._node = node
         _servers.add(self)
 
@@ -142,7 +147,11 @@ class Server:
             failure = yield from self._attempt(requests, unanswered, replies, limit, confirm)
             unanswered = [i for i in unanswered if replies[i] is UNANSWERED]
             if not unanswered:
+                self.trouble = None
                 return replies
+            if str(failure).startswith("READONLY"):
+                failure = yield from self._demoted(self.node_of(requests[unanswered[0]].key))
+            self.trouble = failure
             self.troubles += 1
             left = give_up - time.monotonic()
             if left < AT_ONCE or isinstance(failure, failures.REFUSED):
@@ -199,7 +208,7 @@ class Server:
 
     def lost(self, error: BaseException | None) -> ConnectionLostError:
         """Return the error for a server that stopped answering in the middle of a call."""
-        return failures.lost(self.address, error)
+        return failures.lost(self.address, error or self.trouble)
 
     # One attempt
 
@@ -294,6 +303,17 @@ class Server:
         if str(error).startswith(failures.DEMOTED):
             node.retire()
 
+    def _demoted(self, node: Node) -> Steps[BaseException]:
+        """Return the error for a server that takes no writes; it names the primary."""
+        where = "unknown"
+        try:
+            (role,) = yield from self._commands(node, (b"ROLE",))
+            if isinstance(role, list) and role[0] == b"slave":
+                where = f"{role[1].decode()}:{role[2]}"
+        except (*GONE, ResponseError):
+            pass  # it is said that it takes no writes
+        return RedisConnectionError(f"it is a replica now, and its primary is at {where}")
+
     # Single commands
 
     def _commands(self, node: Node, *commands: tuple[bytes, ...]) -> Steps[list[Any]]:
@@ -323,9 +343,10 @@ class Server:
 
     def _prepare(self, node: Node, *, check_mode: bool) -> Steps[None]:
         """Check one server, and load the library there."""
-        info = (yield from self._commands(node, (b"INFO",)))[0]
+        info, *limits = yield from self._commands(node, (b"INFO",), *_LIMITS)
         # A user who may not ask is no reason not to start: what is wrong shows in what fails.
         facts = _facts(info) if isinstance(info, bytes) else {}
+        self.most_bytes = min(self.most_bytes, *map(_limit, limits))
         if check_mode:
             self._check_mode(node, facts)
         problem = yield from self._load(node)
@@ -387,6 +408,23 @@ class Server:
             f"{self.address} runs {runs}, which has no Functions: Phonon needs Redis 7.0 "
             "or Valkey 7.2 at the least"
         )
+
+
+#: What bounds the length of a word, and the length without an answer to that: the defaults.
+_LIMITS = (
+    (b"CONFIG", b"GET", b"proto-max-bulk-len"),
+    (b"CONFIG", b"GET", b"client-query-buffer-limit"),
+)
+_MOST_BYTES = 512 * 1024 * 1024
+#: Bytes of a request beside the longest value.
+_AROUND = 4096
+
+
+def _limit(answer: Any) -> int:
+    """Return what a server says about a limit; the default if it may not be asked, or has none."""
+    if isinstance(answer, list) and len(answer) > 1 and answer[1].isdigit() and int(answer[1]):
+        return int(answer[1]) - _AROUND
+    return _MOST_BYTES
 
 
 def _facts(info: bytes) -> dict[str, str]:

@@ -52,9 +52,10 @@ class AsyncBatch(BaseBatch):
     ) -> None:
         if not self._leaves():
             return
+        self.is_failed = error is not None
         try:
             await leave(error, self._close())
         except Exception as failure:
             if error is None:
                 raise
-            error.add_note(f"phonon: and storing what the block had set failed: {failure}")
+            error.add_note(f"phonon: and ending sessions from before the block failed: {failure}")

@@ -93,9 +93,13 @@ class AsyncLruCache(BaseCache[U]):
         await self._end_keys(self._keys(expired=True), expired=True)
 
     def _check(self) -> None:
-        """Refuse a call in another event loop, or in a forked child, even if nothing is to end."""
-        if self._known_to is not None:
-            self._known_to.driver.check()
+        """Refuse a call in another event loop, or in a forked child, if the cache has anything.
+
+        One that is made once may serve the processes of several loops, one after the other.
+        """
+        engine = self._known_to
+        if engine is not None and self._entries and not engine.stopped:
+            engine.driver.check()
 
     async def _end_keys(self, keys: Sequence[Hashable], *, expired: bool) -> None:
         self._check()

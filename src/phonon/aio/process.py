@@ -27,6 +27,7 @@ from phonon.settings import (
     Durability,
     Overflow,
     RetryPolicy,
+    check_flag,
     check_name,
     check_position,
     check_process,
@@ -132,10 +133,14 @@ class AsyncProcess(BaseProcess):
             is_async=True,
         )
         if check_whole("max_concurrent", max_concurrent) < 1:
-            raise ConfigurationError(f"max_concurrent is 1 at the least, not {max_concurrent!r}")
+            raise ConfigurationError(
+                f"max_concurrent is at least 1, not {max_concurrent!r}: the default is 10"
+            )
         self.session_length = length
         self.heartbeat_interval = heartbeat_interval
-        self.recover_failed_processes = recover_failed_processes
+        self.recover_failed_processes = check_flag(
+            "recover_failed_processes", recover_failed_processes
+        )
         self.max_concurrent = max_concurrent
         self.namespace = namespace
         self._url = url_of(url, hosts, client, (host, port, db))
@@ -148,7 +153,7 @@ class AsyncProcess(BaseProcess):
             namespace,
             partitions,
             heartbeat_interval,
-            bool(recover_failed_processes),
+            self.recover_failed_processes,
             retry,
             max_backlog,
             overflow,
@@ -418,8 +423,8 @@ class AsyncProcess(BaseProcess):
             return AsyncMessages(self.engine, progress, messages, message_id or id_of)
         batch: AsyncBatch | None = self.engine.batch
         if batch is None:
-            return AsyncBatch(self.engine, durable=durable)
-        batch.durable |= durable
+            return AsyncBatch(self.engine, durable=check_flag("durable", durable))
+        batch.durable |= check_flag("durable", durable)
         return batch
 
     async def flush(self) -> None:

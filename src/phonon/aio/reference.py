@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from phonon.aio.lock import AsyncLock
 from phonon.reference import BaseReference, Holder
-from phonon.settings import check_callable
+from phonon.settings import check_arguments, check_callable
 
 if TYPE_CHECKING:
     from phonon.aio.process import AsyncProcess
@@ -116,9 +116,10 @@ def _in_the_loop(
     callback: Callable[..., Any], args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
 ) -> Callable[[], Any]:
     """Return a coroutine function that calls the callback, so that no thread runs it."""
+    given, named = check_arguments(args, kwargs)
 
     async def run() -> Any:
-        result = callback(*(args or ()), **(kwargs or {}))
+        result = callback(*given, **named)
         return await result if isawaitable(result) else result
 
     run.__qualname__ = getattr(callback, "__qualname__", repr(callback))

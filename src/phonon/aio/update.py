@@ -183,6 +183,7 @@ class AsyncUpdate(Update):
         engine.ensure_alive()
         batch = engine.batch
         if batch is not None:
+            batch.keep(self)
             batch.add(self)
         else:
             raise_first(await engine.run(self.storing(engine)))

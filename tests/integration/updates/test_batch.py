@@ -63,14 +63,6 @@ def test_a_reference_may_come_and_go_within_a_block(make: Make) -> None:
     assert process.get_registry() == []
 
 
-def test_an_exception_in_the_block_loses_nothing_set_before_it(make: Make, server: Redis) -> None:
-    process = make()
-    with pytest.raises(ZeroDivisionError), process.batch():
-        Count(process, 1, doc={"n": 1})
-        raise ZeroDivisionError
-    assert stored(process, server) == 1
-
-
 def test_a_batch_is_its_threads_own(make: Make, server: Redis) -> None:
     process = make()
     with process.batch():

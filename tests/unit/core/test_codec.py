@@ -21,6 +21,7 @@ class FakeEngine:
     """As much of an engine as an update needs that is not sent anywhere."""
 
     is_async = False
+    most_bytes = 1 << 30
 
     def __init__(self, public: Callable[[], Any]) -> None:
         self.identity = types.SimpleNamespace(generation=object())
