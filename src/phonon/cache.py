@@ -96,8 +96,9 @@ class BaseCache(Generic[U]):
 
     def _insert(self, key: Hashable, update: U) -> list[tuple[Hashable, U]]:
         if isinstance(update, Update):
-            engine: Engine = update.process().engine
-            check_api(type(self), process_is_async=engine.is_async, is_async=self._is_async)
+            engine: Engine = update._engine_
+            if engine is not self._known_to:
+                check_api(type(self), process_is_async=engine.is_async, is_async=self._is_async)
             update.cached_under(self._lock)
             if engine is not self._known_to:
                 engine.caches.add(self)

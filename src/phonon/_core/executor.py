@@ -204,9 +204,14 @@ class Executor:
             yield
         finally:
             for name in names:
-                expected[name] -= 1
-                if expected[name] <= 0:
-                    del expected[name]
+                self.expect_no_more(name)
+
+    def expect_no_more(self, name: bytes) -> None:
+        """Note that an operation is not under way any more: it was counted in `expected`."""
+        expected = self.expected
+        expected[name] -= 1
+        if expected[name] <= 0:
+            del expected[name]
 
     def execute(
         self,

@@ -291,9 +291,16 @@ class LocalUpdate:
             ForkedError: It is the parent process's.
         """
         self._own_engine_()
-        if self._direct_:
-            self._locked_(setattr, self, "_lock_", lock)
-            self._check_at_ = self._over_at_(self._touched_)
+        if not self._direct_:
+            return
+        entered = False
+        while not entered:
+            current = self._current_lock_()
+            with current:
+                entered = current is self._current_lock_()
+                if entered:
+                    self._lock_ = lock
+        self._check_at_ = self._over_at_(self._touched_)
 
     # For the codec
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from phonon._core.executor import Batch, Executor
-from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Wait
+from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Sleep, Wait
 from phonon._core.identity import Identity
 from phonon._core.members import ABSENT, Entry, Members, modifications_of
 from phonon._core.reports import Reports
@@ -39,6 +39,9 @@ GROUP = 128
 IDLE = 60.0
 #: Seconds between two attempts to send what was not answered.
 AGAIN = 0.25
+#: Seconds that a call waits for those before it to take in their answers, and between two looks.
+SETTLING = 0.5
+LOOK = 0.005
 
 T = TypeVar("T")
 
@@ -367,6 +370,8 @@ class Outbox:
         """
         executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
+        if len(endings) == 1:
+            return [(yield from self._end_one(endings[0], executor))]
         results: list[SessionResult] = []
         batches: list[Batch] = []
         many: list[tuple[Operation, int]] = []
@@ -393,6 +398,34 @@ class Outbox:
         yield from self._compact(many)
         self.look()
         return results
+
+    def _end_one(self, ending: Ending, executor: Executor) -> Flow[SessionResult]:
+        """Do what `end` does, without lists: this is what `Reference.dereference` waits for."""
+        result, resource = SessionResult(), ending.resource
+        partition, name = self._members.place(resource)
+        about: list[_Leaving] = []
+        sent: list[Operation] = []
+        group = (((ending, result), resource, partition, name),)
+        deque(self._make_leaves((group,), about, sent), 0)
+        if not sent:
+            self.look()
+            return result
+        many: list[tuple[Operation, int]] = []
+        executor.expected[name] += 1
+        try:
+            (answer,) = yield Send(sent)
+            batch = self._left(about[0], answer, many)
+            if batch is not None:
+                executor.busy[batch.key] = batch
+        finally:
+            executor.expect_no_more(name)
+        if batch is not None:
+            yield from executor.execute((batch,))
+        if many:
+            yield from self._compact(many)
+        if self.full or batch is not None or result.errors:
+            self.look()
+        return result
 
     def _left(
         self, leaving: _Leaving, answer: Any, many: list[tuple[Operation, int]]
@@ -639,6 +672,12 @@ class Outbox:
         self.detached[run] = object()
         self.look()
         self.wake()
+
+    def settling(self) -> Flow[None]:
+        """Wait, for a moment, until flows whose callers have gone have taken in their answers."""
+        give_up = self._clock() + SETTLING
+        while self._clock() < give_up and any(map(self.is_ready, list(self.detached))):
+            yield Sleep(LOOK)
 
     def is_answered(self, run: Any) -> None:
         """Go on with a flow whose caller has gone, now that it has its answers."""
