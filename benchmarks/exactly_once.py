@@ -111,23 +111,48 @@ def spread(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
+class Cost(NamedTuple):
+    """What a way has cost: seconds by the clock, and of the client's and the server's processor."""
+
+    wall: float
+    processor: float
+
+
+def cost(way: Callable[..., object], process: Process, some: Any) -> Cost:
+    """Measure what a way costs."""
+
+    def used() -> float:
+        found = process.client.info("cpu")
+        server = float(found["used_cpu_user"]) + float(found["used_cpu_sys"])
+        return time.process_time() + server
+
+    before = used()
+    wall = seconds(way, process, some)
+    return Cost(wall, used() - before)
+
+
 def ingest(count: int, rounds: int) -> None:
     """Compare ingest with and without."""
     some = batches(stream(count))
     ways = (plain, with_offsets, with_ids)
-    rates: dict[Any, list[float]] = {way: [] for way in ways}
+    costs: dict[Any, list[Cost]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="ph-") as folder:
         url = f"embedded://{folder}"
         with Process(url):  # the server stays
             for _ in range(rounds):
                 for way in ways:
                     with Process(url, namespace=uuid.uuid4().hex) as process:
-                        rates[way].append(count / seconds(way, process, some))
+                        costs[way].append(cost(way, process, some))
             memory(url)
-    print(f"ingest without: {statistics.median(rates[plain]):,.0f} messages a second")
+    print(
+        f"ingest without: {count / statistics.median(c.wall for c in costs[plain]):,.0f} a second"
+    )
     for name, way in (("offsets", with_offsets), ("ids", with_ids)):
-        ratios = [one / other for one, other in zip(rates[way], rates[plain], strict=True)]
-        print(f"ingest with {name} to ingest without: {spread(ratios)}")
+        pairs = list(zip(costs[plain], costs[way], strict=True))
+        walls = [one.wall / other.wall for one, other in pairs]
+        processors = [one.processor / other.processor for one, other in pairs]
+        print(f"ingest with {name} to ingest without: {spread(walls)}")
+        print(f"  the same by processor time of client and server: {spread(processors)}")
 
 
 def memory(url: str) -> None:
