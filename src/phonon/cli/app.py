@@ -24,6 +24,7 @@ COMMANDS = {
     "batches": "listing:batches",
     "completion": "completing:completion",
     "discard": "acting:discard",
+    "doctor": "doctor:doctor",
     "expire": "acting:expire",
     "locks": "listing:locks",
     "log": "listing:log",
@@ -32,7 +33,9 @@ COMMANDS = {
     "sessions": "listing:sessions",
     "show": "showing:show_command",
     "sources": "listing:sources",
+    "top": "top:top",
     "unlock": "acting:unlock",
+    "web": "web:web",
 }
 
 
