@@ -253,10 +253,12 @@ def drop(batch: BaseBatch, updates: Iterable[Any]) -> None:
 def _storing(
     engine: Engine, batch: BaseBatch, progress: Progress, fresh: list[Any]
 ) -> Flow[list[BaseException]]:
+    # Records of collections are merged already. One that is merged into another one would keep what
+    # it shows, for the next message to be folded into.
+    cached = [update for update in fresh if update.folds_]
+    loose = merge_updates(update for update in fresh if not update.folds_)
     try:
-        errors: list[BaseException] = yield from engine.sources.ingest(
-            progress, merge_updates(fresh)
-        )
+        errors: list[BaseException] = yield from engine.sources.ingest(progress, [*cached, *loose])
     finally:
         for update in fresh:
             if update._batch_ is batch:

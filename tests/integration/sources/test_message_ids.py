@@ -91,6 +91,18 @@ def test_a_message_counts_once_however_it_comes(make: Make, kind: str) -> None:
     assert Count.executed == expected(some)
 
 
+@pytest.mark.parametrize("kind", ["cache", "model"])
+def test_a_record_may_leave_and_come_back_within_a_batch(make: Make, kind: str) -> None:
+    process = make()
+    cache: Any = LruCache(3) if kind == "cache" else process.collect(Visits, 3)
+    some = [(f"id-{n}", n * n % 7) for n in range(300)]
+    for first in range(0, 300, 30):
+        take(process, some[first : first + 30], cache)
+    cache.expire_all()
+    process.stop()
+    assert Count.executed == expected(some)
+
+
 def test_a_block_that_raises_leaves_its_messages_new(make: Make) -> None:
     process = make()
     some = messages(0, 50)

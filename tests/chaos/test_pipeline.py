@@ -1,0 +1,45 @@
+"""From a broker to a table under fire: exact, and not exact without any one of the checks."""
+
+import pytest
+
+from chaos.pipeline import Options, Outcome, report, run
+
+MINUTE = 60
+
+
+def struck(options: Options) -> Outcome:
+    outcome = run(options)
+    print(report(options, outcome))  # noqa: T201 - what `make chaos` shows
+    assert outcome.kills == options.kills
+    assert outcome.failures == []
+    assert outcome.parked == 0
+    return outcome
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * MINUTE)
+@pytest.mark.parametrize("source", ["streams", "kafka"])
+def test_a_few_kills_from_end_to_end(source: str) -> None:
+    outcome = struck(Options(source, kills=8))
+    assert outcome.differing == 0
+    assert outcome.surplus == 0
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(15 * MINUTE)
+@pytest.mark.parametrize("source", ["streams", "kafka"])
+def test_two_hundred_kills_from_end_to_end(source: str) -> None:
+    outcome = struck(Options(source, kills=200))
+    assert outcome.differing == 0
+    assert outcome.handled > outcome.produced  # delivered again, and counted once
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(5 * MINUTE)
+@pytest.mark.parametrize(
+    ("source", "without"), [("kafka", "offsets"), ("streams", "ids"), ("streams", "token")]
+)
+def test_without_a_check_the_table_is_wrong(source: str, without: str) -> None:
+    outcome = struck(Options(source, kills=25, without=without))
+    assert outcome.differing > 0
+    assert outcome.surplus > 0
