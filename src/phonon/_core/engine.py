@@ -162,6 +162,7 @@ class Engine:
             classes=lambda: [name for name in classes.names() if self.codec.can_execute(name)],
             backlog=lambda: self.outbox.size,
         )
+        self.presence.sources = self.sources.listed
         self.presence.counters = lambda: self.identity.measures.figures()  # noqa: PLW0108 - another one after a fork
         self.heartbeat = Heartbeat(
             self.identity,
@@ -298,7 +299,6 @@ class Engine:
             self.executor,
             self.takeover,
             self.heartbeat,
-            self.presence,
         ):
             part.begin()
         self.driver.after_fork_in_child()
