@@ -25,7 +25,7 @@ ROUNDS = 5
 BATCHES, MESSAGES, KEYS = 60, 500, 200
 
 
-class Count(ConflictFreeUpdate):
+class Count(ConflictFreeUpdate, name="count"):
     """Adds up, and writes nowhere."""
 
     def execute(self) -> None:
