@@ -49,7 +49,12 @@ class Drill:
         return [json.loads(row) for row in self.run(command, "--json", *words).stdout.splitlines()]
 
     def problems(self) -> dict[str, str]:
-        return {f["subject"]: f["text"] for f in self.rows("doctor") if f["level"] != "ok"}
+        found: dict[str, str] = {}
+        for finding in self.rows("doctor"):
+            if finding["level"] != "ok":
+                subject = finding["subject"]
+                found[subject] = f"{found.get(subject, '')} {finding['text']}".strip()
+        return found
 
     def close(self) -> None:
         self.popen.kill()
@@ -136,7 +141,7 @@ def test_an_unknown_class(own_server: Redis, drill: Callable[[str], Drill]) -> N
 def test_a_full_backlog(drill: Callable[[str], Drill]) -> None:
     found = drill("full-backlog")
     text = wait_until(lambda: found.problems().get("backlog"))
-    assert "has a backlog of 1,2" in text
+    assert "has a backlog of 1," in text
     (batch, *_) = found.rows("batches", "--state", "retrying", "--limit", "1")
     assert batch["error"] == "ConnectionError: the database does not answer"
     found.tell()  # the database is back
