@@ -26,7 +26,7 @@ SLOW_US = 500
 CHUNK = 20_000
 
 
-class Count(ConflictFreeUpdate):
+class Count(ConflictFreeUpdate, name="count"):
     """Adds up, and writes nowhere."""
 
     def execute(self) -> None:

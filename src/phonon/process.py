@@ -15,6 +15,7 @@ from phonon._core.dead_letters import DeadLetters, Parked
 from phonon._core.engine import Engine, ProcessOptions, ThreadEngine, errors_only
 from phonon._core.flows import FLUSH, Flow, Sleep, read
 from phonon._core.forks import notice
+from phonon._core.reports import EVENTS, Event
 from phonon._protocol import library
 from phonon._protocol.library import Request
 from phonon._protocol.partitions import ENCODING, ERRORS, decode
@@ -98,6 +99,28 @@ class BaseProcess:
     def heartbeat_hash_name(self) -> str:
         """The key of the sorted set of all processes, by the end of their leases unless renewed."""
         return _text(self.engine.identity.partitions.prefix + b"processes")
+
+    def on(self, name: str, function: Callable[[Event], object]) -> None:
+        """Have a function called with each event of a kind, from any thread.
+
+        What it raises is logged, and harms nothing. A forked child has the same listeners.
+
+        Args:
+            name: ``"parked"``, ``"takeover"``, ``"lock_lost"``, ``"batch_lost"``,
+                ``"declared_dead"``, ``"state_lost"`` or ``"error"``.
+            function: Called with the `Event`. In an `AsyncProcess` it may be a coroutine function.
+
+        Raises:
+            ConfigurationError: There is no such kind, or the function cannot be called.
+
+        Example:
+            >>> process.on("parked", lambda event: print(event.resource, event.error))
+        """
+        if name not in EVENTS:
+            raise ConfigurationError(f"an event is one of {', '.join(EVENTS)}, not {name!r}")
+        if not callable(function):
+            raise ConfigurationError(f"function is called with an event: {function!r} cannot be")
+        self.engine.reports.on(name, function)
 
     # Flows
 

@@ -117,6 +117,7 @@ class Update(LocalUpdate):
             engine = process.engine
         if not SAME[0]:
             notice()
+        next(engine.messages)
         self._id = _id
         self._process_ = process
         self._engine_ = engine

@@ -210,6 +210,11 @@ def resolve(name: str) -> tuple[type[Any], int] | None:
 _MOST_DIGITS = 9
 
 
+def known_name(cls: type[Any]) -> str:
+    """Return the name of a class; its qualified one if it is not known to the server."""
+    return _names.get(cls) or cls.__qualname__
+
+
 def names() -> list[str]:
     """Return the names of all classes that are imported here."""
     return list(_classes)

@@ -28,7 +28,7 @@ from phonon._core.members import Members
 from phonon._core.outbox import Ending, Outbox, Overflow
 from phonon._core.presence import Presence
 from phonon._core.rebirth import Rebirth
-from phonon._core.reports import Reports
+from phonon._core.reports import Event, Reports
 from phonon._core.retry import RetryPolicy
 from phonon._core.sessions import Sessions
 from phonon._core.sources import Sources
@@ -97,6 +97,7 @@ class Engine:
         batches: The open batches; each thread or task has its own in ``local``.
         is_async: Whether its calls are awaited.
         most_bytes: How long a partial may be, which the server has to take in one piece.
+        messages: Counts the updates that are made.
         stripes: Locks of updates. They are never held across I/O, so they serve asyncio as well.
     """
 
@@ -167,6 +168,8 @@ class Engine:
             classes=lambda: [name for name in classes.names() if self.codec.can_execute(name)],
             backlog=lambda: self.outbox.size,
         )
+        self.presence.sources = self.sources.listed
+        self.presence.counters = lambda: self.identity.measures.figures()  # noqa: PLW0108 - another one after a fork
         self.heartbeat = Heartbeat(
             self.identity,
             self.rebirth,
@@ -188,6 +191,9 @@ class Engine:
             "takeover",
             self.takeover.work,
             anyhow=True,  # it is asked for where the one before has ended, or is about to
+        )
+        self.takeover.on_taken = lambda text, dead: self.reports.emit(
+            Event("takeover", text, process=dead)
         )
         self.leases.start_worker = lambda: self._ensure(
             "leases", self.leases.work, anyhow=not self.leases.is_working
@@ -214,6 +220,7 @@ class Engine:
         self.sessions.signal = self.driver.signal()
         self.heartbeat.signal = self.identity.signal = self.driver.signal()
         self.local = self.make_local()
+        self.messages = self.identity.measures.messages
         self.batches: set[Any] = set()
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
 
@@ -303,7 +310,6 @@ class Engine:
             self.takeover,
             self.heartbeat,
             self.sessions,
-            self.presence,
         ):
             part.begin()
         self.driver.after_fork_in_child()

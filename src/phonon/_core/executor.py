@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from phonon._core import classes, compaction
 from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, never_run, read
 from phonon._core.identity import Identity
-from phonon._core.reports import Reports
+from phonon._core.reports import Event, Reports
 from phonon._core.retry import RetryPolicy
 from phonon._core.shown import shown
 from phonon._protocol import operations
@@ -280,6 +280,7 @@ class Executor:
             if len(batch.partials) < batch.run.size and not (yield from self._fetch(batch)):
                 batch.error = _TAKEN_OVER
                 continue
+            self._identity.measures.observe("batch_partials", batch.run.size)
             try:
                 batch.records = (
                     self._codec.records(batch.resource, batch.partials, batch.local)
@@ -333,11 +334,16 @@ class Executor:
         for batch in batches:
             if batch.job is not None and batch.job.outcome is None:
                 jobs[id(batch.job)] = batch.job
+        clock = self._identity.clock
+        begun = clock()
         if jobs:
             yield Execute(list(jobs.values()))
-        for batch in batches:
-            if batch.job is not None and batch.job.outcome is not None:
-                self._end_job(batch, batch.job)
+        ended = [b for b in batches if b.job is not None and b.job.outcome is not None]
+        # In the caller's thread they run one after the other: each is given its share of the time.
+        seconds = (clock() - begun) / max(1, len(ended))
+        for batch in ended:
+            assert batch.job is not None  # noqa: S101 - for the type checker
+            self._end_job(batch, batch.job, seconds)
 
     def _begin_jobs(self, batches: Sequence[RunningBatch]) -> None:
         together: dict[Any, list[tuple[RunningBatch, Any]]] = {}
@@ -357,7 +363,7 @@ class Executor:
                 for batch, _ in some:
                     batch.job = job
 
-    def _end_job(self, batch: RunningBatch, job: Job) -> None:
+    def _end_job(self, batch: RunningBatch, job: Job, seconds: float) -> None:
         record = batch.records[batch.at]
         outcome = job.outcome
         assert outcome is not None  # noqa: S101 - for the type checker
@@ -373,7 +379,10 @@ class Executor:
             error = outcome.error
             if error is None and outcome.value is not None:
                 error = never_run(outcome.value)
+        executed: Any = record  # what it has executed is in each of them
+        class_name = classes.known_name(type(executed.instance))
         record.finish()
+        self._identity.measures.execution(class_name, seconds, failed=error is not None)
         batch.job = None
         batch.at += 1
         if error is not None:
@@ -454,6 +463,7 @@ class Executor:
         )
 
     def _failed(self, batch: RunningBatch, error: BaseException, retry_in: float | None) -> None:
+        self._identity.measures.add("retries" if retry_in is not None else "parked")
         if retry_in is not None:
             self._schedule(batch, retry_in)
             then = f"is tried again in {retry_in:.1f} s"
@@ -461,7 +471,11 @@ class Executor:
             then = "is parked: see Process.parked()"
         text = f"batch {batch.token} of {shown(batch.resource)} failed and {then}"
         error.add_note(f"phonon: {text}; its data is kept")
-        log.warning("%s: %s: %s", text, type(error).__name__, error)
+        name = self._identity.name
+        fields = {"resource": batch.resource, "token": batch.token, "process_id": name}
+        log.warning("%s: %s: %s", text, type(error).__name__, error, extra=fields)
+        if retry_in is None:
+            self._reports.emit(Event("parked", text, batch.resource, batch.token, name, error))
         batch.errors.append(error)
         if batch.background:
             self._reports.notify(error)

@@ -8,6 +8,7 @@ from typing import Any
 import msgpack
 
 from phonon._core.flows import Flow, Read, Signal
+from phonon._core.measures import Measures
 from phonon._protocol.lane import Lane
 from phonon._protocol.library import Library, Request
 from phonon._protocol.partitions import DEFAULT_PARTITIONS, Partitions
@@ -48,6 +49,7 @@ class Identity:
         lives_until: Until when, by the clock, nobody can have declared this process dead.
         losses: The error of each lane that was found to have lost calls, to be told at the rebirth.
         suspected: Whether a lane or a heartbeat was refused: a rebirth is due.
+        measures: What is counted.
         waiters: Who waits for mail, or is about to, and in which partition.
     """
 
@@ -75,6 +77,7 @@ class Identity:
     def begin(self) -> None:
         """Be somebody else, who holds nothing: at first, and in a forked child."""
         self.generation = object()
+        self.measures = Measures()
         self._card = msgpack.packb(self._describe())
         self.id = b""
         self.name = self.new_id()

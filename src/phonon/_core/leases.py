@@ -71,12 +71,14 @@ class Grant:
             grant was asked for, so it is earlier than on the server. Infinite without such a lease.
         depth: How often its thread has taken it.
         lost: Whether it was found to be ours no longer.
+        got_at: When it was got, by the clock; 0 before.
     """
 
     __slots__ = (
         "_identity",
         "depth",
         "generation",
+        "got_at",
         "holder",
         "lost",
         "on_lost",
@@ -102,6 +104,7 @@ class Grant:
         self.token = token
         self.generation = identity.generation
         self.owner = owner
+        self.got_at = 0.0
         self.until = math.inf if request.lease is None else asked + request.lease
         self.depth = 1
         self.lost = False
@@ -210,8 +213,13 @@ class Leases:
             PhononError: The server does not answer, or refuses.
         """
         asking: list[Holder] = []
+        begun = self._identity.clock()
         try:
-            return (yield from self._ask(request, seconds, owner, on_lost, asking))
+            got = yield from self._ask(request, seconds, owner, on_lost, asking)
+            if isinstance(got, Grant):
+                got.got_at = self._identity.clock()
+                self._identity.measures.observe("lock_wait", got.got_at - begun)
+            return got
         finally:
             for holder in asking:
                 self._no_longer(holder)
@@ -304,6 +312,8 @@ class Leases:
             ServerError: The server refused; the lock is still held.
         """
         self._remove(grant)
+        if grant.got_at:
+            self._identity.measures.observe("lock_hold", self._identity.clock() - grant.got_at)
         operation = operations.unlock(grant.request.partition, grant.request.name, grant.holder)
         (answer,) = yield Send((operation,))
         if isinstance(answer, ServerError):
@@ -419,6 +429,7 @@ class Leases:
     def lose(self, grants: Iterable[Grant]) -> None:
         """Mark grants as lost, and tell their owners, once, in the background."""
         lost = [grant for grant in grants if self._remove(grant)]
+        self._identity.measures.add("lost_locks", len(lost))
         for grant in lost:
             grant.lost = True
             # What the user does then may take time, and use this process.

@@ -323,6 +323,8 @@ class Outbox:
                 errors.append(answer)
         if errors:
             self.look()
+        size = sum([len(partial) for *_, partial in stored])
+        self._identity.measures.add_stored(max(0, len(stored) - len(errors)), size)
         if many:
             yield from self._compact(many)
         return errors
@@ -437,6 +439,7 @@ class Outbox:
             result.errors.append(answer)
             return None
         result.sent = True
+        self._identity.measures.end(data)
         result.left = answer[1]
         result.last = answer[0] != _HELD and bool(answer[2])
         if answer[0] == _RUN:

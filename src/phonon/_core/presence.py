@@ -1,6 +1,6 @@
 """The facts about a process that each of its heartbeats publishes for operators."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -19,8 +19,8 @@ class Presence:
 
     Attributes:
         counters: Returns what is counted, by name.
-        sources: Of each source that the process reads, a function that returns its name, its kind,
-            its position as text, and its lag in messages or None. Sources enter themselves.
+        sources: Returns of each source that the process reads its name, its kind, its position as
+            text, and its lag in messages or None.
     """
 
     def __init__(
@@ -30,22 +30,17 @@ class Presence:
         self._classes = classes
         self._backlog = backlog
         self.counters: Callable[[], Mapping[str, Any]] = dict
-        self.begin()
-
-    def begin(self) -> None:
-        """Read no sources: at first, and in a forked child."""
-        self.sources: dict[object, Callable[[], tuple[str, str, str, int | None]]] = {}
+        self.sources: Callable[[], Sequence[tuple[str, str, str, int | None]]] = tuple
 
     def report(self) -> bytes:
         """Return what operators are told."""
-        sources = [source() for source in list(self.sources.values())[:MOST_NAMES]]
         packed: bytes = msgpack.packb(
             {
                 "executes": self._executes,
                 "classes": sorted(self._classes())[:MOST_NAMES],
                 "backlog": self._backlog(),
                 "counters": dict(self.counters()),
-                "sources": sources,
+                "sources": list(self.sources())[:MOST_NAMES],
             },
             unicode_errors="surrogatepass",
         )

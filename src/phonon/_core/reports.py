@@ -2,8 +2,60 @@
 
 import logging
 from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+from phonon.errors import (
+    BatchLostError,
+    DeclaredDeadError,
+    LockLostError,
+    ServerStateLostError,
+)
 
 log = logging.getLogger("phonon")
+
+
+EventName = Literal[
+    "parked", "takeover", "lock_lost", "batch_lost", "declared_dead", "state_lost", "error"
+]
+EVENTS: tuple[EventName, ...] = get_args(EventName)
+
+
+class Event(NamedTuple):
+    """Something that happened to a process; see `Process.on`.
+
+    Attributes:
+        name: What: ``"parked"`` (a batch was given up on), ``"takeover"`` (this process has taken
+            over from a dead one), ``"lock_lost"``, ``"batch_lost"`` (executed here, and taken over
+            meanwhile), ``"declared_dead"``, ``"state_lost"`` (the server came back without its
+            data), or ``"error"``: another error that no caller was there for.
+        text: The same in words, as it is logged.
+        resource: Which resource it is about; empty if it is about none.
+        token: The batch's token, or 0.
+        process: The id of the process that it happened to; of a takeover, that of the dead one.
+        error: The error behind it, if there is one.
+    """
+
+    name: EventName
+    text: str
+    resource: str = ""
+    token: int = 0
+    process: str = ""
+    error: BaseException | None = None
+
+
+_NAMES: dict[type[Exception], EventName] = {
+    LockLostError: "lock_lost",
+    BatchLostError: "batch_lost",
+    DeclaredDeadError: "declared_dead",
+    ServerStateLostError: "state_lost",
+}
+
+
+def event_of(error: Exception) -> Event:
+    """Return the event that an error is."""
+    name: EventName = next((n for kind, n in _NAMES.items() if isinstance(error, kind)), "error")
+    resource, token = getattr(error, "resource", ""), getattr(error, "token", 0)
+    return Event(name, str(error), resource or "", token or 0, error=error)
 
 
 class Reports:
@@ -22,11 +74,23 @@ class Reports:
         self.on_error = on_error
         self._run = run
         self._said: set[str] = set()
+        self._listeners: dict[str, list[Callable[[Event], object]]] = {}
 
     def report_error(self, error: Exception) -> None:
         """Log a background error and pass it to `on_error`."""
-        log.error("%s", error)
+        event = event_of(error)
+        log.error("%s", error, extra={"resource": event.resource, "token": event.token})
+        self.emit(event)
         self.notify(error)
+
+    def on(self, name: str, function: Callable[[Event], object]) -> None:
+        """Have a function called with each event of that name."""
+        self._listeners.setdefault(name, []).append(function)
+
+    def emit(self, event: Event) -> None:
+        """Tell those that asked for it."""
+        for function in self._listeners.get(event.name, ()):
+            self.call(function, event)
 
     def notify(self, error: BaseException) -> None:
         """Pass an error to `on_error` that was logged already."""

@@ -54,7 +54,16 @@ class Claim:
         moved_on: When all partitions were at the same position, by the monotonic clock.
     """
 
-    __slots__ = ("done", "encoded", "epoch", "in_doubt", "moved_on", "name", "positions")
+    __slots__ = (
+        "__weakref__",
+        "done",
+        "encoded",
+        "epoch",
+        "in_doubt",
+        "moved_on",
+        "name",
+        "positions",
+    )
 
     def __init__(self, name: str, epoch: int, positions: Sequence[int | None]) -> None:
         self.name = name
@@ -345,6 +354,7 @@ class Sources:
         self._members = members
         self._executor = executor
         self._reports = reports
+        self._claims: weakref.WeakSet[Claim] = weakref.WeakSet()
         self._ids: dict[tuple[str, float], Ids] = {}
 
     def ids(self, scope: str, window: float) -> Ids:
@@ -378,7 +388,16 @@ class Sources:
             if answer[0] == _REFUSED:
                 raise claim.lost("was claimed by another consumer meanwhile")
             claim.positions[partition] = int(answer[2]) if answer[2] else None
+        self._claims.add(claim)
         return claim
+
+    def listed(self) -> list[tuple[str, str, str, int | None]]:
+        """Return what operators are told of the sources that this process reads."""
+        return [
+            (claim.name, "ordered", str(claim.position), None)
+            for claim in list(self._claims)
+            if not claim.in_doubt
+        ]
 
     def position(self, name: str) -> Flow[int | None]:
         """Return where a source stands, without claiming it."""

@@ -82,6 +82,7 @@ class Takeover:
         self._can_execute = can_execute
         self.start_worker: Callable[[], None] = lambda: None
         self.ask_for_more: Callable[[], None] = lambda: None
+        self.on_taken: Callable[[str, str], object] = lambda *_: None
         self.begin()
 
     def begin(self) -> None:
@@ -196,13 +197,12 @@ class Takeover:
             self._released.pop(dead, None)
             foreign = dead not in self._identity.former
             if taken.resources and foreign and operations.class_of_queue(dead) is None:
-                log.warning(
-                    TAKEN_OVER,
-                    self._identity.name,
-                    taken.resources,
-                    decode(dead),
-                    taken.batches,
-                )
+                name, whose = self._identity.name, decode(dead)
+                words = (name, taken.resources, whose, taken.batches)
+                log.warning(TAKEN_OVER, *words, extra={"process_id": name, "dead_id": whose})
+                self._identity.measures.add("reaped", taken.resources)
+                self._identity.measures.add("reaped_batches", taken.batches)
+                self.on_taken(TAKEN_OVER % words, whose)
         if me != self._identity.id:
             # Reborn meanwhile, perhaps because the server has lost what was reaped: a former self
             # is reaped anew, and any other one that is still dead comes with the next beat.

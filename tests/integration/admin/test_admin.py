@@ -233,6 +233,16 @@ def test_batches_by_state(admin: Admin, crew: Crew, make: Make, broken: None) ->
     wait_until(lambda: not list(admin.batches("running")))
 
 
+def test_sources(admin: Admin, make: Make) -> None:
+    process = make(heartbeat_interval=0.1)
+    source = process.source("orders-3")
+    with source.batch([(7, "a"), (8, "b")]) as batch:
+        assert [offset for offset, _ in batch] == [7, 8]
+    (found,) = wait_until(lambda: [s for s in admin.sources() if s.position != "None"])
+    assert (found.name, found.process, found.kind) == ("orders-3", process.id, "ordered")
+    assert found.position == str(source.position())
+
+
 def test_content_needs_no_class(admin: Admin, make: Make, broken: None) -> None:
     process = make(retry=ONCE)
     token = park(process, "a", 7)

@@ -1,0 +1,118 @@
+"""What counting and exporting cost durable ingest: ratios in one run, medians of five rounds.
+
+Three ways take turns: counters that do nothing, counters, and counters with both exporters (an
+OpenTelemetry SDK, and Prometheus scraping ten times a second)::
+
+    python benchmarks/metrics_cost.py
+"""
+
+import itertools
+import statistics
+import threading
+import time
+import timeit
+from typing import Any
+
+import prometheus_client
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from phonon import ConflictFreeUpdate, Process, metrics
+from phonon._core.measures import Measures
+from phonon.embedded import start
+
+ROUNDS = 5
+BATCHES, MESSAGES, KEYS = 60, 500, 200
+
+
+class Count(ConflictFreeUpdate, name="count"):
+    """Adds up, and writes nowhere."""
+
+    def execute(self) -> None:
+        """Write nothing."""
+
+
+class Nothing(Measures):
+    """Counts nothing."""
+
+    def add_stored(self, partials: int, size: int) -> None:
+        """Do nothing."""
+
+    def end(self, partial: bytes | None) -> None:
+        """Do nothing."""
+
+    def execution(self, class_name: str, seconds: float, *, failed: bool) -> None:
+        """Do nothing."""
+
+    def observe(self, name: str, value: float) -> None:
+        """Do nothing."""
+
+
+def ingest(process: Process) -> float:
+    """Return messages a second, stored durably in batches."""
+    begun = time.perf_counter()
+    for _ in range(BATCHES):
+        with process.batch():
+            for i in range(MESSAGES):
+                Count(process, i % KEYS, doc={"n": 1})
+    return BATCHES * MESSAGES / (time.perf_counter() - begun)
+
+
+def scrape(process: Process, stop: threading.Event) -> None:
+    """Ask for the exposition, ten times a second."""
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(metrics.PrometheusCollector(process))
+    while not stop.wait(0.1):
+        prometheus_client.generate_latest(registry)
+
+
+def one(url: str, way: str) -> float:
+    """Measure one way once."""
+    with Process(url=url) as process:
+        stop = threading.Event()
+        threads = []
+        if way == "nothing":
+            process.engine.identity.measures = Nothing()
+        if way == "exported":
+            provider = MeterProvider([InMemoryMetricReader()])
+            metrics.instrument(process, meter_provider=provider)
+            threads.append(threading.Thread(target=scrape, args=(process, stop)))
+        for thread in threads:
+            thread.start()
+        try:
+            return ingest(process)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def main() -> None:
+    """Measure, and print ratios."""
+    server = start(None)
+    try:
+        url = f"unix://{server.socket_path}"
+        found: dict[str, list[float]] = {"nothing": [], "counted": [], "exported": []}
+        for way in found:
+            one(url, way)  # warm up
+        for _ in range(ROUNDS):
+            for way, rates in found.items():
+                rates.append(one(url, way))
+    finally:
+        server.close()
+    base = statistics.median(found["nothing"])
+    for way, rates in found.items():
+        ratios = sorted(rate / base for rate in rates)
+        median = statistics.median(rates)
+        print(
+            f"{way:9} {median:9,.0f} messages/s, {median / base:.3f} of counting nothing "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
+    counter: Any = itertools.count()
+    each = min(timeit.repeat(lambda: next(counter), number=1_000_000, repeat=3)) * 1000
+    print(f"the counter of messages, which runs in all three: {each:.0f} ns a message, a lambda's")
+    print(f"call included; a message takes {1e9 / base:,.0f} ns")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What a process counts, all the time: once for a list, not for each of its elements."""
+
+import itertools
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+#: How an execution ended.
+Outcome = Literal["ok", "failed"]
+#: Upper bounds of a histogram's buckets: seconds, and partials of a batch.
+SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0)
+PARTIALS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class Histogram:
+    """Counts values in buckets.
+
+    Args:
+        bounds: The buckets' upper bounds.
+
+    Attributes:
+        counts: How many values are in each bucket, the last one being those above all bounds.
+        total: The sum of the values.
+    """
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Measures:
+    """The counters of one process.
+
+    Attributes:
+        messages: Counts updates that were made; see `made`.
+        stored: Partials that the server has taken.
+        stored_bytes: Their size.
+        ended: Sessions that were ended here, whether or not others still hold them.
+        executed: Executions, by class and outcome.
+        seconds: How long they took, by class.
+        batch_partials: How many partials batches had.
+        retries: Batches that are tried again.
+        parked: Batches that were given up on.
+        reaped: Resources that were taken over from dead processes.
+        reaped_batches: Batches among them.
+        lost_locks: Locks that were lost.
+        lock_wait: How long locks were waited for.
+        lock_hold: How long they were held.
+        on_observe: Told each value of a histogram: its name, the value, and the class or "".
+    """
+
+    def __init__(self) -> None:
+        self.messages = itertools.count()
+        self._lock = threading.Lock()
+        self.stored = self.stored_bytes = self.ended = 0
+        self.executed: Counter[tuple[str, Outcome]] = Counter()
+        self.seconds: dict[str, Histogram] = {}
+        self.batch_partials = Histogram(PARTIALS)
+        self.retries = self.parked = self.reaped = self.reaped_batches = self.lost_locks = 0
+        self.lock_wait, self.lock_hold = Histogram(SECONDS), Histogram(SECONDS)
+        self.on_observe: Callable[[str, float, str], object] | None = None
+
+    @property
+    def made(self) -> int:
+        """How many updates were made: messages, where each makes one."""
+        made: Any = self.messages.__reduce__()[1]  # its only state
+        return int(made[0])
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Add to a counter."""
+        if count:
+            with self._lock:
+                setattr(self, name, getattr(self, name) + count)
+
+    def add_stored(self, partials: int, size: int) -> None:
+        """Count partials that the server has taken."""
+        if partials:
+            with self._lock:
+                self.stored += partials
+                self.stored_bytes += size
+
+    def end(self, partial: bytes | None) -> None:
+        """Count a session that was ended, and the partial that went with that."""
+        with self._lock:
+            self.ended += 1
+            if partial:
+                self.stored += 1
+                self.stored_bytes += len(partial)
+
+    def execution(self, class_name: str, seconds: float, *, failed: bool) -> None:
+        """Count an execution."""
+        with self._lock:
+            self.executed[class_name, "failed" if failed else "ok"] += 1
+            self.seconds.setdefault(class_name, Histogram(SECONDS)).observe(seconds)
+        if self.on_observe is not None:
+            self.on_observe("seconds", seconds, class_name)
+
+    def observe(self, name: str, value: float) -> None:
+        """Count a value of a histogram that has no classes."""
+        with self._lock:
+            getattr(self, name).observe(value)
+        if self.on_observe is not None:
+            self.on_observe(name, value, "")
+
+    def figures(self) -> dict[str, int]:
+        """Return what operators are told with each heartbeat."""
+        with self._lock:
+            executed = sum(self.executed.values())
+            failed = sum(n for (_, outcome), n in self.executed.items() if outcome == "failed")
+            return {
+                "messages": self.made,
+                "stored": self.stored,
+                "stored_bytes": self.stored_bytes,
+                "ended": self.ended,
+                "executed": executed,
+                "failed": failed,
+                "retries": self.retries,
+                "parked": self.parked,
+                "reaped": self.reaped,
+                "lost_locks": self.lost_locks,
+            }

@@ -1,0 +1,348 @@
+"""Metrics of processes, for Prometheus and OpenTelemetry (extras of those names).
+
+A process counts all the time, once for a list of operations and not for each. An exporter reads
+the counters when it is asked, so it costs the work nothing. Labels are bounded: a class, or how
+something ended; never a key.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from phonon.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from phonon.process import BaseProcess
+
+__all__ = ["METRICS", "Metric", "PrometheusCollector", "instrument", "read"]
+
+
+class Metric(NamedTuple):
+    """What one metric is called, and says.
+
+    Attributes:
+        name: In Prometheus, with unit and without ``_total``.
+        otel: In OpenTelemetry.
+        kind: ``"counter"``, ``"gauge"`` or ``"histogram"``.
+        unit: As OpenTelemetry writes it.
+        text: What it says.
+        labels: The names of its labels.
+        read: Returns its values by their labels' values, given the process's parts.
+    """
+
+    name: str
+    otel: str
+    kind: str
+    unit: str
+    text: str
+    labels: tuple[str, ...]
+    read: Callable[[Any], dict[tuple[str, ...], Any]]
+
+
+def _one(function: Callable[[Any], Any]) -> Callable[[Any], dict[tuple[str, ...], Any]]:
+    return lambda engine: {(): function(engine)}
+
+
+def _counter(name: str, otel: str, unit: str, text: str, function: Callable[[Any], Any]) -> Metric:
+    return Metric(name, otel, "counter", unit, text, (), _one(function))
+
+
+def _measure(name: str) -> Callable[[Any], Any]:
+    return lambda engine: getattr(engine.identity.measures, name)
+
+
+#: All metrics. A dashboard and alerts that use them are in ``ops/``.
+METRICS = (
+    _counter("phonon_messages", "phonon.messages", "{message}", "Updates made", _measure("made")),
+    _counter(
+        "phonon_partials_stored",
+        "phonon.partials.stored",
+        "{partial}",
+        "Partials that the server has taken: messages divided by these is the merge ratio",
+        _measure("stored"),
+    ),
+    _counter(
+        "phonon_partials_stored_bytes",
+        "phonon.partials.stored.size",
+        "By",
+        "Their size",
+        _measure("stored_bytes"),
+    ),
+    _counter(
+        "phonon_sessions_ended",
+        "phonon.sessions.ended",
+        "{session}",
+        "Sessions that this process has left, or ended",
+        _measure("ended"),
+    ),
+    Metric(
+        "phonon_memberships",
+        "phonon.memberships",
+        "gauge",
+        "{resource}",
+        "Resources of which this process is a member",
+        (),
+        _one(lambda engine: len(engine.members.held)),
+    ),
+    Metric(
+        "phonon_executions",
+        "phonon.executions",
+        "counter",
+        "{execution}",
+        "Calls of execute, or one for each record of execute_many",
+        ("class", "outcome"),
+        lambda engine: dict(engine.identity.measures.executed),
+    ),
+    Metric(
+        "phonon_execute_seconds",
+        "phonon.execute.duration",
+        "histogram",
+        "s",
+        "How long they took",
+        ("class",),
+        lambda engine: {(c,): h for c, h in list(engine.identity.measures.seconds.items())},
+    ),
+    Metric(
+        "phonon_batch_partials",
+        "phonon.batch.partials",
+        "histogram",
+        "{partial}",
+        "How many partials the batches had that were executed",
+        (),
+        _one(_measure("batch_partials")),
+    ),
+    _counter(
+        "phonon_batch_retries",
+        "phonon.batch.retries",
+        "{batch}",
+        "Failed batches that are tried again",
+        _measure("retries"),
+    ),
+    _counter(
+        "phonon_batches_parked",
+        "phonon.batches.parked",
+        "{batch}",
+        "Batches that were given up on",
+        _measure("parked"),
+    ),
+    Metric(
+        "phonon_backlog",
+        "phonon.backlog",
+        "gauge",
+        "{entry}",
+        "What is unfinished in the outbox: not stored, not ended, to be retried",
+        (),
+        _one(lambda engine: engine.outbox.size),
+    ),
+    _counter(
+        "phonon_takeover_resources",
+        "phonon.takeover.resources",
+        "{resource}",
+        "Resources that were taken over from dead processes",
+        _measure("reaped"),
+    ),
+    _counter(
+        "phonon_takeover_batches",
+        "phonon.takeover.batches",
+        "{batch}",
+        "Batches that were taken over from dead processes",
+        _measure("reaped_batches"),
+    ),
+    _counter(
+        "phonon_leases_lost",
+        "phonon.leases.lost",
+        "{lease}",
+        "How often this process was declared dead, or the server lost its data",
+        lambda engine: len(engine.identity.former),
+    ),
+    _counter(
+        "phonon_locks_lost",
+        "phonon.locks.lost",
+        "{lock}",
+        "Locks that were lost while they were held",
+        _measure("lost_locks"),
+    ),
+    Metric(
+        "phonon_lock_wait_seconds",
+        "phonon.lock.wait.duration",
+        "histogram",
+        "s",
+        "How long locks were waited for that were got",
+        (),
+        _one(_measure("lock_wait")),
+    ),
+    Metric(
+        "phonon_lock_hold_seconds",
+        "phonon.lock.hold.duration",
+        "histogram",
+        "s",
+        "How long locks were held",
+        (),
+        _one(_measure("lock_hold")),
+    ),
+    _counter(
+        "phonon_calls",
+        "phonon.calls",
+        "{call}",
+        "Calls that were answered, since the last change of identity",
+        lambda engine: sum(lane.answered for lane in engine.identity.lanes),
+    ),
+    _counter(
+        "phonon_call_failures",
+        "phonon.call.failures",
+        "{attempt}",
+        "Attempts at calls that were not answered, and repeated",
+        lambda engine: engine.driver.server.troubles,
+    ),
+)
+
+
+def read(process: "BaseProcess") -> dict[str, Any]:
+    """Return all metrics of a process that are numbers, by name; by labels where they have some."""
+    found: dict[str, Any] = {}
+    for metric in METRICS:
+        if metric.kind != "histogram":
+            values = metric.read(process.engine)
+            found[metric.name] = values if metric.labels else values[()]
+    return found
+
+
+class PrometheusCollector:
+    """Tells Prometheus what processes have counted.
+
+    Args:
+        processes: The processes of this interpreter. One that has stopped keeps its last figures.
+
+    Raises:
+        ConfigurationError: The extra is not installed.
+
+    Example:
+        >>> import prometheus_client
+        >>> prometheus_client.REGISTRY.register(PrometheusCollector(process))  # doctest: +SKIP
+    """
+
+    def __init__(self, *processes: "BaseProcess") -> None:
+        try:
+            from prometheus_client import core  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                "Prometheus's metrics need prometheus-client: pip install 'phonon[prometheus]'"
+            ) from error
+        self._core = core
+        self._processes = processes
+
+    def describe(self) -> Iterable[Any]:
+        """Return the metrics without values: registering reads no counter."""
+        return [self._family(metric) for metric in METRICS]
+
+    def collect(self) -> Iterator[Any]:
+        """Yield the metrics, added up over the processes of each namespace."""
+        for metric in METRICS:
+            family = self._family(metric)
+            for labels, value in _sums(metric, self._processes).items():
+                if metric.kind == "histogram":
+                    counts, total = value
+                    family.add_metric(labels, counts, total)
+                else:
+                    family.add_metric(labels, value)
+            yield family
+
+    def _family(self, metric: Metric) -> Any:
+        kinds = {
+            "counter": self._core.CounterMetricFamily,
+            "gauge": self._core.GaugeMetricFamily,
+            "histogram": self._core.HistogramMetricFamily,
+        }
+        return kinds[metric.kind](metric.name, metric.text, labels=["namespace", *metric.labels])
+
+
+def _sums(metric: Metric, processes: Iterable["BaseProcess"]) -> dict[tuple[str, ...], Any]:
+    """Add a metric up: a process's id changes, and would be a label without bounds."""
+    sums: dict[tuple[str, ...], Any] = {}
+    for process in processes:
+        engine = process.engine
+        for labels, value in metric.read(engine).items():
+            key = engine.options.namespace, *labels
+            if metric.kind == "histogram":
+                buckets, total = sums.get(key, ([], 0.0))
+                sums[key] = _added(buckets, value), total + value.total
+            else:
+                sums[key] = sums.get(key, 0) + value
+    return sums
+
+
+def _added(buckets: list[tuple[str, int]], histogram: Any) -> list[tuple[str, int]]:
+    """Return a histogram's buckets as Prometheus counts them, each with all below it, added up."""
+    bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
+    before = [count for _, count in buckets] or [0] * len(bounds)
+    sums = itertools.accumulate(histogram.counts)
+    return [(bound, count + more) for bound, count, more in zip(bounds, before, sums, strict=True)]
+
+
+def instrument(*processes: "BaseProcess", meter_provider: Any = None) -> None:
+    """Tell OpenTelemetry what processes count, through its API.
+
+    Without an SDK in the program this does nothing. Call it once, with all processes.
+
+    Args:
+        processes: The processes.
+        meter_provider: Whose meter to use; None for the global one.
+
+    Raises:
+        ConfigurationError: The extra is not installed.
+    """
+    try:
+        from opentelemetry import metrics as api  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "OpenTelemetry's metrics need its API: pip install 'phonon[opentelemetry]'"
+        ) from error
+    meter = api.get_meter("phonon", meter_provider=meter_provider)
+    histograms: dict[str, Any] = {}
+
+    for metric in METRICS:
+        make: Any = meter.create_observable_counter
+        if metric.kind == "histogram":
+            made = meter.create_histogram(metric.otel, metric.unit, metric.text)
+            histograms[_SOURCES[metric.name]] = made
+            continue
+        if metric.kind == "gauge":
+            make = meter.create_observable_gauge
+        make(
+            metric.otel, [_observing(metric, processes, api.Observation)], metric.unit, metric.text
+        )
+
+    for process in processes:
+        engine = process.engine
+        engine.identity.measures.on_observe = _recording(histograms, engine.options.namespace)
+
+
+def _observing(
+    metric: Metric, processes: Sequence["BaseProcess"], observation: Any
+) -> Callable[[Any], Iterator[Any]]:
+    names = ["phonon.namespace", *(f"phonon.{label}" for label in metric.labels)]
+
+    def observe(_: Any) -> Iterator[Any]:
+        for labels, value in _sums(metric, processes).items():
+            yield observation(value, dict(zip(names, labels, strict=True)))
+
+    return observe
+
+
+def _recording(histograms: dict[str, Any], namespace: str) -> Callable[[str, float, str], object]:
+    def record(name: str, value: float, class_name: str) -> None:
+        labels = {"phonon.namespace": namespace}
+        if class_name:
+            labels["phonon.class"] = class_name
+        histograms[name].record(value, labels)
+
+    return record
+
+
+#: Where the values of histograms come from.
+_SOURCES = {
+    "phonon_execute_seconds": "seconds",
+    "phonon_batch_partials": "batch_partials",
+    "phonon_lock_wait_seconds": "lock_wait",
+    "phonon_lock_hold_seconds": "lock_hold",
+}

@@ -1,0 +1,141 @@
+"""Metrics: counted once, exported by conventions, and named in the dashboard as they are."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from phonon import Admin, ConflictFreeUpdate, LruCache, Process, RetryPolicy, metrics
+from phonon.metrics import METRICS, PrometheusCollector
+from support.world import Make, Redis, wait_until
+
+OPS = Path(__file__).parents[3] / "ops"
+
+
+class Counted(ConflictFreeUpdate):
+    """Fails if its record says so."""
+
+    def execute(self) -> None:
+        if str(self._id).startswith("bad"):
+            raise OSError("no database")
+
+
+def work(process: Process) -> None:
+    """Two messages merged, one session ended, one batch parked, a lock taken."""
+    cache: LruCache[Counted] = LruCache()
+    for _ in range(3):
+        cache.set("good", Counted(process, "good", doc={"n": 1}, init_cache=False))
+    cache.expire_all()
+    with pytest.raises(OSError, match="no database"):
+        Counted(process, "bad", doc={"n": 1}).end_session()
+    with process.lock("x"):
+        pass
+
+
+def exposition(*processes: Process) -> tuple[str, dict[str, float]]:
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(PrometheusCollector(*processes))
+    text = prometheus_client.generate_latest(registry).decode()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return text, {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def test_what_is_counted(make: Make, namespace: str) -> None:
+    process = make(retry=RetryPolicy(attempts=1))
+    work(process)
+    found = metrics.read(process)
+    assert found["phonon_messages"] == 4
+    assert found["phonon_partials_stored"] == 2, "three messages were merged into one partial"
+    assert found["phonon_partials_stored_bytes"] > 50
+    assert found["phonon_sessions_ended"] == 2
+    name = f"{Counted.__module__}.Counted"
+    assert found["phonon_executions"] == {(name, "ok"): 1, (name, "failed"): 1}
+    assert found["phonon_batches_parked"] == 1
+    assert found["phonon_calls"] > 0
+    assert found["phonon_backlog"] == found["phonon_locks_lost"] == 0
+
+
+def test_prometheus(make: Make, namespace: str) -> None:
+    process = make(retry=RetryPolicy(attempts=1))
+    work(process)
+    text, values = exposition(process)
+    label = f'namespace="{namespace}"'
+    assert values[f"phonon_messages_total{{{label}}}"] == 4
+    assert values[f"phonon_batches_parked_total{{{label}}}"] == 1
+    name = f"{Counted.__module__}.Counted"
+    assert values[f'phonon_executions_total{{class="{name}",{label},outcome="ok"}}'] == 1
+    assert values[f'phonon_execute_seconds_count{{class="{name}",{label}}}'] == 2
+    assert values[f"phonon_batch_partials_count{{{label}}}"] == 2
+    assert values[f'phonon_batch_partials_bucket{{le="1.0",{label}}}'] == 2
+    assert values[f"phonon_lock_wait_seconds_count{{{label}}}"] == 1
+    assert values[f"phonon_lock_hold_seconds_count{{{label}}}"] == 1
+    assert "good" not in text, "no key is a label"
+    assert process.id not in text, "nor an id, which changes"
+
+
+def test_processes_are_added_up(make: Make, namespace: str) -> None:
+    processes = [make(), make()]
+    for process in processes:
+        Counted(process, "good", doc={"n": 1})
+    _, values = exposition(*processes)
+    assert values[f'phonon_messages_total{{namespace="{namespace}"}}'] == 2
+
+
+def test_opentelemetry(make: Make, namespace: str) -> None:
+    process = make(retry=RetryPolicy(attempts=1))
+    reader = InMemoryMetricReader()
+    metrics.instrument(process, meter_provider=MeterProvider([reader]))
+    work(process)
+    data: Any = reader.get_metrics_data()
+    found = {m.name: m for m in data.resource_metrics[0].scope_metrics[0].metrics}
+    assert found.keys() >= {m.otel for m in METRICS} - {"phonon.lock.hold.duration"}
+    (point,) = found["phonon.messages"].data.data_points
+    assert point.value == 4
+    assert dict(point.attributes) == {"phonon.namespace": namespace}
+    durations = found["phonon.execute.duration"].data.data_points
+    assert sum(p.count for p in durations) == 2
+    assert found["phonon.execute.duration"].unit == "s"
+
+
+def test_operators_are_told(server: Redis, make: Make, namespace: str) -> None:
+    process = make(retry=RetryPolicy(attempts=1), heartbeat_interval=0.1)
+    work(process)
+    with Admin(server.url, namespace=namespace) as admin:
+
+        def told() -> Any:
+            (found,) = admin.processes()
+            return found.counters if found.counters.get("parked") else None
+
+        counters = wait_until(told)
+        assert (counters["messages"], counters["stored"], counters["parked"]) == (4, 2, 1)
+
+
+def names_in(expression: str) -> set[str]:
+    return set(re.findall(r"\bphonon_\w+", expression))
+
+
+def test_the_dashboard_and_the_alerts_use_names_that_exist(make: Make) -> None:
+    process = make(retry=RetryPolicy(attempts=1))
+    work(process)
+    text, values = exposition(process)
+    known = {key.partition("{")[0] for key in values}
+    known |= set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
+    dashboard = json.loads((OPS / "grafana-dashboard.json").read_text())
+    shown: set[str] = set()
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            shown |= names_in(target["expr"])
+    alerts = (OPS / "prometheus-alerts.yml").read_text()
+    alerted: set[str] = set()
+    for expression in re.findall(r"expr: (.*)", alerts):
+        alerted |= names_in(expression)
+    assert len(shown) > 10
+    assert alerted
+    assert shown | alerted <= known
+    for name in re.findall(r"- alert: (\w+)", alerts):
+        assert name.startswith("Phonon")

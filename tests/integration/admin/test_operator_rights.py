@@ -1,0 +1,57 @@
+"""One who only looks needs the rights that docs/operations.md names, and no others."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phonon import Admin, ConflictFreeUpdate, Process
+from phonon.errors import ServerError
+from support.nodes import Node
+
+PAGE = Path(__file__).parents[3] / "docs" / "operations.md"
+SECRET = "sEcReT"  # noqa: S105 - of a server that lives as long as the test
+
+
+class Kept(ConflictFreeUpdate):
+    """Adds up."""
+
+    def execute(self) -> None:
+        """Write nothing."""
+
+
+def documented() -> list[str]:
+    found = re.search(r"^ACL SETUSER viewer (.+?)\n```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1].replace("\\\n", " ").split()
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    node = Node()
+    yield node
+    node.close()
+
+
+def test_the_viewer_sees_everything_and_changes_nothing(node: Node) -> None:
+    node.ask("ACL SETUSER", "viewer", "reset", *documented(), f">{SECRET}")
+    with Process(url=f"redis://{node.address}/0") as process:
+        update = Kept(process, "a", doc={"n": 1})
+        lock = process.lock("x")
+        lock.acquire()
+        with Admin(f"redis://viewer:{SECRET}@{node.address}/0") as admin:
+            assert [p.id for p in admin.processes()] == [process.id]
+            assert [s.resource for s in admin.sessions()] == [update.resource_id]
+            assert admin.oldest_sessions(5)[0].bytes
+            assert [found.name for found in admin.locks()] == ["x"]
+            assert [*admin.batches(), *admin.acts(), *admin.sources()] == []
+            assert admin.resource(update.resource_id).partials == 1
+            assert [p.doc for p in admin.content(update.resource_id)] == [{"n": 1}]
+            subjects = {f.subject: f.level for f in admin.examine()}
+            assert subjects["permissions"] == "note"
+            with pytest.raises(ServerError, match="NOPERM"):
+                admin.break_lock("x", lock.token or 0)
+            with pytest.raises(ServerError, match="NOPERM"):
+                admin.expire(process.id)
+        assert lock.owned()
