@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all chaos lint bench docs imports clean
+.PHONY: help demo test test-all chaos lint bench docs imports hooks changelog build workflows clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -56,6 +56,28 @@ docs: $(VENV)/.installed ## run the examples in README.md and docs/
 
 imports: ## draw the tree of imports; ARGS=--write puts it into docs/architecture.md
 	PYTHONPATH=tests python3 -m support.imports $(ARGS)
+
+# What releases are made with is needed for nothing else.
+$(VENV)/.release: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[release]' --editable demo
+	@touch $@
+
+hooks: $(VENV)/.release ## have git check style and types with each commit
+	$(BIN)/pre-commit install
+
+changelog: $(VENV)/.release ## move the fragments of changelog.d into CHANGELOG.md; ARGS="--version 4.0.0"
+	$(BIN)/towncrier build --yes $(ARGS)
+
+# The library's wheel stays small: people install it into every worker.
+build: $(VENV)/.release ## build the distributions of phonon and phonon-demo into dist/
+	rm -rf dist build demo/build
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist demo
+	@ls -l dist
+	@test $$(wc -c < $$(ls dist/phonon-[0-9]*.whl)) -lt 204800 || echo "the wheel of phonon has more than 200 KB"
+
+workflows: ## check .github/workflows, if actionlint is installed
+	actionlint
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist demo/build demo/dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info demo/src/*.egg-info

@@ -1,4 +1,4 @@
-"""What ``phonon chaos`` shows: how it goes, and the verdict."""
+"""What ``python -m chaos`` shows: how it goes, and the verdict."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""``phonon chaos``: workers that are killed, paused and cut off all the time, and the check."""
+"""``python -m chaos``: workers that are killed, paused and cut off all the time, and the check."""
 
 import contextlib
 import itertools
@@ -47,7 +47,7 @@ NAMESPACE = "phonon-chaos"
 
 @dataclass(frozen=True)
 class Options:
-    """What the user wants; see ``phonon chaos --help``."""
+    """What the user wants; see ``python -m chaos --help``."""
 
     workers: int
     seconds: float | None

@@ -25,7 +25,7 @@ CREATE TABLE IF NOT EXISTS applied (resource PRIMARY KEY, token)
 BATCH = 500
 
 
-class PageViews(Update):
+class PageViews(Update, name="page_views"):
     """Views by page, of one user."""
 
     database_path: str

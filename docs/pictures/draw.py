@@ -21,12 +21,14 @@ class Picture:
     """
 
     def __init__(self, width: int, height: int, title: str) -> None:
+        font = 'font-family="system-ui, sans-serif" font-size="14"'
+        size = f'viewBox="0 0 {width} {height}" width="{width}"'
+        place = 'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7"'
+        head = f'<path d="M0 0 10 5 0 10z" fill="{LINE}"/>'
         self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'width="{width}" role="img" font-family="system-ui, sans-serif" font-size="14">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" {font}>',
             f"<title>{escape(title)}</title>",
-            '<defs><marker id="arrow" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" '
-            f'markerHeight="7" orient="auto"><path d="M0 0 10 5 0 10z" fill="{LINE}"/></marker></defs>',
+            f'<defs><marker id="arrow" {place} orient="auto">{head}</marker></defs>',
         ]
 
     def box(self, x: int, y: int, width: int, height: int, fill: str, *lines: str) -> None:
@@ -90,9 +92,7 @@ def merged_where() -> None:
         picture.box(10, y, 110, 70, GREY, *messages)
         picture.arrow(120, y + 35, 160, y + 35)
         sums = {"worker 1": ("ada 2", "bob 1"), "worker 2": ("ada 1", "eve 1")}
-        picture.box(
-            165, y, 130, 70, BLUE, f"cache of {name}", *sums.get(name, ("ada 1", "bob 1"))
-        )
+        picture.box(165, y, 130, 70, BLUE, f"cache of {name}", *sums.get(name, ("ada 1", "bob 1")))
         picture.arrow(295, y + 35, 365, 155)
     picture.box(370, 95, 150, 120, SAND, "server", "ada: 2, 1, 1", "bob: 1, 1", "eve: 1")
     picture.arrow(520, 155, 565, 155)

@@ -8,6 +8,7 @@ import sys
 import weakref
 from typing import Protocol
 
+from phonon._core import forks
 from phonon._transport import connect
 
 log = logging.getLogger("phonon")
@@ -85,4 +86,4 @@ def _after_fork_in_child() -> None:
 
 # After the non-daemon threads have ended, which may use a process until then.
 atexit.register(stop_all)
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.call_in_child(_after_fork_in_child)

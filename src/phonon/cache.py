@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
+from phonon._core.forks import notice
 from phonon._core.outbox import Ending
 from phonon.batch import Out, end_all, has_begun, raise_together
 from phonon.errors import ConfigurationError
@@ -49,12 +50,14 @@ class BaseCache(Generic[U]):
 
     def size(self) -> int:
         """Return the number of keys in the cache."""
+        notice()
         return len(self._entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self.size()
 
     def __contains__(self, key: object) -> bool:
+        notice()
         return key in self._entries
 
     def get_last_failed(self) -> U | None:
@@ -115,6 +118,7 @@ class BaseCache(Generic[U]):
         return out
 
     def _look_up(self, key: Hashable) -> tuple[U | None, list[tuple[Hashable, U]]]:
+        notice()  # what a forked child finds here is its parent's
         with self._lock:
             entry = self._entries[key]
             if not _is_expired(entry):
@@ -124,14 +128,17 @@ class BaseCache(Generic[U]):
             return None, [(key, entry)]
 
     def _pop(self, key: Hashable) -> list[tuple[Hashable, U]]:
+        notice()  # what a forked child finds here is its parent's
         with self._lock:
             return [(key, self._entries.pop(key))]
 
     def _pop_oldest(self) -> list[tuple[Hashable, U]]:
+        notice()  # what a forked child finds here is its parent's
         with self._lock:
             return [self._entries.popitem(last=False)] if self._entries else []
 
     def _keys(self, *, expired: bool = False) -> list[Hashable]:
+        notice()  # what a forked child finds here is its parent's
         with self._lock:
             if not expired:
                 return list(self._entries)

@@ -4,6 +4,7 @@
 
     PhononError
     ├── ConfigurationError (ValueError)      an argument or a URL that cannot be meant
+    ├── InvalidMessageError (ValueError)     a message that its model does not take
     ├── NotStorableError (TypeError)         a value that cannot be sent to the server
     ├── UndecodableError                     stored data that cannot be read back
     ├── ServerError                          the server answered with an error
@@ -20,6 +21,7 @@
     ├── BatchLostError                       a batch was executed here, and taken over meanwhile
     ├── BatchRunningError                    a parked batch cannot run while another one does
     ├── BatchMissingError (LookupError)      there is no such parked batch
+    ├── ProcessMissingError (LookupError)    there is no such process
     ├── DeclaredDeadError                    the process counted as dead, and is another one now
     ├── ServerStateLostError                 the server has come back without its data
     ├── SourceLostError                      a source that was claimed here is claimed no longer
@@ -43,6 +45,28 @@ class PhononError(Exception):
 
 class ConfigurationError(PhononError, ValueError):
     """An argument, an environment variable or a URL cannot be meant as it stands."""
+
+
+class UnstableNameWarning(UserWarning):
+    """A class has a name on the server that changes when it is run or imported in another way."""
+
+
+class InvalidMessageError(PhononError, ValueError):
+    """A message has no ID, a field that its model does not have, or a value that it does not take.
+
+    Nothing of the message was merged.
+
+    Attributes:
+        model: The model's qualified name.
+        field: The field's name.
+        value: What the message has there.
+    """
+
+    def __init__(self, message: str, model: str = "", field: str = "", value: Any = None) -> None:
+        super().__init__(message)
+        self.model = model
+        self.field = field
+        self.value = value
 
 
 class NotStorableError(PhononError, TypeError):
@@ -138,6 +162,10 @@ class BatchRunningError(PhononError):
 
 class BatchMissingError(PhononError, LookupError):
     """There is no such parked batch: it was replayed or discarded, or there never was one."""
+
+
+class ProcessMissingError(PhononError, LookupError):
+    """There is no such process: it has stopped, or it was taken over to its end."""
 
 
 class DeclaredDeadError(PhononError):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from phonon._core.executor import TOKENS
 from phonon._core.flows import CALLER_GONE, Flow
+from phonon._core.forks import notice
 from phonon._core.leases import Grant, LockRequest
 from phonon._protocol.answers import Taken
 from phonon._protocol.operations import is_shared, process_of
@@ -178,8 +179,11 @@ class BaseLock:
         A store that refuses writes under a lower token than the last one it saw is safe from a
         holder that was paused beyond its lease.
         """
+        notice()
         grant = self._grant
-        return None if grant is None else _token_of(grant)
+        if grant is None or grant.generation is not self._engine.generation:
+            return None
+        return _token_of(grant)
 
     def owned(self) -> bool:
         """Return whether this object holds the lock: without asking, and never for too long.
@@ -187,6 +191,7 @@ class BaseLock:
         False as well once the lease, counted from before it was asked for, is over, or others may
         have declared this process dead.
         """
+        notice()
         grant = self._grant
         return grant is not None and grant.is_ours
 

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, TypeVar, overload
 
 import phonon.lock
 from phonon import _lifetime
@@ -14,6 +14,7 @@ from phonon._core.codec import UpdateCodec
 from phonon._core.dead_letters import DeadLetters, Parked
 from phonon._core.engine import Engine, Options, ThreadEngine, errors_only
 from phonon._core.flows import FLUSH, Flow, Sleep, read
+from phonon._core.forks import notice
 from phonon._protocol import library
 from phonon._protocol.library import Request
 from phonon._protocol.partitions import ENCODING, ERRORS, decode
@@ -21,6 +22,7 @@ from phonon._transport import connect, sync_io
 from phonon._transport.connect import SharedConnection
 from phonon._transport.threads import ThreadDriver
 from phonon.batch import Batch, raise_together
+from phonon.collection import Collection
 from phonon.errors import AlreadyLockedError, ConfigurationError, ConnectionLostError
 from phonon.reference import BaseReference, Reference
 from phonon.serializers import ExactSerializer, Serializer
@@ -39,6 +41,7 @@ from phonon.source import WINDOW, Messages, Source, id_of, unordered
 if TYPE_CHECKING:
     from phonon.update import Update
 
+P = ParamSpec("P")
 M = TypeVar("M")
 
 #: The default, which an address as the first argument leaves in force.
@@ -71,6 +74,7 @@ class BaseProcess:
     @property
     def id(self) -> str:
         """The process's identity, unique for ever."""
+        notice()
         name: str = self.engine.name
         return name
 
@@ -462,6 +466,40 @@ class Process(BaseProcess):
             self, name, places, block, lease=lease, on_lost=on_lost, timeout=timeout
         )
 
+    def collect(
+        self,
+        model: Callable[P, M],
+        max_entries: int = 10_000,
+        *,
+        idle: float | None = None,
+        longest: float | None = None,
+        largest: int | None = None,
+        ignore_unknown: bool = False,
+    ) -> Collection[P, M]:
+        """Return a collection, which merges messages into a model's records by their keys.
+
+        Args:
+            model: A subclass of `Model`.
+            max_entries: The number of keys to keep in this process at the most. The one without a
+                message for the longest time makes room for another.
+            idle: Seconds without a message after which this process leaves a key's session.
+            longest: Seconds after which it ends the session although messages keep coming.
+            largest: The number of messages from this process after which it ends the session.
+            ignore_unknown: Whether to pass over what the model does not know in a message.
+
+        Raises:
+            ConfigurationError: An argument is invalid, or the model never completes.
+        """
+        return Collection(
+            self,
+            model,
+            max_entries,
+            idle=idle,
+            longest=longest,
+            largest=largest,
+            ignore_unknown=ignore_unknown,
+        )
+
     def source(self, name: str, position: int | None = None) -> Source:
         """Claim an ordered source of messages, such as a partition of a Kafka topic.
 
@@ -634,6 +672,7 @@ class Process(BaseProcess):
             Exception: Some sessions could not be ended; several errors come as an ExceptionGroup.
                 What is on the server is left to the survivors.
         """
+        notice()  # a forked child ends its own copy, which has a lock of its own
         _lifetime.forget(self)
         engine = self._engine
         # A worker's on_error may call this while another thread stops the process, and waits for
@@ -643,7 +682,6 @@ class Process(BaseProcess):
         try:
             if engine.stopped:
                 return
-            engine.check()  # a fork that ran no hooks: the parent's sessions are not ours to end
             errors: list[BaseException] = []
             try:
                 batch = engine.batch

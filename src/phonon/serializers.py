@@ -139,6 +139,7 @@ _READERS: dict[int, Callable[[list[Any]], Any]] = {
 }
 
 _HEADS = {code: ExtType(code, b"") for code in _READERS}
+_SET_HEAD = _HEADS[_WRITERS[set][0]]
 _HEAD_BYTE = 0xC7  # the first of each head in the data
 _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 
@@ -166,7 +167,8 @@ class _Writer:
 
     def _spell(self, value: Any) -> list[Any]:
         self._heads += 1
-        return _spell(value)
+        # Sets are frequent in partials.
+        return [_SET_HEAD, *value] if type(value) is set else _spell(value)
 
     def pack(self, value: Any) -> bytes:
         self._heads = 0
@@ -176,7 +178,29 @@ class _Writer:
             return _pack_carefully(value)
         # Bytes, a float of four, and text in some scripts have more marks than heads, too.
         marks = len(data) - len(data.translate(None, self._MARKS))
-        return data if marks == self._heads else _pack_carefully(value)
+        if marks == self._heads or _is_shallow(value, _SHALLOW):
+            return data
+        return _pack_carefully(value)
+
+
+_SHALLOW = 4
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Returns whether a value is nested in few levels, of types that msgpack never confuses."""
+    kind = type(value)
+    if kind is dict:
+        return _ATOMS.issuperset(map(type, value)) and _is_shallow(value.values(), levels)
+    if kind in _ATOMS:
+        return True
+    if kind not in _ITERABLE:
+        return False
+    return _ATOMS.issuperset(map(type, value)) or (
+        levels > 0 and all(_is_shallow(item, levels - 1) for item in value)
+    )
+
+
+_ITERABLE = frozenset({list, tuple, set, frozenset, type({}.values())})
 
 
 @dataclass(eq=False, slots=True)

@@ -6,10 +6,11 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from phonon._core import classes, codec
-from phonon._core.copies import DEEP, FLAT, PLAIN, copied, has_plain_items
+from phonon._core.copies import DEEP, FLAT, PLAIN, copied
 from phonon._core.detached import DetachedEngine, detached
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import CALLER_GONE, Flow
+from phonon._core.forks import SAME, notice
 from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION, LocalUpdate, prefix_of
 from phonon._core.outbox import Ending
 from phonon._core.shown import shown
@@ -32,7 +33,8 @@ class Update(LocalUpdate):
 
     A class is known on the server by its qualified name. The class keyword ``name`` gives it
     another one, for a class that is made in a function or that moves:
-    ``class Row(Update, name="row")``.
+    ``class Row(Update, name="row")``. With ``aliases=["app.rows.Row"]`` it executes data of its
+    former names as well, and with ``version=2`` what version 1 has stored goes through `upgrade`.
 
     Args:
         process: The process it belongs to. None, for a unit test of `merge` and `execute`: nothing
@@ -72,12 +74,19 @@ class Update(LocalUpdate):
 
     __slots__ = ()
 
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls,
+        *,
+        name: str | None = None,
+        aliases: Sequence[str] = (),
+        version: int = 1,
+        **kwargs: Any,
+    ) -> None:
         super().__init_subclass__(**kwargs)
         classes.check_methods(cls, is_async=cls.is_async)
         cls._has_state_ = cls.state is not Update.state
         cls._direct_ = cls.refresh is Update.refresh and cls.is_expired is Update.is_expired
-        classes.register(cls, name)
+        classes.register(cls, name, aliases, version)
 
     def __init__(  # noqa: C901, PLR0912, PLR0915 - all in one place: calls cost time
         self,
@@ -99,6 +108,8 @@ class Update(LocalUpdate):
                 raise ConfigurationError(f"process is a Process, not {process!r}") from None
             process = self._detached_()
             engine = process.engine
+        if not SAME[0]:
+            notice()
         self._id = _id
         self._process_ = process
         self._engine_ = engine
@@ -155,9 +166,15 @@ class Update(LocalUpdate):
                 )
             for value in state.values():
                 kind = type(value)
-                if kind not in PLAIN and not (kind in FLAT and has_plain_items(value)):
+                if kind in PLAIN:
+                    continue
+                if kind not in FLAT:
                     plain = False
                     break
+                for item in value:
+                    if type(item) not in PLAIN:
+                        plain = False
+                        break
         if not plain:
             self._check_(engine, spec, doc)
         self._begun_ = self._touched_ = time.monotonic()
@@ -249,6 +266,19 @@ class Update(LocalUpdate):
     def clear(self) -> Any:
         """Do what `reset_states` does, whose later name it is; override either."""
         return self.reset_states()
+
+    @classmethod
+    def upgrade(cls, old: dict[str, Any], version: int) -> dict[str, Any]:
+        """Return what an earlier version of the class has stored as this version stores it.
+
+        Args:
+            old: ``spec``, ``doc`` and the attributes of its `state`, by name; yours to change.
+            version: Which version has stored it.
+
+        Returns:
+            The same for this version.
+        """
+        raise NotImplementedError(f"{cls.__qualname__} must define upgrade(old, version)")
 
     # To use
 

@@ -215,6 +215,7 @@ def test_the_flights_are_exact(run: Runs, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["flights.db"]
 
 
+@pytest.mark.slow
 def test_evictions_write_a_key_more_than_once(run: Runs) -> None:
     rows = "".join(f"k{i % 7},{i}\n" for i in range(3000))
     done = run("demo", *TWO, "--input", "-", "--key", "k", "--sum", "n", "--max-entries", "2",
@@ -226,6 +227,7 @@ def test_evictions_write_a_key_more_than_once(run: Runs) -> None:
     assert value(done.stdout, "database writes") == value(done.stdout, "sessions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("1",), ("3",), ("3", "--asyncio")], ids=" ".join)
 def test_own_rows(run: Runs, tmp_path: Path, options: tuple[str, ...]) -> None:
     source, path = tmp_path / "sales.csv", tmp_path / "sales.db"
@@ -238,6 +240,7 @@ def test_own_rows(run: Runs, tmp_path: Path, options: tuple[str, ...]) -> None:
     assert totals(path) == SALES_TOTALS
 
 
+@pytest.mark.slow
 def test_own_json_lines_packed_on_standard_input(run: Runs, tmp_path: Path) -> None:
     objects: list[dict[str, Any]] = [
         {"user": {1: "ann", 2: 7}.get(i % 3, "ы"), "n": 10**30 + i} for i in range(2500)
@@ -263,6 +266,7 @@ def test_rows_are_counted_without_sums(run: Runs) -> None:
     assert "3 of 3 keys equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_odd_names(run: Runs, tmp_path: Path) -> None:
     """Keys and columns are any text: as resources, as SQL, and on the terminal."""
     keys = [
@@ -308,6 +312,7 @@ def test_bad_rows_are_counted_and_shown(run: Runs, tmp_path: Path) -> None:
         assert value(done.stdout, f"{reason}, first in line {line}") == "1"
 
 
+@pytest.mark.slow
 def test_a_named_server(run: Runs, own_server: Redis) -> None:
     arguments = ("demo", *TWO, "--input", "-", "--key", "who", "--sum", "amount")
     url = own_server.url
@@ -404,6 +409,7 @@ def test_a_batch_that_comes_twice_is_written_once(tmp_path: Path) -> None:
 # What cannot be used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -446,6 +452,7 @@ def test_what_cannot_be_used_is_said_in_one_line(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_run_without_a_row_leaves_no_database_in_the_way(run: Runs, tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     arguments = ("demo", *TWO, "--input", "-", "--key", "who", "--database", str(path))
@@ -461,6 +468,7 @@ def test_a_run_without_a_row_leaves_no_database_in_the_way(run: Runs, tmp_path: 
 # Ends before the end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_all(
     run: Runs, server: Redis, start: Callable[..., Running], number: signal.Signals
@@ -476,6 +484,7 @@ def test_a_signal_ends_it_all(
     assert left(server) == []
 
 
+@pytest.mark.slow
 def test_a_signal_ends_its_own_server(run: Runs, start: Callable[..., Running]) -> None:
     running = start("--key", "who")
     (folder,) = run.temporary.iterdir()
@@ -524,6 +533,7 @@ def test_one_is_killed_and_taken_over(run: Runs, tmp_path: Path, api: tuple[str,
         assert database.execute("SELECT sum(flights) FROM aircraft").fetchone() == (26849,)
 
 
+@pytest.mark.slow
 def test_keys_that_only_the_dead_one_held_are_written(run: Runs, tmp_path: Path) -> None:
     """Of ten rows each worker gets every second one; it is killed with its keys in hand."""
     path = tmp_path / "x.db"
@@ -544,12 +554,14 @@ def test_a_single_worker_is_not_killed(run: Runs) -> None:
     assert "SIGKILL" not in done.stdout
 
 
+@pytest.mark.slow
 def test_one_without_work_is_killed_all_the_same(run: Runs) -> None:
     done = run("demo", "--workers", "2", "--input", "-", "--key", "who", stdin="who\nann\n")
     assert done.returncode == 0, done.stderr
     assert "1 of 1 keys equal" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_worker_that_dies_by_itself_is_taken_over(
     run: Runs, server: Redis, start: Callable[..., Running], tmp_path: Path, number: signal.Signals
@@ -569,6 +581,7 @@ def test_a_worker_that_dies_by_itself_is_taken_over(
     assert left(server) == []
 
 
+@pytest.mark.slow
 def test_what_a_dead_worker_never_looked_at_is_dealt_again(start: Callable[..., Running]) -> None:
     running = start("--key", "who", rows="who\nann\n")
     os.kill(running.workers[1], signal.SIGSTOP)
@@ -581,6 +594,7 @@ def test_what_a_dead_worker_never_looked_at_is_dealt_again(start: Callable[..., 
     assert "1 of 1 keys equal" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", [(), ("--asyncio",)], ids=["threads", "asyncio"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_that_is_told_to_leave_finishes_what_it_has_in_hand(
@@ -618,6 +632,7 @@ def test_a_worker_that_is_told_to_leave_finishes_what_it_has_in_hand(
     assert sum(rows for (rows,) in totals(path).values()) == 5_000
 
 
+@pytest.mark.slow
 def test_what_was_stored_but_not_acknowledged_counts_twice_and_is_found(
     own_server: Redis, start: Callable[..., Running]
 ) -> None:
@@ -647,6 +662,7 @@ def test_what_was_stored_but_not_acknowledged_counts_twice_and_is_found(
     assert value(out, "unacknowledged messages, dealt again") == "500"
 
 
+@pytest.mark.slow
 def test_when_all_workers_have_died_it_ends(
     run: Runs, server: Redis, start: Callable[..., Running]
 ) -> None:
@@ -664,6 +680,7 @@ def test_when_all_workers_have_died_it_ends(
     assert left(server) == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_write_ends_it_all(
     run: Runs, start: Callable[..., Running], tmp_path: Path
 ) -> None:
@@ -679,6 +696,7 @@ def test_a_worker_that_cannot_write_ends_it_all(
     assert list(run.temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_demo_that_was_killed(
     own_server: Redis, start: Callable[..., Running], tmp_path: Path
 ) -> None:
@@ -699,6 +717,7 @@ def test_workers_do_not_outlive_a_demo_that_was_killed(
 # On a terminal, and around
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [TWO, ("--workers", "2")])
 def test_the_display_on_a_terminal(run: Runs, arguments: tuple[str, ...]) -> None:
     leader, terminal = pty.openpty()
@@ -732,6 +751,7 @@ def test_the_display_on_a_terminal(run: Runs, arguments: tuple[str, ...]) -> Non
     assert "\x1b" not in out
 
 
+@pytest.mark.slow
 def test_lines_of_text_where_there_is_no_terminal(run: Runs) -> None:
     done = run("demo", "--no-kill", "--input", "-", "--key", "who", stdin=SALES)
     first, second = [line for line in done.stderr.splitlines() if not line.startswith("0 mess")]

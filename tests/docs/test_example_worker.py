@@ -132,6 +132,7 @@ def test_while_it_waits_with_sessions_open(
     assert left_behind(own_server) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("at", [0, 7, 15, 16, 40])
 def test_in_the_middle_of_a_batch(
@@ -163,6 +164,7 @@ def test_in_the_middle_of_a_batch(
     assert left_behind(own_server) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("step", ["leave", "complete", "unlist"])
 def test_while_it_ends_its_sessions(

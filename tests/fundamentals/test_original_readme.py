@@ -98,7 +98,16 @@ def run_workers(server: Redis, database: Path, *, init_cache: bool) -> None:
     program = WORKER.replace("INIT_CACHE", str(init_cache))
     workers = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", program, str(database)],
+            [
+                sys.executable,
+                "-W",
+                "error",
+                "-W",
+                "ignore:UserUpdate is defined in",
+                "-c",
+                program,
+                str(database),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PHONON_URL": server.url},

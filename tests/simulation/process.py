@@ -375,6 +375,8 @@ class SimProcess:
                     self.world.checks.task_failed(self, task, raised)
                     return
                 task.effect = effect
+                if isinstance(effect, Send):
+                    effect.make_all()
                 if effect is CALLER_GONE:
                     value = task.gone
                 elif isinstance(effect, Send) and not effect.operations:

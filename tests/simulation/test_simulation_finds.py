@@ -19,6 +19,7 @@ def sim() -> Iterator[SimServer]:
     server.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_fault_is_found(sim: SimServer, name: str) -> None:
     mutation = MUTATIONS[name]

@@ -60,6 +60,7 @@ def sim() -> Iterator[SimServer]:
     server.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120 + SIMULATIONS)
 def test_random_schedules_come_across_all_that_matters(sim: SimServer) -> None:
     seen: Counter[str] = Counter()

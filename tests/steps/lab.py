@@ -27,6 +27,7 @@ local read = {
   hash = function(key) return redis.call('HGETALL', key) end,
   list = function(key) return redis.call('LRANGE', key, 0, -1) end,
   set = function(key) return redis.call('SMEMBERS', key) end,
+  stream = function(key) return redis.call('XRANGE', key, '-', '+') end,
   zset = function(key) return redis.call('ZRANGE', key, 0, -1, 'WITHSCORES') end,
 }
 local found = {}

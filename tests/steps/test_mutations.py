@@ -16,6 +16,7 @@ from phonon._protocol import library
 from phonon._protocol.library import text
 from steps import (
     test_scenarios,
+    test_step_admin,
     test_step_batches,
     test_step_compaction,
     test_step_lanes,
@@ -33,7 +34,14 @@ from support.world import Redis
 # Those that take longer are last: most faults are found before.
 MODULES = (
     *(test_step_membership, test_step_parties, test_step_tokens, test_step_processes),
-    *(test_step_reap, test_step_locks, test_step_lanes, test_step_batches, test_step_compaction),
+    *(
+        test_step_reap,
+        test_step_locks,
+        test_step_lanes,
+        test_step_batches,
+        test_step_compaction,
+        test_step_admin,
+    ),
 )
 
 
@@ -161,6 +169,25 @@ LUA = {
     "any listing's number will do": Mutation("processes", " or call('HGET', N .. 'listings', pid) ~= args[4] then", " then"),
     "the dead are told to everybody": Mutation("processes", "    if till <= at then\n", "    if true then\n"),
     "the epoch stays": Mutation("processes", "    call('DEL', N .. 'epoch')\n", ""),
+    "a replay of the operator's keeps the token": Mutation("admin", "  local new = fmt(next_token(c))\n", "  local new = token\n"),
+    "a replay of the operator's does not store the token": Mutation("admin", "  call('SET', T .. 'token', new)\n", "  call('DEL', T .. 'token')\n"),
+    "a replay of the operator's goes over what runs": Mutation("admin", "  if call('EXISTS', running, batch) > 0 then\n    return { 'running' }", "  if false then\n    return { 'running' }"),
+    "a replay of the operator's waits for nobody": Mutation("admin", "  call('SADD', T .. 'handed', queue)\n", ""),
+    "a replay of the operator's is in no registry": Mutation("admin", "  call('ZADD', T .. 'registry:' .. queue, fmt(now_ms(c)), resource)\n", ""),
+    "a replay of the operator's stays parked": Mutation("admin", "  unpark(T, resource, token)\n  call('HSET', running", "  call('HSET', running"),
+    "a discard of the operator's leaves the data": Mutation("admin", "  call('DEL', dead)\n", ""),
+    "a discard of the operator's is not recorded": Mutation("admin", "  record(T, args[3], 'discard', resource, token, size)\n", ""),
+    "any token breaks a lock": Mutation("admin", "held[2] == token and held[1] or nil", "held[1] or nil"),
+    "any token breaks a share": Mutation("admin", "string.match(sharers[j + 1], '^(%d+) ') == token", "true"),
+    "a broken lock wakes nobody": Mutation("admin", "  free(c, resource, holder)\n  wake_next(c, resource)\n", "  free(c, resource, holder)\n"),
+    "a broken lock stays in the registry": Mutation("admin", "  settle(c, resource)\n  write_registry(c, registry)\n", ""),
+    "an act is done before it is known to be recorded": Mutation("admin", "  call('SCARD', T .. 'parked')\n  call('XLEN', T .. 'acts')\n", "  call('SCARD', T .. 'parked')\n"),
+    "the record of acts grows without end": Mutation("admin", "'MAXLEN', '~', MOST_ACTS, ", ""),
+    "pages follow the rank": Mutation("admin", "local at = args[2] == '' and 0 or rank_behind(registry, args[2], args[3])", "local at = args[2] == '' and 0 or tonumber(args[4])"),
+    "pages go on behind all of one score": Mutation("admin", "  while low < high do\n", "  low = high\n  while low < high do\n"),
+    "a session is listed with each member": Mutation("admin", "        if first_of(names) ~= pid then\n", "        if false then\n"),
+    "a foreign key ends a walk": Mutation("admin", "ok, cost = pcall(visit, page[j], tonumber(page[j + 1]), found)", "cost = visit(page[j], tonumber(page[j + 1]), found)"),
+    "a report outlives its process": Mutation("processes", "  call('HDEL', N .. 'reports', args[1])\n", ""),
     "opening makes another number of partitions": Mutation("processes", "  if partitions ~= args[2] then\n", "  if false then\n"),
 }  # fmt: skip
 
@@ -272,6 +299,7 @@ def test_the_library_as_it_is_passes(server: Redis, namespace: str) -> None:
         unload(server, namespace, made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LUA)
 def test_faults_in_the_lua_text_show(server: Redis, namespace: str, name: str) -> None:
     files = lua_files()
@@ -295,6 +323,7 @@ def lane_tests() -> Any:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LANE)
 def test_faults_in_the_lane_show(server: Redis, namespace: str, name: str) -> None:
     source = Path(shipped_lane.__file__).read_text()

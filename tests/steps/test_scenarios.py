@@ -134,6 +134,7 @@ def play(lab: Lab, scripts: list[list[Step]], order: list[int]) -> None:
     world.drain()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_all_orders(lab: Lab, name: str) -> None:
     scripts = SCENARIOS[name]

@@ -19,6 +19,7 @@ LAYERS = (
     ("errors", "serializers", "embedded", "_protocol"),
     ("_core",),
     ("_transport",),
+    ("_admin",),
     ("facades",),
     ("aio",),
 )

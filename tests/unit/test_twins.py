@@ -11,6 +11,7 @@ from phonon import aio
 from phonon.batch import Batch
 
 TWINS = {
+    phonon.Admin: aio.AsyncAdmin,
     phonon.Process: aio.AsyncProcess,
     phonon.Reference: aio.AsyncReference,
     phonon.Lock: aio.AsyncLock,
@@ -29,6 +30,7 @@ ONLY_ASYNC = {
     (phonon.Process, "max_concurrent"),
     # A constructor does not wait.
     (phonon.Process, "start"),
+    (phonon.Admin, "start"),
     # Between the library's own modules.
     (phonon.Update, "open_now"),
     (phonon.Update, "is_to_be_opened"),

@@ -2,49 +2,99 @@
 
 import gc
 import sys
+import warnings
 import weakref
+from collections.abc import Sequence
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import Any
 
-from phonon.errors import ConfigurationError
+from phonon.errors import ConfigurationError, UnstableNameWarning
 
-#: Strong references: a class that nobody else refers to may still have data on the server.
+#: By name and by former names. Strong references: a class that nobody else refers to may still have
+#: data on the server.
 _classes: dict[str, type[Any]] = {}
-#: Names of classes, also of those that are not found under them any more.
+#: The names under which classes write, also of those that are not found under them any more.
 _names: "weakref.WeakKeyDictionary[type[Any], str]" = weakref.WeakKeyDictionary()
+#: Between a name and a version. Data of a version that is not known here is left to processes that
+#: know it, as is that of an unknown class.
+_VERSION = "@"
 
 
-def register(cls: type[Any], name: str | None = None) -> None:
+def register(
+    cls: type[Any], name: str | None = None, aliases: Sequence[str] = (), version: int = 1
+) -> None:
     """Make a class known by its name, so that its batches can be executed here.
 
     Args:
         cls: The class.
         name: Its name on the server. None: its qualified name.
+        aliases: Former names, under which there may still be data.
+        version: The version of what it stores. What earlier ones have stored is upgraded.
 
     Raises:
-        ConfigurationError: Another class has that name, and is still in use.
+        ConfigurationError: Another class has that name, and is still in use; or an argument is
+            invalid.
     """
-    given = name
-    if given is None:
+    if name is None:
         name = f"{_module_of(cls)}.{cls.__qualname__}"
-    elif not isinstance(given, str) or not given:
-        raise ConfigurationError(
-            f"name is the name under which {cls.__qualname__} is known on the server, a str, not "
-            f'{given!r}: write class {cls.__name__}(..., name="{cls.__name__.lower()}")'
-        )
-    assert name is not None  # noqa: S101 - for the type checker
-    known = _classes.get(name)
-    if known is not None and known is not cls and not _is_redefinition(known, cls):
-        del known
-        _drop_if_unused(name, cls)
-    _classes[name] = cls
-    _names[cls] = name
+        if name.startswith("__main__.") and cls.__module__ == "__main__":  # once, not in children
+            _warn_of_main(cls)
+    else:
+        _check_name(cls, "name", name)
+    if isinstance(aliases, str):
+        raise ConfigurationError(f"aliases is a list of names, not {aliases!r}: put it in brackets")
+    for alias in aliases:
+        _check_name(cls, "aliases", alias)
+    if type(version) is not int or version < 1:
+        raise ConfigurationError(f"version is a number from 1 on, not {version!r}")
+    names = (name, *aliases)
+    for each in names:
+        known = _classes.get(each)
+        if known is not None and known is not cls and not _is_redefinition(known, cls):
+            del known
+            _drop_if_unused(each, cls)
+    for each in names:
+        _classes[each] = cls
+    _names[cls] = name if version == 1 else f"{name}{_VERSION}{version}"
+    cls._version_ = version
     cls._headers_ = {}
+
+
+def _check_name(cls: type[Any], argument: str, name: Any) -> None:
+    if not isinstance(name, str) or not name or _VERSION in name:
+        raise ConfigurationError(
+            f"{argument} says under which name {cls.__qualname__} is known on the server, a str, "
+            f"not {name!r}, and has no {_VERSION} in it: write "
+            f'class {cls.__name__}(..., name="{cls.__name__.lower()}")'
+        )
+
+
+def _warn_of_main(cls: type[Any]) -> None:
+    """Warn of a class whose data no other program can execute."""
+    lowered = "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("_")
+    warnings.warn(
+        f"{cls.__qualname__} is defined in the script that is run, so that no other program can "
+        "execute its data, nor this one once the class is imported: give it a name that lasts: "
+        f'class {cls.__name__}(..., name="{lowered}")',
+        UnstableNameWarning,
+        stacklevel=_stack_level(),
+    )
+
+
+def _stack_level() -> int:
+    """Return how far up the frame of the class statement is, seen from where a warning is given."""
+    level, frame = 1, sys._getframe(1)  # noqa: SLF001 - there is no other way to find it
+    while (
+        frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "phonon"
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def forget(cls: type[Any]) -> None:
     """Forget a class, as if it had not been imported here."""
-    _classes.pop(name_of(cls), None)
+    for name in [name for name, known in _classes.items() if known is cls]:
+        del _classes[name]
 
 
 def name_of(cls: type[Any]) -> str:
@@ -83,13 +133,16 @@ def _drop_if_unused(name: str, cls: type[Any]) -> None:
     Raises:
         ConfigurationError: Something does: batches of one would be executed by the other.
     """
-    known = weakref.ref(_classes.pop(name))
+    known = weakref.ref(_classes[name])
+    names = [each for each, its in _classes.items() if its is known()]
+    for each in names:
+        del _classes[each]
     if known() is not None:
         gc.collect()  # classes are in reference cycles
     alive = known()
     if alive is None:
         return
-    _classes[name] = alive
+    _classes.update(dict.fromkeys(names, alive))
     raise ConfigurationError(
         f"two classes are called {name!r}, so that each would execute the other's batches: "
         f"give them names of their own, the same in all processes: "
@@ -122,5 +175,28 @@ def check_methods(cls: type[Any], *, is_async: bool) -> None:
 
 
 def find(name: str) -> type[Any] | None:
-    """Return the class of that name, if it is imported here."""
-    return _classes.get(name)
+    """Return the class of that name, if it is imported here and knows that version."""
+    found = resolve(name)
+    return None if found is None else found[0]
+
+
+def resolve(name: str) -> tuple[type[Any], int] | None:
+    """Return the class that data under a name belongs to, and the version that has stored it."""
+    cls, version = _classes.get(name), 1
+    if cls is None:
+        base, _, number = name.rpartition(_VERSION)
+        if not number.isdecimal() or len(number) > _MOST_DIGITS:
+            return None
+        cls, version = _classes.get(base), int(number)
+    if cls is None or version > cls._version_:
+        return None
+    return cls, version
+
+
+#: A forged number may be of any length.
+_MOST_DIGITS = 9
+
+
+def names() -> list[str]:
+    """Return the names of all classes that are imported here."""
+    return list(_classes)

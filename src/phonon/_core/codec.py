@@ -66,6 +66,8 @@ class Storable(Protocol):
         """Note that an instance has executed."""
 
 
+_BIN8 = [bytes((0xC4, length)) for length in range(0x100)]
+
 #: The names of attributes that a class's `state` has been seen to return.
 _states: "weakref.WeakKeyDictionary[type[Any], set[tuple[str, ...]]]" = weakref.WeakKeyDictionary()
 
@@ -82,8 +84,8 @@ def pack(update: Storable, serializer: Serializer) -> bytes:
     content = dump(update, serializer)
     length = len(content)
     header = update._headers_.get(serializer.name) or _header(type(update), serializer)
-    if length < 0x100:  # noqa: PLR2004 - msgpack's bin 8, 16 and 32
-        return b"%b\xc4%c%b" % (header, length, content)
+    if length < len(_BIN8):  # msgpack's bin 8, 16 and 32
+        return header + _BIN8[length] + content
     if length < 0x10000:  # noqa: PLR2004
         return b"%b\xc5%b%b" % (header, length.to_bytes(2, "big"), content)
     return b"%b\xc6%b%b" % (header, length.to_bytes(4, "big"), content)
@@ -315,7 +317,7 @@ class UpdateCodec:
             UndecodableError: It cannot be read.
             UnknownClassError: Its class is not imported here.
         """
-        cls, body = self._open(resource, partial, where)
+        cls, version, body = self._open(resource, partial, where)
         try:
             content = self.serializer.loads(body)
         except Exception as error:
@@ -328,6 +330,12 @@ class UpdateCodec:
             or not isinstance(content[5], dict)
         ):
             raise UndecodableError(f"{_place(resource, where)} does not hold an update's content")
+        if version != cls._version_:
+            try:
+                content = cls.upgraded_(content, version)
+            except Exception as error:
+                error.add_note(f"phonon: {_place(resource, where)} was stored by version {version}")
+                raise
         update: Any = object.__new__(cls)
         update._id, update.database, update.collection, update.spec, update.doc, state = content  # noqa: SLF001 - its public name
         update.attach(self._owner())
@@ -338,9 +346,12 @@ class UpdateCodec:
             )
         if state:
             _set_state(update, state, resource, where)
+        fault = update.fault_()
+        if fault:
+            raise UndecodableError(f"{_place(resource, where)}: {fault}")
         return update
 
-    def _open(self, resource: str, partial: bytes, where: str) -> tuple[type[Any], bytes]:
+    def _open(self, resource: str, partial: bytes, where: str) -> tuple[type[Any], int, bytes]:
         try:
             if len(partial) > _LOOK_THROUGH:
                 _look_through(partial)
@@ -361,14 +372,14 @@ class UpdateCodec:
             )
         if type(name) is not str or type(body) is not bytes:
             raise UndecodableError(f"{_place(resource, where)} is not one of Phonon's")
-        cls = classes.find(name)
-        if cls is None:
+        found = classes.resolve(name)
+        if found is None:
             raise UnknownClassError(
                 f"{_place(resource, where)} belongs to {name}, which is not imported in this "
                 "process: import it, so that its batches can be executed here",
                 name,
             )
-        return cls, body
+        return *found, body
 
 
 class UpdateRecord:

@@ -1,11 +1,11 @@
 """Copies of the caller's data, which is made sure to be storable without encoding it."""
 
-from collections.abc import Iterable
 from typing import Any
 
 # Types that need no look inside to be stored, and those that are looked into without ado.
 PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 FLAT = frozenset({list, tuple, set, frozenset})
+CONTAINERS = FLAT | {dict}
 
 #: Stands for a value that has to be copied by the serializer.
 DEEP: Any = object()
@@ -43,11 +43,3 @@ def _flat_copy(value: Any) -> Any:
     ):
         return value.copy()
     return DEEP
-
-
-def has_plain_items(values: Iterable[Any]) -> bool:
-    """Return whether a collection surely can be stored."""
-    for value in values:  # noqa: SIM110 - all() is slower for the few that there are
-        if type(value) not in PLAIN:
-            return False
-    return True

@@ -95,7 +95,7 @@ class DeadLetters:
             )
             for (_, name), entries in zip(some, replies, strict=True):
                 found += [
-                    _parked(name, *entry)
+                    parse_entry(name, *entry)
                     for entry in zip(entries[::3], entries[1::3], entries[2::3], strict=True)
                 ]
         return sorted(found)
@@ -202,7 +202,8 @@ def _stored_token(resource: str, token: Any) -> int:
     return stored
 
 
-def _parked(name: bytes, token: bytes, entry: bytes, size: int) -> Parked:
+def parse_entry(name: bytes, token: bytes, entry: bytes, size: int) -> Parked:
+    """Return a dead letter as the server keeps it."""
     try:
         known = msgpack.unpackb(entry, raw=True)
         error = known[b"error"].decode("utf-8", "replace")

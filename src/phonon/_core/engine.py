@@ -14,14 +14,17 @@ from importlib import metadata
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, NamedTuple, Protocol
 
+from phonon._core import classes, forks
 from phonon._core.clock import clock
 from phonon._core.executor import Executor
 from phonon._core.flows import REBORN, Flow, Read, Send, Sleep, call, read
+from phonon._core.forks import SAME
 from phonon._core.heartbeat import DEAD_AFTER, Heartbeat
 from phonon._core.identity import Identity
 from phonon._core.leases import Leases
 from phonon._core.members import Members
 from phonon._core.outbox import Ending, Outbox, Overflow
+from phonon._core.presence import Presence
 from phonon._core.rebirth import Rebirth
 from phonon._core.reports import Reports
 from phonon._core.retry import RetryPolicy
@@ -116,7 +119,7 @@ class Engine:
             namespace=options.namespace,
             partitions=options.partitions,
             lease=DEAD_AFTER * options.heartbeat_interval,
-            card=_card(),
+            card=lambda: _card(options.heartbeat_interval),
             library=library,
             clock=clock,
             new_id=lambda: uuid.uuid4().hex,
@@ -153,6 +156,11 @@ class Engine:
             deliver=self.driver.deliver,
             address=address,
         )
+        self.presence = Presence(
+            executes=options.recovers,
+            classes=lambda: [name for name in classes.names() if self.codec.can_execute(name)],
+            backlog=lambda: self.outbox.size,
+        )
         self.heartbeat = Heartbeat(
             self.identity,
             self.rebirth,
@@ -162,6 +170,7 @@ class Engine:
             interval=options.heartbeat_interval,
             recovers=options.recovers,
             is_wanted=lambda: public() is not None,
+            report=self.presence.report,
         )
         self.outbox.executor = self.executor
         self.outbox.surplus = lambda: sum(cache.surplus for cache in list(self.caches))
@@ -185,7 +194,6 @@ class Engine:
 
     def _begin(self) -> None:
         """Hold nothing, and have no workers: at first, and in a forked child."""
-        self._pid = os.getpid()
         self._started = False
         self._starting = threading.RLock()
         self._spawning = threading.RLock()
@@ -284,6 +292,7 @@ class Engine:
             self.executor,
             self.takeover,
             self.heartbeat,
+            self.presence,
         ):
             part.begin()
         self.driver.after_fork_in_child()
@@ -295,8 +304,7 @@ class Engine:
         Raises:
             ProcessStoppedError: `stop` was called.
         """
-        if os.getpid() != self._pid:
-            self.after_fork_in_child()
+        forks.notice()
         if self.stopped:
             raise ProcessStoppedError(f"process {self.name} was stopped: make a new Process")
 
@@ -443,13 +451,14 @@ class Engine:
                 signal.set()
 
 
-def _card() -> dict[str, str | int]:
+def _card(interval: float) -> dict[str, str | int | float]:
     """Return where this process runs, for people to read."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "start": f"{time.time():.3f}",
         "version": metadata.version("phonon"),
+        "interval": interval,
     }
 
 
@@ -479,7 +488,7 @@ class ThreadEngine(Engine):
         Raises:
             ProcessStoppedError: `stop` was called.
         """
-        if self.stopped or not self._started or os.getpid() != self._pid:
+        if self.stopped or not self._started or not SAME[0]:
             self.check()
             self.start()
 
@@ -529,6 +538,8 @@ class TaskEngine(Engine):
             ConfigurationError: Another event loop runs.
             ForkedError: The process belongs to the parent.
         """
+        if not SAME[0]:
+            forks.notice()
         self.driver.check()
         if self.stopped:
             raise ProcessStoppedError(f"process {self.name} was stopped: make a new AsyncProcess")

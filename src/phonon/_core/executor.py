@@ -202,7 +202,9 @@ class Executor:
                     del expected[name]
 
     def execute(
-        self, batches: Sequence[Batch], more: Callable[[], Sequence[Operation]] | None = None
+        self,
+        batches: Sequence[Batch],
+        more: Callable[[list[Operation]], Iterator[object] | None] | None = None,
     ) -> Flow[list[Any]]:
         """Execute batches of ours, and those that come up behind them.
 
@@ -211,12 +213,13 @@ class Executor:
 
         Args:
             batches: Of different resources.
-            more: Makes operations to send together with the first completions.
+            more: Adds operations to a list, to be sent together with the first completions, or
+                returns what adds them while it is sent.
 
         Returns:
             The answers to those operations.
         """
-        answers: list[Any] | None = None
+        answers: list[Any] = []
         waiting = list(batches)
         for batch in waiting:
             self.busy[batch.key] = batch
@@ -227,11 +230,12 @@ class Executor:
                 done = [batch for batch in waiting if batch.job is None]
                 waiting = [batch for batch in waiting if batch.job is not None]
                 sent = [operation for batch in done for operation in self._conclusions(batch)]
-                more_now = more() if answers is None and more is not None else ()
+                own, making = len(sent), None
+                if more is not None:
+                    making, more = more(sent), None
                 with self.expects(batch.name for batch in done):
-                    got = (yield Send([*sent, *more_now])) if sent or more_now else []
-                    if answers is None:
-                        answers = got[len(sent) :]
+                    got = (yield Send(sent, more=making)) if sent or making else []
+                    answers += got[own:]
                     told = iter(got)
                     for batch in done:
                         # First: if it is to be tried again, that may be due before we are done
@@ -244,9 +248,11 @@ class Executor:
         finally:
             for batch in waiting:
                 self.busy.pop(batch.key, None)
-        if answers is None:
-            more_now = more() if more is not None else ()
-            answers = (yield Send(more_now)) if more_now else []
+        if more is not None:
+            sent = []
+            making = more(sent)
+            if sent or making:
+                answers = yield Send(sent, more=making)
         return answers
 
     # Before

@@ -10,7 +10,7 @@ is stored once, a batch that falls to it is executed. A flow that has to know as
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -67,10 +67,17 @@ class Send(NamedTuple):
     Attributes:
         operations: What to send.
         first: Whether they go before those that wait for the former self to be reaped.
+        more: Appends further operations to the list, a group at a time. A driver may send a group
+            while the next one is made, so that the server and this process work side by side.
     """
 
     operations: Sequence[Operation]
     first: bool = False
+    more: Iterator[object] | None = None
+
+    def make_all(self) -> None:
+        """Have all operations in the list."""
+        deque(self.more or (), 0)
 
 
 class Read(NamedTuple):

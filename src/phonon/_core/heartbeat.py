@@ -47,6 +47,7 @@ class Heartbeat:
         recovers: Whether the process executes the batches of dead ones.
         is_wanted: Tells whether anybody still has the process. If not it stops beating, and
             survivors take over what it held.
+        report: Returns what operators are told of the process.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Heartbeat:
         interval: float,
         recovers: bool,
         is_wanted: Callable[[], bool],
+        report: Callable[[], bytes],
     ) -> None:
         self._identity = identity
         self._rebirth = rebirth
@@ -69,6 +71,7 @@ class Heartbeat:
         self._interval = interval
         self._recovers = recovers
         self._is_wanted = is_wanted
+        self._report = report
         self.signal: Signal | None = None
         self.begin()
 
@@ -134,6 +137,7 @@ class Heartbeat:
             b"%d" % identity.may_mark,
             b"%d" % self._recovers,
             b"%d" % int(self._interval * 1000),
+            self._report(),
         )
         page = b"%d" % (self.beats % 16 if self.beats % 2 else 0)
         verify = identity.everywhere("verify", me, before, page)

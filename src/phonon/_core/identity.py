@@ -25,7 +25,7 @@ class Identity:
         namespace: The namespace.
         partitions: How many partitions to ask for, if the namespace is new; None for the default.
         lease: Seconds for which a heartbeat keeps the process alive.
-        card: Where the process runs, for people to read.
+        card: Tells where the process runs, for people to read.
         library: Names the server's functions.
         clock: Seconds, from a clock that is never set.
         new_id: Makes an id, unique for ever.
@@ -50,7 +50,7 @@ class Identity:
         namespace: str,
         partitions: int | None,
         lease: float,
-        card: dict[str, str | int],
+        card: Callable[[], dict[str, str | int | float]],
         library: Library,
         clock: Callable[[], float],
         new_id: Callable[[], str],
@@ -60,7 +60,7 @@ class Identity:
         self.clock = clock
         self.new_id = new_id
         self._wanted = partitions
-        self._card = msgpack.packb(card)
+        self._describe = card
         self.partitions = Partitions(namespace, partitions or DEFAULT_PARTITIONS)
         self.signal: Signal | None = None
         self.begin()
@@ -68,6 +68,7 @@ class Identity:
     def begin(self) -> None:
         """Be somebody else, who holds nothing: at first, and in a forked child."""
         self.generation = object()
+        self._card = msgpack.packb(self._describe())
         self.id = b""
         self.name = self.new_id()
         self.id = self.name.encode()

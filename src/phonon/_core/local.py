@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 from phonon._core import codec
+from phonon._core.copies import CONTAINERS, PLAIN
 from phonon._core.engine import Engine
+from phonon._core.forks import SAME, notice
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError, ForkedError
 
@@ -73,9 +75,10 @@ class LocalUpdate:
     _check_at_: float
     #: The lock of the cache that it is in; None: one of the engine's stripes.
     _lock_: Any
-    #: Whether it has data that is nowhere else; and if not, how it looked when it was emptied.
+    #: Whether it has data that is nowhere else; and if not, how it looked when it was emptied: a
+    #: digest, or the values of its state, if none of them can change in place without showing it.
     _unsent_: bool
-    _emptied_: int | None
+    _emptied_: int | tuple[Any, ...] | None
     #: The batch that is going to store it.
     _batch_: Any
     #: Whether it may be the update with which `Process.stop` ends the session.
@@ -83,6 +86,8 @@ class LocalUpdate:
     _ref_: Any = None
     #: The codec's: how partials of this class begin, by the serializer's name.
     _headers_: ClassVar[dict[str, bytes]]
+    #: The version of what the class stores.
+    _version_: ClassVar[int] = 1
     #: Whether the class has a `state` of its own.
     _has_state_: ClassVar[bool] = False
     #: Whether a cache may merge without calling `refresh` and `is_expired`.
@@ -121,8 +126,19 @@ class LocalUpdate:
         """Return whether it has data that is not on the server."""
         if self._unsent_:
             return True
+        emptied = self._emptied_
+        if emptied is None:
+            return False
         try:
-            return self._emptied_ is not None and self._look_() != self._emptied_
+            if emptied.__class__ is not tuple:
+                return self._look_() != emptied
+            if self.spec is not None or self.doc:
+                return True
+            values = self.state().values()
+            # Containers were empty then, and may be the same objects.
+            return emptied != tuple(values) or any(
+                [value and type(value) not in PLAIN for value in values]  # noqa: C419 - it is faster
+            )
         except Exception:  # noqa: BLE001 - it could be stored when it was emptied, so it has changed
             return True
 
@@ -136,6 +152,11 @@ class LocalUpdate:
         engine = self._engine_
         if self._generation_ is not engine.identity.generation:
             self._own_engine_()
+        lock = self._lock_
+        if lock is not None:
+            with lock:
+                if lock is self._lock_:
+                    return self._take_(engine)
         partial: bytes | None = self._locked_(self._take_, engine)
         return partial
 
@@ -193,13 +214,28 @@ class LocalUpdate:
         batch = self._batch_
         if (
             now >= self._check_at_
-            or other._batch_ is not batch
-            or not (other._unsent_ and self._unsent_)
+            or not other._unsent_
             or other._opens_
             or other is self
             or other._generation_ is not self._generation_
         ):
             return self._absorb_slowly_(other, self._now_() if other is self else now)
+        if not self._unsent_ or other._batch_ is not batch:
+            batch = other._batch_
+            if (
+                self._unsent_
+                or self._batch_ is not None
+                or batch is None
+                or not batch.is_open
+                or self.has_unsent()
+            ):
+                return self._absorb_slowly_(other, now)
+            # The first one since the content was stored, in an open batch.
+            self._adopt_(other)
+            self._unsent_, other._unsent_ = True, False
+            self._touched_ = now
+            batch.replace(other, self)
+            return False
         result: object = self.merge(other)  # type: ignore[func-returns-value]  # it should not
         if result is not None:
             raise codec.returned(self, result)
@@ -225,6 +261,7 @@ class LocalUpdate:
         self._own_engine_()
         if self._direct_:
             self._locked_(setattr, self, "_lock_", lock)
+            self._check_at_ = self._over_at_(self._touched_)
 
     # For the codec
 
@@ -239,6 +276,25 @@ class LocalUpdate:
         self._opens_ = False
         self._check_at_ = 0.0
         self._begun_ = self._touched_ = self._now_()
+
+    @classmethod
+    def upgraded_(cls, content: list[Any], version: int) -> list[Any]:
+        """Return decoded content as this version of the class stores it."""
+        identifier, database, collection, spec, doc, state = content
+        new = cls.upgrade({**state, "spec": spec, "doc": doc}, version)
+        if type(new) is not dict:
+            raise TypeError(f"{cls.__qualname__}.upgrade() returned {new!r}: it returns a dict")
+        spec, doc = new.pop("spec", None), new.pop("doc", None)
+        return [identifier, database, collection, spec, doc, new]
+
+    @classmethod
+    def upgrade(cls, old: dict[str, Any], version: int) -> dict[str, Any]:
+        """Return what an earlier version of the class has stored as this version stores it."""
+        raise NotImplementedError
+
+    def fault_(self) -> str:
+        """Return what is wrong with decoded content; empty if nothing is."""
+        return ""
 
     def begin_execution(self, merged: Self, token: int) -> Self:
         """Return the instance that executes a merged record.
@@ -297,19 +353,27 @@ class LocalUpdate:
             for name, value in values.items():
                 setattr(self, name, value)
         self._unsent_ = False
-        if self._has_state_ or self.spec is not None or self.doc != {}:
-            self._mark_()
-        else:
-            self._emptied_ = _EMPTY
+        self._mark_()
 
     def _mark_(self) -> None:
         """Note how it looks: what is changed from here on, without our being told, is unsent."""
         if self._unsent_:
             return
         try:
-            self._emptied_ = self._look_()
+            self._emptied_ = self._values_() or self._look_()
         except Exception:  # noqa: BLE001 - what execute has left need not be storable
             self._emptied_ = None
+
+    def _values_(self) -> tuple[Any, ...] | None:
+        """Return the values of its state, if that is all there is and each is plain or empty."""
+        if not self._has_state_ or self.spec is not None or self.doc:
+            return None
+        values = tuple(self.state().values())
+        for value in values:
+            kind = type(value)
+            if kind not in PLAIN and (kind not in CONTAINERS or value):
+                return None
+        return values
 
     def _look_(self) -> int:
         """Return a digest of the content, to see whether it changes."""
@@ -340,6 +404,9 @@ class LocalUpdate:
         if batch is not None and batch.joins.get(self.resource_id) is other:
             batch.joins[self.resource_id] = self
 
+    def _over_at_(self, touched: float) -> float:
+        return min(touched + self.soft_session, self._begun_ + self.hard_session)
+
     def _is_over_(self, now: float) -> bool:
         return now - self._touched_ >= self.soft_session or now - self._begun_ >= self.hard_session
 
@@ -368,7 +435,7 @@ class LocalUpdate:
                 batch.replace(other, self)
         if not over:
             self._touched_ = now
-            self._check_at_ = min(now + self.soft_session, self._begun_ + self.hard_session)
+            self._check_at_ = self._over_at_(now)
         return over
 
     def _merge_or_adopt_(self, other: Any) -> None:
@@ -389,6 +456,8 @@ class LocalUpdate:
         self._check_at_ = 0.0
 
     def _own_engine_(self) -> Any:
+        if not SAME[0]:
+            notice()
         engine = self._engine_
         if self._generation_ is not engine.identity.generation:
             raise ForkedError(

@@ -33,7 +33,7 @@ class ProcessInfo(NamedTuple):
     since: float
 
 
-class _Entry:
+class Entry:
     """A membership that no answer has confirmed yet.
 
     Attributes:
@@ -68,7 +68,7 @@ class Members:
         self._identity = identity
         self.stopping = False
         self.held: dict[str, weakref.ref[Any] | None] = {}
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self.undelivered_results: set[str] = set()
 
     def begin(self) -> None:
@@ -80,8 +80,7 @@ class Members:
 
     def place(self, resource: str) -> tuple[int, bytes]:
         """Return the partition of a resource, and the server's name of it."""
-        name = encode_resource(resource)
-        return self._identity.partitions.of(name), name
+        return self._identity.partitions.place(resource)
 
     def joins(self, more: Iterable[bytes] = ()) -> list[Operation]:
         """Return the operations that make a new identity a member of all that is held.
@@ -141,23 +140,25 @@ class Members:
         """Return whether a resource is held, and no answer about that is still to come."""
         return resource in self.held and resource not in self._entries
 
-    def entering(self, resources: Sequence[str]) -> list[_Entry | None]:
+    def entering(self, resources: Iterable[str]) -> list[Entry | None]:
         """Hold resources from now on; `entered` has to be told for each what it came to.
 
         Returns:
             What `entered` is given, for each of them.
         """
-        entries: list[_Entry | None] = []
-        for resource in resources:
-            entry = None
-            if not self.is_sure(resource):
-                entry = self._entries.setdefault(resource, _Entry(self._identity.id))
-                entry.pending += 1
-                self.held.setdefault(resource)
-            entries.append(entry)
-        return entries
+        return [self.enter(resource) for resource in resources]
 
-    def entered(self, resource: str, entry: _Entry | None, *, failed: bool) -> None:
+    def enter(self, resource: str) -> Entry | None:
+        """Do what `entering` does, for one resource."""
+        held, unsure = self.held, self._entries
+        if resource in held and resource not in unsure:
+            return None
+        entry = unsure.setdefault(resource, Entry(self._identity.id))
+        entry.pending += 1
+        held.setdefault(resource)
+        return entry
+
+    def entered(self, resource: str, entry: Entry | None, *, failed: bool) -> None:
         """Hold a resource no more that nobody could enter after all."""
         if entry is None:
             return

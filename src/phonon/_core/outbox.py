@@ -13,13 +13,14 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from phonon._core.executor import Batch, Executor
 from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Wait
 from phonon._core.identity import Identity
-from phonon._core.members import ABSENT, Members, modifications_of
+from phonon._core.members import ABSENT, Entry, Members, modifications_of
 from phonon._core.reports import Reports
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply, Run
@@ -32,12 +33,16 @@ log = logging.getLogger("phonon")
 Overflow = Literal["block", "raise"]
 #: Sessions ended, or batches executed, together: a bound on what is held in memory.
 CHUNK = 1000
+#: Operations that are sent while others are made.
+GROUP = 128
 #: Seconds after which the worker looks by itself.
 IDLE = 60.0
 #: Seconds between two attempts to send what was not answered.
 AGAIN = 0.25
 
-_HELD, _RUN = int(Reply.HELD), int(Reply.RUN)
+T = TypeVar("T")
+
+_HELD, _RUN, _STORED = int(Reply.HELD), int(Reply.RUN), int(Reply.STORED)
 
 
 class Parcel(Protocol):
@@ -95,7 +100,7 @@ class SessionResult:
 
 
 #: A leave that is sent: its ending, the data with it, what was held before, and its result.
-_Leaving = tuple[Ending, bytes | None, Any, SessionResult]
+_Leaving = tuple[Operation, Ending, bytes | None, Any, SessionResult]
 
 
 class Due(NamedTuple):
@@ -267,11 +272,63 @@ class Outbox:
         Returns:
             What went wrong. The data is back in its update then.
         """
+        members = self._members
         errors: list[BaseException] = []
         sent: list[Operation] = []
-        partials: list[tuple[Parcel, bytes]] = []
-        held, place = self._members.held, self._members.place
-        for parcel in parcels:
+        stored: list[tuple[str, Entry | None, Parcel, bytes]] = []
+        joined = [resource for resource in joins if not members.is_sure(resource)]
+        entries: list[Entry | None] = []
+
+        def make() -> Iterator[None]:
+            for group in _groups(
+                parcels, [parcel.resource_id for parcel in parcels], members.place
+            ):
+                self._appends(group, sent, stored, errors)
+                yield
+            for resource in joined:
+                entries.append(members.enter(resource))
+                sent.append(operations.join(*members.place(resource)))
+
+        making = _while_sending(make(), len(parcels) + len(joined))
+        if not (sent or making):
+            return errors
+        answers = yield Send(sent, more=making)
+        many: list[tuple[Operation, int]] = []
+        for (resource, entry, parcel, partial), operation, answer in zip(
+            stored, sent, answers, strict=False
+        ):
+            if answer == _STORED:
+                if entry is not None:
+                    members.entered(resource, entry, failed=False)
+            elif isinstance(answer, Exception):
+                parcel.put_back(partial)
+                self.unstored.append(parcel)
+                errors.append(answer)
+                members.entered(resource, entry, failed=True)
+            else:
+                many.append((operation, answer))
+                members.entered(resource, entry, failed=False)
+        for resource, entry, answer in zip(joined, entries, answers[len(stored) :], strict=False):
+            failed = isinstance(answer, Exception)
+            members.entered(resource, entry, failed=failed)
+            if failed:
+                errors.append(answer)
+        if errors:
+            self.look()
+        if many:
+            yield from self._compact(many)
+        return errors
+
+    def _appends(
+        self,
+        group: Sequence[tuple[Parcel, str, int, bytes]],
+        sent: list[Operation],
+        stored: list[tuple[str, Entry | None, Parcel, bytes]],
+        errors: list[BaseException],
+    ) -> None:
+        """Take what updates have unsent, and make the operations that store it."""
+        held, enter = self._members.held, self._members.enter
+        for parcel, resource, partition, name in group:
             try:
                 partial = parcel.take()
             except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
@@ -279,36 +336,11 @@ class Outbox:
                 continue
             if partial is None:
                 continue
-            sent.append(operations.append(*place(parcel.resource_id), partial))
-            partials.append((parcel, partial))
-        entered = [parcel.resource_id for parcel, _ in partials]
-        for resource in joins:
-            if not self._members.is_sure(resource):
-                sent.append(operations.join(*place(resource)))
-                entered.append(resource)
-        if not sent:
-            return errors
-        entries = self._members.entering(entered)
-        for parcel, _ in partials:
-            if held.get(parcel.resource_id) is None:
-                held[parcel.resource_id] = weakref.ref(parcel)
-        answers = yield Send(sent)
-        many: list[tuple[Operation, int]] = []
-        for (parcel, partial), operation, answer in zip(partials, sent, answers, strict=False):
-            if isinstance(answer, Exception):
-                parcel.put_back(partial)
-                self.unstored.append(parcel)
-                errors.append(answer)
-            elif answer != Reply.STORED:
-                many.append((operation, answer))
-        errors += [answer for answer in answers[len(partials) :] if isinstance(answer, Exception)]
-        for resource, entry, answer in zip(entered, entries, answers, strict=True):
-            if entry is not None:
-                self._members.entered(resource, entry, failed=isinstance(answer, Exception))
-        if errors:
-            self.look()
-        yield from self._compact(many)
-        return errors
+            entry = enter(resource)
+            if held[resource] is None:
+                held[resource] = weakref.ref(parcel)
+            stored.append((resource, entry, parcel, partial))
+            sent.append(operations.append(partition, name, partial))
 
     def _compact(self, many: Sequence[tuple[Operation, int]]) -> Flow[None]:
         """Merge some partials of sessions that go on. The data is stored: it fails no call."""
@@ -334,17 +366,21 @@ class Outbox:
         batches: list[Batch] = []
         many: list[tuple[Operation, int]] = []
         for first in range(0, len(endings), CHUNK):
-            sent: list[Operation] = []
             about: list[_Leaving] = []
+            some = endings[first : first + CHUNK]
+            fresh = [SessionResult() for _ in some]
+            results += fresh
+            resources = [ending.resource for ending in some]
+            pairs = list(zip(some, fresh, strict=True))
+            groups = list(_groups(pairs, resources, self._members.place))
             # They are made when they are sent, not before batches are executed: a join in between
             # would be held here, and undone there.
-            some = endings[first : first + CHUNK]
-            leaves = functools.partial(self._leaves, some, results, sent, about)
-            with executor.expects(self._members.place(e.resource)[1] for e in some):
+            leaves = functools.partial(self._leaves, groups, about)
+            with executor.expects(name for group in groups for _, _, _, name in group):
                 answers = yield from executor.execute(batches, leaves)
                 batches = []
-                for operation, leaving, answer in zip(sent, about, answers, strict=True):
-                    batch = self._left(operation, leaving, answer, many)
+                for leaving, answer in zip(about, answers, strict=False):
+                    batch = self._left(leaving, answer, many)
                     if batch is not None:
                         executor.busy[batch.key] = batch
                         batches.append(batch)
@@ -354,14 +390,10 @@ class Outbox:
         return results
 
     def _left(
-        self,
-        operation: Operation,
-        leaving: _Leaving,
-        answer: Any,
-        many: list[tuple[Operation, int]],
+        self, leaving: _Leaving, answer: Any, many: list[tuple[Operation, int]]
     ) -> Batch | None:
         """See to the answer to a leave. Return the batch that falls to us, if there is one."""
-        ending, data, was_held, result = leaving
+        operation, ending, data, was_held, result = leaving
         if isinstance(answer, Exception):
             self._not_left(ending, data, was_held)
             result.errors.append(answer)
@@ -393,28 +425,35 @@ class Outbox:
 
     def _leaves(
         self,
-        endings: Sequence[Ending],
-        results: list[SessionResult],
-        sent: list[Operation],
+        groups: Sequence[Sequence[tuple[tuple[Ending, SessionResult], str, int, bytes]]],
         about: list[_Leaving],
-    ) -> list[Operation]:
-        place = self._members.place
-        for ending in endings:
-            result = SessionResult()
-            results.append(result)
-            try:
-                data = ending.parcel.take() if ending.parcel is not None else None
-            except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
-                result.errors.append(error)
-                continue
-            was_held = self._members.leaving(ending.resource)
-            flags = operations.FORCE * ending.force
-            flags += operations.MODIFICATIONS * ending.modifications
-            operation = operations.leave(*place(ending.resource), data or b"", flags)
-            operation.held = was_held is not ABSENT
-            sent.append(operation)
-            about.append((ending, data, was_held, result))
-        return sent
+        sent: list[Operation],
+    ) -> Iterator[None] | None:
+        return _while_sending(self._make_leaves(groups, about, sent), sum(map(len, groups)))
+
+    def _make_leaves(
+        self,
+        groups: Sequence[Sequence[tuple[tuple[Ending, SessionResult], str, int, bytes]]],
+        about: list[_Leaving],
+        sent: list[Operation],
+    ) -> Iterator[None]:
+        leaving = self._members.leaving
+        for group in groups:
+            for (ending, result), resource, partition, name in group:
+                parcel = ending.parcel
+                try:
+                    data = parcel.take() if parcel is not None else None
+                except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
+                    result.errors.append(error)
+                    continue
+                was_held = leaving(resource)
+                flags = operations.FORCE * ending.force
+                flags += operations.MODIFICATIONS * ending.modifications
+                operation = operations.leave(partition, name, data or b"", flags)
+                operation.held = was_held is not ABSENT
+                about.append((operation, ending, data, was_held, result))
+                sent.append(operation)
+            yield
 
     def _not_left(self, ending: Ending, data: bytes | None, was_held: Any) -> None:
         """The server refused: the data is local again, and the session goes on."""
@@ -657,6 +696,34 @@ class Outbox:
         finally:
             if self._continued.get(run) is me:
                 del self._continued[run]
+
+
+def _groups(
+    items: Sequence[T], resources: Sequence[str], place: Callable[[str], tuple[int, bytes]]
+) -> Iterator[list[tuple[T, str, int, bytes]]]:
+    """Return items with their resources and places, those of a partition together, in groups."""
+    partitions: dict[int, list[tuple[T, str, int, bytes]]] = {}
+    for item, resource in zip(items, resources, strict=True):
+        partition, name = place(resource)
+        known = partitions.get(partition)
+        if known is None:
+            known = partitions[partition] = []
+        known.append((item, resource, partition, name))
+    group: list[tuple[T, str, int, bytes]] = []
+    for some in partitions.values():
+        group += some
+        if len(group) >= GROUP:
+            yield group
+            group = []
+    yield group
+
+
+def _while_sending(making: Iterator[None], count: int) -> Iterator[None] | None:
+    """Return what makes so many operations; None if they are few, and made now."""
+    if count >= 2 * GROUP:
+        return making
+    deque(making, 0)
+    return None
 
 
 def _one_each(endings: Sequence[Ending]) -> list[Ending]:

@@ -34,7 +34,8 @@ local HANDED_OUT = 16
 local SHARERS = 16
 
 -- beat(process, ttl ms, epoch, number of the listing, 1 if it may mark, 1 if it executes batches, ms
--- for which the dead that it is told of are not handed to others): renew the process's lease.
+-- for which the dead that it is told of are not handed to others, a report or nothing): renew the
+-- process's lease, and keep what it reports of itself for operators.
 -- A process whose deadline has passed is dead once another one's beat has marked it, with 0, and not
 -- before. A beat that finds itself overdue marks nobody and gives the others time: then it was the
 -- server that was away.
@@ -60,6 +61,9 @@ plain('beat', function(N, args)
     end
   end
   call('ZADD', processes, fmt(at + ttl), pid)
+  if args[8] then
+    call('HSET', N .. 'reports', pid, args[8])
+  end
   local answer = { 'alive', -1, call('ZCOUNT', processes, '(0', '+inf') }
   local next_ones = call('ZRANGEBYSCORE', processes, '(' .. fmt(at), '+inf', 'WITHSCORES', 'LIMIT', 0, 2)
   for j = 1, #next_ones, 2 do
@@ -97,6 +101,7 @@ end)
 plain('unlist', function(N, args)
   call('HDEL', N .. 'listings', args[1])
   call('HDEL', N .. 'cards', args[1])
+  call('HDEL', N .. 'reports', args[1])
   call('HDEL', N .. 'reapers', '0' .. args[1], '1' .. args[1])
   local was = call('ZREM', N .. 'processes', args[1])
   if call('EXISTS', N .. 'processes') == 0 then

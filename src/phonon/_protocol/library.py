@@ -11,7 +11,7 @@ from phonon._protocol.operations import Code
 #: Processes of the same protocol share keys. It changes when the meaning of a key does.
 PROTOCOL = 2
 
-FILES = ("prelude", "members", "batches", "sources", "locks", "reap", "processes", "apply")
+FILES = ("prelude", "members", "batches", "sources", "locks", "reap", "processes", "apply", "admin")
 
 
 class Request(NamedTuple):

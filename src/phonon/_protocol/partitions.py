@@ -6,7 +6,7 @@ name follows the prefix, so it needs no escaping. ``_lua/README.md`` lists the k
 """
 
 import binascii
-import zlib
+from zlib import crc32
 
 ENCODING = "utf-8"
 #: A lone surrogate (a file name from ``os.fsdecode``, say) is text too.
@@ -90,6 +90,13 @@ class Partitions:
         #: What the keys of each partition begin with.
         self.prefixes = [b"{%b}:" % _spread(escaped, p, count) for p in range(count)]
 
+    def place(self, resource: str) -> tuple[int, bytes]:
+        """Return the partition of a resource, and the server's name of it."""
+        name = resource.encode(ENCODING, ERRORS)
+        if name[:1] == b"\0":
+            name = _RESOURCE + name
+        return crc32(name) % self.count, name
+
     def of(self, name: bytes) -> int:
         """Return the partition of a resource, by the server's name of it."""
-        return zlib.crc32(name) % self.count
+        return crc32(name) % self.count

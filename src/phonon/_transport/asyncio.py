@@ -344,6 +344,7 @@ class AsyncDriver:
     # Sending
 
     async def _send(self, run: FlowRun, send: Send) -> list[Any]:
+        send.make_all()
         if not send.operations:
             return []
         ticket = run.ticket

@@ -93,6 +93,7 @@ class Ticket:
     """
 
     _answered = 0
+    _placed = 0
 
     def __init__(self, send: Send, run: FlowRun) -> None:
         self.send = send
@@ -124,10 +125,14 @@ class Ticket:
 
     def enqueue(self, identity: Identity) -> None:
         """Put what is in no lane yet into the lanes."""
-        operations = self.send.operations
-        there = {id(operation) for place in self.places for operation in place[3]}
+        operations, answers = self.send.operations, self.answers
+        answers.extend([UNANSWERED] * (len(operations) - len(answers)))  # it may have grown
+        first, self._placed = self._placed, 0
+        # All before the first are there, unless an exception has come in between.
+        there = () if first else {id(o) for place in self.places for o in place[3]}
         groups: dict[int, list[Operation]] = {}
-        for i, operation in enumerate(operations):
+        for i in range(first, len(operations)):
+            operation = operations[i]
             if there and id(operation) in there:
                 continue
             operation.owner = self
@@ -140,6 +145,7 @@ class Ticket:
         lanes = identity.lanes
         for partition, group in groups.items():
             self.put(lanes, lanes[partition], group)
+        self._placed = len(operations)
         self.catch_up(identity)
 
     def put(self, lanes: list[Lane], lane: Lane, operations: Sequence[Operation]) -> None:

@@ -13,7 +13,7 @@ import select
 import socket
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import redis
@@ -249,6 +249,76 @@ def exchange_now(server: Server, request: Request) -> Any:
     if node.closed:
         node.retire()
     return None if isinstance(reply, ResponseError) else reply
+
+
+class Flight:
+    """Requests on an idle connection, sent in groups before any answer is read.
+
+    As with `exchange_now` anything out of the ordinary ends it: what is not answered then is
+    repeated by `Server.exchange`.
+
+    Args:
+        node: Whose connection.
+        connection: The connection, which is in no list.
+    """
+
+    __slots__ = ("_connection", "_node", "_sent")
+
+    def __init__(self, node: SyncNode, connection: Connection) -> None:
+        self._node = node
+        self._connection: Connection | None = connection
+        self._sent = 0
+
+    def send(self, requests: Sequence[Request]) -> bool:
+        """Send requests. Return whether they are on their way."""
+        connection = self._connection
+        if connection is None:
+            return False
+        data = b"".join([pack_command(request.words) for request in requests])  # type: ignore[arg-type]  # see _send
+        try:
+            connection.send(data, time.monotonic() + self._node.reply_timeout)
+        except GONE:
+            self.abort()
+            return False
+        self._sent += len(requests)
+        return True
+
+    def land(self) -> Iterator[Any]:
+        """Read the answers, in order, as far as there are any."""
+        connection = self._connection
+        if connection is None:
+            return
+        deadline = time.monotonic() + self._node.reply_timeout
+        replies: list[Any] = []
+        try:
+            replies.extend(connection.read(deadline) for _ in range(self._sent))
+        except GONE:
+            self.abort()
+            self._node.retire()
+        else:
+            self._connection = None
+            self._node.give_back(connection)
+        yield from replies
+
+    def abort(self) -> None:
+        """Close the connection, unless all answers were read."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+def take_off(node: Node) -> Flight | None:
+    """Begin to send on an idle connection, if there is one."""
+    ours = cast("SyncNode", node)
+    try:
+        connection = ours.idle.pop()
+    except IndexError:
+        return None
+    if connection.pid != _getpid() or connection.closed:
+        ours.forget()
+        connection.close()
+        return None
+    return Flight(ours, connection)
 
 
 def run(steps: Steps[T]) -> T:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from operator import call as call_function
 from types import FrameType
@@ -46,7 +46,7 @@ from phonon._core.flows import (
     Wait,
 )
 from phonon._protocol.lane import Call, Lane, State
-from phonon._protocol.library import Library
+from phonon._protocol.library import Library, Request
 from phonon._protocol.operations import Operation
 from phonon._transport import sync_io
 from phonon._transport.driving import (
@@ -405,6 +405,8 @@ class ThreadDriver:
             run.ticket = ticket
         identity = self.identity
         deadline = time.monotonic() + self.retry_timeout
+        if send.more is not None:
+            self._stream(ticket, send.more)
         if len(operations) == 1 and not ticket.places and self.server.durability is None:
             # As `_await` does for many, without the bookkeeping: it costs a third of a round trip.
             operation = operations[0]
@@ -435,6 +437,55 @@ class ThreadDriver:
             ticket.enqueue(identity)
         self._await(ticket, deadline)
         return cast("list[Any]", ticket.answers)
+
+    def _stream(self, ticket: _Ticket, more: Iterator[object]) -> None:
+        """Send operations while others are made, once; `_await` sees to what is not answered."""
+        leader = _Leader()
+        flight: sync_io.Flight | None = None
+        calls: list[tuple[Lane, Call]] = []
+        lanes: list[Lane] = []
+        alone = self.server.durability is not None or not self.server.colocated
+        try:
+            for _ in more:
+                known = len(ticket.places)
+                ticket.enqueue(self.identity)
+                if alone:
+                    continue  # what is to be confirmed, or has several ways, goes in one exchange
+                fresh = [place[1] for place in ticket.places[known:]]
+                lanes += fresh
+                group = self._claim_calls(fresh, leader)
+                if group and flight is None:
+                    node = self.server.node_of(self.identity.partitions.prefix)
+                    flight = sync_io.take_off(node)
+                if group and flight is not None and flight.send(self._requests(group)):
+                    calls += group
+            ticket.enqueue(self.identity)
+            for (lane, call), reply in zip(calls, flight.land() if flight else (), strict=False):
+                if not isinstance(reply, ResponseError):
+                    self._receiver.take(lane, call, reply)
+        finally:
+            if flight is not None:
+                flight.abort()
+            for lane in lanes:
+                self._claims.release(lane, leader)
+                self._pass_on(lane)
+
+    def _claim_calls(
+        self, lanes: Sequence[Lane], leader: _Leader, *, steal: bool = False
+    ) -> list[tuple[Lane, Call]]:
+        """Lead lanes that nobody leads, and return their calls."""
+        claims = self._claims
+        calls = []
+        for lane in lanes:
+            if claims.claim(lane, leader) or (steal and claims.claim_from_the_dead(lane, leader)):
+                call = lane.next_call()
+                if call is not None:
+                    calls.append((lane, call))
+        return calls
+
+    def _requests(self, calls: Sequence[tuple[Lane, Call]]) -> list[Request]:
+        partitions = self.identity.partitions
+        return [request_of(self.library, partitions, lane, call) for lane, call in calls]
 
     def _await(self, ticket: _Ticket, deadline: float) -> None:
         """Lead or wait until all answers are there.
@@ -490,25 +541,16 @@ class ThreadDriver:
         Returns:
             Whether something was answered, so that it is worth looking again at once.
         """
-        claims = self._claims
         leader = _Leader()
         try:
-            calls: list[tuple[Lane, Call]] = []
-            for lane in lanes:
-                if claims.claim(lane, leader) or (
-                    steal and claims.claim_from_the_dead(lane, leader)
-                ):
-                    call = lane.next_call()
-                    if call is not None:
-                        calls.append((lane, call))
+            calls = self._claim_calls(lanes, leader, steal=steal)
             return bool(calls) and self._exchange(calls, patience)
         finally:
             for lane in lanes:
-                claims.release(lane, leader)
+                self._claims.release(lane, leader)
 
     def _exchange(self, calls: Sequence[tuple[Lane, Call]], patience: float) -> bool:
-        partitions = self.identity.partitions
-        requests = [request_of(self.library, partitions, lane, call) for lane, call in calls]
+        requests = self._requests(calls)
         server = self.server
         if not server.colocated:
             # The lanes of nodes that answer do not wait for one that does not.

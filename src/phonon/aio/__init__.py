@@ -4,6 +4,7 @@ Each class corresponds to the one without ``Async`` in its name: it has the same
 and errors, runs the same flows, and works together with it on the same resources.
 """
 
+from phonon.aio.admin import AsyncAdmin
 from phonon.aio.batch import AsyncBatch
 from phonon.aio.cache import AsyncLruCache
 from phonon.aio.lock import AsyncLock, AsyncSemaphore
@@ -12,6 +13,7 @@ from phonon.aio.reference import AsyncReference
 from phonon.aio.update import AsyncConflictFreeUpdate, AsyncUpdate
 
 __all__ = [
+    "AsyncAdmin",
     "AsyncBatch",
     "AsyncConflictFreeUpdate",
     "AsyncLock",

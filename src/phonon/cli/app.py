@@ -4,6 +4,7 @@ A command of this package is imported when it is used. A command of another dist
 by its entry point.
 """
 
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -19,17 +20,38 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
 ENTRY_POINTS = "phonon.commands"
 
 
+#: The commands of this package, and where they are.
+COMMANDS = {
+    "batches": "listing:batches",
+    "completion": "completing:completion",
+    "discard": "acting:discard",
+    "expire": "acting:expire",
+    "locks": "listing:locks",
+    "log": "listing:log",
+    "ps": "listing:ps",
+    "replay": "acting:replay",
+    "sessions": "listing:sessions",
+    "show": "showing:show_command",
+    "sources": "listing:sources",
+    "unlock": "acting:unlock",
+}
+
+
 class Commands(click.Group):
     """A group that finds commands of other distributions, and prints errors in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, those of other distributions included."""
         found = {point.name for point in entry_points(group=ENTRY_POINTS)}
-        return sorted({*super().list_commands(ctx), *found})
+        return sorted({*super().list_commands(ctx), *COMMANDS, *found})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, and import it if it belongs to another distribution."""
         command = super().get_command(ctx, cmd_name)
+        if command is None and cmd_name in COMMANDS:
+            module, _, name = COMMANDS[cmd_name].partition(":")
+            found: click.Command = getattr(import_module(f"phonon.cli.{module}"), name)
+            return found
         if command is None:
             for point in entry_points(group=ENTRY_POINTS, name=cmd_name):
                 loaded: click.Command = point.load()

@@ -28,7 +28,7 @@ ADD = """INSERT INTO counts VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE
          SET n = n + excluded.n, token = excluded.token WHERE excluded.token > token"""
 
 
-class Count(ConflictFreeUpdate):
+class Count(ConflictFreeUpdate, name="count"):
     """What is known about one key: numbers that add up, wherever their messages arrive."""
 
     def execute(self) -> None:

@@ -8,5 +8,15 @@ from phonon.testing.clock import Clock
 from phonon.testing.exact import assert_exact
 from phonon.testing.faults import kill, lose_answers, pause
 from phonon.testing.lab import Lab, Server
+from phonon.testing.mergeable import assert_mergeable
 
-__all__ = ["Clock", "Lab", "Server", "assert_exact", "kill", "lose_answers", "pause"]
+__all__ = [
+    "Clock",
+    "Lab",
+    "Server",
+    "assert_exact",
+    "assert_mergeable",
+    "kill",
+    "lose_answers",
+    "pause",
+]

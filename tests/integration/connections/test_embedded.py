@@ -230,6 +230,7 @@ def test_server_goes_with_its_last_user(
     assert not Path(path).exists()
 
 
+@pytest.mark.slow
 def test_twenty_that_start_at_once_get_one_server(
     new_user: Users, arguments: tuple[str, ...], place: Path
 ) -> None:
@@ -333,6 +334,7 @@ def test_killed_supervisor_takes_its_server_with_it(arguments: tuple[str, ...]) 
         wait_until(lambda: not is_alive(pid))
 
 
+@pytest.mark.slow
 def test_server_that_outlives_its_supervisor_gets_no_rival(place: Path) -> None:
     with embedded.start(place / "data") as server:
         assert ask(server.socket_path, "SET", "key", "value")
@@ -346,6 +348,7 @@ def test_server_that_outlives_its_supervisor_gets_no_rival(place: Path) -> None:
             assert ask(successor.socket_path, "GET", "key") == b"value"
 
 
+@pytest.mark.slow
 def test_server_that_does_not_stop_is_killed(new_user: Users, place: Path) -> None:
     user = new_user(str(place / "data"))
     pid = server_of(user.join())
@@ -368,6 +371,7 @@ def test_server_with_a_password_is_told_by_a_signal(new_user: Users, place: Path
     assert b"Received SIGTERM" in (place / "run/phonon/phonon-server/log").read_bytes()
 
 
+@pytest.mark.slow
 def test_starter_killed_at_any_moment_leaves_nothing(new_user: Users, place: Path) -> None:
     for delay in range(0, 150, 10):
         user = new_user(str(place / "data"))

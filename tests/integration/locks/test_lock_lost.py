@@ -254,6 +254,7 @@ def far_away(server: Redis) -> Iterator[Proxy]:
     proxy.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_owned_ends_before_the_server_gives_the_lock_away(
     shared: bool, make: Make, far_away: Proxy

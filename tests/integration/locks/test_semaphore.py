@@ -123,6 +123,7 @@ def test_a_place_of_a_killed_process_returns(make: Make, other: Others) -> None:
         assert {holder.id for holder in mine.holders()} == {process.id}
 
 
+@pytest.mark.slow
 def test_a_killed_waiter_takes_no_place(
     make: Make,
     in_line: InLine,

@@ -193,6 +193,7 @@ def test_what_a_killed_process_held_is_free_after_four_heartbeats(
     assert took > 2 * QUICK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_killed_waiter_swallows_no_wake_up(
     shared: bool,

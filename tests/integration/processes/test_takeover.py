@@ -187,6 +187,7 @@ def test_a_batch_that_failed_is_tried_again_when_it_is_due(crew: Crew) -> None:
 # Who takes over
 
 
+@pytest.mark.slow
 def test_survivors_share_the_work(crew: Crew) -> None:
     doomed, *survivors = (crew.member() for _ in range(4))
     doomed.do("put_many", "orphan", 2000)
@@ -377,6 +378,7 @@ def test_takeover_in_a_cluster(spread: Crew, cluster: Cluster, namespace: str) -
     assert left <= {"partitions", "token", f"lane:{doomed.id}"}
 
 
+@pytest.mark.slow
 def test_survivors_share_the_work_in_a_cluster(spread: Crew) -> None:
     doomed, *survivors = (spread.member() for _ in range(3))
     doomed.do("put_many", "orphan", 1000)

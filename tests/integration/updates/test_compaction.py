@@ -100,6 +100,7 @@ def length(process: Process, record: str = "record") -> int:
 # What it is for
 
 
+@pytest.mark.slow
 def test_a_hot_key_stays_small(crew: Crew) -> None:
     """Three processes store ten thousand messages about one key."""
     watch = crew.process(heartbeat_interval=NO_BEAT)

@@ -364,6 +364,7 @@ def test_a_module_may_be_loaded_again() -> None:
     classes.forget(second)
 
 
+@pytest.mark.filterwarnings("ignore:Row is defined in the script")
 def test_the_script_has_one_name_in_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "from phonon import ConflictFreeUpdate\nclass Row(ConflictFreeUpdate): pass"
     for name in ("__main__", "__mp_main__"):

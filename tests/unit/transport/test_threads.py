@@ -587,6 +587,7 @@ def every_bytecode(step: int) -> Iterator[int]:
     return itertools.count(1, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
 def test_a_call_in_the_middle_of_a_call_at_every_bytecode(
     make: Make, own_server: Redis, many: bool
@@ -616,6 +617,7 @@ def test_a_call_in_the_middle_of_a_call_at_every_bytecode(
     settled(lab)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
 def test_an_interrupt_at_every_bytecode(make: Make, own_server: Redis, many: bool) -> None:
     """No lane stays busy, nothing is done twice, and what was enqueued goes on."""

@@ -1,0 +1,52 @@
+"""What a process tells operators about itself, with each of its heartbeats."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import msgpack
+
+#: Names of classes and sources in a report, at the most: it travels with every heartbeat.
+MOST_NAMES = 500
+
+
+class Presence:
+    """Makes a process's reports.
+
+    Args:
+        executes: Whether the process executes batches of others.
+        classes: Returns the names of the classes that it can execute.
+        backlog: Returns how much is unfinished.
+
+    Attributes:
+        counters: Returns what is counted, by name.
+        sources: Of each source that the process reads, a function that returns its name, its kind,
+            its position as text, and its lag in messages or None. Sources enter themselves.
+    """
+
+    def __init__(
+        self, *, executes: bool, classes: Callable[[], Iterable[str]], backlog: Callable[[], int]
+    ) -> None:
+        self._executes = executes
+        self._classes = classes
+        self._backlog = backlog
+        self.counters: Callable[[], Mapping[str, Any]] = dict
+        self.begin()
+
+    def begin(self) -> None:
+        """Read no sources: at first, and in a forked child."""
+        self.sources: dict[object, Callable[[], tuple[str, str, str, int | None]]] = {}
+
+    def report(self) -> bytes:
+        """Return what operators are told."""
+        sources = [source() for source in list(self.sources.values())[:MOST_NAMES]]
+        packed: bytes = msgpack.packb(
+            {
+                "executes": self._executes,
+                "classes": sorted(self._classes())[:MOST_NAMES],
+                "backlog": self._backlog(),
+                "counters": dict(self.counters()),
+                "sources": sources,
+            },
+            unicode_errors="surrogatepass",
+        )
+        return packed

@@ -1,0 +1,368 @@
+"""Collections of a model's records: what threads and tasks share, which is all but the waiting."""
+
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+
+from phonon._core.engine import Engine
+from phonon._core.flows import Flow, read
+from phonon._core.local import prefix_of
+from phonon._models.messages import mapping_of
+from phonon._models.record import DATABASE, ModelRecord
+from phonon.errors import ConfigurationError, InvalidMessageError, UnknownClassError
+from phonon.settings import check_seconds, check_whole
+
+P = ParamSpec("P")
+M = TypeVar("M")
+
+#: Rows that are merged while other threads wait.
+PIECE = 1000
+#: Rows that are stored together, where no batch is open.
+TOGETHER = 10_000
+#: Partials read at a time.
+_PAGE = 1000
+#: How often what was read has to be read again because it changed meanwhile, at the most.
+_ATTEMPTS = 5
+
+
+class Rejected(NamedTuple):
+    """A row that was not merged.
+
+    Attributes:
+        row: Its number, from 0.
+        error: Why.
+    """
+
+    row: int
+    error: InvalidMessageError
+
+
+#: What `BaseCollection._ready` returns: where to fold, and what has left the collection.
+_Ready = tuple[ModelRecord, Sequence[tuple[Hashable, Any]]]
+
+
+class BaseCollection(Generic[P, M]):
+    """What `Collection` and `AsyncCollection` share.
+
+    Args:
+        process: The process.
+        model: The model.
+        max_entries: The number of keys to keep here at the most.
+        idle: Seconds without a message after which the session ends here; None: it does not.
+        longest: Seconds after which the session ends although messages keep coming.
+        largest: The number of messages from this process after which it does.
+        ignore_unknown: Whether what the model does not know in a message is passed over.
+    """
+
+    def __init__(
+        self,
+        process: Any,
+        model: Callable[P, M],
+        max_entries: int = 10_000,
+        *,
+        idle: float | None = None,
+        longest: float | None = None,
+        largest: int | None = None,
+        ignore_unknown: bool = False,
+    ) -> None:
+        self.model = _any(model)
+        self._check_model()
+        for name, value in (("idle", idle), ("longest", longest)):
+            if value is not None:
+                check_seconds(name, value)
+        if largest is not None and check_whole("largest", largest) < 1:
+            raise ConfigurationError(f"largest is a number of messages, not {largest!r}")
+        self.idle, self.longest, self.largest = idle, longest, largest
+        self.ignore_unknown = bool(ignore_unknown)
+        self._process = process
+        self._engine: Engine = process.engine
+        self._record: type[ModelRecord] = self.model._record  # noqa: SLF001 - a model of ours
+        self._compiled = self._record.compiled
+        if self._record.is_async and not self._engine.is_async:
+            raise ConfigurationError(
+                f"{self.model.__qualname__}.on_complete is a coroutine function, and this process "
+                "has no event loop: use phonon.aio.AsyncProcess"
+            )
+        self._collection = self._record.resource_collection
+        self._cache = self._make_cache(max_entries)
+        self._engine.caches.add(self._cache)
+        self._build()
+
+    def _check_model(self) -> None:
+        from phonon.model import Model  # noqa: PLC0415 - it makes records, which are collected here
+
+        model = self.model
+        if not isinstance(model, type) or not issubclass(model, Model):
+            raise ConfigurationError(f"collect() takes a subclass of phonon.Model, not {model!r}")
+        model._code()  # noqa: SLF001 - it raises if there is no ID
+        if not model.completes_many() and model.on_complete is Model.on_complete:
+            raise ConfigurationError(
+                f"{model.__qualname__} must define on_complete() or on_complete_many()"
+            )
+
+    def _make_cache(self, max_entries: int) -> Any:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        cache, name = self._cache, self.model.__qualname__
+        return f"<phonon.{type(self).__name__} of {name}: {len(cache)} of {cache.max_entries} keys>"
+
+    def size(self) -> int:
+        """Return the number of keys that are here."""
+        return len(self._cache)
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._cache
+
+    def get(self, key: Any) -> M | None:
+        """Return the record of what is here of a key and not on the server yet; None of nothing.
+
+        Inside a batch that is what the batch has gathered. It does not count as a message.
+        """
+        cache = self._cache
+        with cache._lock:  # noqa: SLF001 - a cache of ours
+            record = cache._entries.get(key)  # noqa: SLF001
+            return None if record is None else record.shown()
+
+    # Code that is compiled for each collection
+
+    def _build(self) -> None:
+        """Compile the functions that take messages; anew in a forked child, whose locks differ."""
+        cache, engine = self._cache, self._engine
+        counts = self.largest is not None
+        namespace = {
+            "_batches": engine.batches,
+            "_local": engine.local,
+            "_getattr": getattr,
+            "_lock": cache._lock,  # noqa: SLF001 - a cache of ours
+            "_find": cache._entries.get,  # noqa: SLF001
+            "_use": cache._entries.move_to_end,  # noqa: SLF001
+            "_ready": self._ready,
+            "_outbox": engine.outbox,
+            "_wait_for_room": self._wait_for_room,
+            "_clock": time.monotonic,
+            "_largest": self.largest,
+            "_grown": self._grown,
+            "_ignore_unknown": self.ignore_unknown,
+            "_mapping_of": mapping_of,
+            "_names": frozenset(self._compiled.fields),
+            "_len": len,
+            "_dict": dict,
+            "_InvalidMessageError": InvalidMessageError,
+            "_Rejected": Rejected,
+        }
+        parts = {
+            "@TOUCH": "_record._touched_ = _clock()" if self.idle is not None else "",
+            "@SEEN": "_record._touched_ = _now" if self.idle is not None else "",
+            "@COUNT": _COUNT if counts else "",
+            "@COMPLETE": " or ".join(
+                [f"_len(_row) != {len(self._compiled.fields)}"]
+                + [f"{name} is None" for name in self._compiled.fields]
+            ),
+        }
+        build = self._compiled.build
+        self._fold_one = build("put", _filled(_PUT, parts), namespace)
+        self._fold_rows = build("put_rows", _filled(_PUT_ROWS, parts), namespace)
+
+    # What compiled code calls now and then. The lock is held.
+
+    def _ready(self, key: Any, record: Any, batch: Any, target: Any) -> _Ready:
+        """Return the record that a message is to be folded into, and what has left the collection.
+
+        Args:
+            key: The message's.
+            record: The one that is here, if there is one.
+            batch: The open batch of this thread or task, if there is one.
+            target: The same if it stores what it gathers.
+        """
+        out: Sequence[tuple[Hashable, Any]] = ()
+        if record is None:
+            record = self._new(key)
+            out = self._cache.insert(key, record)
+            if batch is not None and target is None:
+                record._is_left_to_others_(self._engine, init_cache=False)
+        theirs = record._batch_
+        if theirs is not None and theirs is not target and theirs.is_open:
+            # Another thread's batch is storing it. Its end says nothing to our caller, who is to
+            # know that all is stored: this message is stored by itself.
+            record = self._new(key)
+        if target is not None:
+            target.add(record)
+            record._unsent_ = True
+        return record, out
+
+    def _new(self, key: Any) -> ModelRecord:
+        self._engine.ensure_alive()  # type: ignore[attr-defined]  # of threads or tasks
+        record = object.__new__(self._record)
+        record._id = key
+        record.database, record.collection = DATABASE, self._collection
+        record.spec, record.doc = None, {}
+        record.attach(self._process)
+        return record
+
+    def _wait_for_room(self) -> None:
+        """Wait until new messages are taken in."""
+        raise NotImplementedError
+
+    def _grown(self, key: Any, record: ModelRecord) -> None:
+        """Note that a session has become as large as it may."""
+
+    # Flows
+
+    def _storing(self, record: ModelRecord) -> Flow[list[BaseException]]:
+        """Store what was folded outside of a batch."""
+        return record.storing(self._engine)
+
+    def _reading(self, key: Any) -> Flow[M | None]:
+        """Read what all processes have stored of a key in the session that is open."""
+        engine = self._engine
+        resource = f"{prefix_of(engine, DATABASE, self._collection)}{key}"
+        partials = yield from self._partials(resource)
+        found: Any = None
+        for partial in partials:
+            try:
+                record = engine.codec.decode(resource, partial, "the open session")
+            except UnknownClassError:
+                continue  # of a later release, say
+            if type(record) is not self._record:
+                continue
+            if found is None:
+                found = record
+            else:
+                found.merge(record)
+        return None if found is None else found.shown()
+
+    def _partials(self, resource: str) -> Flow[list[bytes]]:
+        engine = self._engine
+        partition, name = engine.members.place(resource)
+
+        def page(at: int) -> Flow[list[bytes]]:
+            words = b"%d" % at, b"%d" % (at + _PAGE - 1)
+            found = yield from read(
+                engine.identity.in_partition(partition, "session", name, *words)
+            )
+            return list(found)
+
+        partials: list[bytes] = []
+        for _ in range(_ATTEMPTS):
+            first = yield from page(0)
+            partials, piece = list(first), first
+            while piece and len(partials) % _PAGE == 0:
+                piece = yield from page(len(partials))
+                partials += piece
+            # Others merge them now and then, or take them all, in between.
+            if len(partials) == len(first) or (yield from page(0)) == first:
+                break
+        return partials
+
+    # Messages
+
+    def _pieces(self, rows: Iterable[Any], size: int) -> Iterable[tuple[int, list[Any]]]:
+        iterator, first = iter(rows), 0
+        while piece := list(islice(iterator, size)):
+            yield first, piece
+            first += len(piece)
+
+    def _put_rows(
+        self, rows: Sequence[Any], first: int, rejected: list[Rejected]
+    ) -> list[tuple[Hashable, Any]]:
+        """Merge rows in the open batch. Returns what has left the collection."""
+        out: list[tuple[Hashable, Any]] = []
+        batch = self._engine.batch
+        target = batch if batch is not None and batch.durable else None
+        for at, piece in self._pieces(rows, PIECE):
+            self._fold_rows(piece, first + at - 1, batch, target, out, rejected)
+        return out
+
+
+def _any(model: Any) -> Any:
+    return model
+
+
+def _filled(template: str, parts: Mapping[str, str]) -> str:
+    """Return a template with lines in the place of marks; a line with an empty one goes."""
+    lines: list[str] = []
+    for line in template.splitlines():
+        mark = next((mark for mark in parts if mark in line), None)
+        if mark is None:
+            lines.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        filled = line.strip().replace(mark, parts[mark])
+        lines += [indent + part for part in filled.splitlines()]
+    return "\n".join(lines)
+
+
+_COUNT = """\
+_record.messages += 1
+if _record.messages >= _largest:
+    _grown(@ID, _record)
+"""
+
+_PUT = """\
+def put(@PARAMETERS, **_unknown):
+    if _unknown and not _ignore_unknown:
+        raise _refuse(_unknown, _unknown)
+    @CHECKS
+    if _outbox.full:
+        _wait_for_room()
+    _batch = _target = None
+    if _batches:
+        _batch = _getattr(_local, "batch", None)
+        if _batch is not None:
+            if not _batch.is_open:
+                _batch = None
+            elif _batch.durable:
+                _target = _batch
+    _out = ()
+    with _lock:
+        _record = _find(@ID)
+        if _record is None or _record._batch_ is not _target:
+            _record, _out = _ready(@ID, _record, _batch, _target)
+        else:
+            _use(@ID)
+        _doc = _record.doc
+        @FOLDS
+        @TOUCH
+        @COUNT
+    if _out or _batch is None:
+        return _record, _out, _batch is None
+    return None
+"""
+
+_PUT_ROWS = """\
+def put_rows(_rows, _number, _batch, _target, _all_out, _rejected):
+    with _lock:
+        _now = _clock()
+        for _row in _rows:
+            _number += 1
+            try:
+                if _type(_row) is not _dict:
+                    _given = _row
+                    _row = _mapping_of(_given)
+                    if _row is None:
+                        raise _no_mapping(_given)
+                @ROW
+                if @COMPLETE:
+                    if not (_ignore_unknown or _row.keys() <= _names):
+                        raise _refuse(_row.keys() - _names, _row)
+                @CHECKS
+            except _InvalidMessageError as _error:
+                _rejected.append(_Rejected(_number, _error))
+                continue
+            _record = _find(@ID)
+            if _record is None or _record._batch_ is not _target:
+                _record, _out = _ready(@ID, _record, _batch, _target)
+                if _out:
+                    _all_out += _out
+            else:
+                _use(@ID)
+            _doc = _record.doc
+            @FOLDS
+            @SEEN
+            @COUNT
+"""

@@ -1,0 +1,169 @@
+"""What all fields have in common."""
+
+import typing
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
+
+from phonon._models.values import ValueType
+from phonon.errors import ConfigurationError
+
+R = TypeVar("R")
+W = TypeVar("W")
+
+
+class Field(Generic[R, W]):
+    """A field of a model: what is kept of its values, and how two of these are merged.
+
+    What is kept is called the field's state: plain data that can be stored. A record without a
+    state of a field has had no value for it, which is as good as `zero`. Merging is associative and
+    commutative, so that it makes no difference where values meet, and in which order.
+
+    Args:
+        data_type: The type of the values, where no annotation says it.
+
+    Attributes:
+        kind: The kind of field, in lower case: ``"sum"``, ``"latest"``.
+        name: The field's name in its model.
+        value_type: The type that the values in messages have; ``typing.Any`` if none was given.
+        model: The qualified name of the model, for messages.
+    """
+
+    kind: ClassVar[str] = ""
+    #: Whether its values go by the time stamp of the message.
+    is_stamped: ClassVar[bool] = False
+    #: What a message without a value for it counts as; None: it has none.
+    default: ClassVar[Any] = None
+    #: In which containers a record shows its values; (): it shows something else than these.
+    shows: ClassVar[tuple[type, ...] | None] = None
+    name: str = ""
+    model: str = ""
+
+    def __init__(self, data_type: Any = None) -> None:
+        if data_type is not None and not isinstance(data_type, type):
+            raise ConfigurationError(
+                f"{type(self).__name__}() takes the type of its values, not {data_type!r}: "
+                f"write {type(self).__name__}(int)"
+            )
+        self._values = self.make_values(data_type)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.model}.{self.name}: {self._values.name}>"
+
+    @classmethod
+    def from_annotation(cls, arguments: tuple[Any, ...]) -> Self:
+        """Return a field as an annotation describes it."""
+        field = cls()
+        field.annotate(arguments)
+        return field
+
+    def annotate(self, arguments: tuple[Any, ...]) -> None:
+        """Take the type of the values from an annotation's brackets."""
+        if len(arguments) == 1:
+            self._values = self.make_values(arguments[0])
+        elif arguments:
+            raise ConfigurationError(
+                f"{type(self).__name__} takes one type in brackets, not {arguments!r}"
+            )
+
+    def annotate_plainly(self, annotation: Any) -> None:
+        """Take the type of the values from what records show, as in ``tags: list[str]``."""
+        if self.shows is not None and typing.get_origin(annotation) in self.shows:
+            annotation = typing.get_args(annotation)[0]
+        if self.shows != ():
+            self.annotate((annotation,))
+
+    def make_values(self, annotation: Any) -> ValueType:
+        """Return the type of the values in messages."""
+        return ValueType(Any if annotation is None else annotation)
+
+    @property
+    def value_type(self) -> Any:
+        """The type that the values in messages have."""
+        return self._values.annotation
+
+    @property
+    def values(self) -> ValueType:
+        """The same, as messages are checked against it."""
+        return self._values
+
+    # As a descriptor of the model's: records are read by attribute
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, instance: None, owner: Any) -> Self: ...
+
+        @overload
+        def __get__(self, instance: object, owner: Any) -> R: ...
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        """Return the field from its class, and what has come together from a record."""
+        if instance is None:
+            return self
+        return instance.__dict__[self.name]
+
+    def __set__(self, instance: Any, value: W) -> None:
+        """Refuse: a record is made of messages."""
+        raise AttributeError(
+            f"{self.model}.{self.name} cannot be set to {value!r}: a record shows what its "
+            "messages come to; add another message instead"
+        )
+
+    # What is kept. None stands for the neutral element.
+
+    @property
+    def zero(self) -> Any:
+        """The value of a record that has had no messages: the neutral element, as it is read."""
+        return self.read(None)
+
+    def check(self, value: Any) -> Any:
+        """Return a message's value as it is kept.
+
+        Raises:
+            TypeError: It has another type.
+            ValueError: It is none that can be kept.
+        """
+        return self._values.check(value)
+
+    def check_stamped(self, value: Any, stamp: Any) -> Any:
+        """Return a value as it is kept, with the time stamp of its message; see `check`."""
+        raise NotImplementedError
+
+    def fold(self, state: Any, value: Any, /) -> Any:
+        """Return a state, which is used up, with a value that was checked."""
+        raise NotImplementedError
+
+    def merge(self, one: Any, other: Any, /) -> Any:
+        """Return what two states, which are used up, come to."""
+        raise NotImplementedError
+
+    def seal(self, state: Any) -> Any:
+        """Return a state in the form in which it is stored, the same for the same values."""
+        return state
+
+    def read(self, state: Any) -> Any:
+        """Return what users see of a state, which stays as it is; None is the neutral element."""
+        raise NotImplementedError
+
+    def is_state(self, state: Any) -> bool:
+        """Return whether something decoded is a state: it may be forged, or from another model."""
+        raise NotImplementedError
+
+    # Code for `phonon._models.compiled`: a message must not cost a call for each of its values
+
+    def check_code(self, stamp: str | None) -> list[str]:
+        """Return the lines that check the value, a variable of the field's name."""
+        name = self.name
+        if self.is_stamped and stamp is not None:
+            return [f"{name} = _check_{name}({name}, {stamp})"]
+        exact = self._values.exact
+        if type(self).check is Field.check and exact is not None:
+            return [
+                f"if _type({name}) is not _{exact.__name__}:",
+                f"    {name} = _check_{name}({name})",
+            ]
+        return [f"{name} = _check_{name}({name})"]
+
+    def fold_code(self) -> list[str]:
+        """Return the lines that fold the checked value into ``_doc``."""
+        name = self.name
+        return [f"_doc[{name!r}] = _fold_{name}(_doc.get({name!r}), {name})"]

@@ -1,0 +1,305 @@
+"""Fields of numbers: sums and statistics."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from phonon._models import exact
+from phonon._models.field import Field
+from phonon._models.values import NUMBER, ValueType, precedes
+
+N = TypeVar("N")
+K = TypeVar("K")
+
+
+def _numbers(annotation: Any) -> ValueType:
+    return NUMBER if annotation is None or annotation is Any else ValueType(annotation)
+
+
+class Sum(Field[N, N], Generic[N]):
+    """Adds up: ``int``, ``float`` or ``Decimal``, all of them exactly.
+
+    The sum of floats is the float that is nearest to the exact sum, so that it does not depend on
+    the order of adding. Without a type it takes integers and floats.
+    """
+
+    kind = "sum"
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, data_type: Any = None) -> None:
+            super().__init__(data_type)
+
+    def make_values(self, annotation: Any) -> ValueType:
+        return _numbers(annotation)
+
+    @property
+    def _is_decimal(self) -> bool:
+        return self.value_type is Decimal and self._values is not NUMBER
+
+    def fold(self, state: Any, value: Any) -> Any:
+        if state is None:
+            return value if type(value) is not float else [0, value]
+        return exact.add_decimals(state, value) if self._is_decimal else exact.add(state, value)
+
+    def merge(self, one: Any, other: Any) -> Any:
+        return exact.add_decimals(one, other) if self._is_decimal else exact.merge(one, other)
+
+    def seal(self, state: Any) -> Any:
+        return exact.sealed(state)
+
+    def read(self, state: Any) -> Any:
+        if self._is_decimal:
+            return Decimal(0) if state is None else state
+        total = 0 if state is None else exact.number(state)
+        return float(total) if self.value_type is float else total
+
+    def is_state(self, state: Any) -> bool:
+        return type(state) is Decimal if self._is_decimal else exact.is_total(state)
+
+    def fold_code(self) -> list[str]:
+        if self._values.exact is not int:
+            return super().fold_code()
+        key = repr(self.name)
+        return [f"_doc[{key}] = _doc[{key}] + {self.name} if {key} in _doc else {self.name}"]
+
+
+class Diff(Sum[N], Generic[N]):
+    """Takes away: 0 minus the sum of the values, wherever they meet."""
+
+    kind = "diff"
+
+    def read(self, state: Any) -> Any:
+        return 0 - super().read(state)
+
+
+class Count(Field[int, int]):
+    """Counts messages. A message may say how many it stands for."""
+
+    kind = "count"
+    default = 1
+
+    def make_values(self, annotation: Any) -> ValueType:
+        del annotation
+        return ValueType(int)
+
+    def check(self, value: Any) -> Any:
+        value = self._values.check(value)
+        if value < 0:
+            raise ValueError("takes how many messages one stands for, at least 0")
+        return value
+
+    def fold(self, state: Any, value: Any) -> Any:
+        return value if state is None else state + value
+
+    merge = fold
+
+    def read(self, state: Any) -> Any:
+        return state or 0
+
+    def is_state(self, state: Any) -> bool:
+        return type(state) is int and state >= 0
+
+    def check_code(self, stamp: str | None) -> list[str]:
+        return [f"if {self.name} != 1:", *(f"    {line}" for line in super().check_code(stamp))]
+
+    def fold_code(self) -> list[str]:
+        key = repr(self.name)
+        return [f"_doc[{key}] = _doc[{key}] + {self.name} if {key} in _doc else {self.name}"]
+
+
+class Counter(Field[dict[K, int], Mapping[K, int]], Generic[K]):
+    """Sums by key: takes a mapping of integers and adds up the values of each key."""
+
+    kind = "counter"
+    shows = (dict,)
+
+    def check(self, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"takes a mapping of {self._values.name} to int")
+        exact_type, check, checked = self._values.exact, self._values.check, {}
+        for key, times in value.items():
+            own = key if type(key) is exact_type else check(key)
+            if type(times) is not int:
+                times = _INTEGER.check(times)  # noqa: PLW2901 - numpy's integers, say
+            checked[own] = times
+        return checked
+
+    def fold(self, state: Any, value: Any) -> Any:
+        if state is None:
+            return value
+        for key, times in value.items():
+            state[key] = state[key] + times if key in state else times
+        return state
+
+    merge = fold
+
+    def read(self, state: Any) -> Any:
+        return dict(state) if state else {}
+
+    def is_state(self, state: Any) -> bool:
+        return (
+            type(state) is dict
+            and all(type(times) is int for times in state.values())
+            and all(map(self._values.accepts, state))
+        )
+
+
+_INTEGER = ValueType(int)
+
+
+class Mean(Field[float | None, float], Generic[N]):
+    """The arithmetic mean, of exact sums; None of no values."""
+
+    kind = "mean"
+    shows = ()
+
+    def make_values(self, annotation: Any) -> ValueType:
+        return _numbers(annotation)
+
+    def fold(self, state: Any, value: Any) -> Any:
+        # How many, and their sum
+        if state is None:
+            return [1, value if type(value) is not float else [0, value]]
+        state[0] += 1
+        state[1] = exact.add(state[1], value)
+        return state
+
+    def merge(self, one: Any, other: Any) -> Any:
+        return [one[0] + other[0], exact.merge(one[1], other[1])]
+
+    def seal(self, state: Any) -> Any:
+        return [state[0], exact.sealed(state[1])]
+
+    def read(self, state: Any) -> Any:
+        return None if state is None else exact.nearest(exact.fraction_of(state[1]) / state[0])
+
+    def is_state(self, state: Any) -> bool:
+        return (
+            type(state) is list
+            and len(state) == 2  # noqa: PLR2004 - how many, and their sum
+            and type(state[0]) is int
+            and state[0] > 0
+            and exact.is_total(state[1])
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `Stats` has found.
+
+    Attributes:
+        count: How many values.
+        sum: Their sum.
+        min: The least; None of no values.
+        max: The greatest; None of no values.
+        mean: Their arithmetic mean; None of no values.
+        variance: That of the values themselves, not of a population that they are a sample of;
+            None of no values.
+    """
+
+    count: int = 0
+    sum: float = 0
+    min: float | None = None
+    max: float | None = None
+    mean: float | None = None
+    variance: float | None = None
+
+    @property
+    def stdev(self) -> float | None:
+        """The standard deviation."""
+        return None if self.variance is None else math.sqrt(self.variance)
+
+    @property
+    def sample_variance(self) -> float | None:
+        """The variance of the population that the values are a sample of; None of less than two."""
+        if self.variance is None or self.count < 2:  # noqa: PLR2004 - Bessel's n - 1
+            return None
+        return self.variance * self.count / (self.count - 1)
+
+
+class Stats(Field[Summary, float], Generic[N]):
+    """Count, sum, least, greatest, mean and variance, of exact sums of values and squares.
+
+    Chan's parallel form of Welford's algorithm rounds at each merge, so that the result depends on
+    who met whom. Here nothing is rounded before it is read.
+    """
+
+    kind = "stats"
+    shows = ()
+
+    def make_values(self, annotation: Any) -> ValueType:
+        return _numbers(annotation)
+
+    def fold(self, state: Any, value: Any) -> Any:
+        # Least, greatest, sum, integer and shift of the squares' sum, how many; and behind them
+        # values that were not added up yet
+        if state is None:
+            return [value, value, 0, 0, 0, 0, value]
+        if precedes(value, state[0]):
+            state[0] = value
+        if precedes(state[1], value):
+            state[1] = value
+        state.append(value)
+        if len(state) > exact.BUFFER:
+            self._settle(state)
+        return state
+
+    @staticmethod
+    def _settle(state: list[Any]) -> None:
+        total, squares, count = state[2], (state[3], state[4]), state[5]
+        for value in state[6:]:
+            total = exact.add(total, value)
+            squares = exact.add_shifted(squares, exact.square(value))
+            count += 1
+        state[2:] = [exact.sealed(total), *squares, count]
+
+    def merge(self, one: Any, other: Any) -> Any:
+        self._settle(one)
+        self._settle(other)
+        least = other[0] if precedes(other[0], one[0]) else one[0]
+        greatest = other[1] if precedes(one[1], other[1]) else one[1]
+        squares = exact.add_shifted((one[3], one[4]), (other[3], other[4]))
+        total = exact.merge(one[2], other[2])
+        return [least, greatest, total, *squares, one[5] + other[5]]
+
+    def seal(self, state: Any) -> Any:
+        self._settle(state)
+        return state
+
+    def read(self, state: Any) -> Any:
+        if state is None:
+            return Summary()
+        state = [list(part) if type(part) is list else part for part in state]
+        self._settle(state)
+        least, greatest, total, squares, shift, count = state
+        mean: Fraction = exact.fraction_of(total) / count
+        variance = exact.fraction((squares, shift)) / count - mean * mean
+        return Summary(
+            count,
+            exact.number(total),
+            least,
+            greatest,
+            exact.nearest(mean),
+            exact.nearest(variance),
+        )
+
+    def is_state(self, state: Any) -> bool:
+        accepts = self._values.accepts
+        return (
+            type(state) is list
+            and len(state) == 6  # noqa: PLR2004 - as in `fold`
+            and accepts(state[0])
+            and accepts(state[1])
+            and exact.is_total(state[2])
+            and all(type(part) is int and part >= 0 for part in state[3:])
+            and state[4] <= 2 * _MOST_SHIFT
+            and state[5] > 0
+        )
+
+
+#: The shift of the least float there is.
+_MOST_SHIFT = 1074

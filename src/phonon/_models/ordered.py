@@ -1,0 +1,336 @@
+"""Fields in which an order decides: the least and the greatest, the first and the latest."""
+
+from collections.abc import Mapping
+from datetime import date, datetime
+from typing import Any, Generic, TypeVar
+
+from phonon._models.field import Field
+from phonon._models.values import ValueType, place, precedes
+from phonon.errors import ConfigurationError
+
+T = TypeVar("T")
+
+#: Values that are time stamps themselves.
+_TIMES = frozenset({datetime, date})
+#: A value, and what it is ranked by.
+_PAIR = 2
+#: Compared without ado where a value is of the type that is exact.
+_FAST = frozenset({int, str, bytes, date})
+
+
+class Min(Field[T | None, T], Generic[T]):
+    """The least value; None of no values."""
+
+    kind = "min"
+
+    def fold(self, state: Any, value: Any) -> Any:
+        return value if state is None or precedes(value, state) else state
+
+    merge = fold
+
+    def read(self, state: Any) -> Any:
+        return state
+
+    def is_state(self, state: Any) -> bool:
+        return self._values.accepts(state)
+
+    _operator = "<"
+
+    def fold_code(self) -> list[str]:
+        if self._values.exact not in _FAST:
+            return super().fold_code()
+        key, name = repr(self.name), self.name
+        return [
+            f"if {key} not in _doc or {name} {self._operator} _doc[{key}]:",
+            f"    _doc[{key}] = {name}",
+        ]
+
+
+class Max(Min[T], Generic[T]):
+    """The greatest value; None of no values."""
+
+    kind = "max"
+    _operator = ">"
+
+    def fold(self, state: Any, value: Any) -> Any:
+        return value if state is None or precedes(state, value) else state
+
+    merge = fold
+
+
+class Timestamp(Max[T], Generic[T]):
+    """The time stamp of the message, by which `First`, `Latest` and `WindowedList` go.
+
+    Of a record it is that of the latest message.
+    """
+
+    kind = "timestamp"
+
+
+class AnyOf(Field[bool, bool]):
+    """Whether any value was true."""
+
+    kind = "any_of"
+
+    def make_values(self, annotation: Any) -> ValueType:
+        del annotation
+        return ValueType(bool)
+
+    def fold(self, state: Any, value: Any) -> Any:
+        return value if state is None else state or value
+
+    merge = fold
+
+    def read(self, state: Any) -> Any:
+        return bool(state)
+
+    def is_state(self, state: Any) -> bool:
+        return type(state) is bool
+
+
+class AllOf(AnyOf):
+    """Whether all values were true; so it is of no values."""
+
+    kind = "all_of"
+
+    def fold(self, state: Any, value: Any) -> Any:
+        return value if state is None else state and value
+
+    merge = fold
+
+    def read(self, state: Any) -> Any:
+        return state is not False
+
+
+class _Stamped(Field[T | None, T | tuple[Any, T]], Generic[T]):
+    """A value with a time stamp: the message's, the value itself, or the first of a pair."""
+
+    is_stamped = True
+
+    def check(self, value: Any) -> Any:
+        if self.value_type in _TIMES:
+            value = self._values.check(value)
+            return [value, value]
+        stamp, value = _pair(value, self._values.name)
+        return [stamp, self._values.check(value)]
+
+    def check_stamped(self, value: Any, stamp: Any) -> Any:
+        if stamp is None:
+            raise ValueError("goes by the message's time stamp, and this message has none")
+        return [stamp, self._values.check(value)]
+
+    def read(self, state: Any) -> Any:
+        return None if state is None else state[1]
+
+    def is_state(self, state: Any) -> bool:
+        return type(state) is list and len(state) == _PAIR and self._values.accepts(state[1])
+
+
+def _pair(value: Any, name: str) -> Any:
+    """Return a rank and a value.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(value, tuple | list) or len(value) != _PAIR or value[0] is None:
+        raise TypeError(
+            f"takes a pair of a time stamp and {name}, unless the model has a Timestamp field"
+        )
+    return _RANK.check(value[0]), value[1]
+
+
+_RANK = ValueType(Any)
+
+
+def _precedes(one: Any, other: Any) -> bool:
+    """Return whether one stamped value comes before another: by time, then by value."""
+    if one[0] == other[0] and type(one[0]) is type(other[0]):
+        return precedes(one[1], other[1])
+    return precedes(one[0], other[0])
+
+
+class Latest(_Stamped[T], Generic[T]):
+    """The value of the message with the latest time stamp; None of no values.
+
+    Of two with the same one it is the greater value.
+    """
+
+    kind = "latest"
+
+    def fold(self, state: Any, value: Any) -> Any:
+        return value if state is None or _precedes(state, value) else state
+
+    merge = fold
+
+
+class First(_Stamped[T], Generic[T]):
+    """The value of the message with the earliest time stamp; None of no values.
+
+    Of two with the same one it is the lesser value.
+    """
+
+    kind = "first"
+
+    def fold(self, state: Any, value: Any) -> Any:
+        return value if state is None or _precedes(value, state) else state
+
+    merge = fold
+
+
+class WindowedList(Field[list[T], Any], Generic[T]):
+    """The values with the highest ranks, from any process, the highest first.
+
+    Messages have one value or a list of them. In a model with a `Timestamp` that ranks them; in
+    others each value is a pair of its rank and itself.
+
+    Args:
+        window_length: How many values are kept.
+        data_type: The type of the values, where no annotation says it.
+    """
+
+    kind = "windowed_list"
+    shows = (list,)
+    is_stamped = True
+
+    def __init__(self, window_length: int = 10, data_type: Any = None) -> None:
+        super().__init__(data_type)
+        self.window_length = _size(self, window_length)
+
+    def annotate(self, arguments: tuple[Any, ...]) -> None:
+        if len(arguments) == _PAIR:
+            *arguments, size = arguments  # type: ignore[assignment]  # a list is as good
+            self.window_length = _size(self, size)
+        super().annotate(tuple(arguments))
+
+    def __class_getitem__(cls, arguments: Any) -> Any:
+        return Sized.make(cls, arguments) or super().__class_getitem__(arguments)  # type: ignore[misc]  # typing's
+
+    def check(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            value = [value]
+        if not isinstance(value, list | set | frozenset):
+            raise TypeError(
+                f"takes pairs of a rank and {self._values.name}, or the model has a Timestamp field"
+            )
+        pairs = (_pair(pair, self._values.name) for pair in value)
+        return self._best([[rank, self._values.check(item)] for rank, item in pairs])
+
+    def check_stamped(self, value: Any, stamp: Any) -> Any:
+        if stamp is None:
+            raise ValueError("goes by the message's time stamp, and this message has none")
+        items = value if isinstance(value, list | set | frozenset | tuple) else [value]
+        return self._best([[stamp, self._values.check(item)] for item in items])
+
+    def _best(self, pairs: list[Any]) -> list[Any]:
+        if len(pairs) > 1:
+            pairs.sort(key=_place_of_pair, reverse=True)
+            del pairs[self.window_length :]
+        return pairs
+
+    def fold(self, state: Any, value: Any) -> Any:
+        if state is None:
+            return value
+        state += value
+        if len(state) > 2 * self.window_length:
+            self._best(state)
+        return state
+
+    merge = fold
+
+    def seal(self, state: Any) -> Any:
+        return self._best(state)
+
+    def read(self, state: Any) -> Any:
+        return [item for _, item in self._best(list(state or ()))]
+
+    def is_state(self, state: Any) -> bool:
+        return type(state) is list and all(
+            type(pair) is list and len(pair) == _PAIR and self._values.accepts(pair[1])
+            for pair in state
+        )
+
+
+def _place_of_pair(pair: Any) -> Any:
+    return place(pair[0]), place(pair[1])
+
+
+class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
+    """The keys with the highest scores, each with its highest one; the highest first.
+
+    It takes a mapping of scores by key, as of a leaderboard. The keys that *come* most often are
+    ``Counter``'s: a sketch of those (space-saving, Misra-Gries) depends on the order of merging.
+
+    Args:
+        size: How many keys are kept.
+        data_type: The type of the keys, where no annotation says it.
+    """
+
+    kind = "top_k"
+    shows = (dict,)
+
+    def __init__(self, size: int = 10, data_type: Any = None) -> None:
+        super().__init__(data_type)
+        self.size = _size(self, size)
+
+    def annotate(self, arguments: tuple[Any, ...]) -> None:
+        if len(arguments) == _PAIR:
+            *arguments, size = arguments  # type: ignore[assignment]  # a list is as good
+            self.size = _size(self, size)
+        super().annotate(tuple(arguments))
+
+    def __class_getitem__(cls, arguments: Any) -> Any:
+        return Sized.make(cls, arguments) or super().__class_getitem__(arguments)  # type: ignore[misc]  # typing's
+
+    def check(self, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"takes a mapping of {self._values.name} to scores")
+        return {self._values.check(key): _RANK.check(score) for key, score in value.items()}
+
+    def fold(self, state: Any, value: Any) -> Any:
+        if state is None:
+            return value
+        for key, score in value.items():
+            if key not in state or precedes(state[key], score):
+                state[key] = score
+        if len(state) > 2 * self.size:
+            return self._best(state)
+        return state
+
+    merge = fold
+
+    def _best(self, state: dict[Any, Any]) -> dict[Any, Any]:
+        pairs = sorted(state.items(), key=lambda pair: (place(pair[1]), place(pair[0])))
+        return dict(pairs[: -self.size - 1 : -1])
+
+    def seal(self, state: Any) -> Any:
+        return self._best(state)
+
+    def read(self, state: Any) -> Any:
+        return self._best(state or {})
+
+    def is_state(self, state: Any) -> bool:
+        return type(state) is dict and all(map(self._values.accepts, state))
+
+
+class Sized:
+    """An annotation with a size in its brackets: ``Window[str, 10]``."""
+
+    def __init__(self, origin: Any, arguments: tuple[Any, ...]) -> None:
+        self.__origin__ = origin
+        self.__args__ = arguments
+
+    @classmethod
+    def make(cls, origin: Any, arguments: Any) -> "Sized | None":
+        """Return it, if there is a size in the brackets: typing takes nothing but types."""
+        if isinstance(arguments, tuple) and len(arguments) == _PAIR:
+            return cls(origin, arguments)
+        return None
+
+
+def _size(field: Field[Any, Any], value: Any) -> int:
+    value = getattr(value, "__args__", (value,))[0]  # Literal[10]
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(
+            f"{type(field).__name__} keeps a number of values, at least 1, not {value!r}"
+        )
+    return value

@@ -1,0 +1,152 @@
+"""The update that stands behind a model: what has come together for one key, in this process.
+
+Its ``doc`` has the states of the model's fields by name. So it is stored, taken over, put back,
+merged and executed like any other update.
+"""
+
+import types
+from collections.abc import Callable, Iterable, Sequence
+from inspect import iscoroutinefunction
+from typing import Any, ClassVar, Self
+
+from phonon._core.classes import name_of
+from phonon._models.compiled import Compiled
+from phonon.update import Update
+
+#: The database of records; with the model's name as the collection it names their resources.
+DATABASE = "model"
+
+
+class ModelRecord(Update):
+    """What has come together for one key of a model.
+
+    Attributes:
+        model: The model's class.
+        compiled: Its code.
+        messages: How many messages have been merged here since the session began.
+        is_due: Whether the session is over although others may hold the resource.
+    """
+
+    __slots__ = ("is_due", "messages")
+
+    model: ClassVar[Any]
+    compiled: ClassVar[Compiled]
+    #: Stands for the model in the names of its resources.
+    resource_collection: ClassVar[str]
+    messages: int
+    is_due: bool
+
+    def merge(self, other: Self) -> None:
+        """Merge the fields."""
+        self.compiled.merge(self.doc, other.doc)
+
+    def execute(self) -> Any:
+        """Run the model's ``on_complete``."""
+        if self.executes_many():
+            return super().execute()
+        return self.shown().on_complete()
+
+    @classmethod
+    def execute_many(cls, updates: Sequence[Self]) -> Any:
+        """Run the model's ``on_complete_many``."""
+        shown = [update.shown() for update in updates]
+        return _failed(cls.model.on_complete_many(shown), shown, updates)
+
+    @classmethod
+    def executes_many(cls) -> bool:
+        """Return whether the model has an ``on_complete_many`` of its own."""
+        return bool(cls.model.completes_many())
+
+    def shown(self) -> Any:
+        """Return the record as users see it."""
+        return self.model.from_states(self._id, self.doc, self.token)
+
+    def attach(self, process: Any) -> None:
+        """Belong to a process."""
+        super().attach(process)
+        self.messages = 0
+        self.is_due = False
+
+    def take(self) -> bytes | None:
+        """Move out what is unsent, as one partial; None if there is nothing."""
+        self._locked_(self._seal_)
+        return super().take()
+
+    def _seal_(self) -> None:
+        if self.doc:
+            self.compiled.seal(self.doc)
+
+    def is_expired(self) -> bool:
+        """Return whether the session is over; the collection decides."""
+        return self.is_due
+
+    @classmethod
+    def upgraded_(cls, content: list[Any], version: int) -> list[Any]:
+        """Return decoded content as this version of the model stores it."""
+        doc = cls.model.upgrade(content[4], version)
+        return [*content[:4], doc, content[5]]
+
+    def fault_(self) -> str:
+        """Return what is wrong with decoded content; empty if it is a record of this model."""
+        identifier = self.compiled.id
+        if not identifier.is_state(self._id):
+            return f"its ID is not what {self.compiled.model}.{identifier.name} takes"
+        return self.compiled.fault_of(self.doc)
+
+
+class AsyncModelRecord(ModelRecord):
+    """The same for a model whose ``on_complete`` is a coroutine function."""
+
+    __slots__ = ()
+
+    is_async: ClassVar[bool] = True
+
+    async def execute(self) -> None:
+        """Run the model's ``on_complete``."""
+        if self.executes_many():
+            for _, error in await self.execute_many([self]) or ():
+                raise error
+        else:
+            await self.shown().on_complete()
+
+    @classmethod
+    async def execute_many(cls, updates: Sequence[Self]) -> Any:
+        """Run the model's ``on_complete_many``."""
+        shown = [update.shown() for update in updates]
+        return _failed(await cls.model.on_complete_many(shown), shown, updates)
+
+
+def _failed(result: Any, shown: Sequence[Any], updates: Sequence[Any]) -> Any:
+    """Return the updates of records that failed, with their errors, of what the user returned."""
+    if not isinstance(result, Iterable):
+        return result
+    update_of = {id(record): update for record, update in zip(shown, updates, strict=True)}
+    return [(update_of.get(id(record), record), error) for record, error in result]
+
+
+def make_record_class(model: Any, compiled: Compiled, **keywords: Any) -> type[ModelRecord]:
+    """Return the class of a model's records, known to the server by the model's name.
+
+    Args:
+        model: The model.
+        compiled: Its code.
+        keywords: Those of the class statement of an update: ``name``, ``aliases``, ``version``.
+    """
+    methods: list[Callable[..., Any]] = [model.on_complete, model.on_complete_many]
+    base = AsyncModelRecord if any(map(iscoroutinefunction, methods)) else ModelRecord
+
+    def body(namespace: dict[str, Any]) -> None:
+        namespace.update(
+            __slots__=(),
+            __module__=model.__module__,
+            __qualname__=model.__qualname__,
+            __doc__=f"What has come together for one key of {model.__qualname__}.",
+            model=model,
+            compiled=compiled,
+        )
+
+    cls: type[ModelRecord] = types.new_class(model.__name__, (base,), keywords, body)
+    # The oldest name: processes of the release before meet those of this one in the same resources.
+    aliases = keywords.get("aliases") or ()
+    cls.resource_collection = aliases[-1] if aliases else name_of(cls).partition("@")[0]
+    return cls

@@ -1,0 +1,233 @@
+"""The types of values: what a message may carry, and an order in which any two values have a place.
+
+A model's annotations are compiled into `ValueType` objects once, so that a message costs one
+comparison of types for each of its values.
+"""
+
+import math
+import operator
+import types
+import typing
+from collections.abc import Callable
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any, Union
+from uuid import UUID
+
+from phonon.errors import ConfigurationError, NotStorableError
+from phonon.serializers import ExactSerializer
+
+_SERIALIZER = ExactSerializer()
+#: Types whose instances cannot change, so that they are kept as they come.
+_CONSTANT = (bool, int, float, Decimal, str, bytes, date, datetime, time, timedelta, UUID)
+#: Types in which a < b, b < a and a == b are all there is, and equals look the same.
+_PLAINLY_ORDERED = frozenset({int, str, bytes, bool, date, timedelta})
+#: The range of IEEE 754's decimal128: exponents beyond it would make exact sums of any length.
+_MOST_EXPONENT = 6144
+
+
+class ValueType:
+    """A type that values must have.
+
+    Args:
+        annotation: What the model says: ``int``, ``str | None``, ``list[str]``, ``Any``.
+
+    Attributes:
+        annotation: The same.
+        exact: The one type whose instances need no further look; None if there is none.
+        name: How messages call it.
+    """
+
+    __slots__ = ("_checks", "annotation", "exact", "name")
+
+    def __init__(self, annotation: Any = Any) -> None:
+        self.annotation = annotation
+        kinds = [kind for kind in _alternatives(annotation) if kind is not type(None)]
+        self.name = " | ".join(_name_of(kind) for kind in kinds) or "None"
+        self._checks: list[Callable[[Any], Any]] = [_check_for(kind) for kind in kinds]
+        only = kinds[0] if len(kinds) == 1 else None
+        # Not every float is a number, and a Decimal may be of any length: those are looked at.
+        self.exact: Any = only if only in {int, str, bytes, bool, date, UUID, timedelta} else None
+
+    def __repr__(self) -> str:
+        return f"<ValueType {self.name}>"
+
+    def check(self, value: Any) -> Any:
+        """Return a value as it is kept.
+
+        Raises:
+            TypeError: It is of another type.
+            ValueError: It is of the type, but cannot be kept: not a number, say.
+        """
+        if type(value) is self.exact:
+            return value
+        for check in self._checks:
+            found = check(value)
+            if found is not _NO:
+                return found
+        raise TypeError(f"takes {self.name}")
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether a value is exactly as `check` would keep it."""
+        try:
+            found = self.check(value)
+        except (TypeError, ValueError):
+            return False
+        return type(found) is type(value)
+
+
+#: What a check returns that has nothing to do with a value.
+_NO: Any = object()
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in {Union, types.UnionType}:
+        return typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return tuple({type(value) for value in typing.get_args(annotation)})
+    if isinstance(annotation, typing.TypeVar):
+        return (Any,)
+    return (annotation,)
+
+
+def _name_of(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+
+
+def _check_for(kind: Any) -> Callable[[Any], Any]:
+    special = _SPECIAL.get(kind)
+    if special is not None:
+        return special
+    if kind is Any or kind is object:
+        return storable
+    origin = typing.get_origin(kind) or kind
+    if not isinstance(origin, type):
+        raise ConfigurationError(
+            f"{kind!r} is no type that values of a field can be checked against: give a class, "
+            "or Any"
+        )
+    if origin in _CONSTANT:
+        return lambda value: _constant(value, origin)
+    return lambda value: storable(value) if isinstance(value, origin) else _NO
+
+
+def _constant(value: Any, kind: type) -> Any:
+    if type(value) is kind:
+        return value
+    if not isinstance(value, kind) or (kind is date and isinstance(value, datetime)):
+        return _NO
+    return storable(value)
+
+
+def _integer(value: Any) -> Any:
+    if type(value) is int:
+        return value
+    if isinstance(value, bool):
+        return _NO
+    if isinstance(value, int):
+        return int(value)
+    # numpy's and Arrow's integers; a str or a float has no __index__
+    return operator.index(value) if hasattr(type(value), "__index__") else _NO
+
+
+def _float(value: Any) -> Any:
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, float | int):
+            return _NO
+        value = float(value)
+    if not math.isfinite(value):
+        raise ValueError("takes numbers, and this one is not finite")
+    return value + 0.0  # -0.0 is 0.0, or it would depend on the order which of them is the greater
+
+
+def _decimal(value: Any) -> Any:
+    if type(value) is not Decimal:
+        if isinstance(value, bool) or not isinstance(value, Decimal | int):
+            return _NO
+        value = Decimal(value)
+    if not value.is_finite():
+        raise ValueError("takes numbers, and this one is not finite")
+    exponent = value.as_tuple().exponent
+    if abs(value.adjusted()) > _MOST_EXPONENT or abs(exponent) > _MOST_EXPONENT:
+        raise ValueError(f"takes exponents of up to {_MOST_EXPONENT}, as in IEEE 754's decimal128")
+    return value
+
+
+def _text(value: Any) -> Any:
+    if type(value) is str:
+        return value
+    return str.__str__(value) if isinstance(value, str) else _NO
+
+
+def _boolean(value: Any) -> Any:
+    return value if type(value) is bool else _NO
+
+
+_SPECIAL: dict[Any, Callable[[Any], Any]] = {
+    int: _integer,
+    float: _float,
+    Decimal: _decimal,
+    str: _text,
+    bool: _boolean,
+}
+
+
+def number(value: Any) -> Any:
+    """Return an int or a finite float as it is kept, or what `ValueType.check` passes over."""
+    found = _integer(value)
+    return found if found is not _NO else _float(value)
+
+
+NUMBER = ValueType(int | float)
+NUMBER._checks = [number]  # noqa: SLF001 - the one type that no annotation stands for
+
+
+def storable(value: Any) -> Any:
+    """Return a value of any type as it is kept: a copy, if the caller could change it.
+
+    Raises:
+        TypeError: It cannot be stored.
+    """
+    if value is None or type(value) in _CONSTANT:
+        if type(value) is float:
+            return _float(value)
+        return _decimal(value) if type(value) is Decimal else value
+    try:
+        return _SERIALIZER.loads(_SERIALIZER.dumps(value))
+    except NotStorableError as error:
+        raise TypeError(f"takes what can be stored: {error}") from None
+
+
+# Order
+
+
+def precedes(one: Any, other: Any) -> bool:
+    """Return whether one value comes before another in an order that has a place for any two.
+
+    Numbers go by their value, time stamps by the instant, text by code points. Values that are
+    equal but do not look the same (1 and 1.0, one instant in two time zones) go by how they look:
+    else it would depend on the order of merging which of them stays.
+    """
+    if type(one) is type(other) and type(one) in _PLAINLY_ORDERED:
+        return bool(one < other)
+    return bool(place(one) < place(other))
+
+
+def place(value: Any) -> tuple[Any, ...]:
+    """Return a key by which values of any types can be sorted."""
+    kind = type(value)
+    if kind in {int, float, Decimal}:
+        return "", value, kind.__name__, repr(value)
+    if kind is datetime or kind is time:
+        return f"{kind.__name__}{value.utcoffset() is not None}", value, repr(value)
+    if kind in _PLAINLY_ORDERED or kind is UUID:
+        return kind.__name__, value
+    return f"~{kind.__name__}", _SERIALIZER.dumps(value)
+
+
+def in_order(values: list[Any]) -> list[Any]:
+    """Return values sorted by `place`."""
+    kinds = set(map(type, values))
+    if len(kinds) <= 1 and kinds <= _PLAINLY_ORDERED:
+        return sorted(values)
+    return sorted(values, key=place)

@@ -1,0 +1,400 @@
+"""What an operator sees of a namespace, and does to it, without taking part."""
+
+import getpass
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, get_args
+
+from phonon._admin.acts import Acts
+from phonon._admin.inspector import Inspector
+from phonon._admin.namespace import Namespace
+from phonon._admin.pages import Walk, next_page
+from phonon._admin.records import (
+    Act,
+    BatchState,
+    BatchStatus,
+    LockGrant,
+    LockMode,
+    LockStatus,
+    LockWaiter,
+    Partial,
+    ProcessState,
+    ProcessStatus,
+    ResourceStatus,
+    SessionStatus,
+    SourceStatus,
+)
+from phonon._protocol import library
+from phonon._transport import connect, sync_io
+from phonon._transport.connect import SharedConnection
+from phonon._transport.steps import Steps
+from phonon.errors import ConfigurationError
+from phonon.settings import check_name, url_of
+
+__all__ = [
+    "Act",
+    "Admin",
+    "BatchState",
+    "BatchStatus",
+    "LockGrant",
+    "LockMode",
+    "LockStatus",
+    "LockWaiter",
+    "Partial",
+    "ProcessState",
+    "ProcessStatus",
+    "ResourceStatus",
+    "SessionStatus",
+    "SourceStatus",
+]
+
+T = TypeVar("T")
+STATES: tuple[BatchState, ...] = get_args(BatchState)
+
+
+class BaseAdmin:
+    """What `Admin` and `AsyncAdmin` share: everything but the waiting."""
+
+    _inspector: Inspector
+    _acts: Acts
+
+    def _begin(self, connection: SharedConnection, namespace: str, options: "Options") -> None:
+        space = Namespace(connection.server, library.default(), namespace, options.timeout)
+        self._inspector = Inspector(space)
+        self._acts = Acts(space, self._inspector, options.who)
+
+
+class Options:
+    """Checked arguments of an `Admin`.
+
+    Args:
+        url: See `Admin`.
+        client: See `Admin`.
+        namespace: See `Admin`.
+        timeout: See `Admin`.
+        who: See `Admin`.
+    """
+
+    def __init__(
+        self, url: str | None, client: Any, namespace: str, timeout: float, who: str | None
+    ) -> None:
+        check_name("namespace", namespace)
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+            raise ConfigurationError(f"timeout is a number of seconds above 0, not {timeout!r}")
+        self.url = url_of(url, None, client, ("localhost", 6379, 1))
+        self.client = client
+        self.timeout = float(timeout)
+        self.who = _whoami() if who is None else check_name("who", who)
+
+    def open(self, backend: connect.ClientBackend) -> Steps[SharedConnection]:
+        """Connect, or join a connection that is there."""
+        functions, settings = library.default(), {"may_lack_library": True}
+        if self.url is None:
+            return connect.connect_client(self.client, functions, backend, **settings)
+        return connect.connect_url(self.url, functions, backend, **settings)
+
+
+class Admin(BaseAdmin):
+    """Looks at a namespace, and acts on it, without becoming one of its processes.
+
+    It has no heartbeat and no id, takes over nothing, needs none of the classes whose data it
+    shows, and changes nothing unless it is told to. Listings are read from the server in pages, as
+    they are iterated over; what changes meanwhile may or may not be in them.
+
+    Args:
+        url: Where the server is; see `Process`. None: the environment variable ``PHONON_URL``, or
+            ``redis://localhost:6379/1``.
+        client: A ``redis.Redis`` or ``redis.RedisCluster`` to use instead.
+        namespace: The namespace.
+        timeout: Seconds to go on asking a server that does not answer.
+        who: Who acts, for the log on the server. None: user, host and process.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+        ServerUnreachableError: There is no server.
+        ServerError: The server cannot be used.
+
+    Example:
+        >>> with Admin("redis://localhost:6379/1") as admin:  # doctest: +SKIP
+        ...     for batch in admin.batches(state="parked"):
+        ...         print(batch.resource, batch.token, batch.error)
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        client: Any = None,
+        namespace: str = "phonon",
+        timeout: float = 15.0,
+        who: str | None = None,
+    ) -> None:
+        options = Options(url, client, namespace, timeout, who)
+        self.namespace = namespace
+        self._connection = sync_io.run(options.open(sync_io.BACKEND))
+        self._begin(self._connection, namespace, options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<phonon.Admin of {self.namespace!r} at {self.address}>"
+
+    @property
+    def address(self) -> str:
+        """Where the server is, without a password."""
+        return self._connection.server.address
+
+    def close(self) -> None:
+        """Close the connection. A second call does nothing."""
+        sync_io.run(self._connection.close())
+
+    def processes(self) -> list[ProcessStatus]:
+        """Return all processes: the dead ones first, then by the time since their last heartbeat.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        return sync_io.run(self._inspector.processes())
+
+    def locks(self, prefix: str = "") -> Iterator[LockStatus]:
+        """Iterate over the locks that are held or waited for.
+
+        Args:
+            prefix: How their names begin.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        return _iterate(lambda: self._inspector.locks(check_prefix(prefix)))
+
+    def lock(self, name: str, *, semaphore: bool = False) -> LockStatus | None:
+        """Return a lock, with all that hold it and wait for it; None if it is free.
+
+        Args:
+            name: The resource, or the semaphore.
+            semaphore: Whether a semaphore is meant.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        check_name("name", name)
+        return sync_io.run(self._inspector.lock(name, semaphore=semaphore))
+
+    def sessions(self, older: float | None = None, prefix: str = "") -> Iterator[SessionStatus]:
+        """Iterate over the open sessions, in no particular order.
+
+        Args:
+            older: Seconds that they have lasted at the least.
+            prefix: How their resources' names begin.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        check_older(older)
+        return _iterate(lambda: self._inspector.sessions(older, check_prefix(prefix)))
+
+    def oldest_sessions(
+        self, most: int, older: float | None = None, prefix: str = ""
+    ) -> list[SessionStatus]:
+        """Return the oldest open sessions, the oldest first, without reading all of them.
+
+        Those that their processes have locked as well are not looked for to the end.
+
+        Args:
+            most: How many.
+            older: Seconds that they have lasted at the least.
+            prefix: How their resources' names begin.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        check_older(older)
+        steps = self._inspector.oldest_sessions(most, older, check_prefix(prefix))
+        return sync_io.run(steps)
+
+    def batches(
+        self, state: BatchState | Sequence[BatchState] | None = None, prefix: str = ""
+    ) -> Iterator[BatchStatus]:
+        """Iterate over the batches.
+
+        Args:
+            state: In which state, or states; None for all of them.
+            prefix: How their resources' names begin.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        states = states_of(state)
+        return _iterate(lambda: self._inspector.batches(states, check_prefix(prefix)))
+
+    def sources(self) -> list[SourceStatus]:
+        """Return the sources of messages, as the processes that read them report them.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        return sync_io.run(self._inspector.sources())
+
+    def resource(self, name: str) -> ResourceStatus:
+        """Return all that is known of a resource.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        return sync_io.run(self._inspector.resource(check_name("name", name)))
+
+    def content(self, resource: str, token: int | None = None) -> Iterator[Partial]:
+        """Iterate over the partials of a batch, decoded without their class.
+
+        Args:
+            resource: The resource.
+            token: Which batch, running or parked; None for the session that is open.
+
+        Raises:
+            BatchMissingError: There is no such batch.
+        """
+        check_name("resource", resource)
+        if token is not None:
+            check_token(token)
+        return _iterate(lambda: self._inspector.content(resource, token))
+
+    def acts(self, most: int = 100) -> list[Act]:
+        """Return what operators have done in this namespace, the latest first.
+
+        Args:
+            most: How many at the most. The server remembers about 1,000 in each partition.
+        """
+        return sync_io.run(self._inspector.acts(most))
+
+    def replay(self, resource: str, token: int) -> str:
+        """Hand a parked batch to a process that can execute it, under a new token.
+
+        Returns:
+            What was done, in words.
+
+        Raises:
+            BatchMissingError: There is no such parked batch.
+            BatchRunningError: Another batch of the resource is being executed.
+            UndecodableError: It cannot be read. It stays parked.
+            UnknownClassError: No live process can execute its class. It stays parked.
+        """
+        check_name("resource", resource)
+        return sync_io.run(self._acts.replay(resource, check_token(token)))
+
+    def discard(self, resource: str, token: int) -> str:
+        """Delete a parked batch, with its data.
+
+        Returns:
+            What was done, in words.
+
+        Raises:
+            BatchMissingError: There is no such parked batch.
+        """
+        check_name("resource", resource)
+        return sync_io.run(self._acts.discard(resource, check_token(token)))
+
+    def break_lock(self, name: str, token: int, *, semaphore: bool = False) -> str:
+        """Release a lock in its holder's place, and wake whoever is next.
+
+        Its holder goes on believing in it until it checks: only a store that compares fencing
+        tokens is safe from it. To end a process that hangs is the better remedy.
+
+        Args:
+            name: The resource, or the semaphore.
+            token: The token that it must still have, so that no other holder's is broken.
+            semaphore: Whether a semaphore is meant.
+
+        Returns:
+            What was done, in words.
+
+        Raises:
+            LockLostError: Nobody holds it under that token.
+        """
+        check_name("name", name)
+        steps = self._acts.break_lock(name, check_token(token), semaphore=semaphore)
+        return sync_io.run(steps)
+
+    def expire(self, process: str) -> str:
+        """Declare a process dead, so that survivors take over what it holds.
+
+        Returns:
+            What was done, in words.
+
+        Raises:
+            ProcessMissingError: There is no such process.
+        """
+        return sync_io.run(self._acts.expire(check_name("process", process)))
+
+
+def _iterate(begin: Callable[[], Walk[T]]) -> Iterator[T]:
+    walk = begin()
+    while (page := sync_io.run(next_page(walk))) is not None:
+        yield from page
+
+
+def states_of(state: Any) -> tuple[BatchState, ...]:
+    """Return the states that are meant.
+
+    Raises:
+        ConfigurationError: There is no such state.
+    """
+    if state is None:
+        return STATES
+    states = (state,) if isinstance(state, str) else tuple(state)
+    for each in states:
+        if each not in STATES:
+            raise ConfigurationError(f"state is one of {', '.join(STATES)}, not {each!r}")
+    return states
+
+
+def check_prefix(prefix: Any) -> str:
+    """Return how names begin.
+
+    Raises:
+        ConfigurationError: It is no text.
+    """
+    if not isinstance(prefix, str):
+        raise ConfigurationError(f"prefix is a str, not {prefix!r}")
+    return prefix
+
+
+def check_older(older: Any) -> None:
+    """Check an age.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    if older is not None and (
+        isinstance(older, bool) or not isinstance(older, int | float) or not older >= 0
+    ):
+        raise ConfigurationError(f"older is a number of seconds, not {older!r}")
+
+
+def check_token(token: Any) -> int:
+    """Return a token.
+
+    Raises:
+        ConfigurationError: It is no number.
+    """
+    if not isinstance(token, int) or isinstance(token, bool):
+        raise ConfigurationError(f"token is a number, not {token!r}: give that of a listing")
+    return token
+
+
+def _whoami() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without an entry
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()} ({os.getpid()})"

@@ -1,0 +1,125 @@
+"""Commands that change something: ``replay``, ``discard``, ``unlock``, ``expire``."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from phonon.admin import Admin
+from phonon.cli import tables
+from phonon.cli.completing import complete_parked
+from phonon.cli.options import confirm, target, target_options, yes_option
+from phonon.errors import PhononError
+
+
+def _each(admin: Admin, resource: str, token: int | None, *, every: bool) -> list[int]:
+    """Return the tokens that are meant."""
+    if token is not None:
+        return [token]
+    tokens = [b.token for b in admin.resource(resource).batches if b.state == "parked"]
+    if len(tokens) > 1 and not every:
+        listed = ", ".join(map(str, tokens))
+        raise click.UsageError(
+            f"{resource} has {len(tokens)} parked batches ({listed}): give TOKEN, or --all"
+        )
+    if not tokens:
+        raise click.UsageError(f"{resource} has no parked batch; phonon batches lists them")
+    return tokens
+
+
+def _do_all(tokens: list[int], act: Callable[[int], str]) -> None:
+    failed = False
+    for token in tokens:
+        try:
+            click.echo(act(token))
+        except PhononError as error:
+            click.echo(f"phonon: {error}", err=True)
+            failed = True
+    sys.exit(2 if failed else 0)
+
+
+resource_argument = click.argument("resource", shell_complete=complete_parked)
+token_argument = click.argument("token", required=False, type=int)
+all_option = click.option("--all", "every", is_flag=True, help="All parked batches of RESOURCE.")
+
+
+@click.command()
+@resource_argument
+@token_argument
+@all_option
+@yes_option
+@target_options
+def replay(resource: str, token: int | None, every: bool, yes: bool, **where: Any) -> None:
+    """Hand the parked batch TOKEN of RESOURCE to a process that can execute it."""
+    with target(where).open() as admin:
+        tokens = _each(admin, resource, token, every=every)
+        confirm(f"Execute {len(tokens)} parked batch(es) of {resource} again?", yes=yes)
+        _do_all(tokens, lambda each: admin.replay(resource, each))
+
+
+@click.command()
+@resource_argument
+@token_argument
+@all_option
+@yes_option
+@target_options
+def discard(resource: str, token: int | None, every: bool, yes: bool, **where: Any) -> None:
+    """Delete the parked batch TOKEN of RESOURCE, with its data."""
+    with target(where).open() as admin:
+        tokens = _each(admin, resource, token, every=every)
+        confirm(f"Delete {len(tokens)} parked batch(es) of {resource}, with their data?", yes=yes)
+        _do_all(tokens, lambda each: admin.discard(resource, each))
+
+
+@click.command()
+@click.argument("name")
+@click.argument("token", required=False, type=int)
+@click.option("--semaphore", is_flag=True, help="NAME is a semaphore's.")
+@yes_option
+@target_options
+def unlock(name: str, token: int | None, semaphore: bool, yes: bool, **where: Any) -> None:
+    """Release the lock NAME in its holder's place, if it still has TOKEN, and wake the next."""
+    with target(where).open() as admin:
+        lock = admin.lock(name, semaphore=semaphore)
+        if lock is None or not lock.holders:
+            raise click.UsageError(f"nobody holds {name}")
+        grants = [g for g in lock.holders if token in (None, g.token)]
+        if len(grants) > 1:
+            raise click.UsageError(
+                f"{len(grants)} hold {name}: give the TOKEN of one; phonon locks shows them"
+            )
+        if grants:
+            (grant,) = grants
+            confirm(
+                f"Release {name}, which {grant.process} at {tables.place(grant.host, grant.pid)} "
+                f"has held since {tables.moment(grant.since)}? It goes on believing that it holds "
+                "it until it checks.",
+                yes=yes,
+            )
+            token = grant.token
+        click.echo(admin.break_lock(name, token or 0, semaphore=semaphore))
+
+
+@click.command()
+@click.argument("process")
+@yes_option
+@target_options
+def expire(process: str, yes: bool, **where: Any) -> None:
+    """Declare PROCESS dead, so that survivors take over what it holds.
+
+    PROCESS is its id, or the beginning of it.
+    """
+    with target(where).open() as admin:
+        found = [p for p in admin.processes() if p.id.startswith(process)]
+        if len(found) > 1:
+            raise click.UsageError(f"{len(found)} processes' ids begin with {process}")
+        if found:
+            (one,) = found
+            confirm(
+                f"Declare process {one.id} at {tables.place(one.host, one.pid)} dead? It is "
+                f"{one.state}, its last heartbeat was {tables.span(one.lag)} ago.",
+                yes=yes,
+            )
+            process = one.id
+        click.echo(admin.expire(process))

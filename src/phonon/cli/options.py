@@ -1,0 +1,163 @@
+"""What the operator's commands have in common: where to look, how to show it, and whom to ask."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from phonon.admin import Admin
+
+#: Seconds between two looks, unless ``--watch`` names others.
+WATCH = 2.0
+
+
+class Target(NamedTuple):
+    """Where to look.
+
+    Attributes:
+        url: The server; None for the default.
+        namespace: The namespace.
+        timeout: Seconds to wait for a server that does not answer.
+    """
+
+    url: str | None
+    namespace: str
+    timeout: float
+
+    def open(self) -> Admin:
+        """Return an `Admin`."""
+        return Admin(self.url, namespace=self.namespace, timeout=self.timeout)
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where to look."""
+    for option in (
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0, min_open=True),
+            default=5.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="How long to wait for a server that does not answer.",
+        ),
+        click.option(
+            "-n",
+            "--namespace",
+            envvar="PHONON_NAMESPACE",
+            default="phonon",
+            show_default=True,
+            show_envvar=True,
+            help="The namespace.",
+        ),
+        click.option(
+            "-u",
+            "--url",
+            envvar="PHONON_URL",
+            show_envvar=True,
+            metavar="URL",
+            help="The server.  [default: redis://localhost:6379/1]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def target(arguments: dict[str, Any]) -> Target:
+    """Take the target out of a command's arguments."""
+    return Target(arguments.pop("url"), arguments.pop("namespace"), arguments.pop("timeout"))
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, one object a line, and no table."
+)
+watch_option = click.option(
+    "--watch",
+    is_flag=False,
+    flag_value=WATCH,
+    type=click.FloatRange(min=0.1),
+    metavar="[SECONDS]",
+    help="Look again every so many seconds, 2 by default, until Ctrl-C.",
+)
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+prefix_option = click.option(
+    "--prefix", default="", metavar="TEXT", help="Only those whose names begin with this."
+)
+
+
+def console() -> Console:
+    """Return the console to print on."""
+    return Console(highlight=False)
+
+
+def print_json(entries: Iterable[Any]) -> None:
+    """Print entries as JSON, one a line."""
+    for entry in entries:
+        sys.stdout.write(json.dumps(plain(entry), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it; what JSON has not is shown as Python shows it."""
+    if hasattr(value, "_asdict"):
+        return {name: plain(part) for name, part in value._asdict().items()}
+    if isinstance(value, dict):
+        return {
+            key if isinstance(key, str) else repr(key): plain(part) for key, part in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value if value is None or isinstance(value, bool | int | float) else repr(value)
+
+
+def show(
+    look: Callable[[], tuple[list[Any], RenderableType]],
+    *,
+    as_json: bool,
+    watch: float | None,
+) -> list[Any]:
+    """Print what a look finds, once or again and again.
+
+    Args:
+        look: Returns entries, and how they are shown to people.
+        as_json: Whether they are printed as JSON.
+        watch: Seconds between two looks; None for a single one.
+
+    Returns:
+        The entries of the last look.
+    """
+    live = None
+    if watch is not None and not as_json:
+        live = Live(console=console(), auto_refresh=False, screen=sys.stdout.isatty())
+    entries: list[Any] = []
+    with contextlib.suppress(KeyboardInterrupt), live or contextlib.nullcontext():
+        while True:
+            entries, shown = look()
+            if as_json:
+                print_json(entries)
+            elif live is not None:
+                live.update(shown, refresh=True)
+            else:
+                console().print(shown)
+            if watch is None:
+                break
+            time.sleep(watch)
+    return entries
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is done that cannot be undone.
+
+    Raises:
+        click.Abort: The answer is no, or nobody is there to be asked: ``--yes`` helps.
+    """
+    if yes:
+        return
+    click.confirm(question, abort=True, err=True)

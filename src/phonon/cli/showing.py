@@ -1,0 +1,83 @@
+"""The command ``show``: all that is known of one resource, and the data of its batches."""
+
+import itertools
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import click
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from phonon.admin import Partial, ResourceStatus
+from phonon.cli import tables
+from phonon.cli.completing import complete_parked
+from phonon.cli.options import json_option, plain, print_json, show, target, target_options
+
+
+@click.command("show")
+@click.argument("resource", shell_complete=complete_parked)
+@click.argument("token", required=False, type=int)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="How many partials to show at the most.",
+)
+@target_options
+@json_option
+def show_command(resource: str, token: int | None, limit: int, as_json: bool, **where: Any) -> None:
+    """Show all that is known of RESOURCE, and the data of its session, or of the batch TOKEN.
+
+    The data is decoded without its class: nothing of the program's own runs. The exit status is 1
+    if the resource has a parked batch.
+    """
+    with target(where).open() as admin:
+        found = admin.resource(resource)
+        if token is None and not found.partials and found.batches:
+            token = found.batches[0].token  # no session is open: this is what is asked for
+        partials = list(itertools.islice(admin.content(resource, token), limit))
+    if as_json:
+        print_json([{**plain(found), "content": plain(partials)}])
+    else:
+        show(lambda: ([], _shown(found, partials, token)), as_json=False, watch=None)
+    sys.exit(any(batch.state == "parked" for batch in found.batches))
+
+
+def _shown(found: ResourceStatus, partials: Iterable[Partial], token: int | None) -> RenderableType:
+    parts: list[RenderableType] = [Text(found.resource, style="bold")]
+    for process, host, pid, since in found.members:
+        times = found.modifications.get(process, 0)
+        parts.append(
+            f"  member {process} at {tables.place(host, pid)} since {tables.moment(since)}, "
+            f"modified it {times} times"
+        )
+    if not found.members:
+        parts.append("  no process is a member")
+    if found.parties:
+        parts.append(f"  its session waits for {found.parties} parties")
+    if found.lock is not None:
+        parts += ["", tables.lock(found.lock)]
+    if found.batches:
+        parts += ["", tables.batches(found.batches)]
+        parts += [
+            Text(f"  {batch.token}: {batch.error}", style="red")
+            for batch in found.batches
+            if batch.error
+        ]
+    whose = "the open session" if token is None else f"batch {token}"
+    listed = list(partials)
+    parts += ["", Text(f"data of {whose}: {len(listed)} partials", style="bold")]
+    parts += [_partial(number, partial) for number, partial in enumerate(listed, 1)]
+    return Group(*parts)
+
+
+def _partial(number: int, partial: Partial) -> Text:
+    head = f"  {number}. {partial.class_name or 'unknown class'}, {tables.size(partial.bytes)}"
+    if partial.error:
+        return Text(f"{head}: {partial.error}", style="red")
+    lines = [f"{head}, {partial.database}.{partial.collection}, id {partial.id!r}"]
+    named = {"spec": partial.spec, "doc": partial.doc, **partial.state}
+    lines += [f"     {name}: {value!r}" for name, value in named.items() if value is not None]
+    return Text("\n".join(lines))

@@ -1,0 +1,150 @@
+"""A collection of a model's records, which merges messages without making objects of them."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from phonon._core.engine import Engine, errors_only
+from phonon._models.collecting import TOGETHER, BaseCollection, Rejected
+from phonon.batch import raise_together
+from phonon.cache import LruCache
+
+P = ParamSpec("P")
+M = TypeVar("M")
+
+
+class RecordCache(LruCache[Any]):
+    """The records of a collection.
+
+    Args:
+        max_entries: The number of keys to keep at the most.
+        on_fork: Called in a forked child, once the parent's records are gone.
+    """
+
+    def __init__(self, max_entries: int, on_fork: Callable[[], None]) -> None:
+        super().__init__(max_entries)
+        self._on_fork = on_fork
+
+    def insert(self, key: Hashable, record: Any) -> Sequence[tuple[Hashable, Any]]:
+        """Add a record; the lock is held. Return what has left the cache."""
+        return self._insert(key, record)
+
+    def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
+        """End the sessions of what has left the cache. Returns what went wrong."""
+        return self._end(out)
+
+    def forget_for(self, engine: Engine) -> None:
+        """Drop the records: after a fork they are the parent's."""
+        super().forget_for(engine)
+        self._on_fork()
+
+
+class Collection(BaseCollection[P, M]):
+    """Merges messages into records by key, least recently used out first.
+
+    Made by `Process.collect`. A record that leaves the collection ends its session, and whoever is
+    the last to do so in that session runs the model's ``on_complete`` on what all processes have
+    gathered. All methods may be called from several threads.
+
+    Inside `Process.batch` all is on the server when the block ends; outside of one, when the method
+    returns. Inside ``batch(durable=False)`` it stays here until the session ends.
+
+    Example:
+        >>> views = process.collect(PageViews, idle=30, longest=3600)  # doctest: +SKIP
+        >>> with process.batch():  # doctest: +SKIP
+        ...     views.add("ada", views=1, pages={"/": 1})
+    """
+
+    def _make_cache(self, max_entries: int) -> RecordCache:
+        return RecordCache(max_entries, self._build)
+
+    def _build(self) -> None:
+        super()._build()
+        fold, finish = self._fold_one, self._finish
+
+        def add(*values: P.args, **named: P.kwargs) -> None:
+            rest = fold(*values, **named)
+            if rest is not None:
+                finish(*rest)
+
+        self.add = add  # type: ignore[method-assign]  # one call less for each message
+
+    def add(self, *values: P.args, **named: P.kwargs) -> None:
+        """Merge a message into the record of its key.
+
+        Args:
+            values: The message's values, the ID first.
+            named: The same by name.
+
+        Raises:
+            InvalidMessageError: The model does not take it. Nothing of it was merged.
+            ConnectionLostError: The server does not answer. The data is kept and stored once, when
+                the server is back: do not hand the message back to its broker.
+            BacklogFullError: Too much is unfinished; this was not taken in.
+            Exception: What ending an evicted record's session raised; the message was merged.
+        """
+        raise NotImplementedError  # each instance has its own, which is compiled
+
+    def add_many(self, rows: Iterable[Any]) -> list[Rejected]:
+        """Merge many messages: dicts, dataclasses, msgspec structs or pydantic models.
+
+        Args:
+            rows: The messages.
+
+        Returns:
+            Those that the model does not take, with their numbers. All others were merged.
+
+        Raises:
+            ConnectionLostError: The server does not answer; see `add`.
+            Exception: As `add`.
+        """
+        self._wait_for_room()
+        rejected: list[Rejected] = []
+        if self._engine.batch is not None:
+            self._rows(rows, 0, rejected)
+            return rejected
+        for first, piece in self._pieces(rows, TOGETHER):
+            with self._process.batch():
+                self._rows(piece, first, rejected)
+        return rejected
+
+    def _rows(self, rows: Any, first: int, rejected: list[Rejected]) -> None:
+        out = self._put_rows(rows, first, rejected)
+        raise_together("ending sessions failed", self._cache.end(out))
+
+    def read(self, key: Any) -> M | None:
+        """Return what all processes have stored of a key in the session that is open.
+
+        Returns:
+            The record; None if nothing is stored.
+        """
+        found: M | None = self._engine.run(self._reading(key))  # type: ignore[attr-defined]  # of threads
+        return found
+
+    def expire(self, key: Any) -> None:
+        """End the session of a key here.
+
+        Raises:
+            KeyError: The key is not here.
+            Exception: What ending the session raised.
+        """
+        self._cache.expire(key)
+
+    def expire_all(self) -> None:
+        """End all sessions here, many at a time.
+
+        Raises:
+            ExceptionGroup: What ending some of them raised; the others have been ended.
+        """
+        self._cache.expire_all()
+
+    def _finish(self, record: Any, out: Sequence[tuple[Hashable, Any]], alone: bool) -> None:
+        """Store a message outside of a batch, and end the sessions of what it has displaced."""
+        errors: list[Exception] = []
+        if alone:
+            errors += errors_only(self._engine.run(self._storing(record)))  # type: ignore[attr-defined]  # of threads
+        errors += self._cache.end(out)
+        raise_together("not everything went well", errors)
+
+    def _wait_for_room(self) -> None:
+        if self._engine.outbox.full:
+            self._engine.outbox.wait_for_room(self._process.BLOCKING_TIMEOUT)

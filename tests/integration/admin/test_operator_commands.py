@@ -1,0 +1,207 @@
+"""The operator's commands: tables for people, JSON for programs, exit statuses for scripts."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from phonon import ConflictFreeUpdate, Process, RetryPolicy
+from phonon.cli.app import phonon
+from support.world import Make, Redis, wait_until
+
+ONCE = RetryPolicy(attempts=1)
+
+Run = Callable[..., Result]
+
+
+class Poison(ConflictFreeUpdate):
+    """Raises until it is told not to."""
+
+    cured = False
+
+    def execute(self) -> None:
+        if not Poison.cured:
+            raise OSError("no database")
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    Poison.cured = False
+    yield
+    Poison.cured = True
+
+
+@pytest.fixture
+def run(server: Redis, namespace: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run_it(*words: Any, answer: str | None = None) -> Result:
+        name, *others = map(str, words)
+        where = ["--url", server.url, "--namespace", namespace]
+        return CliRunner().invoke(phonon, [name, *where, *others], input=answer)
+
+    return run_it
+
+
+def rows(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def park(process: Process, record: str) -> int:
+    with pytest.raises(OSError, match="no database"):
+        Poison(process, record, doc={"n": 1}).end_session()
+    return max(e.token for e in process.parked() if e.resource == f"test.test.{record}")
+
+
+def test_ps(run: Run, make: Make) -> None:
+    process = make()
+    process.create_reference("x")
+    result = run("ps")
+    assert result.exit_code == 0
+    assert process.id[:8] in result.stdout
+    assert "alive" in result.stdout
+    (row,) = rows(run("ps", "--json"))
+    assert (row["id"], row["memberships"], row["state"]) == (process.id, 1, "alive")
+
+
+def test_locks(run: Run, make: Make) -> None:
+    process = make()
+    lock = process.lock("x")
+    lock.acquire()
+    process.lock("y").acquire()
+    (row,) = rows(run("locks", "--json", "--prefix", "x"))
+    assert (row["name"], row["holders"][0]["token"]) == ("x", lock.token)
+    result = run("locks", "x")
+    assert str(lock.token) in result.stdout
+    assert process.id in result.stdout
+    assert "is not locked" in run("locks", "z").stdout
+
+
+def test_sessions(run: Run, make: Make) -> None:
+    process = make()
+    for i in range(60):
+        process.create_reference(f"r{i}")
+    result = run("sessions")
+    assert "50 of about 60 open sessions" in result.stdout
+    assert len(rows(run("sessions", "--json", "--all"))) == 60
+    assert [r["resource"] for r in rows(run("sessions", "--json", "--prefix", "r59"))] == ["r59"]
+    assert rows(run("sessions", "--json", "--older", "3600")) == []
+    assert run("sessions", "--all").exit_code == 2
+
+
+def test_batches_and_the_exit_status(run: Run, make: Make) -> None:
+    process = make(retry=ONCE)
+    assert run("batches").exit_code == 0
+    token = park(process, "a")
+    result = run("batches")
+    assert result.exit_code == 1
+    assert str(token) in result.stdout
+    assert "no database" in result.stdout
+    assert run("batches", "--state", "retrying").exit_code == 0
+    assert [r["token"] for r in rows(run("batches", "--json", "--state", "parked"))] == [token]
+
+
+def test_show(run: Run, make: Make) -> None:
+    process = make(retry=ONCE)
+    token = park(process, "a")
+    result = run("show", "test.test.a")
+    assert result.exit_code == 1
+    assert "doc: {'n': 1}" in result.stdout, "the batch's data, as there is no session"
+    Poison(process, "a", doc={"n": 2})
+    assert "doc: {'n': 2}" in run("show", "test.test.a").stdout
+    (row,) = rows(run("show", "test.test.a", token, "--json"))
+    assert row["content"][0]["doc"] == {"n": 1}
+    assert run("show", "test.test.b").exit_code == 0
+    assert run("show", "test.test.a", 1024).exit_code == 2
+    Poison.cured = True
+
+
+def test_replay_asks(run: Run, make: Make) -> None:
+    process = make(retry=ONCE, heartbeat_interval=0.1)
+    park(process, "a")
+    wait_until(lambda: rows(run("ps", "--json"))[0]["executes"])
+    assert run("replay", "test.test.a", answer="n\n").exit_code == 1
+    assert run("batches").exit_code == 1, "it is still there"
+    Poison.cured = True
+    result = run("replay", "test.test.a", answer="y\n")
+    assert result.exit_code == 0
+    assert "goes on as" in result.stdout
+    wait_until(lambda: run("batches").exit_code == 0)
+    assert [row["act"] for row in rows(run("log", "--json"))] == ["replay"]
+    assert "replay" in run("log").stdout
+
+
+def test_discard(run: Run, make: Make) -> None:
+    process = make(retry=ONCE)
+    park(process, "a")
+    park(process, "a")
+    result = run("discard", "test.test.a", "--yes")
+    assert result.exit_code == 2
+    assert "give TOKEN, or --all" in result.stderr
+    assert run("discard", "test.test.a", "--all", "--yes").exit_code == 0
+    assert run("batches").exit_code == 0
+    assert run("discard", "test.test.a", "--yes").exit_code == 2
+
+
+def test_unlock(run: Run, make: Make) -> None:
+    process = make()
+    lock = process.lock("x")
+    lock.acquire()
+    assert run("unlock", "x", answer="n\n").exit_code == 1
+    assert run("unlock", "x", 1024, "--yes").exit_code == 2
+    assert lock.owned()
+    result = run("unlock", "x", lock.token, "--yes")
+    assert (result.exit_code, process.id in result.stdout) == (0, True)
+    assert run("unlock", "x", "--yes").exit_code == 2
+    make().lock("x", block=False).acquire()
+
+
+def test_expire(run: Run, make: Make) -> None:
+    process = make(heartbeat_interval=0.2)
+    make(heartbeat_interval=0.2)
+    former = process.id
+    result = run("expire", former[:10], "--yes")
+    assert (result.exit_code, former in result.stdout) == (0, True)
+    wait_until(lambda: process.id != former)
+    assert run("expire", "nobody", "--yes").exit_code == 2
+
+
+def test_watch_looks_again(server: Redis, namespace: str, make: Make) -> None:
+    from phonon.cli import options  # noqa: PLC0415
+
+    seen = []
+
+    def look() -> Any:
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return [], "nothing"
+
+    assert options.show(look, as_json=False, watch=0.01) == []
+    assert len(seen) == 3
+
+
+def test_a_server_that_is_not_there_is_one_line(namespace: str) -> None:
+    url = "unix:///nowhere/at/all"
+    result = CliRunner().invoke(phonon, ["ps", "--url", url])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("phonon: no Redis at unix:///nowhere")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_completion(run: Run, server: Redis, namespace: str, make: Make) -> None:
+    park(make(retry=ONCE), "a")
+    words = f"phonon replay --url {server.url} --namespace {namespace} test"
+    environment = {
+        "_PHONON_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    result = CliRunner().invoke(
+        phonon, [], env=environment, prog_name="phonon", standalone_mode=True
+    )
+    assert "test.test.a" in result.stdout
+    script = CliRunner().invoke(phonon, ["completion", "bash"])
+    assert "_PHONON_COMPLETE=bash_complete" in script.stdout

@@ -1,0 +1,340 @@
+"""Models and their collections, in threads and real processes, on a real server."""
+
+import dataclasses
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, ClassVar, NamedTuple, Self
+
+import pytest
+
+from phonon import Model, Process
+from phonon.errors import ConfigurationError, InvalidMessageError, ProcessStoppedError
+from phonon.fields import ID, Count, Counter, Latest, ListAppend, Max, SetAppend, Sum, Window
+from support.world import Make, Redis, keys_in, wait_until
+
+
+class PageViews(Model, name="test_page_views"):
+    user: ID[str]
+    views: Sum[int] = Sum()
+    pages: Counter[str] = Counter()
+    last_seen: Latest[datetime] = Latest()
+    recent: Window[str] = Window(2)
+
+    done: ClassVar[list["PageViews"]] = []
+    failing: ClassVar[int] = 0
+
+    def on_complete(self) -> None:
+        if PageViews.failing:
+            PageViews.failing -= 1
+            raise ZeroDivisionError
+        self.done.append(self)
+
+
+class Many(Model, name="test_many"):
+    id: ID[int]
+    hits: Count = Count()
+
+    done: ClassVar[list[list["Many"]]] = []
+    failing: ClassVar[set[int]] = set()
+
+    @classmethod
+    def on_complete_many(cls, records: Sequence[Self]) -> Any:
+        cls.done.append(list(records))
+        return [(record, ZeroDivisionError()) for record in records if record.id in cls.failing]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    PageViews.done.clear()
+    Many.done.clear()
+    PageViews.failing = 0
+
+
+#: A size that is none. No type checker takes one in brackets.
+NOTHING: Any = Window[str, 0]  # type: ignore[misc,valid-type]
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def test_messages_come_to_one_record(make: Make, server: Redis, namespace: str) -> None:
+    one, other = make(), make()
+    here, there = one.collect(PageViews), other.collect(PageViews)
+    with one.batch():
+        here.add("ada", views=1, pages={"/": 1}, last_seen=NOON)
+        here.add("ada", 2, {"/": 1, "/x": 1}, recent=[(1, "a"), (5, "b")])
+    with other.batch():
+        there.add("ada", views=4, last_seen=NOON.replace(hour=11), recent=(3, "c"))
+    here.expire("ada")
+    assert not PageViews.done, "another process holds it"
+    there.expire("ada")
+    (record,) = PageViews.done
+    assert record == PageViews("ada", 7, {"/": 2, "/x": 1}, NOON, [(5, "b"), (3, "c"), (1, "a")])
+    assert record.recent == ["b", "c"]
+    assert isinstance(record.token, int)
+    assert not keys_in(server, namespace)
+
+
+def test_what_is_here_and_what_is_stored(make: Make) -> None:
+    one, other = make(), make()
+    here, there = one.collect(PageViews), other.collect(PageViews)
+    assert here.read("ada") is None
+    here.add("ada", views=1)
+    there.add("ada", views=2)
+    stored = here.read("ada")
+    assert stored is not None
+    assert stored.views == 3
+    with one.batch():
+        here.add("ada", views=4)
+        local, stored = here.get("ada"), there.read("ada")
+        assert local is not None
+        assert stored is not None
+        assert (local.views, stored.views) == (4, 3)
+    assert here.get("bob") is None
+    assert "ada" in here
+    assert len(here) == here.size() == 1
+    stored = here.read("ada")
+    assert stored is not None
+    assert stored.views == 7
+
+
+def test_a_message_is_stored_when_add_returns(make: Make) -> None:
+    one, other = make(), make()
+    here, there = one.collect(PageViews), other.collect(PageViews)
+    here.add("ada", views=1)
+    stored = there.read("ada")
+    assert stored is not None
+    assert stored.views == 1
+
+
+def test_many_rows_of_all_kinds(make: Make) -> None:
+    @dataclasses.dataclass
+    class Row:
+        user: str
+        views: int
+
+    class Pair(NamedTuple):
+        user: str
+        views: int
+
+    process = make()
+    views = process.collect(PageViews)
+    rows = [
+        {"user": "ada", "views": 1}, {"user": None}, {"views": 1}, Row("ada", 2), Pair("ada", 4),
+        {"user": "ada", "views": "8"}, {"user": "ada", "vews": 8}, 5, PageViews("ada", views=8),
+        {"user": "ada", "pages": None},
+    ]  # fmt: skip
+    rejected = views.add_many(rows)
+    assert [(row, error.field) for row, error in rejected] == [
+        (1, "user"), (2, "user"), (5, "views"), (6, "vews"), (7, ""),
+    ]  # fmt: skip
+    stored = views.read("ada")
+    assert stored is not None
+    assert stored.views == 15
+    lenient = process.collect(PageViews, ignore_unknown=True)
+    assert lenient.add_many([{"user": "bob", "views": 1, "vews": 1}]) == []
+    lenient.add("bob", views=1, vews=2)  # type: ignore[call-arg]  # it is passed over
+    stored = lenient.read("bob")
+    assert stored is not None
+    assert stored.views == 2
+
+
+def test_a_refused_message_leaves_nothing(make: Make, server: Redis, namespace: str) -> None:
+    process = make()
+    views = process.collect(PageViews)
+    for message in ({"user": "ada", "vews": 1}, {"user": "ada", "views": 1, "pages": 3}, {}):
+        with pytest.raises(InvalidMessageError):
+            views.add(**message)  # type: ignore[arg-type]  # what is wrong with them
+    assert len(views) == 0
+    assert not keys_in(server, namespace)
+
+
+def test_the_least_recently_used_makes_room(make: Make) -> None:
+    process = make()
+    views = process.collect(PageViews, max_entries=2)
+    with process.batch():
+        for user in ("a", "b", "a", "c"):
+            views.add(user, views=1)
+        assert "b" not in views
+    assert [record.user for record in PageViews.done] == ["b"]
+    rejected = views.add_many([{"user": f"u{i}", "views": 1} for i in range(100)])
+    assert not rejected
+    assert len(views) == 2
+    assert sum(record.views for record in PageViews.done) == 102
+
+
+def test_records_complete_together(make: Make) -> None:
+    process = make()
+    many = process.collect(Many)
+    many.add_many({"id": i} for i in range(20))
+    many.add(3)
+    Many.failing.add(13)
+    with pytest.raises(ExceptionGroup):
+        many.expire_all()
+    Many.failing.clear()
+    assert [len(records) for records in Many.done] == [20]
+    assert {record.id: record.hits for record in Many.done[0]} == dict.fromkeys(range(20), 1) | {
+        3: 2
+    }
+
+
+def test_a_failed_record_is_tried_again_with_its_token(make: Make) -> None:
+    process = make()
+    views = process.collect(PageViews)
+    views.add("ada", views=1)
+    PageViews.failing = 1
+    with pytest.raises(ZeroDivisionError):
+        views.expire("ada")
+    wait_until(lambda: PageViews.done)
+    assert PageViews.done[0].views == 1
+
+
+def test_stop_ends_what_is_left(make: Make) -> None:
+    process = make()
+    views = process.collect(PageViews)
+    with process.batch(durable=False):
+        views.add("ada", views=1)
+        views.add("ada", views=2)
+    assert views.read("ada") is None, "it is only here"
+    process.stop()
+    assert [record.views for record in PageViews.done] == [3]
+    with pytest.raises(ProcessStoppedError):
+        views.add("ada", views=1)
+
+
+def test_threads_with_batches_of_their_own(make: Make) -> None:
+    process = make()
+    views = process.collect(PageViews)
+    reader = make().collect(PageViews)
+    mine, theirs = threading.Event(), threading.Event()
+
+    def work() -> None:
+        mine.wait(10)
+        with process.batch():
+            views.add("ada", views=2)
+        theirs.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with process.batch():
+        views.add("ada", views=1)
+        mine.set()
+        assert theirs.wait(10)
+        stored = reader.read("ada")
+        assert stored is not None
+        assert stored.views == 2, "the other thread's block has ended, so its data is stored"
+    thread.join()
+    stored = reader.read("ada")
+    assert stored is not None
+    assert stored.views == 3
+
+
+def test_many_threads_lose_nothing(make: Make) -> None:
+    process = make()
+    views = process.collect(PageViews, max_entries=5)
+
+    def work(seed: int) -> None:
+        for first in range(0, 400, 50):
+            with process.batch():
+                for i in range(first, first + 50):
+                    views.add(f"user{(i * seed) % 13}", views=1)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (1, 3, 5, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    views.expire_all()
+    process.stop()
+    assert sum(record.views for record in PageViews.done) == 4 * 400
+
+
+def test_a_forked_child_begins_with_nothing(make: Make) -> None:
+    process = make()
+    views = process.collect(PageViews)
+    with process.batch(durable=False):
+        views.add("ada", views=1)
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            views.add("ada", views=10)
+            stored = views.read("ada")
+            code = 0 if len(views) == 1 and stored and stored.views == 10 else 2
+            process.stop()
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    views.expire_all()
+    assert [record.views for record in PageViews.done] == [11]
+
+
+def test_what_is_no_model_is_refused(make: Make) -> None:
+    process = make()
+    with pytest.raises(ConfigurationError, match="takes a subclass of"):
+        process.collect(dict)
+
+    class Silent(Model, name="silent"):
+        id: ID[str]
+
+    with pytest.raises(ConfigurationError, match="must define on_complete"):
+        process.collect(Silent)
+    with pytest.raises(ConfigurationError, match="idle"):
+        process.collect(PageViews, idle=-1)
+
+    class Waiting(Model, name="waiting"):
+        id: ID[str]
+
+        async def on_complete(self) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="AsyncProcess"):
+        process.collect(Waiting)
+
+
+def test_fields_in_either_spelling() -> None:
+    class Old(Model, name="old"):
+        id: Any = ID()
+        impressions: Any = Sum()
+        tags: Any = SetAppend()
+
+    class Base(Model):
+        key: ID[int]
+        total: Sum[int]
+
+    class Derived(Base, name="derived"):
+        items: list[str] = ListAppend()  # type: ignore[assignment]  # a plain type is one as well
+        best: "Max[int]" = Max()
+
+    assert list(Old.fields()) == ["id", "impressions", "tags"]
+    assert list(Derived.fields()) == ["key", "total", "items", "best"]
+    assert Derived(1, 2, ["b", "a"]).items == ["a", "b"]
+    with pytest.raises(AttributeError, match="add another message"):
+        Derived(1, 2).total = 5
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"__annotations__": {"total": Sum[int], "id": ID[str]}}, "first field"),
+        ({"a": ID(), "b": ID()}, "one ID"),
+        ({"id": ID(), "token": Sum()}, "model's own"),
+        ({"id": ID(), "total": Sum}, r"Sum\(\)"),
+        ({"__annotations__": {"id": ID[str], "total": Sum[int]}, "total": 0}, r"= Sum\(\)"),
+        ({"__annotations__": {"id": ID[str], "top": NOTHING}}, "at least 1"),
+    ],
+)
+def test_fields_that_cannot_be_a_models_are_refused(body: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        type("Wrong", (Model,), {"__module__": __name__, **body})
+
+
+def test_read_shows_what_threads_of_a_process_have_stored(make: Make) -> None:
+    process: Process = make()
+    views = process.collect(PageViews)
+    for i in range(1100):
+        with process.batch():
+            views.add("ada", views=1, pages={str(i % 3): 1})
+    stored = views.read("ada")
+    assert stored is not None
+    assert stored.views == 1100
