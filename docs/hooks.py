@@ -35,8 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
         if file.abs_src_path is not None:
             for link in LINK.findall(Path(file.abs_src_path).read_text(encoding="utf-8")):
                 wanted.add(_outside(link, PurePosixPath("docs", file.src_uri).parent))
-    for path in sorted(wanted - {None, *PAGES}):
-        assert path is not None
+    for path in sorted(path for path in wanted if path is not None and path not in PAGES):
         content = (ROOT / path).read_bytes()
         files.append(File.generated(config, _copy_of(path), content=content))
     return files

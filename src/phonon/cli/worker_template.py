@@ -53,8 +53,8 @@ def work() -> None:
             if not messages:
                 cache.expire_all()  # nothing comes: end the sessions
                 continue
-            with process.batch():
-                for _, fields in messages:
+            with process.batch(messages, dedupe=QUEUE) as batch:  # by their ids, each counts once
+                for _, fields in batch:
                     key = fields[b"key"].decode()
                     cache.set(key, Count(process, key, doc={"n": 1}, soft_session=60))
             # All of it is on the server now, and survives this process.

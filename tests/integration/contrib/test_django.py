@@ -69,7 +69,6 @@ stop()
 @pytest.fixture
 def database(tmp_path: Path, own_server: Redis) -> str:
     path = str(tmp_path / "shop.db")
-    manage(path, own_server, "makemigrations", "shop", "--verbosity", "0")
     manage(path, own_server, "migrate", "--verbosity", "0")
     return path
 
