@@ -1,10 +1,11 @@
 """Which files a call goes through, in order, and how many functions of Phonon it calls.
 
-It counts calls of Python functions and generators in the package, in all threads, with
-`sys.setprofile`; a generator that goes on after a `yield` counts once more. Run it on two versions
-of the package to compare them: ``PYTHONPATH=<checkout>/src python benchmarks/paths.py``.
+It counts calls of Python functions and generators of the package in all threads, with
+`sys.setprofile`; a generator that goes on after a ``yield`` counts once more. To compare versions,
+run it on both: ``PYTHONPATH=<checkout>/src python benchmarks/paths.py``.
 """
 
+import subprocess
 import sys
 import threading
 import time
@@ -16,9 +17,20 @@ from typing import Any
 import phonon
 from phonon import ConflictFreeUpdate, LruCache, Process
 
-ROOT = str(Path(phonon.__file__).parent)
-#: Seconds between two heartbeats of the process that takes over. A death takes four to be noticed.
-BEAT = 0.1
+if __name__ == "__main__":  # a class of `__main__` would be unknown to the other process
+    import paths
+
+    paths.main()
+    sys.exit()
+
+ROOT = f"{Path(phonon.__file__).parent}/"
+#: Seconds between the heartbeats of processes that stay; so long that none falls into a path.
+SELDOM = 25
+#: Seconds between the heartbeats where a death is to be noticed.
+OFTEN = 0.25
+OPTIONS: dict[str, Any] = {"url": "embedded://", "namespace": "paths"}
+#: The function with which a takeover begins, in this version and before.
+TAKEOVER = ("take_over", "_take_over")
 
 
 class Tally(ConflictFreeUpdate):
@@ -29,126 +41,119 @@ class Tally(ConflictFreeUpdate):
     def execute(self) -> None:
         """Note that it was executed."""
         Tally.executed += 1
+        RECORDER.stop()
 
 
-class Path_:  # noqa: N801 - `Path` is pathlib's
-    """Records calls while it is on.
-
-    Attributes:
-        files: The files, in the order in which they were first called.
-        calls: How many calls there were.
-    """
+class Recorder:
+    """Counts the calls of a path, by file; `sys.setprofile` calls it."""
 
     def __init__(self) -> None:
-        self.files: dict[str, int] = {}
-        self.calls = 0
-        self.on = False
+        self.paths: dict[str, dict[str, int]] = {}
+        self._files: dict[str, int] | None = None
+        self._waiting: dict[str, int] | None = None
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        """See a call; `sys.setprofile` calls this."""
+        """See a call."""
         del argument
-        name = frame.f_code.co_filename
-        if self.on and event == "call" and name.startswith(ROOT):
-            self.calls += 1
-            short = name[len(ROOT) + 1 :]
-            self.files[short] = self.files.get(short, 0) + 1
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(ROOT):
+            return
+        if self._waiting is not None and code.co_name in TAKEOVER:
+            self._files, self._waiting = self._waiting, None
+        if self._files is not None:
+            name = code.co_filename[len(ROOT) :]
+            self._files[name] = self._files.get(name, 0) + 1
 
-    def record(self, action: Callable[[], Any]) -> None:
-        """Record the calls of an action, of all threads."""
-        self.on = True
-        try:
-            action()
-        finally:
-            self.on = False
+    def start(self, title: str, *, takeover: bool = False) -> None:
+        """Begin a path: now, or when a takeover begins."""
+        files: dict[str, int] = {}
+        self.paths[title] = files
+        self._files, self._waiting = (None, files) if takeover else (files, None)
+
+    def stop(self) -> None:
+        """End the path."""
+        self._files = self._waiting = None
+
+    def record(self, title: str, action: Callable[[], Any]) -> None:
+        """Record an action."""
+        self.start(title)
+        action()
+        self.stop()
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    """Wait for a condition."""
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.001)
-
-
-def show(title: str, path: Path_) -> None:
-    """Print one path."""
-    print(f"\n{title}: {len(path.files)} files, {path.calls} calls")
-    for name, calls in path.files.items():
-        print(f"  {name:<28}{calls:>5}")
+RECORDER = Recorder()
 
 
 def main() -> None:
-    """Record the five paths."""
-    path = Path_()
-    threading.setprofile(path)  # threads that begin from now on
-    sys.setprofile(path)
-    paths: list[tuple[str, Path_]] = []
-
-    def record(title: str, action: Callable[[], Any]) -> None:
-        path.files, path.calls = {}, 0
-        path.record(action)
-        kept = Path_()
-        kept.files, kept.calls = path.files, path.calls
-        paths.append((title, kept))
-
-    options: dict[str, Any] = {"url": "embedded://", "namespace": "paths"}
-    with Process(**options, heartbeat_interval=400) as process:
-        for warm in (True, False):
-            references = [process.create_reference(f"r{i}") for i in range(1)]
-            if warm:
-                references[0].dereference()
-                continue
-            record("dereference()", references[0].dereference)
-
-        cache: LruCache[Tally] = LruCache()
-        cache.set("a", Tally(process, "a", doc={"n": 1}))
-        more = Tally(process, "a", doc={"n": 1}, init_cache=False)
-        record("LruCache.set, merged", lambda: cache.set("a", more))
-
-        batch = process.batch()
-        with batch:
-            for i in range(10):
-                cache.set(f"b{i}", Tally(process, f"b{i}", doc={"n": 1}))
-            path.files, path.calls = {}, 0
-            path.on = True
-        path.on = False
-        kept = Path_()
-        kept.files, kept.calls = path.files, path.calls
-        paths.append(("the end of a batch of 10 new keys", kept))
-
-        with Process(**options, heartbeat_interval=400) as other:
-            taken = other.lock("l")
-            assert taken.acquire()
-            wanted = process.lock("l")
-            threading.Timer(0.2, taken.release).start()
-            record("waiting for a lock, and its release", wanted.acquire)
-            wanted.release()
-        cache.expire_all()
-    takeover(path, record, options | {"namespace": "paths-2", "heartbeat_interval": BEAT})
-    for title, found in paths:
-        show(title, found)
+    """Record the five paths, and print them."""
+    threading.setprofile(RECORDER)  # for threads that begin from now on
+    sys.setprofile(RECORDER)
+    with Process(**OPTIONS, heartbeat_interval=SELDOM) as process:
+        process.create_reference("warm").dereference()
+        RECORDER.record("dereference()", process.create_reference("r").dereference)
+        in_a_cache(process)
+        a_lock(process)
+    a_takeover()
+    sys.setprofile(None)
+    for title, files in RECORDER.paths.items():
+        print(f"\n{title}: {len(files)} files, {sum(files.values())} calls")
+        for name, calls in files.items():
+            print(f"  {name:<28}{calls:>5}")
 
 
-def takeover(
-    path: Path_, record: Callable[[str, Callable[[], Any]], None], options: dict[str, Any]
-) -> None:
-    """Record how one session of a dead process is taken over."""
-    del path
-    dead = Process(**options)
-    Tally(dead, "left", doc={"n": 1})
-    stop_heart(dead)
+def in_a_cache(process: Process) -> None:
+    """Record a message that is merged, and the end of a batch."""
+    cache: LruCache[Tally] = LruCache()
+    cache.set("a", Tally(process, "a", doc={"n": 1}))
+    more = Tally(process, "a", doc={"n": 1}, init_cache=False)
+    RECORDER.record("LruCache.set, merged", lambda: cache.set("a", more))
+    with process.batch():
+        for i in range(10):
+            cache.set(f"b{i}", Tally(process, f"b{i}", doc={"n": 1}))
+        RECORDER.start("the end of a batch of ten new keys")
+    RECORDER.stop()
+    cache.expire_all()
+
+
+def a_lock(process: Process) -> None:
+    """Record a wait for a lock that another process holds, and releases."""
+    with Process(**OPTIONS, heartbeat_interval=SELDOM) as other:
+        taken, wanted = other.lock("l"), process.lock("l")
+        assert taken.acquire()
+        release = threading.Timer(0.2, taken.release)
+        release.start()
+        RECORDER.record("waiting for a lock, and its release", wanted.acquire)
+        release.join()
+        wanted.release()
+
+
+VICTIM = """
+import sys
+from paths import OFTEN, OPTIONS, Tally
+from phonon import Process
+Tally(Process(**OPTIONS, heartbeat_interval=OFTEN), "left", doc={"n": 1})
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def a_takeover() -> None:
+    """Record a takeover of one session, from the death's announcement to its execution."""
+    victim = subprocess.Popen(  # noqa: S603 - the text above
+        [sys.executable, "-c", VICTIM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent,
+    )
+    assert victim.stdout is not None
+    assert victim.stdout.readline() == b"ready\n"
     Tally.executed = 0
-    with Process(**options):
-        record("a takeover of one session", lambda: wait_until(lambda: Tally.executed))
-
-
-def stop_heart(process: Any) -> None:
-    """Have a process beat no more, as if it were dead."""
-    heart = process.engine.heartbeat
-    heart.stopping = True
-    heart.wake()
-    wait_until(lambda: not process.engine._workers["heartbeat"].is_alive())  # noqa: SLF001 - dead
-
-
-if __name__ == "__main__":
-    main()
+    with Process(**OPTIONS, heartbeat_interval=OFTEN):
+        RECORDER.start("a takeover of one session", takeover=True)
+        victim.kill()
+        victim.communicate()
+        end = time.monotonic() + 60
+        while not Tally.executed:
+            assert time.monotonic() < end, "nobody takes over"
+            time.sleep(0.01)
+    RECORDER.stop()

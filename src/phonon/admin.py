@@ -1,4 +1,4 @@
-"""What an operator sees of a namespace, and does to it, without taking part."""
+"""Inspect a namespace, and act on it, without becoming one of its processes."""
 
 import getpass
 import os
@@ -55,7 +55,7 @@ STATES: tuple[BatchState, ...] = get_args(BatchState)
 
 
 class BaseAdmin:
-    """What `Admin` and `AsyncAdmin` share: everything but the waiting."""
+    """The base of `Admin` and `AsyncAdmin`: everything but the waiting."""
 
     _inspector: Inspector
     _acts: Acts
@@ -117,7 +117,7 @@ class Admin(BaseAdmin):
         ServerError: The server cannot be used.
 
     Example:
-        >>> with Admin("redis://localhost:6379/1") as admin:  # doctest: +SKIP
+        >>> with Admin() as admin:  # at $PHONON_URL, or on this machine
         ...     for batch in admin.batches(state="parked"):
         ...         print(batch.resource, batch.token, batch.error)
     """
@@ -152,7 +152,7 @@ class Admin(BaseAdmin):
 
     @property
     def address(self) -> str:
-        """Where the server is, without a password."""
+        """Return the server's address, without a password."""
         return self._connection.server.address
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from phonon.update import Update
 
-#: When so many updates have been collected, those of one record that nobody else has are merged.
+#: From so many updates on, those of one record that only the batch refers to are merged.
 MANY = 1024
 #: What `sys.getrefcount` says of an object that only the function that asks has.
 _UNREFERENCED = 2
@@ -35,7 +35,7 @@ class Out(NamedTuple):
 
 
 class BaseBatch:
-    """What `Batch` and `AsyncBatch` share: everything but the waiting.
+    """The base of `Batch` and `AsyncBatch`: everything but the waiting.
 
     Args:
         engine: The process's.
@@ -47,6 +47,19 @@ class BaseBatch:
         fresh: Updates to store. One that was merged into another may be among them.
         merge_at: When there are more than so many, `shrink` is called.
     """
+
+    #: Whether `passes_over` has to be asked about each new message of a record.
+    asks: bool = False
+
+    def passes_over(self, resource: str) -> bool:
+        """Return whether what a message brings to a resource is stored already."""
+        del resource
+        return False
+
+    def ends_for_others(self, update: "Update", failed: Callable[[], None]) -> bool:
+        """Return whether the session ends with the block that another thread ends meanwhile."""
+        del update, failed
+        return False
 
     def __init__(self, engine: Engine, *, durable: bool = True) -> None:
         self.durable = durable
@@ -97,7 +110,7 @@ class BaseBatch:
             fresh.pop()
 
     def shrink(self) -> None:
-        """Merge updates of the same record and class that nobody else has any more."""
+        """Merge updates of the same record and class that only the batch refers to."""
         waiting, self.fresh = self.fresh, []
         waiting.reverse()  # the very list, or it would be one more reference to each
         firsts: dict[tuple[str, type], Any] = {}
@@ -169,7 +182,7 @@ class BaseBatch:
 
 
 class Closing:
-    """What a batch has collected, on its way to the server.
+    """The contents of a batch on their way to the server.
 
     Args:
         engine: The process's.

@@ -20,11 +20,11 @@ U = TypeVar("U")
 #: What `set` has to answer most often, and nothing has left the cache.
 _MERGED: tuple[bool, tuple[()]] = (False, ())
 #: Sessions ended at a time, so that no more than those have left the cache and wait.
-PIECE = 1000
+PIECE = 5000
 
 
 class BaseCache(Generic[U]):
-    """What `LruCache` and `AsyncLruCache` share: everything but the waiting.
+    """The base of `LruCache` and `AsyncLruCache`: everything but the waiting.
 
     Args:
         max_entries: The number of keys to keep at the most.
@@ -96,8 +96,9 @@ class BaseCache(Generic[U]):
 
     def _insert(self, key: Hashable, update: U) -> list[tuple[Hashable, U]]:
         if isinstance(update, Update):
-            engine: Engine = update.process().engine
-            check_api(type(self), process_is_async=engine.is_async, is_async=self._is_async)
+            engine: Engine = update._engine_
+            if engine is not self._known_to:
+                check_api(type(self), process_is_async=engine.is_async, is_async=self._is_async)
             update.cached_under(self._lock)
             if engine is not self._known_to:
                 engine.caches.add(self)
@@ -169,6 +170,9 @@ class BaseCache(Generic[U]):
             engine: Engine = entry.process().engine
             failed = partial(self._failed, key, entry)
             batch = engine.batch if engine.batches else None
+            theirs = entry._batch_
+            if theirs is not None and theirs is not batch and theirs.ends_for_others(entry, failed):
+                continue
             if batch is not None:
                 batch.end(entry, failed)
             else:
@@ -210,7 +214,7 @@ class BaseCache(Generic[U]):
 
     @property
     def surplus(self) -> int:
-        """How many more it holds than it should, because they could not be sent."""
+        """Return how many entries it holds beyond its limit, because they could not be sent."""
         return max(0, len(self._entries) - self.max_entries)
 
     def forget_for(self, engine: Engine) -> None:
@@ -259,9 +263,20 @@ class LruCache(BaseCache[U]):
         ConfigurationError: ``max_entries`` is less than 1, or no whole number.
 
     Example:
+        >>> class Clicks(ConflictFreeUpdate):
+        ...     def execute(self):
+        ...         print("write", self._id, self.doc["n"])
         >>> cache = LruCache(max_entries=1000)
+        >>> with process.batch():  # stores what is set in one exchange
+        ...     for page in ("/a", "/b", "/a"):
+        ...         cache.set(page, Clicks(process, page, doc={"n": 1}))
+        True
+        True
+        False
         >>> cache.size()
-        0
+        2
+        >>> cache.expire("/a")
+        write /a 2
     """
 
     def set(self, key: Hashable, update: U) -> bool | None:

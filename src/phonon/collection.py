@@ -49,9 +49,18 @@ class Collection(BaseCollection[P, M]):
     returns. Inside ``batch(durable=False)`` it stays here until the session ends.
 
     Example:
-        >>> views = process.collect(PageViews, idle=30, longest=3600)  # doctest: +SKIP
-        >>> with process.batch():  # doctest: +SKIP
-        ...     views.add("ada", views=1, pages={"/": 1})
+        >>> from phonon.fields import ID, Sum
+        >>> class PageViews(Model, name="page_views"):
+        ...     user: ID[str]
+        ...     views: Sum[int] = Sum()
+        ...     def on_complete(self):
+        ...         print("write", self.user, self.views)
+        >>> views = process.collect(PageViews, idle=30, longest=3600)
+        >>> with process.batch():
+        ...     for user in ("ada", "ada"):
+        ...         views.add(user, views=1)
+        >>> process.stop()  # ends all sessions
+        write ada 2
     """
 
     def _make_cache(self, max_entries: int) -> RecordCache:

@@ -78,7 +78,7 @@ class _OnLost:
 
 
 class BaseLock:
-    """What `Lock` and `AsyncLock` share: everything but the waiting."""
+    """The base of `Lock` and `AsyncLock`: everything but the waiting."""
 
     #: Where users import it from, for a repr.
     _package = "phonon"
@@ -494,10 +494,14 @@ class Lock(BaseLock):
         ConfigurationError: An argument is invalid.
 
     Example:
-        >>> with process.lock("report") as lock:  # doctest: +SKIP
-        ...     write_report(fencing_token=lock.token)
-        >>> @process.lock("report")  # doctest: +SKIP
-        ... def write_reports(): ...  # one call at a time, in all processes
+        >>> with process.lock("report") as lock:
+        ...     print("a fencing token:", lock.token > 0)
+        a fencing token: True
+        >>> @process.lock("report")
+        ... def write_report():  # one call at a time, in all processes
+        ...     return "written"
+        >>> write_report()
+        'written'
     """
 
     process: "Process"
@@ -621,7 +625,7 @@ class Lock(BaseLock):
 if TYPE_CHECKING:
 
     class HeldLock(Lock):
-        """What a ``with`` block has: the same lock, whose token is known to be there."""
+        """A lock in its ``with`` block, where it is known to have a token."""
 
         @property
         def token(self) -> int:
@@ -629,7 +633,7 @@ if TYPE_CHECKING:
 
 
 class BaseSemaphore(BaseLock):
-    """What `Semaphore` and `AsyncSemaphore` share."""
+    """The base of `Semaphore` and `AsyncSemaphore`."""
 
     def __init__(
         self,
@@ -667,8 +671,9 @@ class Semaphore(BaseSemaphore, Lock):
         options: As of a `Lock`, but for ``shared``.
 
     Example:
-        >>> with process.semaphore("connections", 10):  # doctest: +SKIP
-        ...     fetch()
+        >>> with process.semaphore("connections", 10) as place:
+        ...     place.owned()
+        True
     """
 
 

@@ -39,6 +39,7 @@ from phonon.settings import (
 from phonon.source import WINDOW, Messages, Source, id_of, unordered
 
 if TYPE_CHECKING:
+    from phonon.sinks import Sink
     from phonon.update import Update
 
 P = ParamSpec("P")
@@ -51,7 +52,7 @@ FIRST_PAUSE = 0.005
 
 
 class BaseProcess:
-    """What `Process` and `AsyncProcess` share: everything but the waiting."""
+    """The base of `Process` and `AsyncProcess`: everything but the waiting."""
 
     AlreadyLocked: ClassVar = AlreadyLockedError
     #: The lease of locks in earlier versions, seconds. A lock lasts as long as its process's lease
@@ -222,9 +223,9 @@ class Process(BaseProcess):
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`. The call itself is kept, and goes on in the background.
         durability: How safe data must be on the server before a call that stores it returns.
-        on_error: Called, from any thread, with every error that there is no caller to raise it
-            to: a `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`,
-            or what ``execute`` raised in the background. All of them are logged as well.
+        on_error: Called, from any thread, with every background error, which no caller gets: a
+            `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`, or one
+            that ``execute`` raised in the background. All of them are logged as well.
         executor: Threads that run ``execute`` where several sessions end together, in place of the
             calling one, so that slow writes overlap. A resource's batches stay in order. It is
             yours to shut down, after `stop`; a forked child does without. A thread that ends a
@@ -243,8 +244,10 @@ class Process(BaseProcess):
         ServerError: The server cannot be used: too old, wrong password.
 
     Example:
-        >>> with Process("redis://localhost:6379/1") as process:  # doctest: +SKIP
+        >>> with Process() as process:  # at $PHONON_URL, or on this machine
         ...     reference = process.create_reference("import-42")
+        ...     print(reference.count())
+        1
     """
 
     Lock: ClassVar = phonon.lock.Lock
@@ -475,6 +478,7 @@ class Process(BaseProcess):
         longest: float | None = None,
         largest: int | None = None,
         ignore_unknown: bool = False,
+        sink: "Sink | None" = None,
     ) -> Collection[P, M]:
         """Return a collection, which merges messages into a model's records by their keys.
 
@@ -486,6 +490,9 @@ class Process(BaseProcess):
             longest: Seconds after which it ends the session although messages keep coming.
             largest: The number of messages from this process after which it ends the session.
             ignore_unknown: Whether to pass over what the model does not know in a message.
+            sink: Where its records are written to, in place of the model's ``on_complete``; see
+                `phonon.sinks`. It is that of all of the model's records in this interpreter, also
+                of those that are taken over from processes that have died.
 
         Raises:
             ConfigurationError: An argument is invalid, or the model never completes.
@@ -498,6 +505,7 @@ class Process(BaseProcess):
             longest=longest,
             largest=largest,
             ignore_unknown=ignore_unknown,
+            sink=sink,
         )
 
     def source(self, name: str, position: int | None = None) -> Source:

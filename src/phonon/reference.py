@@ -17,7 +17,7 @@ __all__ = ["BaseReference", "Holder", "Reference"]
 
 
 class BaseReference:
-    """What `Reference` and `AsyncReference` share: everything but the waiting."""
+    """The base of `Reference` and `AsyncReference`: everything but the waiting."""
 
     #: Where users import it from, for a repr.
     _package = "phonon"
@@ -196,9 +196,12 @@ class Reference(BaseReference):
         ConfigurationError: An argument is invalid.
 
     Example:
-        >>> reference = process.create_reference("import-42")  # doctest: +SKIP
-        >>> load_my_part()  # doctest: +SKIP
-        >>> reference.dereference(callback=publish)  # doctest: +SKIP
+        >>> reference = process.create_reference("import-42")
+        >>> reference.count()
+        1
+        >>> reference.dereference(callback=lambda: print("the last one publishes"))
+        the last one publishes
+        True
     """
 
     _process: "Process"

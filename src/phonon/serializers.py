@@ -1,4 +1,4 @@
-"""How values become the bytes that the server keeps, and how bytes become values again.
+"""Serializers turn values into the bytes that the server keeps, and back.
 
 ``ExactSerializer`` writes MessagePack: natively what MessagePack has (None, bool, int up to 64
 bits, float, str, bytes, list, dict), and the types of this table as a list whose first element, its
@@ -45,7 +45,17 @@ from phonon.errors import ConfigurationError, NotStorableError, UndecodableError
 
 
 class Serializer(Protocol):
-    """What ``Process(serializer=…)`` takes; an implementation is safe to use from many threads."""
+    """The interface of a serializer, for ``Process(serializer=…)``; it must be thread-safe.
+
+    Example:
+        >>> class Json:
+        ...     name = "json"
+        ...     def dumps(self, value):
+        ...         return json.dumps(value).encode()
+        ...     def loads(self, data):
+        ...         return json.loads(data)
+        >>> Process(namespace="json", serializer=Json()).stop()
+    """
 
     name: str
     """A short id, stored beside the data, by which a reader with another serializer notices."""
@@ -320,6 +330,11 @@ class ExactSerializer:
 
     Reading runs no code, imports nothing and takes memory in proportion to the data, whatever it
     is; but who may write to the server can choose keys that collide in a dict, which takes time.
+
+    Example:
+        >>> serializer = ExactSerializer()
+        >>> serializer.loads(serializer.dumps({("a", 1): {2.0, 3}})) == {("a", 1): {2.0, 3}}
+        True
     """
 
     name = "x1"
@@ -368,7 +383,7 @@ class SignedPickleSerializer:
     """Stores any object that can be pickled, for programs that trust everybody who has the key.
 
     Warning:
-        Unpickling runs code that the data chooses. Whoever knows the key and can write to the
+        Unpickling runs code that the data chooses. Anyone who knows the key and can write to the
         server runs any program in every process with this serializer: keep the key off the server
         and out of logs. Without it, they can still put back what was signed earlier or elsewhere.
 
@@ -377,6 +392,11 @@ class SignedPickleSerializer:
 
     Raises:
         ConfigurationError: The key is too short, or neither bytes nor str.
+
+    Example:
+        >>> serializer = SignedPickleSerializer(key="sixteen bytes or more")
+        >>> serializer.loads(serializer.dumps(ValueError("any object")))
+        ValueError('any object')
     """
 
     name = "p1"

@@ -40,7 +40,7 @@ class _Watched(list[Any]):
 
 
 class BaseMessages(BaseBatch, Generic[M]):
-    """What `Messages` and `AsyncMessages` share: everything but the waiting.
+    """The base of `Messages` and `AsyncMessages`: everything but the waiting.
 
     Args:
         engine: The process's.
@@ -64,8 +64,27 @@ class BaseMessages(BaseBatch, Generic[M]):
         #: Whether the block has ended as it should, so that the last message is complete.
         self._complete = False
         self._measure_at = MOST_RECORDS
-        if progress.asks:
+        self.asks = progress.asks
+        if self.asks:
             self.fresh = _Watched((), self._takes)
+
+    def passes_over(self, resource: str) -> bool:
+        """Return whether what the message in hand brings to a resource is stored already."""
+        if not self._has_begun:
+            raise self._outside()
+        partition, _ = self._engine.members.place(resource)
+        return self._progress.skips(partition)
+
+    def ends_for_others(self, update: Any, failed: Callable[[], None]) -> bool:
+        """End a session when the block ends that another thread ends while the block is open.
+
+        To end it at once would store what belongs to messages without what says that they are.
+
+        Returns:
+            Whether that is so. If not, the block has ended meanwhile.
+        """
+        self.end(update, failed)
+        return self.is_open or self._endings.pop(id(update), None) is None
 
     # What is collected
 
@@ -88,7 +107,7 @@ class BaseMessages(BaseBatch, Generic[M]):
         self.add(update)
 
     def shrink(self) -> None:
-        """Merge updates of the same record and class that nobody else has any more."""
+        """Merge updates of the same record and class that only the batch refers to."""
         watched = isinstance(self.fresh, _Watched)
         self.fresh = list(self.fresh)
         super().shrink()
@@ -96,16 +115,10 @@ class BaseMessages(BaseBatch, Generic[M]):
             self.fresh = _Watched(self.fresh, self._takes)
 
     def _takes(self, update: Any) -> bool:
-        progress = self._progress
-        if not progress.asks:
+        if not self.asks or not self.passes_over(update.resource_id):
             return True
-        if not self._has_begun:
-            raise self._outside()
-        partition, _ = self._engine.members.place(update.resource_id)
-        if progress.skips(partition):
-            update.spend()
-            return False
-        return True
+        update.spend()
+        return False
 
     def _outside(self) -> ConfigurationError:
         return ConfigurationError(
@@ -121,13 +134,14 @@ class BaseMessages(BaseBatch, Generic[M]):
             raise ConfigurationError("loop over the batch inside of its with block")
         wanted = self._progress.begin(self._mark(message))
         self._has_begun = True
-        if self._progress.asks and not isinstance(self.fresh, _Watched):
+        self.asks = self._progress.asks
+        if self.asks and not isinstance(self.fresh, _Watched):
             self.fresh = _Watched(self.fresh, self._takes)
         return wanted
 
     @property
     def _is_full(self) -> bool:
-        """Whether what has come together is stored before the next message."""
+        """Return whether the collected data is stored before the next message."""
         if len(self.fresh) < self._measure_at:
             return False
         place = self._engine.members.place
@@ -142,7 +156,7 @@ class BaseMessages(BaseBatch, Generic[M]):
     def _piece(self) -> Flow[list[BaseException]]:
         """Return the flow that stores what has come together so far."""
         fresh, self.fresh = list(self.fresh), self.fresh[:0]
-        self.fresh = _Watched((), self._takes) if self._progress.asks else []
+        self.fresh = _Watched((), self._takes) if self.asks else []
         self._measure_at = MOST_RECORDS
         return _storing(self._engine, self, self._progress, fresh)
 
@@ -154,10 +168,10 @@ class BaseMessages(BaseBatch, Generic[M]):
             self._complete = error is None
 
     def _closing(self) -> "MessagesClosing | None":  # type: ignore[override]  # the same for `close`
-        outs = list(self._endings.values())
-        fresh, joins = list(self.fresh), self.joins
-        self.fresh, self.joins, self._endings = [], {}, {}
         self.is_open = False
+        outs = [self._endings.pop(key) for key in list(self._endings)]
+        fresh, joins = list(self.fresh), self.joins
+        self.fresh, self.joins = [], {}
         self._engine.local.batch = self._outer
         self._engine.batches.discard(self)
         if not self._complete:
@@ -173,7 +187,7 @@ class BaseMessages(BaseBatch, Generic[M]):
 
 
 class MessagesClosing:
-    """What messages have brought, on its way to the server.
+    """The contents of messages on their way to the server.
 
     Args:
         engine: The process's.
@@ -228,7 +242,11 @@ def drop(batch: BaseBatch, updates: Iterable[Any]) -> None:
     for update in updates:
         if update._batch_ is batch:
             update._batch_ = None
-        update.discard()
+        if update.has_unsent():
+            try:
+                update._locked_(update._empty_)
+            except Exception:  # noqa: BLE001 - the user's `clear`
+                update.discard()
 
 
 def _storing(
@@ -284,7 +302,7 @@ class Messages(BaseMessages[M], Batch):
 
 
 class BaseSource:
-    """What `Source` and `AsyncSource` share: everything but the waiting."""
+    """The base of `Source` and `AsyncSource`: everything but the waiting."""
 
     def __init__(self, process: Any, claim: Claim) -> None:
         self._process = process

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Update(LocalUpdate):
-    """What has become known about one record, to be merged and written to the database once.
+    """Data about one record, merged wherever it arrives and written to the database once.
 
     Subclass it and override `merge` and `execute`; override `state` and `reset_states` if you set
     attributes of your own. An update made in one process is merged there with later ones of the
@@ -68,8 +68,14 @@ class Update(LocalUpdate):
         ...     def merge(self, other):
         ...         self.doc["n"] += other.doc["n"]
         ...     def execute(self):
-        ...         database.add(self._id, self.doc["n"], self.token)
-        >>> cache.set(user, Visits(process, user, doc={"n": 1}))  # doctest: +SKIP
+        ...         print("write", self._id, self.doc["n"])
+        >>> cache = LruCache(max_entries=1000)
+        >>> for user in ("ada", "ada"):
+        ...     cache.set(user, Visits(process, user, doc={"n": 1}))
+        True
+        False
+        >>> cache.expire_all()
+        write ada 2
     """
 
     __slots__ = ()
@@ -513,6 +519,16 @@ class ConflictFreeUpdate(Update):
     The default `merge` adds the numbers in ``doc``, also in nested dicts, and takes over what is
     new. Of anything else the greater value stays, so that the outcome does not depend on the
     order in which processes meet.
+
+    Example:
+        >>> class Views(ConflictFreeUpdate):
+        ...     def execute(self):
+        ...         print("write", self._id, self.doc)
+        >>> views = Views(process, "/home", doc={"views": 1, "by": {"ada": 1}})
+        >>> more = Views(process, "/home", doc={"views": 2, "by": {"bob": 2}}, init_cache=False)
+        >>> views.refresh(more)
+        >>> views.end_session()
+        write /home {'views': 3, 'by': {'ada': 1, 'bob': 2}}
     """
 
     def merge(self, other: Any) -> None:

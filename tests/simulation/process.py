@@ -206,6 +206,9 @@ class Parcel:
         items, self.items = self.items, []
         return b",".join(items) or None
 
+    def take_last(self) -> tuple[bytes | None, Any]:
+        return self.take(), None
+
     def put_back(self, partial: bytes) -> None:
         self.items = partial.split(b",") + self.items
 
@@ -261,6 +264,9 @@ class Codec:
             raise UnknownClassError(f"{name} is not known", name)
         items = [item for partial in partials for item in partial.split(b",")]
         return [Record(self._process, resource, items)]
+
+    def kept(self, resource: str, partial: bytes, local: Any, content: Any) -> Sequence[Record]:
+        return self.records(resource, (partial,), local)
 
     def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:
         return [b",".join(partials)]

@@ -20,7 +20,7 @@ LAYERS = (
     ("_core",),
     ("_transport",),
     ("_admin",),
-    ("facades",),
+    ("facades", "_models"),
     ("aio",),
 )
 #: What `_transport` may know of `_core`: effects, and values without behaviour.
@@ -153,7 +153,7 @@ def draw(edges: Graph) -> str:
             rows = levels(edges, names or {f"phonon.{package}"})
             for i, row in enumerate(rows):
                 short = "  ".join(name.rpartition(".")[2] for name in row)
-                lines.append(f"{package if i == 0 else '':<12}{short}".rstrip())
+                lines.append(f"{package if i == 0 else '':<13}{short}".rstrip())
         lines.append("")
     return "\n".join(lines).strip()
 

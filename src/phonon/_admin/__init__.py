@@ -1,1 +1,1 @@
-"""What operators see and do, from outside: no process, no lanes, none of the user's classes."""
+"""The operator's view of a namespace: it has no process and no lanes, and needs no user class."""

@@ -1,4 +1,4 @@
-"""What operators do by hand. Each act is one step on the server, which logs it there."""
+"""Acts of an operator. Each is one step on the server, which logs it there."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a namespace holds: processes, locks, sessions, batches and sources."""
+"""Reads what a namespace holds: processes, locks, sessions, batches and sources."""
 
 import heapq
 from collections.abc import Callable, Sequence
@@ -345,7 +345,7 @@ Rows = list[tuple[bytes, Row]]
 
 
 class _Place:
-    """Where a walk is in one partition.
+    """The position of a walk in one partition.
 
     Attributes:
         partition: Which.

@@ -1,6 +1,6 @@
 """Listings that are read page by page: a walk yields steps of the transport, and pages.
 
-Whoever runs a walk asks for the next page, so a listing of a million entries is never in memory,
+The caller of a walk asks for the next page, so a listing of a million entries is never in memory,
 and no call to the server is long.
 """
 

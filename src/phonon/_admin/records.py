@@ -1,4 +1,4 @@
-"""What an `Admin` answers with."""
+"""The records that an `Admin` returns."""
 
 from typing import Any, Literal, NamedTuple
 

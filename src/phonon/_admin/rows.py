@@ -1,4 +1,4 @@
-"""What the server answers, row by row, as what an `Admin` answers with."""
+"""Turns the server's rows into the records that an `Admin` returns."""
 
 from collections.abc import Container, Sequence
 from typing import Any

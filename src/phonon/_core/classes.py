@@ -10,7 +10,7 @@ from typing import Any
 
 from phonon.errors import ConfigurationError, UnstableNameWarning
 
-#: By name and by former names. Strong references: a class that nobody else refers to may still have
+#: By name and by former names. Strong references: a class with no other one may still have
 #: data on the server.
 _classes: dict[str, type[Any]] = {}
 #: The names under which classes write, also of those that are not found under them any more.

@@ -34,7 +34,7 @@ _LOOK_THROUGH = 2048
 
 
 class Storable(Protocol):
-    """What the codec needs of an update."""
+    """The interface of an update, as the codec uses it."""
 
     _id: Any
     database: str
@@ -55,6 +55,10 @@ class Storable(Protocol):
     @classmethod
     def executes_many(cls) -> bool:
         """Return whether its records are executed together."""
+
+    @classmethod
+    def lacks_(cls) -> str:
+        """Return what is missing in this interpreter to execute its records."""
 
     def attach(self, process: Any) -> None:
         """Belong to a process."""
@@ -199,7 +203,7 @@ class UpdateCodec:
     def can_execute(self, class_name: str) -> bool:
         """Return whether this process can execute batches of a class."""
         cls = classes.find(class_name)
-        return cls is not None and (self._is_async or not cls.is_async)
+        return cls is not None and (self._is_async or not cls.is_async) and not cls.lacks_()
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> list["UpdateRecord"]:
         """Merge the partials of a batch, class by class, in the order of the classes' first ones.
@@ -229,6 +233,17 @@ class UpdateCodec:
             for cls, update in merged.items()
         ]
 
+    def kept(self, resource: str, partial: bytes, local: Any, content: Any) -> list["UpdateRecord"]:
+        """Return what `records` does for the one partial that an update has sent last.
+
+        Args:
+            resource: Whose.
+            partial: The partial.
+            local: The update.
+            content: What its `take_last` has returned.
+        """
+        return [KeptRecord(local, content, lambda: self.records(resource, (partial,), local))]
+
     def _check_loop(self, cls: type[Any], resource: str) -> None:
         if cls.is_async and not self._is_async:
             name = classes.name_of(cls)
@@ -236,6 +251,12 @@ class UpdateCodec:
                 f"a batch of {shown(resource)} belongs to {name}, an AsyncUpdate, and this process "
                 "has no event loop: run an AsyncProcess that imports it",
                 name,
+            )
+        lacking = cls.lacks_()
+        if lacking:
+            name = classes.name_of(cls)
+            raise UnknownClassError(
+                f"a batch of {shown(resource)} belongs to {name}, which lacks {lacking}", name
             )
 
     def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:
@@ -383,7 +404,7 @@ class UpdateCodec:
 
 
 class UpdateRecord:
-    """What a batch comes to for one class.
+    """The part of a batch that belongs to one class.
 
     Attributes:
         together: The class, if its records are executed together; else None.
@@ -406,6 +427,33 @@ class UpdateRecord:
     def finish(self) -> None:
         """Note that the execution has ended."""
         self._local.end_execution(self.instance)
+
+
+class KeptRecord(UpdateRecord):
+    """A batch of nothing but what an update of this process has sent last: it need not be decoded.
+
+    Args:
+        local: The update.
+        content: What its `take_last` has returned.
+        decode: Returns the records of the partial.
+    """
+
+    __slots__ = ("_content", "_decode")
+
+    def __init__(self, local: Any, content: Any, decode: Callable[[], list[UpdateRecord]]) -> None:
+        super().__init__(local, local)
+        self._content = content
+        self._decode = decode
+
+    def begin(self, token: int) -> Any:
+        """Return the instance that executes; it knows its token until `finish`."""
+        if self._merged is self._local:
+            if self._local.begin_again(self._content, token):
+                self.instance = self._local
+                return self.instance
+            (record,) = self._decode()
+            self._merged = record._merged  # noqa: SLF001 - of the same class
+        return super().begin(token)
 
 
 def _place(resource: str, where: str) -> str:

@@ -1,6 +1,6 @@
 """Merging partials of a session that goes on, so that a busy one neither grows nor ends slowly.
 
-The process whose `append` was the last of a number merges what has come together: it reads
+The process whose `append` was the last of a number merges the collected partials: it reads
 partials, merges them, and replaces them if they are still there. Nothing is lost at any point, by
 any process's
 death: until the one step that replaces them, the partials are as they were. The step may be refused

@@ -34,6 +34,18 @@ class Parked(NamedTuple):
         since: When its session ended, seconds since the epoch by the server's clock.
         parked_at: When it was given up on.
         size: The number of its partials.
+
+    Example:
+        >>> class Broken(ConflictFreeUpdate):
+        ...     def execute(self):
+        ...         raise RuntimeError("no such table")
+        >>> with Process(retry=RetryPolicy(attempts=1)) as process:
+        ...     try:
+        ...         Broken(process, "ada", doc={"n": 1}).end_session()
+        ...     except RuntimeError:
+        ...         (parked,) = process.parked()
+        >>> parked.resource, parked.attempts, parked.error
+        ('test.test.ada', 1, 'RuntimeError: no such table')
     """
 
     resource: str

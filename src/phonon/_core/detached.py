@@ -1,4 +1,4 @@
-"""What stands in for a process where an update is made without one, for a unit test.
+"""Stands in for a process where a unit test makes an update without one.
 
 Such an update merges and executes. Nothing of it can be stored, so whatever would need a server
 raises an error that says what to do.
@@ -49,7 +49,7 @@ class DetachedEngine:
 
 
 class DetachedProcess:
-    """What `Update.process` returns for an update that was made without one."""
+    """The value of `Update.process` for an update that was made without a process."""
 
     def __init__(self, *, is_async: bool) -> None:
         self.engine = DetachedEngine(is_async=is_async)

@@ -49,7 +49,7 @@ _DISMISSAL = 5.0
 
 
 class Options(NamedTuple):
-    """What a process was told; see `phonon.Process`."""
+    """The options of a process; see `phonon.Process`."""
 
     namespace: str
     partitions: int | None
@@ -71,7 +71,7 @@ class SessionCache(Protocol):
 
     @property
     def surplus(self) -> int:
-        """How many more it holds than it should, because they could not be sent."""
+        """Return how many entries it holds beyond its limit, because they could not be sent."""
 
 
 class Engine:
@@ -265,7 +265,7 @@ class Engine:
 
     @property
     def is_worker(self) -> bool:
-        """Whether the caller is one of the workers, which `stopping` waits for."""
+        """Return whether the caller is one of the workers, which `stopping` waits for."""
         former = [worker for some in list(self._former_workers.values()) for worker in some]
         return any(worker.is_me() for worker in (*self._workers.values(), *former))
 
@@ -310,7 +310,7 @@ class Engine:
 
     @property
     def is_started(self) -> bool:
-        """Whether the process is listed and beats."""
+        """Return whether the process is listed and beats."""
         return self._started
 
     @property

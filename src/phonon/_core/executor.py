@@ -37,7 +37,7 @@ _RETRY = int(Reply.RETRY)
 
 
 class Record(Protocol):
-    """What a batch comes to for one class."""
+    """The part of a batch that belongs to one class."""
 
     #: The class, if its records are executed together; else None.
     together: Any
@@ -66,6 +66,9 @@ class Codec(Protocol):
             Exception: The user's ``merge`` has raised.
         """
 
+    def kept(self, resource: str, partial: bytes, local: Any, content: Any) -> Sequence[Record]:
+        """Return the records of the only partial of a batch, whose content ``local`` has kept."""
+
     def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:
         """Merge partials into fewer."""
 
@@ -92,6 +95,7 @@ class Batch:
         local: The update whose session ended here, if there is one.
         errors: Where what went wrong is noted; of the session that ended with this batch.
         background: Whether no caller waits for these errors.
+        kept: The content of its only partial, if that is ``local``'s and need not be decoded.
         partials: The batch's content, as far as it is here and not merged.
         records: What it comes to, class by class, and ``at`` the one whose turn it is.
         job: What runs that one.
@@ -105,6 +109,7 @@ class Batch:
         "error",
         "errors",
         "job",
+        "kept",
         "local",
         "name",
         "partials",
@@ -125,9 +130,11 @@ class Batch:
         local: Any = None,
         errors: list[BaseException] | None = None,
         background: bool = False,
+        kept: Any = None,
     ) -> None:
         self.partition = partition
         self.name = name
+        self.kept = kept
         self.resource = resource or decode(name)
         self.run = run
         self.local = local
@@ -147,7 +154,7 @@ class Batch:
 
     @property
     def key(self) -> tuple[bytes, int]:
-        """What names it among all batches of this process."""
+        """Return the key of the batch among all batches of this process."""
         return self.name, self.run.token
 
 
@@ -197,9 +204,14 @@ class Executor:
             yield
         finally:
             for name in names:
-                expected[name] -= 1
-                if expected[name] <= 0:
-                    del expected[name]
+                self.expect_no_more(name)
+
+    def expect_no_more(self, name: bytes) -> None:
+        """Note that an operation is not under way any more: it was counted in `expected`."""
+        expected = self.expected
+        expected[name] -= 1
+        if expected[name] <= 0:
+            del expected[name]
 
     def execute(
         self,
@@ -269,7 +281,13 @@ class Executor:
                 batch.error = _TAKEN_OVER
                 continue
             try:
-                batch.records = self._codec.records(batch.resource, batch.partials, batch.local)
+                batch.records = (
+                    self._codec.records(batch.resource, batch.partials, batch.local)
+                    if batch.kept is None
+                    else self._codec.kept(
+                        batch.resource, batch.partials[0], batch.local, batch.kept
+                    )
+                )
             except BaseException as error:  # noqa: BLE001 - the user's merge: the batch has failed
                 batch.error = error
             batch.partials = []

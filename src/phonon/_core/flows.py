@@ -28,7 +28,7 @@ EXECUTING: ContextVar[bool] = ContextVar("phonon_executing", default=False)
 
 
 class Outcome(NamedTuple):
-    """What became of the user's code: a value, or an error of any kind."""
+    """The result of the user's code: a value, or an error of any kind."""
 
     value: Any = None
     error: BaseException | None = None
@@ -202,7 +202,7 @@ def call(function: Callable[[], Any]) -> Flow[Outcome]:
 
 
 class Ticket(Protocol):
-    """What waits for the answers to the operations of one `Send`: the owner of each of them."""
+    """The owner of the operations of one `Send`, which waits for their answers."""
 
     def answer(self, index: int, answer: Any) -> None:
         """Take in the answer to one of them. A second one for the same is ignored."""
@@ -252,7 +252,7 @@ class FlowRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the flow has returned, or raised."""
+        """Return whether the flow has returned or raised."""
         effects = self.effects
         return self.flow.gi_frame is None or (bool(effects) and type(effects[0]) is Done)
 

@@ -27,7 +27,7 @@ SWEEP_EVERY = 4
 
 
 class _Known(NamedTuple):
-    """What was known of a lane before the server was asked."""
+    """The state of a lane before the server was asked."""
 
     lane: Lane
     answered: int

@@ -1,4 +1,4 @@
-"""Who this process is: its id, its listing, its lanes, and until when nobody can think it dead."""
+"""A process's identity: its id, its listing, its lanes, and the end of its lease."""
 
 import itertools
 import math
@@ -186,7 +186,7 @@ class Identity:
 
     @property
     def surely_lives(self) -> bool:
-        """Whether it is sure, without asking, that nobody can have declared this process dead.
+        """Return whether the lease lasts, so that nobody can have declared this process dead.
 
         Counted from before the last heartbeat was sent, so this ends earlier than on the server.
         """
@@ -200,7 +200,7 @@ class Identity:
 
     @property
     def may_mark(self) -> bool:
-        """Whether it has beaten in time for a whole lease, so that it can tell who is silent."""
+        """Return whether it has beaten in time for a whole lease, so that it can judge others."""
         return self.clock() - self.lived_since >= self.lease
 
     def new_number(self) -> int:

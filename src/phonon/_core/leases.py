@@ -37,7 +37,7 @@ _ABANDONED = Taken(_WAIT, -1, b"", 0, b"")
 
 
 class LockRequest(NamedTuple):
-    """What a caller wants of a lock.
+    """A caller's request for a lock.
 
     Attributes:
         key: The resource, or the semaphore, for people.
@@ -109,7 +109,7 @@ class Grant:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is sure, without asking, that nobody else has the lock."""
+        """Return whether the grant lasts, so that nobody else can have the lock."""
         identity = self._identity
         if self.lost or self.generation is not identity.generation:
             return False

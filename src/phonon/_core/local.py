@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 from phonon._core import codec
-from phonon._core.copies import CONTAINERS, PLAIN
+from phonon._core.copies import CONTAINERS, DEEP, PLAIN, copied
 from phonon._core.engine import Engine
 from phonon._core.forks import SAME, notice
 from phonon._core.shown import shown
@@ -115,11 +115,16 @@ class LocalUpdate:
         """Return whether the class has an `execute_many` of its own."""
         raise NotImplementedError
 
+    @classmethod
+    def lacks_(cls) -> str:
+        """Return what is missing in this interpreter to execute updates; empty if nothing is."""
+        return ""
+
     # The parcel that flows move to the server
 
     @property
     def forced(self) -> bool:
-        """Whether the end of the session does not wait for other processes."""
+        """Return whether the session ends without waiting for other processes."""
         return self.is_expired() or (self._ref_ is not None and self._ref_.force_expiry)
 
     def has_unsent(self) -> bool:
@@ -149,23 +154,47 @@ class LocalUpdate:
             NotStorableError: A value has a type that cannot be stored; nothing was moved.
             ForkedError: The data is the parent process's.
         """
+        return self._taken_(keep=False)[0]
+
+    def take_last(self) -> tuple[bytes | None, Any]:
+        """Do what `take` does, and return the content as well, for `begin_again`.
+
+        Returns:
+            The partial and its content. None for a content that has to be decoded.
+        """
+        return self._taken_(keep=True)
+
+    def _taken_(self, *, keep: bool) -> tuple[bytes | None, Any]:
         engine = self._engine_
         if self._generation_ is not engine.identity.generation:
             self._own_engine_()
-        lock = self._lock_
-        if lock is not None:
+        while True:
+            lock = self._current_lock_()
             with lock:
-                if lock is self._lock_:
-                    return self._take_(engine)
-        partial: bytes | None = self._locked_(self._take_, engine)
-        return partial
+                if lock is self._current_lock_():
+                    return self._take_(engine, keep=keep)
 
-    def _take_(self, engine: Engine) -> bytes | None:
+    def _take_(self, engine: Engine, *, keep: bool) -> tuple[bytes | None, Any]:
         if not (self._unsent_ or self.has_unsent()):
-            return None
+            return None, None
         partial = codec.pack(self, engine.codec.serializer)
+        kept = self._content_() if keep else None
         self._empty_()
-        return partial
+        return partial, kept
+
+    def _content_(self) -> Any:
+        """Return a copy of the content; None if only the serializer can make one."""
+        spec, doc, state = copied(self.spec), copied(self.doc), {}
+        if spec is DEEP or doc is DEEP:
+            return None
+        if self._has_state_:
+            state = codec.state_of(self)
+            for name, value in state.items():
+                if type(value) not in PLAIN:
+                    value = state[name] = copied(value)  # noqa: PLW2901 - its copy
+                    if value is DEEP:
+                        return None
+        return spec, doc, state
 
     def put_back(self, partial: bytes) -> None:
         """Take a partial back that the server refused: it is unsent again."""
@@ -259,9 +288,16 @@ class LocalUpdate:
             ForkedError: It is the parent process's.
         """
         self._own_engine_()
-        if self._direct_:
-            self._locked_(setattr, self, "_lock_", lock)
-            self._check_at_ = self._over_at_(self._touched_)
+        if not self._direct_:
+            return
+        entered = False
+        while not entered:
+            current = self._current_lock_()
+            with current:
+                entered = current is self._current_lock_()
+                if entered:
+                    self._lock_ = lock
+        self._check_at_ = self._over_at_(self._touched_)
 
     # For the codec
 
@@ -313,6 +349,26 @@ class LocalUpdate:
         self._adopt_(merged)
         self.spend()
         return self
+
+    def begin_again(self, content: Any, token: int) -> bool:
+        """Take what `take_last` has returned back, to execute it.
+
+        Returns:
+            Whether it has. If not there is newer data here, and another instance executes.
+        """
+        if not self._locked_(self._begin_again_, *content):
+            return False
+        self.token = token
+        return True
+
+    def _begin_again_(self, spec: Any, doc: Any, state: dict[str, Any]) -> bool:
+        if self.has_unsent():
+            return False
+        self.spec, self.doc = spec, doc
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.spend()
+        return True
 
     def end_execution(self, instance: Self) -> None:
         """Note that an instance has executed. What is changed from here on is unsent."""

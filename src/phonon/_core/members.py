@@ -17,7 +17,7 @@ ASK_AGAIN = 5.0
 
 
 class ProcessInfo(NamedTuple):
-    """Where a process runs.
+    """The place where a process runs.
 
     Attributes:
         id: Its id.
@@ -51,7 +51,7 @@ class Entry:
 
 
 class Members:
-    """What this process is a member of.
+    """The memberships of this process.
 
     Args:
         identity: Who it is.

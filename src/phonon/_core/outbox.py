@@ -53,10 +53,13 @@ class Parcel(Protocol):
 
     @property
     def forced(self) -> bool:
-        """Whether the end of the session does not wait for other processes."""
+        """Return whether the session ends without waiting for other processes."""
 
     def take(self) -> bytes | None:
         """Move out what is unsent, as one partial; None if there is nothing."""
+
+    def take_last(self) -> tuple[bytes | None, Any]:
+        """Do what `take` does; return its content as well, if that need not be decoded."""
 
     def put_back(self, partial: bytes) -> None:
         """Take a partial back that the server refused: it is unsent again."""
@@ -79,7 +82,7 @@ class Ending(NamedTuple):
 
 
 class SessionResult:
-    """What the end of a session came to.
+    """The result of ending a session.
 
     Attributes:
         last: Whether this process was the last member.
@@ -99,8 +102,10 @@ class SessionResult:
         self.sent = False
 
 
-#: A leave that is sent: its ending, the data with it, what was held before, and its result.
-_Leaving = tuple[Operation, Ending, bytes | None, Any, SessionResult]
+#: A leave that is sent: its ending, the data with it, that undecoded, what was held before, and
+#: its result.
+_Leaving = tuple[Operation, Ending, bytes | None, Any, Any, SessionResult]
+_NOTHING = (None, None)
 
 
 class Due(NamedTuple):
@@ -188,7 +193,7 @@ class Outbox:
 
     @property
     def size(self) -> int:
-        """How much is unfinished."""
+        """Return the number of unfinished entries."""
         failed = sum(due.failed for due in list(self._due.values()))
         undone = (
             failed + self._retrying + len(self.unstored) + len(self.unended) + len(self.detached)
@@ -197,7 +202,7 @@ class Outbox:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether something is still to be stored or ended, or somebody is about to do it now.
+        """Return whether an entry is still to be stored or ended, or is being worked on.
 
         Code of the user's that runs for that does not wait for itself.
         """
@@ -209,7 +214,7 @@ class Outbox:
 
     @property
     def has_work(self) -> bool:
-        """Whether something is unfinished, apart from batches that are not due."""
+        """Return whether anything is unfinished, apart from batches that are not due."""
         return bool(self.unstored or self.unended or self.detached) or any(
             lane.has_work for lane in self._identity.lanes
         )
@@ -246,7 +251,7 @@ class Outbox:
 
     @property
     def blocks(self) -> bool:
-        """Whether new updates wait for room."""
+        """Return whether new updates wait for room."""
         return self._overflow == "block"
 
     def refusal(self) -> BacklogFullError:
@@ -362,6 +367,8 @@ class Outbox:
         """
         executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
+        if len(endings) == 1:
+            return [(yield from self._end_one(endings[0], executor))]
         results: list[SessionResult] = []
         batches: list[Batch] = []
         many: list[tuple[Operation, int]] = []
@@ -389,11 +396,39 @@ class Outbox:
         self.look()
         return results
 
+    def _end_one(self, ending: Ending, executor: Executor) -> Flow[SessionResult]:
+        """Do what `end` does, without lists: this is what `Reference.dereference` waits for."""
+        result, resource = SessionResult(), ending.resource
+        partition, name = self._members.place(resource)
+        about: list[_Leaving] = []
+        sent: list[Operation] = []
+        group = (((ending, result), resource, partition, name),)
+        deque(self._make_leaves((group,), about, sent), 0)
+        if not sent:
+            self.look()
+            return result
+        many: list[tuple[Operation, int]] = []
+        executor.expected[name] += 1
+        try:
+            (answer,) = yield Send(sent)
+            batch = self._left(about[0], answer, many)
+            if batch is not None:
+                executor.busy[batch.key] = batch
+        finally:
+            executor.expect_no_more(name)
+        if batch is not None:
+            yield from executor.execute((batch,))
+        if many:
+            yield from self._compact(many)
+        if self.full or batch is not None or result.errors:
+            self.look()
+        return result
+
     def _left(
         self, leaving: _Leaving, answer: Any, many: list[tuple[Operation, int]]
     ) -> Batch | None:
         """See to the answer to a leave. Return the batch that falls to us, if there is one."""
-        operation, ending, data, was_held, result = leaving
+        operation, ending, data, kept, was_held, result = leaving
         if isinstance(answer, Exception):
             self._not_left(ending, data, was_held)
             result.errors.append(answer)
@@ -413,6 +448,8 @@ class Outbox:
                     resource=ending.resource,
                     local=ending.parcel,
                     errors=result.errors,
+                    # The very bytes that were sent: nobody else has added any.
+                    kept=kept if run.size == 1 and run.content[:1] == [data] else None,
                 )
         elif answer[0] == _HELD:
             if answer[3]:
@@ -442,7 +479,7 @@ class Outbox:
             for (ending, result), resource, partition, name in group:
                 parcel = ending.parcel
                 try:
-                    data = parcel.take() if parcel is not None else None
+                    data, kept = parcel.take_last() if parcel is not None else _NOTHING
                 except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
                     result.errors.append(error)
                     continue
@@ -451,7 +488,7 @@ class Outbox:
                 flags += operations.MODIFICATIONS * ending.modifications
                 operation = operations.leave(partition, name, data or b"", flags)
                 operation.held = was_held is not ABSENT
-                about.append((operation, ending, data, was_held, result))
+                about.append((operation, ending, data, kept, was_held, result))
                 sent.append(operation)
             yield
 
@@ -487,7 +524,7 @@ class Outbox:
         self._enter(self._clock() + seconds, partition, name, token, local, failed)
 
     def knows(self, name: bytes, token: int) -> bool:
-        """Whether a batch is being executed here, or waits for that."""
+        """Return whether a batch is being executed here, or waits for it."""
         key = name, token
         if key in self._due or key in self.busy or key in self._resuming:
             return True
@@ -495,7 +532,7 @@ class Outbox:
 
     @property
     def taken_over(self) -> int:
-        """How many batches are due in the background, or being executed there."""
+        """Return how many batches are due, or being executed, in the background."""
         now = self._clock()
         waiting = sum(due.at <= now for due in list(self._due.values()))
         running = sum(batch.background for batch in list(self.busy.values()))

@@ -1,4 +1,4 @@
-"""What a process tells operators about itself, with each of its heartbeats."""
+"""The facts about a process that each of its heartbeats publishes for operators."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

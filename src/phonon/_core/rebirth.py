@@ -41,7 +41,7 @@ _LEAVE, _REAP, _CLOSE = int(Code.LEAVE), int(Code.REAP), int(Code.CLOSE)
 
 
 class _Record(NamedTuple):
-    """What a fenced lane has done last."""
+    """The last call that a fenced lane carried out."""
 
     sequence: int
     answers: bytes

@@ -1,11 +1,11 @@
-"""What happens to a batch whose execution failed."""
+"""The policy for batches whose execution failed."""
 
 import random
 from typing import NamedTuple
 
 
 class RetryPolicy(NamedTuple):
-    """What happens to a batch whose execution failed.
+    """When a batch whose execution failed is tried again, and when it is parked.
 
     Attributes:
         attempts: How often it is tried before it is parked.
@@ -15,6 +15,9 @@ class RetryPolicy(NamedTuple):
             that failed together are not tried again together.
         crashes: How many processes may die while they execute it; with one more it is parked, so
             that a batch that kills its process does not kill all of them in turn.
+
+    Example:
+        >>> Process(retry=RetryPolicy(attempts=3, first_delay=0.5)).stop()
     """
 
     attempts: int = 8

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 
 class Durability(NamedTuple):
-    """How safe stored data must be before a call that stores it returns.
+    """The safety that stored data must have before the call that stores it returns.
 
     Until then the call counts as unanswered: it is repeated, and in the end it raises
     `ConnectionLostError`.
@@ -14,6 +14,10 @@ class Durability(NamedTuple):
             has been synchronized (``WAITAOF``: Redis 7.2, Valkey 7.2).
         replicas: How many replicas must have it as well, on their disks if ``fsync`` is set.
         timeout: Seconds to wait for that before the call is repeated.
+
+    Example:
+        >>> Durability(replicas=1).replicas  # for Process(durability=...)
+        1
     """
 
     fsync: bool = True

@@ -42,7 +42,7 @@ MOVE_ON_AFTER = 1.0
 
 
 class Claim:
-    """What this process knows of an ordered source that it reads.
+    """The state of an ordered source that this process reads.
 
     Attributes:
         name: The source's name.
@@ -72,7 +72,7 @@ class Claim:
 
     @property
     def is_behind(self) -> bool:
-        """Whether some partitions, that nothing came for, stand before what is done."""
+        """Return whether partitions without messages stand before the position that is done."""
         return any(p is not None and p < self.done for p in self.positions)
 
     def moves(self) -> list[Operation]:
@@ -98,7 +98,7 @@ class Claim:
 
 
 class Progress(Protocol):
-    """What a batch of messages is stored with."""
+    """The progress that is stored with a batch of messages."""
 
     #: Whether `skips` has to be asked about each update.
     asks: bool

@@ -42,7 +42,7 @@ _GONE: Any = object()
 
 @dataclass
 class _Taken:
-    """What a takeover has come to so far."""
+    """The progress of a takeover."""
 
     resources: int = 0
     batches: int = 0

@@ -1,1 +1,1 @@
-"""What is behind `phonon.Model` and `phonon.fields`: types, orders, states, and generated code."""
+"""The implementation of `phonon.Model` and `phonon.fields`."""

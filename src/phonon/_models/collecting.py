@@ -43,7 +43,7 @@ _Ready = tuple[ModelRecord, Sequence[tuple[Hashable, Any]]]
 
 
 class BaseCollection(Generic[P, M]):
-    """What `Collection` and `AsyncCollection` share.
+    """The base of `Collection` and `AsyncCollection`.
 
     Args:
         process: The process.
@@ -53,6 +53,7 @@ class BaseCollection(Generic[P, M]):
         longest: Seconds after which the session ends although messages keep coming.
         largest: The number of messages from this process after which it does.
         ignore_unknown: Whether what the model does not know in a message is passed over.
+        sink: Where the model's records are written to, in place of its ``on_complete``.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class BaseCollection(Generic[P, M]):
         longest: float | None = None,
         largest: int | None = None,
         ignore_unknown: bool = False,
+        sink: Any = None,
     ) -> None:
         self.model = _any(model)
-        self._check_model()
+        self._check_model(sink)
         for name, value in (("idle", idle), ("longest", longest)):
             if value is not None:
                 check_seconds(name, value)
@@ -89,16 +91,20 @@ class BaseCollection(Generic[P, M]):
         self._engine.caches.add(self._cache)
         self._build()
 
-    def _check_model(self) -> None:
+    def _check_model(self, sink: Any) -> None:
         from phonon.model import Model  # noqa: PLC0415 - it makes records, which are collected here
 
         model = self.model
         if not isinstance(model, type) or not issubclass(model, Model):
             raise ConfigurationError(f"collect() takes a subclass of phonon.Model, not {model!r}")
         model._code()  # noqa: SLF001 - it raises if there is no ID
-        if not model.completes_many() and model.on_complete is Model.on_complete:
+        if sink is not None:
+            sink.prepare(model)
+            model._record.sink = sink  # noqa: SLF001 - a model of ours
+        elif not model.completes_many() and model.on_complete is Model.on_complete:
             raise ConfigurationError(
-                f"{model.__qualname__} must define on_complete() or on_complete_many()"
+                f"{model.__qualname__} must define on_complete() or on_complete_many(), or "
+                "collect() must be given a sink"
             )
 
     def _make_cache(self, max_entries: int) -> Any:
@@ -142,6 +148,7 @@ class BaseCollection(Generic[P, M]):
             "_find": cache._entries.get,  # noqa: SLF001
             "_use": cache._entries.move_to_end,  # noqa: SLF001
             "_ready": self._ready,
+            "_passes_over": self._passes_over,
             "_outbox": engine.outbox,
             "_wait_for_room": self._wait_for_room,
             "_clock": time.monotonic,
@@ -194,6 +201,11 @@ class BaseCollection(Generic[P, M]):
             target.add(record)
             record._unsent_ = True
         return record, out
+
+    def _passes_over(self, batch: Any, key: Any) -> bool:
+        """Return whether what a message brings is stored already; see `phonon.source`."""
+        resource = f"{prefix_of(self._engine, DATABASE, self._collection)}{key}"
+        return bool(batch.passes_over(resource))
 
     def _new(self, key: Any) -> ModelRecord:
         self._engine.ensure_alive()  # type: ignore[attr-defined]  # of threads or tasks
@@ -318,6 +330,8 @@ def put(@PARAMETERS, **_unknown):
                 _batch = None
             elif _batch.durable:
                 _target = _batch
+                if _batch.asks and _passes_over(_batch, @ID):
+                    return None
     _out = ()
     with _lock:
         _record = _find(@ID)
@@ -336,6 +350,7 @@ def put(@PARAMETERS, **_unknown):
 
 _PUT_ROWS = """\
 def put_rows(_rows, _number, _batch, _target, _all_out, _rejected):
+    _asks = _target is not None and _target.asks
     with _lock:
         _now = _clock()
         for _row in _rows:
@@ -353,6 +368,8 @@ def put_rows(_rows, _number, _batch, _target, _all_out, _rejected):
                 @CHECKS
             except _InvalidMessageError as _error:
                 _rejected.append(_Rejected(_number, _error))
+                continue
+            if _asks and _passes_over(_target, @ID):
                 continue
             _record = _find(@ID)
             if _record is None or _record._batch_ is not _target:

@@ -1,4 +1,4 @@
-"""What all fields have in common."""
+"""The base of all fields."""
 
 import typing
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload

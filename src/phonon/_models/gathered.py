@@ -116,7 +116,7 @@ class SetAppend(Field[set[T], Any], Generic[T]):
 
 
 class Distinct(Field[int, Any], Generic[T]):
-    """How many different values, estimated by a HyperLogLog of 4,096 registers.
+    """The number of different values, estimated by a HyperLogLog of 4,096 registers.
 
     The standard error is 1.6 per cent; up to some hundred values it is exact but for collisions.
     Messages have one value or a collection of them. After P. Flajolet et al. 2007, with the

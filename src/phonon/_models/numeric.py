@@ -189,7 +189,7 @@ class Mean(Field[float | None, float], Generic[N]):
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What `Stats` has found.
+    """The result of `Stats`.
 
     Attributes:
         count: How many values.

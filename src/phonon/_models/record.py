@@ -6,7 +6,7 @@ merged and executed like any other update.
 
 import types
 from collections.abc import Callable, Iterable, Sequence
-from inspect import iscoroutinefunction
+from inspect import isawaitable, iscoroutinefunction
 from typing import Any, ClassVar, Self
 
 from phonon._core.classes import name_of
@@ -18,7 +18,7 @@ DATABASE = "model"
 
 
 class ModelRecord(Update):
-    """What has come together for one key of a model.
+    """The merged data of one key of a model.
 
     Attributes:
         model: The model's class.
@@ -33,6 +33,8 @@ class ModelRecord(Update):
     compiled: ClassVar[Compiled]
     #: Stands for the model in the names of its resources.
     resource_collection: ClassVar[str]
+    #: Where records are written to in this interpreter, in place of ``on_complete``.
+    sink: ClassVar[Any] = None
     messages: int
     is_due: bool
 
@@ -48,14 +50,35 @@ class ModelRecord(Update):
 
     @classmethod
     def execute_many(cls, updates: Sequence[Self]) -> Any:
-        """Run the model's ``on_complete_many``."""
+        """Run the model's ``on_complete_many``, or give its sink what there is."""
         shown = [update.shown() for update in updates]
-        return _failed(cls.model.on_complete_many(shown), shown, updates)
+        if cls.sink is None:
+            return _failed(cls.model.on_complete_many(shown), shown, updates)
+        for record, update in zip(shown, updates, strict=True):
+            # A sink may have to merge them with what it has.
+            record.__dict__["_states_"] = update.doc
+        result = cls.sink.write(shown)
+        return (
+            _awaited(result, shown, updates)
+            if isawaitable(result)
+            else _failed(result, shown, updates)
+        )
 
     @classmethod
     def executes_many(cls) -> bool:
-        """Return whether the model has an ``on_complete_many`` of its own."""
-        return bool(cls.model.completes_many())
+        """Return whether the model has an ``on_complete_many`` of its own, or a sink."""
+        return cls.sink is not None or bool(cls.model.completes_many())
+
+    @classmethod
+    def lacks_(cls) -> str:
+        """Return what is missing in this interpreter to execute records; empty if nothing is."""
+        model = getattr(cls, "model", None)
+        if model is None or cls.sink is not None or model.completes_many():
+            return ""
+        # A base has one that only raises.
+        if model.on_complete.__module__ != "phonon.model":
+            return ""
+        return "a sink: call process.collect(model, sink=...) here, too"
 
     def shown(self) -> Any:
         """Return the record as users see it."""
@@ -67,14 +90,10 @@ class ModelRecord(Update):
         self.messages = 0
         self.is_due = False
 
-    def take(self) -> bytes | None:
-        """Move out what is unsent, as one partial; None if there is nothing."""
-        self._locked_(self._seal_)
-        return super().take()
-
-    def _seal_(self) -> None:
+    def _take_(self, engine: Any, *, keep: bool) -> tuple[bytes | None, Any]:
         if self.doc:
             self.compiled.seal(self.doc)
+        return super()._take_(engine, keep=keep)
 
     def is_expired(self) -> bool:
         """Return whether the session is over; the collection decides."""
@@ -114,6 +133,10 @@ class AsyncModelRecord(ModelRecord):
         """Run the model's ``on_complete_many``."""
         shown = [update.shown() for update in updates]
         return _failed(await cls.model.on_complete_many(shown), shown, updates)
+
+
+async def _awaited(result: Any, shown: Sequence[Any], updates: Sequence[Any]) -> Any:
+    return _failed(await result, shown, updates)
 
 
 def _failed(result: Any, shown: Sequence[Any], updates: Sequence[Any]) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 
 class Reply(IntEnum):
-    """What an operation came to. The Lua text gets these as constants.
+    """The answers to operations. The Lua text gets them as constants.
 
     ``STORED`` is 1, so that it and a number of partials can share one answer of ``append``.
     """
@@ -93,7 +93,7 @@ class Taken(NamedTuple):
 
 
 class Reaped(NamedTuple):
-    """What a reap has taken over.
+    """The part of a dead process that a reap has taken over.
 
     Attributes:
         code: `Reply.REAPED`.

@@ -47,7 +47,7 @@ _pack = msgpack.Packer(use_bin_type=False, unicode_errors="surrogatepass", autor
 
 
 class State(Enum):
-    """What a lane waits for."""
+    """The states of a lane."""
 
     IDLE = "idle"
     IN_FLIGHT = "in flight"
@@ -171,7 +171,7 @@ class Lane:
 
     @property
     def state(self) -> State:
-        """What it waits for."""
+        """Return the lane's state."""
         if self._fenced:
             return State.FENCED
         return State.IDLE if self.call is None else self._progress
@@ -210,7 +210,7 @@ class Lane:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is something to send."""
+        """Return whether there is something to send."""
         if self._fenced:
             return False
         position = self._at()

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Code(IntEnum):
-    """How the server knows an operation. The Lua text gets these as constants."""
+    """The codes of operations. The Lua text gets them as constants."""
 
     JOIN = 1
     APPEND = 2
@@ -109,7 +109,7 @@ class Operation:
 
     @property
     def code(self) -> Code:
-        """What it does."""
+        """Return the operation's code."""
         return Code(self.words[0])
 
     @property
@@ -120,7 +120,7 @@ class Operation:
 
     @property
     def frees(self) -> bool:
-        """Whether a server that is out of memory still has to run it."""
+        """Return whether a server that is out of memory still has to run it."""
         # A membership that a rebirth renews takes the place of one that is reaped.
         return self.words[0] in _FREES or self.ahead
 
@@ -198,7 +198,7 @@ def meet(partition: int, resource: bytes, parties: int, first_id: bytes) -> Oper
 
 
 def await_parties(partition: int, resource: bytes, waiter: Holder) -> Operation:
-    """Look who has come and left, and ask for mail when that changes."""
+    """Return the parties that came and left, and ask for mail when they change."""
     return Operation(partition, (int(Code.AWAIT), resource, waiter))
 
 

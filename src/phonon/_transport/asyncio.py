@@ -714,7 +714,7 @@ class _Mail:
                 self._early.popitem(last=False)
 
     def take(self, waiter: str) -> bool:
-        """Return whether a waiter's mail has come already."""
+        """Return whether a waiter's mail has arrived."""
         came = self._early.pop(waiter, None)
         return came is not None and time.monotonic() - came < KEEP_MAIL
 

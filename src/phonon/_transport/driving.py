@@ -1,4 +1,4 @@
-"""What the drivers of threads and of asyncio share: tickets, answers, the user's code."""
+"""The logic that both drivers share: tickets, answers, the user's code."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -103,7 +103,7 @@ class Ticket:
 
     @property
     def is_done(self) -> bool:
-        """Whether all answers are there."""
+        """Return whether all answers are there."""
         answers = self.answers
         at, end = self._answered, len(answers)
         while at < end and answers[at] is not UNANSWERED:

@@ -161,7 +161,7 @@ class _Leader:
 
 
 class _Claims:
-    """Who leads what. A claim is one atomic step."""
+    """The leaders: which thread sends for which lane. A claim is one atomic step."""
 
     def __init__(self) -> None:
         self._leaders: dict[Hashable, _Leader] = {}
@@ -205,7 +205,7 @@ class _Claims:
             self._leaders.pop(thing, None)
 
     def forget(self) -> None:
-        """Nobody leads, in a forked child."""
+        """Forget all leaders: a forked child has none of their threads."""
         self._leaders = {}
 
 

@@ -44,6 +44,11 @@ class AsyncAdmin(BaseAdmin):
         namespace: The namespace.
         timeout: Seconds to go on asking a server that does not answer.
         who: Who acts, for the log on the server. None: user, host and process.
+
+    Example:
+        >>> async with AsyncAdmin() as admin:
+        ...     async for batch in admin.batches(state="parked"):
+        ...         print(batch.resource, batch.token, batch.error)
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class AsyncAdmin(BaseAdmin):
 
     @property
     def address(self) -> str:
-        """Where the server is, without a password."""
+        """Return the server's address, without a password."""
         return self._started().server.address
 
     def _started(self) -> SharedConnection:

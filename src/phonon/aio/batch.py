@@ -18,6 +18,12 @@ class AsyncBatch(BaseBatch):
     Args:
         engine: The process's.
         durable: Whether to store the data of updates that are made with ``init_cache=False``.
+
+    Example:
+        >>> async with process.batch():
+        ...     reference = await process.create_reference("import-42")
+        >>> print(await reference.count())
+        1
     """
 
     async def close(self) -> list[BaseException]:

@@ -21,9 +21,20 @@ class AsyncLruCache(BaseCache[U]):
         ConfigurationError: ``max_entries`` is less than 1, or no whole number.
 
     Example:
+        >>> class Clicks(AsyncConflictFreeUpdate):
+        ...     async def execute(self):
+        ...         print("write", self._id, self.doc["n"])
         >>> cache = AsyncLruCache(max_entries=1000)
+        >>> async with process.batch():  # stores what is set in one exchange
+        ...     for page in ("/a", "/b", "/a"):
+        ...         await cache.set(page, Clicks(process, page, doc={"n": 1}))
+        True
+        True
+        False
         >>> cache.size()
-        0
+        2
+        >>> await cache.expire("/a")
+        write /a 2
     """
 
     _package = "phonon.aio"

@@ -40,8 +40,9 @@ class AsyncLock(BaseLock):
         ConfigurationError: An argument is invalid.
 
     Example:
-        >>> async with process.lock("report") as lock:  # doctest: +SKIP
-        ...     await write_report(fencing_token=lock.token)
+        >>> async with process.lock("report") as lock:
+        ...     print("a fencing token:", lock.token > 0)
+        a fencing token: True
     """
 
     _package = "phonon.aio"
@@ -134,7 +135,7 @@ class AsyncLock(BaseLock):
 if TYPE_CHECKING:
 
     class HeldAsyncLock(AsyncLock):
-        """What an ``async with`` block has: the same lock, whose token is known to be there."""
+        """A lock in its ``async with`` block, where it is known to have a token."""
 
         @property
         def token(self) -> int:
@@ -156,6 +157,7 @@ class AsyncSemaphore(BaseSemaphore, AsyncLock):
         timeout: As of an `AsyncLock`.
 
     Example:
-        >>> async with process.semaphore("connections", 10):  # doctest: +SKIP
-        ...     await fetch()
+        >>> async with process.semaphore("connections", 10) as place:
+        ...     print(place.owned())
+        True
     """

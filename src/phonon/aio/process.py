@@ -70,8 +70,8 @@ class AsyncProcess(BaseProcess):
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`.
         durability: How safe data must be on the server before a call that stores it returns.
-        on_error: Called with every error that there is no caller to raise it to, and awaited if
-            it returns something to await.
+        on_error: Called with every background error, which no caller gets, and awaited if it
+            returns something to await.
         max_concurrent: How many ``execute`` run at the same time, each in a task of its own. A
             resource's batches stay in order.
         max_backlog: How much may be left undone, because ``execute`` fails or the server does not
@@ -83,8 +83,10 @@ class AsyncProcess(BaseProcess):
         ConfigurationError: An argument is invalid.
 
     Example:
-        >>> async with AsyncProcess("redis://localhost:6379/1") as process:  # doctest: +SKIP
+        >>> async with AsyncProcess() as process:
         ...     reference = await process.create_reference("import-42")
+        ...     print(await reference.count())
+        1
     """
 
     Lock: ClassVar = AsyncLock

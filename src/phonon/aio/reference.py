@@ -30,9 +30,10 @@ class AsyncReference(BaseReference):
         ProcessStoppedError: The process was not started.
 
     Example:
-        >>> reference = await process.create_reference("import-42")  # doctest: +SKIP
-        >>> await load_my_part()  # doctest: +SKIP
-        >>> await reference.dereference(callback=publish)  # doctest: +SKIP
+        >>> reference = await process.create_reference("import-42")
+        >>> await reference.dereference(callback=lambda: print("the last one publishes"))
+        the last one publishes
+        True
     """
 
     _package = "phonon.aio"

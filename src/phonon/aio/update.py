@@ -18,7 +18,7 @@ _LOOK = 0.02
 
 
 class AsyncUpdate(Update):
-    """What has become known about one record, to be merged and written once; see `Update`.
+    """Data about one record, merged wherever it arrives and written once; see `Update`.
 
     Subclass it and override `merge`, which is an ordinary method, and ``async def execute``. The
     constructor does not wait for the server: `AsyncLruCache.set`, `cache` or `end_session` store
@@ -52,8 +52,14 @@ class AsyncUpdate(Update):
         ...     def merge(self, other):
         ...         self.doc["n"] += other.doc["n"]
         ...     async def execute(self):
-        ...         await database.add(self._id, self.doc["n"], self.token)
-        >>> await cache.set(user, Visits(process, user, doc={"n": 1}))  # doctest: +SKIP
+        ...         print("write", self._id, self.doc["n"])
+        >>> cache = AsyncLruCache(max_entries=1000)
+        >>> for user in ("ada", "ada"):
+        ...     await cache.set(user, Visits(process, user, doc={"n": 1}))
+        True
+        False
+        >>> await cache.expire_all()
+        write ada 2
     """
 
     is_async: ClassVar[bool] = True
@@ -96,7 +102,7 @@ class AsyncUpdate(Update):
 
     @property
     def is_to_be_opened(self) -> bool:
-        """Whether there is something that the constructor could not do."""
+        """Return whether the constructor left something undone."""
         return self._init_cache_ is not None
 
     async def open_now(self) -> None:
@@ -208,7 +214,15 @@ class AsyncUpdate(Update):
 
 
 class AsyncConflictFreeUpdate(AsyncUpdate):
-    """An update whose numbers add up; see `ConflictFreeUpdate`."""
+    """An update whose numbers add up; see `ConflictFreeUpdate`.
+
+    Example:
+        >>> class Views(AsyncConflictFreeUpdate):
+        ...     async def execute(self):
+        ...         print("write", self._id, self.doc)
+        >>> await Views(process, "/home", doc={"views": 1}).end_session()
+        write /home {'views': 1}
+    """
 
     def merge(self, other: Any) -> None:
         """Add up the numbers of two docs."""

@@ -1,4 +1,4 @@
-"""What the operator's commands have in common: where to look, how to show it, and whom to ask."""
+"""Options that all of the operator's commands share."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ WATCH = 2.0
 
 
 class Target(NamedTuple):
-    """Where to look.
+    """The namespace and server that a command looks at.
 
     Attributes:
         url: The server; None for the default.

@@ -29,7 +29,7 @@ ADD = """INSERT INTO counts VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE
 
 
 class Count(ConflictFreeUpdate, name="count"):
-    """What is known about one key: numbers that add up, wherever their messages arrive."""
+    """Data about one key: numbers that add up, wherever their messages arrive."""
 
     def execute(self) -> None:
         """Write the record; the last process to let go of the key does, once a session."""

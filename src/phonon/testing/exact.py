@@ -163,7 +163,7 @@ def _is_paused_before_execute(trial: _Trial) -> None:
 
 
 class _DiedError(Exception):
-    """What ends the thread of a process that has died."""
+    """Raised to end the thread of a process that has died."""
 
 
 #: What happens to one of the processes, and how.

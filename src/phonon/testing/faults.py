@@ -1,4 +1,4 @@
-"""What can happen to a process: it is killed, it is paused, answers to it are lost."""
+"""Faults of a process: it is killed, it is paused, answers to it are lost."""
 
 import contextlib
 import os

@@ -18,7 +18,7 @@ _RECEIVE = 1 << 16
 
 
 class State(Enum):
-    """What a wire does with what comes."""
+    """The modes of a wire."""
 
     OPEN = "open"
     HELD = "held"
@@ -71,7 +71,7 @@ class Wire:
 
     @property
     def left_to_lose(self) -> int:
-        """How many answers are still to be lost."""
+        """Return how many answers are still to be lost."""
         return self._to_lose
 
     def cut(self) -> None:

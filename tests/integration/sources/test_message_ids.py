@@ -6,8 +6,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from phonon import ConflictFreeUpdate, LruCache, Process
+from phonon import ConflictFreeUpdate, LruCache, Model, Process
+from phonon.collection import Collection
 from phonon.errors import AlreadyStoredError, ConfigurationError
+from phonon.fields import ID
+from phonon.fields import Count as Tally
 from support.world import Make, Redis, wait_until
 
 Message = tuple[str, int]
@@ -18,6 +21,14 @@ class Count(ConflictFreeUpdate):
 
     def execute(self) -> None:
         self.executed[self._id] += self.doc["n"]
+
+
+class Visits(Model, name="ids_visits"):
+    key: ID[int]
+    n: Tally = Tally()
+
+    def on_complete(self) -> None:
+        Count.executed[self.key] += self.n
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +48,9 @@ def expected(some: list[Message]) -> Counter[Any]:
 def take(process: Process, some: list[Message], cache: Any = None, window: float = 3600) -> None:
     with process.batch(some, dedupe="queue", window=window) as batch:
         for _, key in batch:
+            if isinstance(cache, Collection):
+                cache.add_many([{"key": key, "n": 1}])
+                continue
             update = Count(process, key, doc={"n": 1})
             if cache is not None:
                 cache.set(key, update)
@@ -53,10 +67,14 @@ def take_at_last(process: Process, some: list[Message], cache: Any = None) -> in
     raise AssertionError
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_message_counts_once_however_it_comes(make: Make, cached: bool) -> None:
+@pytest.mark.parametrize("kind", ["", "cache", "model"])
+def test_a_message_counts_once_however_it_comes(make: Make, kind: str) -> None:
     first, second = make(), make()
-    caches: list[Any] = [LruCache(5), LruCache(5)] if cached else [None, None]
+    caches: list[Any] = [None, None]
+    if kind == "cache":
+        caches = [LruCache(5), LruCache(5)]
+    elif kind == "model":
+        caches = [each.collect(Visits, 5) for each in (first, second)]
     some = messages(0, 200)
     take(first, some[:100] + some[:10], caches[0])  # twice in one batch
     take(first, some[50:120], caches[0])  # known here

