@@ -23,10 +23,10 @@ demo: $(VENV)/.installed ## run the main job on real data with an embedded serve
 
 # Tests wait for conditions, so they may share the machine: one worker for each of two cores.
 test: $(VENV)/.installed ## run the tests, but for the slow exhaustive ones
-	$(BIN)/python -m pytest -n 2 -m "not slow and not chaos" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos" $(ARGS)
 
 test-all: $(VENV)/.installed ## run all tests, as CI does
-	$(BIN)/python -m pytest -n 2 --maxfail 10 $(ARGS)
+	PHONON_TEST_EXAMPLES=1 $(BIN)/python -m pytest -n 2 --dist worksteal --maxfail 10 $(ARGS)
 
 chaos: $(VENV)/.installed ## kill workers by the hundred, and check that nothing is lost
 	$(BIN)/python -m pytest -m chaos -rP $(ARGS) tests/chaos

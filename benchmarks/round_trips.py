@@ -2,8 +2,9 @@
 
     python benchmarks/round_trips.py
 
-Calls are counted by the server (``INFO commandstats``), exchanges by a socket that counts what it
-sends: a pipeline is one exchange, however many calls travel in it. A call carries many operations.
+Calls are counted by the server (``INFO commandstats``), exchanges by a socket: one begins with what
+is sent behind an answer, however many calls are sent before the next answer is read. A call carries
+many operations.
 """
 
 import socket
@@ -22,7 +23,7 @@ class Trips(NamedTuple):
     """What an operation cost.
 
     Attributes:
-        exchanges: Pipelines sent.
+        exchanges: Times that it waited for the server.
         calls: Calls of server functions in them, as the server counted.
     """
 
@@ -31,18 +32,31 @@ class Trips(NamedTuple):
 
 
 class CountingSocket(socket.socket):
-    """A socket that counts what it sends."""
+    """A socket that counts how often something is sent behind an answer."""
 
     sent = 0
+    is_behind_answer = True
 
     def sendall(self, *arguments: Any) -> None:
         """Count, and send."""
-        CountingSocket.sent += 1
+        if self.is_behind_answer:
+            CountingSocket.sent += 1
+            self.is_behind_answer = False
         super().sendall(*arguments)
+
+    def recv(self, *arguments: Any) -> bytes:
+        """Receive, and note it."""
+        self.is_behind_answer = True
+        return super().recv(*arguments)
+
+    def recv_into(self, *arguments: Any) -> int:
+        """Receive, and note it."""
+        self.is_behind_answer = True
+        return super().recv_into(*arguments)
 
 
 class Counting(redis.UnixDomainSocketConnection):
-    """A connection that counts what it sends."""
+    """A connection that counts exchanges."""
 
     def _connect(self) -> CountingSocket:
         with super()._connect() as plain:

@@ -246,7 +246,7 @@ class _Chaos:
             if kind in {"token", "epoch", "partitions", f"lane:{me}"} or client.ttl(name) >= 0:
                 continue
             # Those that list processes list this one, and nobody else.
-            if kind in {"processes", "listings", "cards", "lanes"}:
+            if kind in {"processes", "listings", "cards", "reports", "lanes"}:
                 others = _members(client, name) - {me}
                 left += [f"{name}: process {other}" for other in sorted(others)]
             else:

@@ -131,6 +131,9 @@ class BaseReference:
         (result,) = yield from self._engine.outbox.end((ending,))
         _check(result)
         last = result.last
+        if not last and not result.left:
+            # A leave before this one, whose caller has gone, has had its answer: it was the last.
+            yield from self._engine.outbox.settling()
         gone = yield CALLER_GONE
         # A leave whose caller had gone was the last of an earlier session.
         if not gone and resource in members.undelivered_results:

@@ -254,6 +254,17 @@ def a_stale_reaper_meets_an_outage(world: World) -> None:
     _does(world, "b", "lock", "d", 5.0, False, None)
 
 
+def a_clock_that_is_set_forward_is_nobodys_death(world: World) -> None:
+    """Neither by more than a lease nor by less: deadlines are set forward with it."""
+    assert world.do(("user", "a", "user0", "lock", "d", 5.0, False, None))
+    world.do(("call", "a", 0, "ok"))
+    world.do(("time", 12_000_000, "a"))
+    world.do(("jump", 30_000_000))
+    _beats(world, "b")
+    _does(world, "b", "lock", "d", None, False, None)
+    assert world.seen["LOCK BUSY"] == 1, "G13: a lock is taken from one that believes in it"
+
+
 def a_rollback_in_a_takeover(world: World) -> None:
     """What was taken over, and is a dead one's again, is taken over again."""
     _does(world, "a", "append", "d", "y")
@@ -373,6 +384,7 @@ SCENARIOS: list[Scenario] = [
     orphaned_lanes_are_reaped,
     a_sweep_is_patient,
     a_stale_reaper_meets_an_outage,
+    a_clock_that_is_set_forward_is_nobodys_death,
     a_rollback_in_a_takeover,
     a_zombie_does_not_complete,
     a_batch_is_not_forgotten_while_its_answer_lies_here,

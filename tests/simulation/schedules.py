@@ -23,6 +23,10 @@ PROFILES: dict[str, dict[str, int]] = {
         "dup": 40, "beat": 40, "work": 40, "gone": 8, "kill": 9, "pause": 18, "time": 8, "back": 4,
         "start": 6, "stop": 4,
     },
+    "clock": {
+        "dup": 20, "beat": 60, "work": 40, "gone": 4, "kill": 3, "pause": 10, "time": 20, "jump": 20,
+        "start": 4, "stop": 2,
+    },
     "outage": {
         "dup": 40, "beat": 40, "work": 40, "gone": 8, "kill": 6, "pause": 10, "outage": 10,
         "time": 8, "start": 6,
@@ -238,6 +242,8 @@ class Schedule:
             return rng.choice([*some, ("rollback", "namespace"), ("empty", "namespace")])
         if kind in ("outage", "save", "rollback", "empty"):
             return (kind,)
+        if kind == "jump":
+            return "jump", rng.choice((1_000, 3_000_000, 20_000_000, 35_000_000, 100_000_000))
         if kind == "back":
             return "back", rng.choice((1_000, 2_000_000, 100_000_000))
         if kind == "time":

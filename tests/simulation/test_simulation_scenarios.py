@@ -115,6 +115,9 @@ WITHOUT: dict[Scenario, Mutation] = {
     scenarios.a_stale_reaper_meets_an_outage: _lua(
         "  if score == 0 then\n    return { 'dead' }\n  end\n", ""
     ),
+    scenarios.a_clock_that_is_set_forward_is_nobodys_death: _lua(
+        "  if jump > ttl * JUMP then\n", "  if false then\n"
+    ),
     scenarios.a_rollback_in_a_takeover: _lua(
         "  elseif others == 0 and total > 0 and not run[1] then\n    if recovers then\n",
         "  elseif false then\n    if recovers then\n",

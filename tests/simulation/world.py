@@ -92,7 +92,7 @@ class World:
         self.answered: set[Any] = set()
         self.refused: set[Any] = set()
         self.overdue: set[bytes] = set()
-        self.was_skewed = False
+        self.was_set = self.was_set_back = False
         self.saved: tuple[list[bytes], Saved] | None = None
         self.fate = ""
         self.steps = 0
@@ -532,8 +532,14 @@ class World:
     def do_back(self, micros: int) -> None:
         """The server's clock is set back."""
         self.seen["clocks set back"] += 1
-        self.was_skewed = True
+        self.was_set = self.was_set_back = True
         self.server.skew -= micros
+
+    def do_jump(self, micros: int) -> None:
+        """The server's clock is set forward."""
+        self.seen["clocks set forward"] += 1
+        self.was_set = True
+        self.server.skew += micros
 
     def do_forward(self) -> None:
         """The server's clock is right again."""

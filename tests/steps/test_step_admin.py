@@ -259,7 +259,7 @@ def test_the_record_is_bounded(lab: Lab) -> None:
 
 def test_a_report_goes_with_its_process(lab: Lab) -> None:
     epoch, listing, _ = lab.whole("list", "a", 1000, 4, "card", 0)
-    lab.whole("beat", "a", 1000, epoch, listing, 1, 1, 0, "busy")
+    lab.whole("beat", "a", 1000, epoch, listing, 1, 1, 0, "busy", 10**9)
     _, partitions, cursor, rows = lab.whole("admin_roster", 0)
     assert (partitions, cursor) == (b"4", b"0")
     assert rows[0] == b"a"

@@ -17,9 +17,16 @@ class Life:
             "list", name, TTL, partitions, f"card of {name}", int(insist)
         )
 
-    def beat(self, *, marks: bool = True, executes: int = 1, hand_out_ms: int = 0) -> list[Any]:
+    def beat(
+        self,
+        *,
+        marks: bool = True,
+        executes: int = 1,
+        hand_out_ms: int = 0,
+        since_ms: int = 10**7,  # longer than any of the lab's pauses: no clock was set
+    ) -> list[Any]:
         words = (self.name, TTL, self.epoch, self.listing, int(marks), executes, hand_out_ms)
-        return list(self.lab.whole("beat", *words))
+        return list(self.lab.whole("beat", *words, "", since_ms * 1000))
 
 
 def processes(lab: Lab) -> dict[bytes, float]:
@@ -85,6 +92,31 @@ def test_one_that_is_overdue_itself_marks_nobody_and_gives_time(lab: Lab) -> Non
     assert a.beat() == [b"alive", TTL, 3]
     assert processes(lab)[b"b"] == processes(lab)[b"c"] == lab.now + TTL * 1000
     assert b.beat()[3:] == c.beat()[3:] == []
+
+
+@pytest.mark.parametrize("jump_ms", [200, 700, 5_000])
+def test_deadlines_move_with_a_clock_that_is_set_forward(lab: Lab, jump_ms: int) -> None:
+    b = Life(lab, "b")
+    lab.advance(400)
+    a = Life(lab, "a")
+    lab.advance(500)
+    before = processes(lab)[b"b"]
+    lab.advance(jump_ms)
+    assert a.beat(since_ms=500)[3:] == []
+    assert processes(lab)[b"b"] in (before + jump_ms * 1000, lab.now + TTL * 1000)
+    assert a.beat(since_ms=0)[3:] == []
+    after = processes(lab)
+    assert b.beat(since_ms=900)[0] == b"alive"
+    assert processes(lab)[b"a"] == after[b"a"], "it is noticed once"
+
+
+def test_a_beat_that_is_a_little_late_moves_nothing(lab: Lab) -> None:
+    Life(lab, "b")
+    a = Life(lab, "a")
+    before = processes(lab)[b"b"]
+    lab.advance(100)
+    a.beat(since_ms=0)
+    assert processes(lab)[b"b"] == before
 
 
 def test_a_newcomer_marks_nobody(lab: Lab) -> None:

@@ -138,6 +138,7 @@ class Heartbeat:
             b"%d" % self._recovers,
             b"%d" % int(self._interval * 1000),
             self._report(),
+            b"%d" % int((begun - identity.beaten_at) * 1_000_000),
         )
         page = b"%d" % (self.beats % 16 if self.beats % 2 else 0)
         verify = identity.everywhere("verify", me, before, page)

@@ -18,6 +18,13 @@ from phonon.errors import ConfigurationError, ServerError
 REMEMBERED = 6.5 * 24 * 3600.0
 
 
+#: This share of a lease a process does not count on. The server's clock may be set forward by that
+#: much without its noticing; see JUMP in processes.lua.
+MARGIN = 1 / 8
+#: Commands that are sent beside those of the function library.
+ALSO_SENT = (b"BLPOP",)
+
+
 class Identity:
     """The identity under which a process takes part, until it is declared dead and takes another.
 
@@ -166,9 +173,23 @@ class Identity:
         Raises:
             PhononError: The server does not answer, or refuses.
         """
+        yield from self._check_rights()
         begun = self.clock()
         epoch, listing, lanes = yield from self.appear(self.id, insist=False)
         self.become(self.id, epoch, listing, lanes, begun)
+
+    def _check_rights(self) -> Flow[None]:
+        """Find commands that are forbidden before one of them fails in the middle of a step.
+
+        All partitions are asked: in a cluster each node has its own list of rights.
+        """
+        replies = yield Read(self.everywhere("rights", *ALSO_SENT))
+        missing = dict.fromkeys(c.decode().lower() for reply in replies for c in _checked(reply))
+        if missing:
+            raise ServerError(
+                f"the server's user may not run {', '.join(missing)}, which Phonon needs: grant "
+                f"them with ACL SETUSER <user> {' '.join(f'+{command}' for command in missing)}"
+            )
 
     def become(
         self, process: bytes, epoch: bytes, listing: bytes, lanes: list[Lane], begun: float
@@ -185,12 +206,18 @@ class Identity:
     # What is known
 
     @property
+    def beaten_at(self) -> float:
+        """When the last heartbeat that was answered was sent, by the clock."""
+        return self.lives_until - self.lease
+
+    @property
     def surely_lives(self) -> bool:
         """Return whether the lease lasts, so that nobody can have declared this process dead.
 
-        Counted from before the last heartbeat was sent, so this ends earlier than on the server.
+        Counted from before the last heartbeat was sent, so this ends earlier than on the server;
+        also if the server's clock was set forward by as much as no heartbeat notices.
         """
-        return not self.suspected and self.clock() < self.lives_until
+        return not self.suspected and self.clock() < self.lives_until - self.lease * MARGIN
 
     def alive(self, begun: float) -> None:
         """A heartbeat that was sent then has been answered."""

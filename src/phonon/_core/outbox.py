@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from phonon._core.executor import Batch, Executor
-from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Wait
+from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Sleep, Wait
 from phonon._core.identity import Identity
 from phonon._core.members import ABSENT, Entry, Members, modifications_of
 from phonon._core.reports import Reports
@@ -39,6 +39,9 @@ GROUP = 128
 IDLE = 60.0
 #: Seconds between two attempts to send what was not answered.
 AGAIN = 0.25
+#: Seconds that a call waits for those before it to take in their answers, and between two looks.
+SETTLING = 0.5
+LOOK = 0.005
 
 T = TypeVar("T")
 
@@ -669,6 +672,12 @@ class Outbox:
         self.detached[run] = object()
         self.look()
         self.wake()
+
+    def settling(self) -> Flow[None]:
+        """Wait, for a moment, until flows whose callers have gone have taken in their answers."""
+        give_up = self._clock() + SETTLING
+        while self._clock() < give_up and any(map(self.is_ready, list(self.detached))):
+            yield Sleep(LOOK)
 
     def is_answered(self, run: Any) -> None:
         """Go on with a flow whose caller has gone, now that it has its answers."""

@@ -103,7 +103,7 @@ class Rebirth:
         self._next_id = self._next_id or identity.new_id().encode()
         begun = identity.clock()
         epoch, listing, opened = yield from identity.appear(self._next_id, insist=True)
-        silent = begun - (identity.lives_until - identity.lease)
+        silent = begun - identity.beaten_at
         # A process that was declared dead is not listed any more, nor are its lanes that were never
         # used. That may be a loss, so all is fenced again; but it proves none.
         suspicious = forgotten or bool(lost_calls) or epoch != identity.epoch

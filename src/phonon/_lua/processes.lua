@@ -33,12 +33,18 @@ end)
 local HANDED_OUT = 16
 local SHARERS = 16
 
+-- The server's clock may be set forward. It was if it has gone on by so much more of a lease between two
+-- beats than the process's own: half an interval. A beat that the network delays looks the same, and does
+-- no harm. See MARGIN in identity.py.
+local JUMP = 1 / 8
+
 -- beat(process, ttl ms, epoch, number of the listing, 1 if it may mark, 1 if it executes batches, ms
--- for which the dead that it is told of are not handed to others, a report or nothing): renew the
--- process's lease, and keep what it reports of itself for operators.
+-- for which the dead that it is told of are not handed to others, a report or nothing, µs by the
+-- process's own clock since it sent the last beat that was answered): renew the process's lease, and
+-- keep what it reports of itself for operators.
 -- A process whose deadline has passed is dead once another one's beat has marked it, with 0, and not
 -- before. A beat that finds itself overdue marks nobody and gives the others time: then it was the
--- server that was away.
+-- server that was away. One that finds that the clock was set forward moves all deadlines with it.
 -- answers { 'alive', ms until the next deadline or -1, processes alive, dead process ... } | { 'dead' }
 --         { 'forgotten' }
 plain('beat', function(N, args)
@@ -51,6 +57,13 @@ plain('beat', function(N, args)
   if score == 0 then
     return { 'dead' }
   end
+  local jump = at - (score - ttl) - tonumber(args[9])
+  if jump > ttl * JUMP then
+    local others = call('ZRANGEBYSCORE', processes, '(0', '+inf', 'WITHSCORES')
+    for j = 1, #others, 2 do
+      call('ZADD', processes, fmt(tonumber(others[j + 1]) + jump), others[j])
+    end
+  end
   for _, other in ipairs(call('ZRANGEBYSCORE', processes, '(0', fmt(at))) do
     if other ~= pid then
       if score <= at then
@@ -61,7 +74,7 @@ plain('beat', function(N, args)
     end
   end
   call('ZADD', processes, fmt(at + ttl), pid)
-  if args[8] then
+  if args[8] ~= '' then
     call('HSET', N .. 'reports', pid, args[8])
   end
   local answer = { 'alive', -1, call('ZCOUNT', processes, '(0', '+inf') }
@@ -188,59 +201,17 @@ read('survey', function(T)
   return call('SMEMBERS', T .. 'lanes')
 end)
 
--- probe(): use each command that a step needs, so that one which is forbidden is found before it
--- fails in the middle of a step and leaves it half done.
-plain('probe', function(T)
-  local key, other = T .. 'probe', T .. 'probe:2'
-  local function all()
-    call('DEL', key, other)
-    call('HSETNX', key, 'a', 0)
-    call('HSET', key, 'b', 1)
-    call('HINCRBY', key, 'a', 1)
-    call('HGET', key, 'a')
-    call('HMGET', key, 'a')
-    call('HGETALL', key)
-    call('HKEYS', key)
-    call('HLEN', key)
-    call('HEXISTS', key, 'a')
-    call('HDEL', key, 'a')
-    call('DEL', key)
-    call('RPUSH', key, 'a')
-    call('LLEN', key)
-    call('LINDEX', key, 0)
-    call('LPOS', key, 'a')
-    call('LRANGE', key, 0, 0)
-    call('LTRIM', key, 0, 0)
-    call('LREM', key, 0, 'b')
-    call('RENAME', key, other)
-    call('EXISTS', key)
-    call('RPOP', other)
-    call('SADD', key, 'a')
-    call('SMISMEMBER', key, 'a')
-    call('DEL', key)
-    call('ZADD', key, 1, 'a')
-    call('ZCARD', key)
-    call('ZCOUNT', key, 0, 0)
-    call('ZSCORE', key, 'a')
-    call('ZRANGE', key, 0, 0)
-    call('ZRANGEBYSCORE', key, 0, 0)
-    call('ZREM', key, 'a')
-    call('SADD', key, 'a')
-    call('SCARD', key)
-    call('SMEMBERS', key)
-    call('SRANDMEMBER', key)
-    call('SREM', key, 'a')
-    call('SET', key, 1)
-    call('SETNX', key, 1)
-    call('GET', key)
-    call('PEXPIRE', key, 1000)
-    call('PERSIST', key)
-    call('TIME')
-    call('DEL', key, other)
+-- rights(command, ...): which commands of the steps, and of these, the caller's user may not run. One
+-- that is forbidden in the middle of a step would leave it half done: Redis does not roll back.
+read('rights', function(T, args)
+  local key, missing = T .. 'rights', {}
+  for _, commands in ipairs({ COMMANDS, args }) do
+    for _, command in ipairs(commands) do
+      local name, sub = string.match(command, '^([^|]+)|?(.*)$')
+      if not redis.acl_check_cmd(name, sub ~= '' and sub or key, key, key) then
+        missing[#missing + 1] = command
+      end
+    end
   end
-  local ok, problem = pcall(all)
-  if not ok then
-    return redis.error_reply(type(problem) == 'table' and problem.err or tostring(problem))
-  end
-  return 1
+  return missing
 end)

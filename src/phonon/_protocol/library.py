@@ -1,6 +1,7 @@
 """The library of server functions: its text, its name, and the names of its functions."""
 
 import hashlib
+import re
 from functools import cache
 from importlib import resources
 from typing import NamedTuple
@@ -12,6 +13,12 @@ from phonon._protocol.operations import Code
 PROTOCOL = 2
 
 FILES = ("prelude", "members", "batches", "sources", "locks", "reap", "processes", "apply", "admin")
+#: The file with the functions for operators.
+OPERATORS = "admin"
+
+
+#: How a step calls a command of the server, and perhaps a subcommand.
+_COMMAND = re.compile(r"\bp?call\('([A-Z]+)'(?:, '([A-Z]+)')?")
 
 
 class Request(NamedTuple):
@@ -36,14 +43,23 @@ class Library:
         body: The library's Lua text.
         test_clock: The key of a string that holds what the clock says, microseconds. For tests
             only; without it the functions have no such thing.
+
+    Attributes:
+        name: Its name.
+        source: Its text, as the server gets it.
+        commands: The commands that the steps of processes use, which the server's user has to be
+            allowed to run.
     """
 
-    __slots__ = ("_functions", "name", "source")
+    __slots__ = ("_functions", "commands", "name", "source")
 
     def __init__(self, body: str, test_clock: str | None = None) -> None:
         clock = f"'{test_clock}'" if test_clock else "false"
         codes = "\n".join(f"local {code.name} = {code.value}" for code in (*Code, *Reply))
-        body = f"local TEST_CLOCK = {clock}\n{codes}\n{body}"
+        self.commands = sorted(commands_of(body) - of_operators())
+        commands = ", ".join(f"'{command}'" for command in self.commands)
+        constants = f"local TEST_CLOCK = {clock}\nlocal COMMANDS = {{ {commands} }}\n{codes}"
+        body = f"{constants}\n{body}"
         digest = hashlib.sha256(body.encode()).hexdigest()[:8]
         self.name = f"phonon{PROTOCOL}_{digest}"
         self.source = f"#!lua name={self.name}\nlocal NAME = '{self.name}'\n{body}"
@@ -68,10 +84,25 @@ class Library:
         return Request(prefix, (b"FCALL", self.function(name), b"1", prefix, *arguments))
 
 
+def commands_of(text: str) -> set[str]:
+    """Return the commands of the server that a text calls, as rights name them."""
+    return {f"{name}|{sub}" if sub else name for name, sub in _COMMAND.findall(text)}
+
+
+@cache
+def of_operators() -> frozenset[str]:
+    """Return the commands that only operators' functions use: a worker does without them."""
+    others = [name for name in FILES if name != OPERATORS]
+    return frozenset(commands_of(_read(OPERATORS)) - commands_of("\n".join(map(_read, others))))
+
+
+def _read(name: str) -> str:
+    return (resources.files("phonon") / "_lua" / f"{name}.lua").read_text(encoding="utf-8")
+
+
 def text() -> str:
     """Return the Lua files, joined."""
-    folder = resources.files("phonon") / "_lua"
-    return "\n".join((folder / f"{name}.lua").read_text(encoding="utf-8") for name in FILES)
+    return "\n".join(map(_read, FILES))
 
 
 @cache

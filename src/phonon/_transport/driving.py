@@ -177,11 +177,12 @@ class Ticket:
     def lanes(self) -> list[Lane]:
         """Return the lanes in which answers are still to come, each once."""
         answers = self.answers
-        return [
+        unanswered = (
             lane
             for _, lane, _, operations in self.places
             if any(answers[operation.index] is UNANSWERED for operation in operations)
-        ]
+        )
+        return list(dict.fromkeys(unanswered))  # a lane may have operations of several steps
 
 
 def request_of(library: Library, partitions: Partitions, lane: Lane, call: Call) -> Request:

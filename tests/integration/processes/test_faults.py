@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -714,6 +715,25 @@ def test_whoever_asks_again_is_told_that_it_was_the_last(brief: World, fault: Fa
     brief.back()
     assert reference.dereference()
     assert not reference.dereference()
+
+
+def test_whoever_asks_again_is_told_although_the_first_call_is_slow(
+    brief: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = brief.process.create_reference("resource")
+    outbox = brief.process.engine.outbox
+    resume = outbox.resume
+
+    def slowly(run: Any) -> Any:
+        time.sleep(0.1)
+        return resume(run)
+
+    monkeypatch.setattr(outbox, "resume", slowly)
+    brief.strike_step(Fault.LOST_REPLY, "leave")
+    with pytest.raises(ConnectionLostError):
+        reference.dereference()
+    brief.back()
+    assert reference.dereference()
 
 
 def test_the_heart_beats_while_what_was_kept_executes(brief: World) -> None:
