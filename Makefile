@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all chaos lint bench docs imports hooks changelog build workflows clean
+.PHONY: help demo test test-all chaos lint bench docs imports hooks changelog build release-check workflows clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -23,10 +23,10 @@ demo: $(VENV)/.installed ## run the main job on real data with an embedded serve
 
 # Tests wait for conditions, so they may share the machine: one worker for each of two cores.
 test: $(VENV)/.installed ## run the tests, but for the slow exhaustive ones
-	$(BIN)/python -m pytest -n 2 -m "not slow and not chaos" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos" $(ARGS)
 
 test-all: $(VENV)/.installed ## run all tests, as CI does
-	$(BIN)/python -m pytest -n 2 --maxfail 10 $(ARGS)
+	PHONON_TEST_EXAMPLES=1 $(BIN)/python -m pytest -n 2 --dist worksteal --maxfail 10 $(ARGS)
 
 chaos: $(VENV)/.installed ## kill workers by the hundred, and check that nothing is lost
 	$(BIN)/python -m pytest -m chaos -rP $(ARGS) tests/chaos
@@ -52,8 +52,18 @@ bench: $(VENV)/.peers ## measure against bare Redis and peers
 	$(BIN)/python benchmarks/scale.py --keys 100000 --messages 1000000
 	$(BIN)/python benchmarks/backpressure.py --seconds 12
 
-docs: $(VENV)/.installed ## run the examples in README.md and docs/
-	$(BIN)/python -m pytest tests/docs
+# The site's builder is needed for nothing else, and nor is pyright.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]' --editable demo
+	@touch $@
+
+docs: $(VENV)/.docs ## run the examples in README.md and docs/, check types in examples/, build the site into build/site
+	$(BIN)/python -m pytest tests/docs tests/integration/contrib/test_lines.py
+	$(BIN)/pyright --pythonpath $(BIN)/python examples
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+release-check: ## build what is published, install it clean, audit it, and list its parts
+	.ci/release
 
 imports: ## draw the tree of imports; ARGS=--write puts it into docs/architecture.md
 	PYTHONPATH=tests python3 -m support.imports $(ARGS)

@@ -96,7 +96,8 @@ def _existing(nav: Any, folder: Path) -> Any:
     for entry in nav:
         if isinstance(entry, dict):
             ((title, below),) = entry.items()
-            found.append({title: _existing(below, folder)})
+            is_page = isinstance(below, str)
+            found.append(entry if is_page else {title: _existing(below, folder)})
         elif (folder / entry).exists() or entry in PAGES.values():
             found.append(entry)
     return found

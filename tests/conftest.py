@@ -48,8 +48,9 @@ __all__ = [
 LONGEST_REPORT = 4000
 #: Seconds that a test marked as slow may take, unless it says otherwise.
 SLOW_TIMEOUT = 180
-#: Seconds without the end of any test after which a run is given up; no test may take so long.
-SILENCE = 900.0
+#: Seconds without the end of any test after which a run is given up, with several workers and with
+#: one. The longest tests, which take minutes, run in one.
+SILENCE = 300.0, 900.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,6 +76,7 @@ class _Controller:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._silence = SILENCE[0 if config.getoption("numprocesses", None) else 1]
         self._heard = time.monotonic()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -88,9 +90,9 @@ class _Controller:
             reporter.line(report.longreprtext[-LONGEST_REPORT:])
 
     def _watch(self) -> None:
-        while (silent := time.monotonic() - self._heard) < SILENCE:
-            time.sleep(SILENCE - silent)
-        sys.stderr.write(f"no test has ended for {SILENCE:g} s: the run is given up\n")
+        while (silent := time.monotonic() - self._heard) < self._silence:
+            time.sleep(self._silence - silent)
+        sys.stderr.write(f"no test has ended for {self._silence:g} s: the run is given up\n")
         sys.stderr.flush()
         os._exit(3)  # a worker that hangs would be waited for
 

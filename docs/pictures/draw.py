@@ -90,17 +90,17 @@ def merged_where() -> None:
     ):
         y = 20 + 100 * i
         picture.box(10, y, 110, 70, GREY, *messages)
-        picture.arrow(120, y + 35, 160, y + 35)
+        picture.arrow(120, y + 35, 158, y + 35)
         sums = {"worker 1": ("ada 2", "bob 1"), "worker 2": ("ada 1", "eve 1")}
-        picture.box(165, y, 130, 70, BLUE, f"cache of {name}", *sums.get(name, ("ada 1", "bob 1")))
-        picture.arrow(295, y + 35, 365, 155)
+        picture.box(160, y, 140, 70, BLUE, f"cache of {name}", *sums.get(name, ("ada 1", "bob 1")))
+        picture.arrow(300, y + 35, 367, 120 + 35 * i)
     picture.box(370, 95, 150, 120, SAND, "server", "ada: 2, 1, 1", "bob: 1, 1", "eve: 1")
     picture.arrow(520, 155, 565, 155)
     picture.box(570, 95, 140, 120, GREEN, "database", "ada 4", "bob 2", "eve 1")
-    picture.note(65, 322, "messages, as they come", anchor="middle")
+    picture.note(65, 322, "messages", anchor="middle")
     picture.note(230, 322, "merged in memory", anchor="middle")
     picture.note(445, 240, "partials", anchor="middle")
-    picture.note(640, 240, "one write a key and session", anchor="middle")
+    picture.note(640, 240, "one write a key", anchor="middle")
     picture.write("merged-where.svg")
 
 

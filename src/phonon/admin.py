@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
 from phonon._admin.acts import Acts
+from phonon._admin.doctor import Doctor, Finding
 from phonon._admin.inspector import Inspector
 from phonon._admin.namespace import Namespace
 from phonon._admin.pages import Walk, next_page
@@ -38,6 +39,7 @@ __all__ = [
     "Admin",
     "BatchState",
     "BatchStatus",
+    "Finding",
     "LockGrant",
     "LockMode",
     "LockStatus",
@@ -59,11 +61,13 @@ class BaseAdmin:
 
     _inspector: Inspector
     _acts: Acts
+    _doctor: Doctor
 
     def _begin(self, connection: SharedConnection, namespace: str, options: "Options") -> None:
         space = Namespace(connection.server, library.default(), namespace, options.timeout)
         self._inspector = Inspector(space)
         self._acts = Acts(space, self._inspector, options.who)
+        self._doctor = Doctor(space, self._inspector)
 
 
 class Options:
@@ -268,6 +272,14 @@ class Admin(BaseAdmin):
         if token is not None:
             check_token(token)
         return _iterate(lambda: self._inspector.content(resource, token))
+
+    def examine(self) -> list[Finding]:
+        """Check the server, the namespace and this host.
+
+        Raises:
+            PhononError: The server does not answer.
+        """
+        return sync_io.run(self._doctor.examine())
 
     def acts(self, most: int = 100) -> list[Act]:
         """Return what operators have done in this namespace, the latest first.

@@ -111,8 +111,14 @@ def package_of(name: str) -> str:
 
 
 def height(name: str) -> int:
-    """Return a module's layer, counted from the bottom. Optional packages are above all others."""
+    """Return a module's layer, counted from the bottom. Optional packages are above all others.
+
+    So are their twins in ``aio``, as ``phonon.aio.sinks`` is.
+    """
     package = package_of(name)
+    twin = ROOT / "src" / "phonon" / name.rpartition(".")[2]
+    if package == "aio" and name != "phonon.aio" and twin.is_dir():
+        return len(LAYERS)
     return next((i for i, layer in enumerate(LAYERS) if package in layer), len(LAYERS))
 
 

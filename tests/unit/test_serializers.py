@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from phonon import serializers
 from phonon.errors import ConfigurationError, NotStorableError, UndecodableError
 from phonon.serializers import ExactSerializer, Serializer, SignedPickleSerializer
+from support.examples import examples
 
 EXACT = ExactSerializer()
 PARIS = ZoneInfo("Europe/Paris")
@@ -173,7 +174,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(values)
 def test_a_value_comes_back_as_it_was(value: Any) -> None:
     assert form(EXACT.loads(EXACT.dumps(value))) == form(value)
@@ -449,6 +450,7 @@ def unnest(value: Any) -> Iterator[type]:
         value = next(iter(value.values() if isinstance(value, dict) else value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_what_can_be_written_can_be_read_up_to_the_deepest_level(wrap: Callable[..., Any]) -> None:
     for depth in itertools.count(200):
@@ -523,13 +525,13 @@ def check_reading(data: bytes) -> None:
     assert message.isascii()
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=examples(1000), deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_do_no_harm(data: bytes) -> None:
     check_reading(data)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(values, st.data())
 def test_damaged_data_does_no_harm(value: Any, data: st.DataObject) -> None:
     damaged = bytearray(EXACT.dumps(value))
@@ -540,6 +542,7 @@ def test_damaged_data_does_no_harm(value: Any, data: st.DataObject) -> None:
     check_reading(bytes(damaged))
 
 
+@pytest.mark.slow
 def test_every_byte_replaced_by_every_other_does_no_harm() -> None:
     aware = datetime(2024, 1, 1, tzinfo=timezone(timedelta(hours=1), "x"))
     good = EXACT.dumps([aware, {(1,): Decimal(1)}, {2**70}, deque([1], 2), defaultdict(int, a=1j)])
@@ -547,7 +550,7 @@ def test_every_byte_replaced_by_every_other_does_no_harm() -> None:
         check_reading(good[:at] + bytes([byte]) + good[at + 1 :])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(values, st.binary(min_size=1, max_size=3))
 def test_data_is_refused_when_it_is_cut_or_continued(value: Any, more: bytes) -> None:
     good = EXACT.dumps(value)

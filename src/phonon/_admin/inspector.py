@@ -36,7 +36,7 @@ from phonon.errors import BatchMissingError
 
 #: Entries that a partition answers at once, and partitions that are asked at once: a server carries
 #: out all that one client has sent before it looks at the next client.
-PAGE = 128
+PAGE = 64
 AT_ONCE = 2
 #: Partials read at once.
 PIECE = 64

@@ -5,8 +5,8 @@
 -- In a scope of its own: a chunk of Lua has 200 local variables at the most.
 do
 
--- Commands that a page may cost, about 2 ms of the server's time.
-local WORK = 1200
+-- Commands that a page may cost, about 1 ms of the server's time.
+local WORK = 600
 -- Members, sharers or waiters that are looked at one by one.
 local FEW = 64
 -- Acts that are remembered, in each partition.

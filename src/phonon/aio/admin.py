@@ -14,6 +14,7 @@ from phonon.admin import (
     BaseAdmin,
     BatchState,
     BatchStatus,
+    Finding,
     LockStatus,
     Options,
     Partial,
@@ -115,8 +116,9 @@ class AsyncAdmin(BaseAdmin):
 
     async def close(self) -> None:
         """Close the connection. A second call does nothing."""
-        if self._connection is not None:
-            await async_io.run(self._connection.close())
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await async_io.run(connection.close())
 
     async def processes(self) -> list[ProcessStatus]:
         """See `Admin.processes`."""
@@ -171,6 +173,10 @@ class AsyncAdmin(BaseAdmin):
         if token is not None:
             check_token(token)
         return self._iterate(lambda: self._inspector.content(resource, token))
+
+    async def examine(self) -> list[Finding]:
+        """See `Admin.examine`."""
+        return await self._run(lambda: self._doctor.examine())  # noqa: PLW0108 - as above
 
     async def acts(self, most: int = 100) -> list[Act]:
         """See `Admin.acts`."""

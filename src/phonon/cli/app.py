@@ -25,6 +25,7 @@ COMMANDS = {
     "batches": "listing:batches",
     "completion": "completing:completion",
     "discard": "acting:discard",
+    "doctor": "doctor:doctor",
     "expire": "acting:expire",
     "locks": "listing:locks",
     "log": "listing:log",
@@ -33,7 +34,9 @@ COMMANDS = {
     "sessions": "listing:sessions",
     "show": "showing:show_command",
     "sources": "listing:sources",
+    "top": "top:top",
     "unlock": "acting:unlock",
+    "web": "web:web",
 }
 
 

@@ -11,6 +11,7 @@ import click
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from phonon._admin.plain import plain
 from phonon.admin import Admin
 
 #: Seconds between two looks, unless ``--watch`` names others.
@@ -100,21 +101,6 @@ def print_json(entries: Iterable[Any]) -> None:
     for entry in entries:
         sys.stdout.write(json.dumps(plain(entry), ensure_ascii=False) + "\n")
     sys.stdout.flush()
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON has it; what JSON has not is shown as Python shows it."""
-    if hasattr(value, "_asdict"):
-        return {name: plain(part) for name, part in value._asdict().items()}
-    if isinstance(value, dict):
-        return {
-            key if isinstance(key, str) else repr(key): plain(part) for key, part in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
-    return value if value is None or isinstance(value, bool | int | float) else repr(value)
 
 
 def show(

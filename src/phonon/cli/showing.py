@@ -9,10 +9,11 @@ import click
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from phonon._admin.plain import plain
 from phonon.admin import Partial, ResourceStatus
 from phonon.cli import tables
 from phonon.cli.completing import complete_parked
-from phonon.cli.options import json_option, plain, print_json, show, target, target_options
+from phonon.cli.options import json_option, print_json, show, target, target_options
 
 
 @click.command("show")

@@ -168,6 +168,45 @@ def test_expire(run: Run, make: Make) -> None:
     assert run("expire", "nobody", "--yes").exit_code == 2
 
 
+def test_top(run: Run, make: Make) -> None:
+    process = make(retry=ONCE, heartbeat_interval=0.2)
+    park(process, "a")
+    process.create_reference("x")
+    (row,) = rows(run("top", "--once", "--json", "--interval", "1"))
+    assert (row["processes"], row["memberships"], row["parked"]) == (1, 1, 1)
+    assert row["by_process"][0]["id"] == process.id
+    assert "oldest session" in run("top", "--once", "--interval", "0.1").stdout
+
+
+def test_doctor(own_server: Redis) -> None:
+    def doctor(*words: str) -> tuple[int, dict[str, dict[str, str]]]:
+        where = ["doctor", "--url", own_server.url, "--json", *words]
+        result = CliRunner().invoke(phonon, where)
+        return result.exit_code, {f["subject"]: f for f in rows(result)}
+
+    with own_server.client() as client:
+        status, found = doctor()
+        assert status == 1
+        assert found["persistence"]["level"] == "problem"
+        assert "appendonly yes" in found["persistence"]["remedy"]
+        assert found["processes"]["level"] == "note"
+        client.config_set("appendonly", "yes")
+        with Process(url=own_server.url) as process:
+            wait_until(lambda: doctor("--quiet") == (0, {}))
+            assert doctor()[1]["permissions"]["level"] == "ok"
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            client.config_set("maxmemory", 3_000_000)
+            client.set("{phonon}:ancient", 1)
+            client.set("{phonon/old}:x", 1)
+            status, found = doctor("--quiet")
+            assert status == 1
+            assert "noeviction" in found["eviction"]["remedy"]
+            assert "older protocol" in found["older keys"]["text"]
+            assert process.id
+    shown = CliRunner().invoke(phonon, ["doctor", "--url", own_server.url]).stdout
+    assert "→ CONFIG SET maxmemory-policy noeviction" in shown
+
+
 def test_watch_looks_again(server: Redis, namespace: str, make: Make) -> None:
     from phonon.cli import options  # noqa: PLC0415
 

@@ -1,0 +1,90 @@
+"""The command ``web``: the operator's page."""
+
+import ipaddress
+import secrets
+import webbrowser
+from typing import Any
+
+import click
+
+from phonon.cli.errors import CommandError
+from phonon.cli.options import target, target_options
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8480,
+    show_default=True,
+    help="0: any free one.",
+)
+@click.option(
+    "--act",
+    is_flag=True,
+    help="Allow replay, discard, unlock and expire, with a token that is printed.",
+)
+@click.option(
+    "--token",
+    envvar="PHONON_WEB_TOKEN",
+    show_envvar=True,
+    metavar="TOKEN",
+    help="The token for that, instead of a new one.",
+)
+@click.option("--hostname", multiple=True, help="Another name under which the page is asked for.")
+@click.option("--open", "open_", is_flag=True, help="Open it in a browser.")
+@target_options
+def web(
+    host: str,
+    port: int,
+    act: bool,
+    token: str | None,
+    hostname: tuple[str, ...],
+    open_: bool,
+    **where: Any,
+) -> None:
+    """Serve a page that shows what `phonon top` and the others show, live.
+
+    It listens on this host alone unless --host says otherwise, and is read-only unless --act is
+    given. It has no users and no TLS: put a proxy in front of it where others can reach it.
+    """
+    try:
+        import uvicorn  # noqa: PLC0415 - an extra
+
+        from phonon.web import create_app  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise CommandError("the page needs uvicorn: pip install 'phonon[web]'") from error
+    place = target(where)
+    if token or act:
+        token = token or secrets.token_urlsafe(24)
+    names = ("localhost", "127.0.0.1", "[::1]", host, *hostname)
+    app = create_app(
+        place.url, namespace=place.namespace, token=token, hosts=tuple(dict.fromkeys(names))
+    )
+    with place.open():
+        pass  # a server that is not there is said now, not in a browser
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
+    server = uvicorn.Server(config)
+    socket = config.bind_socket()
+    socket.listen()  # whoever reads the address may ask at once
+    shown = f"http://{_bracketed(host)}:{socket.getsockname()[1]}/"
+    click.echo(f"Phonon's page: {shown}")
+    if act:
+        click.echo(f"token for acts: {token}")
+    if not _is_loopback(host):
+        click.echo("everybody who can reach this host can read it", err=True)
+    if open_:
+        webbrowser.open(shown)
+    server.run([socket])
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,55 @@
+"""The operator's page: what `phonon.Admin` shows, in a browser. Extra ``web``.
+
+`create_app` returns an ASGI application, to be served by itself (``phonon web``) or mounted into
+another one.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+__all__ = ["create_app"]
+
+
+def create_app(
+    url: str | None = None,
+    *,
+    namespace: str = "phonon",
+    token: str | None = None,
+    hosts: "tuple[str, ...] | None" = None,
+) -> "Starlette":
+    """Return the page as an ASGI application.
+
+    It connects when it is first asked. Served by itself it closes its connection at shutdown;
+    where it is mounted, await its ``state.close()`` in the other application's lifespan.
+
+    Args:
+        url: The Redis or Valkey server; see `phonon.Admin`.
+        namespace: The namespace.
+        token: What has to be given for an act (replay, discard, unlock, expire). None: the page is
+            read-only.
+        hosts: The names under which it may be asked for, against DNS rebinding. None: any, where
+            the application that it is mounted into sees to that.
+
+    Raises:
+        ConfigurationError: An argument is invalid, or the extra is not installed.
+
+    Example:
+        >>> from starlette.applications import Starlette  # doctest: +SKIP
+        >>> application = Starlette()  # doctest: +SKIP
+        >>> application.mount("/phonon", create_app("redis://localhost:6379/1"))  # doctest: +SKIP
+    """
+    from phonon.errors import ConfigurationError  # noqa: PLC0415 - light to import
+
+    try:
+        from phonon.web import app  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "starlette":
+            raise
+        raise ConfigurationError(
+            "the operator's page needs starlette: pip install 'phonon[web]'"
+        ) from error
+    made: Any = app.make(url, namespace=namespace, token=token, hosts=hosts)
+    found: Starlette = made
+    return found
