@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all chaos lint bench docs imports hooks changelog build workflows clean
+.PHONY: help demo test test-all chaos lint bench docs imports hooks changelog build release-check workflows clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -52,8 +52,18 @@ bench: $(VENV)/.peers ## measure against bare Redis and peers
 	$(BIN)/python benchmarks/scale.py --keys 100000 --messages 1000000
 	$(BIN)/python benchmarks/backpressure.py --seconds 12
 
-docs: $(VENV)/.installed ## run the examples in README.md and docs/
-	$(BIN)/python -m pytest tests/docs
+# The site's builder is needed for nothing else, and nor is pyright.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]' --editable demo
+	@touch $@
+
+docs: $(VENV)/.docs ## run the examples in README.md and docs/, check types in examples/, build the site into build/site
+	$(BIN)/python -m pytest tests/docs tests/integration/contrib/test_lines.py
+	$(BIN)/pyright --pythonpath $(BIN)/python examples
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+release-check: ## build what is published, install it clean, audit it, and list its parts
+	.ci/release
 
 imports: ## draw the tree of imports; ARGS=--write puts it into docs/architecture.md
 	PYTHONPATH=tests python3 -m support.imports $(ARGS)

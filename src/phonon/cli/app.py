@@ -13,6 +13,7 @@ import rich  # noqa: F401 - part of the extra: what is missing is said before a 
 
 from phonon.cli.errors import one_line_errors
 from phonon.cli.init import init
+from phonon.cli.once import once
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
 #: The group of entry points by which other distributions add commands.
@@ -77,3 +78,4 @@ def phonon() -> None:
 
 
 phonon.add_command(init)
+phonon.add_command(once)

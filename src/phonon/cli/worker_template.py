@@ -7,21 +7,19 @@
 Replace `produce` by whatever sends your messages, and `Count.execute` by your database.
 """
 
-import signal
+import os
 import sqlite3
 import sys
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
-from typing import Any
-
-from redis.exceptions import ResponseError
 
 from phonon import ConflictFreeUpdate, LruCache, Process
+from phonon.sources.streams import StreamEntry, StreamSource
 
-# A bundled server that keeps its data here. In production: redis://host:6379/1
-URL = f"embedded://{Path.cwd() / 'server'}"
-DATABASE = "counts.db"
-QUEUE, GROUP = "messages", "workers"
+# In production: redis://host:6379/1. Without, a bundled server that keeps its data here.
+URL = os.environ.get("PHONON_URL") or f"embedded://{Path.cwd() / 'server'}"
+DATABASE = os.environ.get("DATABASE", "counts.db")
+QUEUE = "messages"
 TABLE = "CREATE TABLE IF NOT EXISTS counts (key TEXT PRIMARY KEY, n INTEGER, token INTEGER)"
 # A batch that comes again, after a crash, has the token that the row has already.
 ADD = """INSERT INTO counts VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE
@@ -39,27 +37,16 @@ class Count(ConflictFreeUpdate, name="count"):
 
 
 def work() -> None:
-    """Take messages, merge them, store them, acknowledge them."""
+    """Take messages, merge them, store them, acknowledge them, until Ctrl-C or SIGTERM."""
+    cache: LruCache[Count] = LruCache(max_entries=10_000)
     with Process(URL, heartbeat_interval=1) as process:
-        queue: Any = process.client
-        with suppress(ResponseError):  # the group is there already
-            queue.xgroup_create(QUEUE, GROUP, id="0", mkstream=True)
-        cache: LruCache[Count] = LruCache(max_entries=10_000)
-        while True:
-            # What a dead worker had taken and not acknowledged comes first, then what is new.
-            _, claimed, _ = queue.xautoclaim(QUEUE, GROUP, process.id, 5_000, count=500)
-            found = queue.xreadgroup(GROUP, process.id, {QUEUE: ">"}, count=500, block=1_000)
-            messages = claimed + [message for _, some in found or () for message in some]
-            if not messages:
-                cache.expire_all()  # nothing comes: end the sessions
-                continue
-            with process.batch():
-                for _, fields in messages:
-                    key = fields[b"key"].decode()
-                    cache.set(key, Count(process, key, doc={"n": 1}, soft_session=60))
-            # All of it is on the server now, and survives this process.
-            queue.xack(QUEUE, GROUP, *[number for number, _ in messages])
-            cache.purge()  # ends the sessions that have fallen silent
+
+        def handle(message: StreamEntry) -> None:
+            key = message.fields[b"key"].decode()
+            # A key's session ends when nothing has come for it for two seconds.
+            cache.set(key, Count(process, key, doc={"n": 1}, soft_session=2))
+
+        StreamSource(process, QUEUE, "workers", sessions=cache, claim_idle=5).run(handle)
 
 
 def produce(number: int) -> None:
@@ -78,12 +65,10 @@ def show() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     match sys.argv[1:]:
         case ["produce", number]:
             produce(int(number))
         case ["show"]:
             show()
         case _:
-            with suppress(KeyboardInterrupt):
-                work()
+            work()

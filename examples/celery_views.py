@@ -1,0 +1,36 @@
+"""Celery: tasks count page views; one row a page is written, and each task counts once.
+
+celery --app celery_views worker
+python -c "from celery_views import viewed; viewed.delay('/home')"
+"""
+
+import os
+import sqlite3
+from contextlib import closing
+
+from celery import Celery
+
+from phonon import ConflictFreeUpdate
+from phonon.contrib.celery import setup
+
+ADD = """INSERT INTO views VALUES (?, ?, ?) ON CONFLICT (page) DO UPDATE
+         SET n = n + excluded.n, token = excluded.token WHERE excluded.token > token"""
+
+app = Celery("shop", broker=os.environ["BROKER_URL"])
+phonon = setup(app)
+
+
+class Views(ConflictFreeUpdate):
+    """What is known about a page."""
+
+    def execute(self) -> None:
+        """Add the views to the page's row."""
+        with closing(sqlite3.connect(os.environ["DATABASE"], timeout=30)) as database, database:
+            database.execute(ADD, (self._id, self.doc["n"], self.token))
+
+
+@app.task(acks_late=True, reject_on_worker_lost=True)
+@phonon.exactly_once
+def viewed(page: str) -> None:
+    """Count a view, once, however often the task is delivered."""
+    phonon.add(Views, page, doc={"n": 1})

@@ -1,0 +1,35 @@
+"""gunicorn or uWSGI, with workers that are forked: each request adds to its page's row.
+
+gunicorn wsgi_counter:application --workers 4 --config python:gunicorn_conf
+uwsgi --http :8000 --module wsgi_counter --master --processes 4 --enable-threads
+"""
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from typing import Any
+
+from phonon import ConflictFreeUpdate
+from phonon.contrib.worker import Worker
+
+ADD = """INSERT INTO views VALUES (?, ?, ?) ON CONFLICT (page) DO UPDATE
+         SET n = n + excluded.n, token = excluded.token WHERE excluded.token > token"""
+
+worker = Worker()  # made before the fork; each child connects by itself
+
+
+class Views(ConflictFreeUpdate):
+    """What is known about a page."""
+
+    def execute(self) -> None:
+        """Add the views to the page's row."""
+        with closing(sqlite3.connect(os.environ["DATABASE"], timeout=30)) as database, database:
+            database.execute(ADD, (self._id, self.doc["n"], self.token))
+
+
+def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+    """Count a request, and answer it."""
+    worker.add(Views, environ["PATH_INFO"], doc={"n": 1})
+    start("200 OK", [("Content-Type", "text/plain")])
+    return [str(os.getpid()).encode()]

@@ -1,0 +1,176 @@
+"""Celery: tasks that add to records, tasks of which one runs at a time, joins that survive deaths.
+
+::
+
+    app = Celery("shop", broker="redis://localhost/0")
+    phonon = setup(app, "redis://localhost/1")
+
+    @app.task(acks_late=True, reject_on_worker_lost=True)
+    @phonon.exactly_once
+    def viewed(page):
+        phonon.add(Views, page, doc={"n": 1})
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from phonon.contrib.worker import Worker
+from phonon.errors import ConfigurationError
+
+try:
+    import celery
+    from celery import signals
+    from celery.canvas import Signature
+    from celery.exceptions import Ignore
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"phonon.contrib.celery needs {missing.name}: pip install 'phonon[celery]'",
+        name=missing.name,
+    ) from missing
+
+log = logging.getLogger("phonon")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Seconds for which the parts of a join that never became complete are remembered.
+_WEEK = 7 * 24 * 3600
+
+
+class CeleryWorker(Worker):
+    """The process and the cache of each of an app's workers; made by `setup`.
+
+    Args:
+        name: The app's name.
+        url: Where Phonon's server is.
+        options: As of a `Worker`.
+    """
+
+    def __init__(self, name: str, url: str | None, **options: Any) -> None:
+        super().__init__(url, **options)
+        self._name = name
+
+    def exactly_once(self, function: Callable[P, R]) -> Callable[P, R | None]:
+        """Have what a task adds stored once, however often the task is delivered or retried.
+
+        Write it below ``@app.task``. What the task adds is stored when it has returned, together
+        with its id, and nothing if it raises. A delivery that finds itself stored, within an hour,
+        adds nothing and returns None.
+        """
+
+        @functools.wraps(function)
+        def task(*args: P.args, **kwargs: P.kwargs) -> R | None:
+            request = _request()
+            if request is None:  # called, not sent
+                with self.batch():
+                    return function(*args, **kwargs)
+            result: R | None = self.once(
+                request.id, lambda: function(*args, **kwargs), of=f"celery/{self._name}"
+            )
+            return result
+
+        return task
+
+    def one_at_a_time(
+        self, function: Callable[P, R] | None = None, *, retry: float | None = None
+    ) -> Any:
+        """Have one task of a name and arguments run at a time; write it below ``@app.task``.
+
+        The lock lasts as long as the worker lives, so a task that runs for hours keeps it, and the
+        task of a worker that is killed frees it.
+
+        Args:
+            function: The task's function.
+            retry: Seconds after which a task that found another one running tries again. None: it
+                is ignored, as what it would do is being done.
+        """
+        if function is None:
+            return functools.partial(self.one_at_a_time, retry=retry)
+        wrapped = function
+
+        @functools.wraps(wrapped)
+        def task(*args: P.args, **kwargs: P.kwargs) -> R:
+            request = _request()
+            name = request.task if request is not None else wrapped.__qualname__
+            lock = self.process.lock(f"celery/{name}{_arguments(args, kwargs)}", block=False)
+            if not lock.acquire():
+                if request is not None and retry is not None:
+                    raise celery.current_task.retry(countdown=retry, max_retries=None)
+                log.info("task %s is running elsewhere with the same arguments", name)
+                raise Ignore
+            try:
+                return wrapped(*args, **kwargs)
+            finally:
+                lock.release()
+
+        return task
+
+    def join(self, name: str, part: Any, *, parties: int, then: Signature[Any]) -> bool:
+        """Say that a part is done; whoever completes the last one sends what comes then.
+
+        A chord that survives its workers: parts are told apart by name, so one that is delivered
+        again, because its worker died, counts once, and none is missing. Call it at the end of a
+        task with ``acks_late=True, reject_on_worker_lost=True``.
+
+        Args:
+            name: The whole, new for each time.
+            part: Which part of it.
+            parties: How many parts there are.
+            then: The task to send when all are done. If a worker dies at that very moment it may be
+                sent twice, with the same task id: `exactly_once` makes it count once.
+
+        Returns:
+            Whether this was the last one.
+        """
+        key = f"phonon-celery:{self.process.namespace}:{name}"
+        # One at a time, or the last two would both find that all are there.
+        with self.process.lock(f"celery/join/{name}"):
+            client = self.process.client
+            client.sadd(key, repr(part))
+            client.expire(key, _WEEK)
+            if client.scard(key) < parties:
+                return False
+            then.apply_async(task_id=f"{name}/then")
+            client.delete(key)
+        return True
+
+
+def setup(app: "celery.Celery", url: str | None = None, **options: Any) -> CeleryWorker:
+    """Give each worker of an app a process, and end its sessions when it shuts down.
+
+    With any pool: in each child of ``prefork``, and in the worker itself with ``solo`` and
+    ``threads``. A warm shutdown ends all sessions, and so does a child that has done its
+    ``max_tasks_per_child``. After a cold one, or a kill, the others take them over.
+
+    Args:
+        app: The Celery app.
+        url: Where Phonon's server is; None: as of `phonon.Process`.
+        options: Arguments of `phonon.Process`, and ``max_entries``.
+
+    Returns:
+        What tasks add with.
+    """
+    if not isinstance(app, celery.Celery):
+        raise ConfigurationError(f"app is a celery.Celery, not {app!r}: setup(app, url)")
+    worker = CeleryWorker(app.main or "celery", url, **options)
+
+    def stop(**_: Any) -> None:
+        worker.stop()
+
+    signals.worker_process_shutdown.connect(stop, weak=False)
+    signals.worker_shutdown.connect(stop, weak=False)
+    return worker
+
+
+def _request() -> Any:
+    """Return the request of the task that runs; None outside of one."""
+    task = celery.current_task
+    request = task.request if task else None
+    return request if request is not None and request.id else None
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    named = [f"{name}={value!r}" for name, value in sorted(kwargs.items())]
+    return f"({', '.join([*map(repr, args), *named])})"

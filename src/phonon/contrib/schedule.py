@@ -1,0 +1,100 @@
+"""Schedulers on many machines: only one of them runs a job.
+
+With APScheduler, or any other that calls a function::
+
+    scheduler.add_job(only_one(process, "report", every=3600)(report), "interval", hours=1)
+
+With cron, on every machine: ``phonon once nightly --every 3600 -- python report.py``.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from phonon.lock import Lock
+from phonon.process import Process
+from phonon.settings import check_name, check_seconds
+
+log = logging.getLogger("phonon")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Of the time between two runs; the rest is for clocks that do not agree.
+_SHARE = 0.75
+
+
+class Turn:
+    """The right to run a job now: nobody else runs it, and nobody has since the last time.
+
+    Args:
+        process: The process that wants it.
+        name: The job's name, the same on all machines.
+        every: Seconds between two runs. A machine that comes late, because its clock is behind,
+            finds that the job was done. None: whoever comes when nobody runs it has the right.
+    """
+
+    def __init__(self, process: Process, name: str, every: float | None = None) -> None:
+        check_name("name", name)
+        self._every = None if every is None else check_seconds("every", every)
+        self._process = process
+        self._key = f"phonon-schedule:{process.namespace}:{name}"
+        self.lock: Lock = process.lock(f"schedule/{name}", block=False)
+
+    def take(self) -> bool:
+        """Return whether this process has it now; then call `done` or `fail`."""
+        if not self.lock.acquire():
+            return False
+        if self._every is not None and self._process.client.exists(self._key):
+            self.lock.release()
+            return False
+        return True
+
+    def done(self) -> None:
+        """The job was done: not before the next time again."""
+        if self._every is not None:
+            milliseconds = max(1, int(self._every * _SHARE * 1000))
+            self._process.client.set(self._key, self._process.id, px=milliseconds)
+        self.lock.release()
+
+    def fail(self) -> None:
+        """The job was not done: whoever comes next may try."""
+        self.lock.release()
+
+
+def only_one(
+    process: Process, name: str, *, every: float | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
+    """Decorate a job that all machines schedule, and that one of them is to run.
+
+    The lock lasts as long as the process lives, however long the job takes; if it is killed the
+    next one that is scheduled runs. A job that raises was not done.
+
+    Args:
+        process: The process that wants to run it.
+        name: The job's name, the same on all machines.
+        every: Seconds between two runs; see `Turn`.
+
+    Returns:
+        A decorator. What it returns gives what the job does; None where another one has the turn.
+    """
+
+    def decorate(job: Callable[P, R]) -> Callable[P, R | None]:
+        @functools.wraps(job)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R | None:
+            turn = Turn(process, name, every)
+            if not turn.take():
+                log.info("job %r is, or was, run by another process", name)
+                return None
+            try:
+                result = job(*args, **kwargs)
+            except BaseException:
+                turn.fail()
+                raise
+            turn.done()
+            return result
+
+        return run
+
+    return decorate

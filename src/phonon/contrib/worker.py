@@ -1,0 +1,122 @@
+"""What workers of all kinds need: a process for each of them, a cache, and an end."""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from phonon.batch import BaseBatch
+from phonon.cache import LruCache
+from phonon.contrib import uwsgi as _uwsgi  # noqa: F401 - it hooks into uWSGI
+from phonon.errors import AlreadyStoredError
+from phonon.process import Process
+from phonon.update import Update
+
+log = logging.getLogger("phonon")
+
+U = TypeVar("U", bound=Update)
+
+#: Seconds between two looks for sessions that have fallen silent.
+_LOOK = 1.0
+
+
+class Worker:
+    """A process, made when it is first used, and a cache, in each worker of a program.
+
+    It may be made at import: nothing is connected before something is used, and after a fork each
+    child has a process of its own.
+
+    Args:
+        url: Where the server is; None: as of `Process`.
+        max_entries: How many records a worker keeps at the most.
+        options: Arguments of `Process`.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, max_entries: int = 10_000, **options: Any
+    ) -> None:
+        self._url = url
+        self._options = options
+        self._max_entries = max_entries
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._process: Process | None = None
+        self._cache: LruCache[Any] = LruCache(self._max_entries)
+        self._ended = threading.Event()
+
+    @property
+    def process(self) -> Process:
+        """The process of this worker."""
+        if os.getpid() != self._pid:
+            self._begin()  # what was made before the fork is the parent's
+        with self._lock:
+            if self._process is None:
+                self._ended.clear()
+                self._process = Process(url=self._url, **self._options)
+                threading.Thread(
+                    target=self._purge, args=(self._ended,), name="phonon-purge", daemon=True
+                ).start()
+            return self._process
+
+    def add(self, kind: Callable[..., U], key: Any, **content: Any) -> None:
+        """Merge a message into its record, and store it.
+
+        When this returns, what it adds is on the server, unless it is called inside `once` or
+        ``process.batch()``: then it is when that block ends.
+
+        Args:
+            kind: A subclass of `Update`.
+            key: The record's key.
+            content: Further arguments of the update, such as ``doc``.
+        """
+        update = kind(self.process, key, **content)
+        self._cache.set((kind, update.resource_id), update)
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[BaseBatch]:
+        """Store all that is added in the ``with`` block together, when it ends."""
+        with self.process.batch() as batch:
+            yield batch
+
+    def once(self, message_id: str, handle: Callable[[], Any], *, of: str) -> Any:
+        """Handle a message, unless what it adds was stored already, with its id, in the last hour.
+
+        Args:
+            message_id: The message's id.
+            handle: Adds what the message brings. If it raises, nothing is stored.
+            of: Whose ids they are: the name of a queue.
+
+        Returns:
+            What ``handle`` returned; None if the message was stored already.
+        """
+        result = None
+        while True:
+            try:
+                with self.process.batch([message_id], dedupe=of, message_id=str) as batch:
+                    for _ in batch:
+                        result = handle()
+            except AlreadyStoredError:
+                continue  # by another delivery, meanwhile: what is left of it is told apart now
+            return result
+
+    def stop(self) -> None:
+        """End all sessions, and the process. The next use makes another one."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            process, self._process = self._process, None
+            self._ended.set()
+        if process is not None:
+            process.stop()
+
+    def _purge(self, ended: threading.Event) -> None:
+        while not ended.wait(_LOOK):
+            try:
+                self._cache.purge()
+            except Exception:
+                log.exception("sessions that have fallen silent could not all be ended")
