@@ -10,7 +10,7 @@ app.conf.worker_prefetch_multiplier = 1
 app.conf.broker_connection_retry_on_startup = True
 
 
-@app.task(name="count")  # type: ignore[untyped-decorator]  # Celery has no types
+@app.task(name="count")
 def count(record: str) -> None:
     """Handle a message."""
     prefork_app.count(record)
