@@ -163,6 +163,7 @@ class Update(LocalUpdate):
             else:
                 self.doc = own = copied(doc)
                 plain = plain and own is not DEEP
+        changeable = False
         if self._has_state_:
             try:
                 state = self.state()
@@ -174,7 +175,6 @@ class Update(LocalUpdate):
                     f"{type(self).__qualname__}.state() returned {state!r}: it returns a dict of "
                     "attributes by name"
                 )
-            changeable = False
             for name, value in state.items():
                 if name.__class__ is not str:
                     raise TypeError(
@@ -192,10 +192,10 @@ class Update(LocalUpdate):
                     if type(item) not in PLAIN:
                         plain = False
                         break
-            if changeable:
-                self._own_(state, engine)
         if not plain:
             self._check_(engine, spec, doc)
+        if changeable:
+            self._own_(state, engine)
         self._begun_ = self._touched_ = time.monotonic()
         if engine.outbox.full:
             self._begin_(engine, init_cache=init_cache)

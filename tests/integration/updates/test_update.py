@@ -24,6 +24,7 @@ from phonon import (
     SignedPickleSerializer,
     Update,
 )
+from phonon._core import sessions
 from phonon._core.executor import TOKENS
 from phonon.errors import NotStorableError, UndecodableError, UnknownClassError
 from support.samples import Sluice, Tally, Written, forget, fresh, put
@@ -293,6 +294,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(phonon.update, "time", clock)
+    monkeypatch.setattr(sessions, "time", clock)
     return clock
 
 

@@ -1,6 +1,7 @@
 """What becomes a partial, and what a partial may become."""
 
 import asyncio
+import itertools
 import sys
 import threading
 import types
@@ -22,6 +23,7 @@ class FakeEngine:
 
     is_async = False
     most_bytes = 1 << 30
+    messages = itertools.count()
 
     def __init__(self, public: Callable[[], Any]) -> None:
         self.identity = types.SimpleNamespace(generation=object())
