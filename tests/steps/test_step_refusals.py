@@ -1,8 +1,11 @@
 """A server that is full, or that forbids commands."""
 
+import re
+
 import pytest
 import redis
 
+from phonon._protocol import library
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from steps.lab import Lab
@@ -39,73 +42,25 @@ def test_a_full_server_refuses_and_says_so_and_still_frees(own: Lab) -> None:
     assert own.data() == {}
 
 
-#: What steps use; each of them is forbidden once.
-COMMANDS = [
-    "DEL",
-    "HSETNX",
-    "HSET",
-    "HINCRBY",
-    "HGET",
-    "HMGET",
-    "HGETALL",
-    "HKEYS",
-    "HLEN",
-    "HEXISTS",
-    "HDEL",
-    "RPUSH",
-    "LLEN",
-    "LINDEX",
-    "LPOS",
-    "LRANGE",
-    "LTRIM",
-    "LREM",
-    "RENAME",
-    "EXISTS",
-    "RPOP",
-    "ZADD",
-    "ZCARD",
-    "ZCOUNT",
-    "ZSCORE",
-    "ZRANGE",
-    "ZRANGEBYSCORE",
-    "ZREM",
-    "SADD",
-    "SCARD",
-    "SMEMBERS",
-    "SREM",
-    "SET",
-    "GET",
-    "PEXPIRE",
-    "PERSIST",
-    "SRANDMEMBER",
-    "SETNX",
-    "TIME",
-]
-
-
-def test_probe_finds_each_command_that_is_forbidden(own: Lab) -> None:
-    assert own.ask("probe") == 1
-    used = {word for word in COMMANDS if f"call('{word}'" in own.library.source}
-    assert used == set(COMMANDS)
+def test_each_command_that_is_forbidden_is_named(own: Lab) -> None:
+    commands = library.default().commands
+    assert {"HSET", "ZADD", "RPUSH"} <= set(commands)
+    assert own.ask("rights", "BLPOP") == []
     admin = own.client
     socket = admin.connection_pool.connection_kwargs["path"]
-    for command in COMMANDS:
+    for command in [*commands, "BLPOP"]:
+        forbidden = f"-{command.lower()}"
         admin.execute_command(  # type: ignore[no-untyped-call]
-            "ACL", "SETUSER", "u", "reset", "on", ">p", "~*", "&*", "+@all", f"-{command.lower()}"
+            "ACL", "SETUSER", "u", "reset", "on", ">p", "~*", "&*", "+@all", forbidden
         )
         with redis.Redis(unix_socket_path=socket, db=1, username="u", password="p") as client:  # noqa: S106
             own.client = client
-            with pytest.raises(redis.RedisError, match=r"(?i)permission|acl"):
-                own.ask("probe")
+            assert own.ask("rights", "BLPOP") == [command.encode()]
     own.client = admin
-    assert own.dump().keys() <= {"probe", "probe:2"}
+    assert own.dump() == {}
 
 
-def test_probe_uses_all_that_the_steps_use(own: Lab) -> None:
-    import re  # noqa: PLC0415
-
-    text = own.library.source
-    probe = text.partition("plain('probe'")[2].partition("\nend)")[0]
-    used = set(re.findall(r"call\('([A-Z]+)'", text.replace(probe, "")))
-    # TYPE only makes a message better, where it is permitted.
-    assert used - {"TIME", "TYPE"} <= set(re.findall(r"call\('([A-Z]+)'", probe))
+def test_all_commands_of_the_steps_are_asked_about() -> None:
+    used = set(re.findall(r"\bcall\('([A-Z]+)'", library.text()))
+    asked = {command.partition("|")[0] for command in library.default().commands}
+    assert used - {c.partition("|")[0] for c in library.of_operators()} <= asked
