@@ -84,6 +84,7 @@ build: $(VENV)/.release ## build the distributions of phonon and phonon-demo int
 	rm -rf dist build demo/build
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m build --outdir dist demo
+	rm -rf build demo/build
 	@ls -l dist
 	@test $$(wc -c < $$(ls dist/phonon-[0-9]*.whl)) -lt 204800 || echo "the wheel of phonon has more than 200 KB"
 

@@ -1,4 +1,4 @@
-"""What phonon.aio costs beside the same in threads, on one server, in turns.
+"""Measures phonon.aio against the same in threads, on one server, in turns.
 
 Durable ingest: `batch()` of a thousand messages, of a zipf-distributed stream, in one process. And
 a thousand tasks, beside as many threads' work by eight threads, that take one of a hundred locks
@@ -129,7 +129,7 @@ async def async_many(process: AsyncProcess) -> tuple[float, float]:
 
 
 def runner(*, uvloop: bool) -> asyncio.Runner:
-    """What runs the asyncio side."""
+    """The runner of the asyncio side."""
     if not uvloop:
         return asyncio.Runner()
     import uvloop as fast  # noqa: PLC0415 - only if it is wanted

@@ -1,4 +1,4 @@
-"""What happens to memory when the database is too slow, or down: it stays flat.
+"""Shows that memory stays flat while the database is too slow, or down.
 
 A producer makes updates of ever new keys as fast as it is let, into a cache of a thousand, once
 with a database that takes 5 ms a record, once with one that refuses everything. Each line says

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a server, and ratios of things measured in turns."""
+"""Shared by the benchmarks: a server, and ratios of things measured in turns."""
 
 import statistics
 import tempfile

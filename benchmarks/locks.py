@@ -1,4 +1,4 @@
-"""How fast, how fair and how silent are locks, against those of redis-py and other packages?
+"""Measures how fast, fair and silent locks are, against those of other packages.
 
     python benchmarks/locks.py            # about five minutes
     python benchmarks/locks.py --quick    # less than a minute, coarser
@@ -66,7 +66,7 @@ GRANTS_TARGETS = {"redis-py": 5.0, "python-redis-lock": 1.0}
 
 @contextmanager
 def source(kind: str, path: str, **options: Any) -> Iterator[Any]:
-    """What makes locks of a kind, over connections that count what they send."""
+    """Makes locks of a kind, over connections that count what they send."""
     pool = redis.ConnectionPool(connection_class=Counting, path=path, db=1, **options)
     with redis.Redis(connection_pool=pool) as client:
         if kind.startswith("phonon"):
@@ -84,7 +84,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def verdict(ratio: float, target: float | None) -> str:
-    """Whether a target is met, and which."""
+    """Return whether a target is met, and which."""
     if target is None:
         return ""
     return f">= {target:g}: {'met' if ratio >= target else 'MISSED'}"
@@ -249,7 +249,7 @@ class Children:
 
 
 class Run(NamedTuple):
-    """What eight contenders got.
+    """The shares that eight contenders got.
 
     Attributes:
         waits: Seconds, sorted.
@@ -341,7 +341,7 @@ def trips(path: str, kind: str, server: Any) -> tuple[int, int]:
 
 
 def idle(path: str, kind: str, seconds: float) -> int:
-    """What eight send while somebody holds the lock that they wait for."""
+    """Count what eight waiters send while another holds the lock."""
     with source(kind, path, **PATIENT) as owner:
         lock = MAKERS[kind](owner, f"contended {kind}")
         assert lock.acquire()

@@ -1,4 +1,4 @@
-"""How fast are references and locks, against bare calls and redis-py's lock?
+"""Measures references and locks against bare calls and redis-py's lock.
 
 python benchmarks/references.py
 """

@@ -1,4 +1,4 @@
-"""How many exchanges with the server does each operation take?
+"""Counts the exchanges with the server that each operation takes.
 
     python benchmarks/round_trips.py
 
@@ -20,7 +20,7 @@ from phonon import ConflictFreeUpdate, LruCache, Process
 
 
 class Trips(NamedTuple):
-    """What an operation cost.
+    """The cost of an operation.
 
     Attributes:
         exchanges: Times that it waited for the server.

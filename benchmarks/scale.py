@@ -1,4 +1,4 @@
-"""What a session costs in memory, and whether a message costs more with many keys or messages.
+"""Measures a session's memory, and whether a message costs more with many keys.
 
 Three questions: how much memory a million cached sessions take in the process and on the server,
 and how much more ending them all takes; how fast messages for sessions that are held already are
@@ -36,7 +36,7 @@ class Sum(Update):
 
 @contextmanager
 def peak() -> Iterator[Callable[[], int]]:
-    """How high the memory got in the block."""
+    """Measure the highest memory of the block."""
     highest, ended = [resident()], threading.Event()
 
     def look() -> None:

@@ -1,4 +1,4 @@
-"""How long it takes until the work of a process that was killed is done.
+"""Measures the time until the work of a killed process is done.
 
 Two questions: one of eight dies with 10,000 resources, how long after its death is each of them
 executed, against the bound of five heartbeat intervals and one more; and how does the time of a

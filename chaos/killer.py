@@ -21,7 +21,7 @@ SPARED = 0.8
 
 @dataclass
 class Strikes:
-    """How often each of them happened."""
+    """The number of strikes of each kind."""
 
     kills: int = 0
     pauses: int = 0
@@ -67,7 +67,7 @@ class Killer:
         self._due = [(now + mean / 2, mean, strike) for mean, strike in kinds]
 
     def is_paused(self, worker: Worker) -> bool:
-        """Whether a worker would not answer now."""
+        """Return whether a worker is paused, and would not answer."""
         return worker in self._paused
 
     def strike(self) -> None:
@@ -97,7 +97,7 @@ class Killer:
             worker.popen.send_signal(signal.SIGCONT)
 
     def _ready(self) -> list[Worker]:
-        """Those who are at work, or about to begin; first of all those who have begun."""
+        """Return the workers that have begun; if there are none, those about to begin."""
         alive = self._pool.alive
         return [worker for worker in alive if worker.process] or alive
 

@@ -14,7 +14,7 @@ from phonon_demo.jobs import Message, Totals
 
 
 class Verdict(NamedTuple):
-    """What the books say about the database.
+    """The result of comparing the database with the books.
 
     Attributes:
         acknowledged: Messages acknowledged.
@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether there is no error."""
+        """Return whether there is no error."""
         return not (self.lost or self.doubled or self.foreign or self.differing)
 
 

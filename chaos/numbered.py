@@ -12,7 +12,7 @@ from phonon_demo.sink import Sink, Table
 
 
 class NumberedUpdate(FlightUpdate):
-    """What is known about one aircraft, and by which messages."""
+    """Data about one aircraft, and the numbers of the messages that it came from."""
 
     def __init__(self, process: Process, message: Message) -> None:
         tailnum, origin, dest, distance, delay, minutes, number = message

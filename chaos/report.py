@@ -1,4 +1,4 @@
-"""What ``python -m chaos`` shows: how it goes, and the verdict."""
+"""Prints the progress of a chaos run, and the verdict."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -111,7 +111,7 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out.
+    """The outcome of a run.
 
     Attributes:
         seconds: How long it took.
@@ -145,7 +145,7 @@ class Outcome:
 
     @property
     def exact(self) -> bool:
-        """Whether all is as it was promised."""
+        """Return whether every promise was kept."""
         return self.verdict.exact and not self.parked and not self.leftovers
 
 

@@ -47,7 +47,7 @@ NAMESPACE = "phonon-chaos"
 
 @dataclass(frozen=True)
 class Options:
-    """What the user wants; see ``python -m chaos --help``."""
+    """The options of a run; see ``python -m chaos --help``."""
 
     workers: int
     seconds: float | None
@@ -168,7 +168,7 @@ class _Chaos:
                 self._pool.send(worker, messages)
 
     def _able(self) -> list[Worker]:
-        """Those who take messages. What is sent to one that is paused could fill the pipe."""
+        """Return the workers that take messages. A paused one would let the pipe fill up."""
         ready = [worker for worker in self._pool.workers if worker.process and not worker.fate]
         return [worker for worker in ready if not self._killer.is_paused(worker)]
 

@@ -15,34 +15,7 @@ import pytest
 from phonon import Process
 from phonon._transport import connect
 from support.nodes import Cluster
-from support.world import (
-    ALWAYS,
-    OF_PROCESSES,
-    Make,
-    Redis,
-    is_settled,
-    key_for,
-    key_of,
-    keys_in,
-    retry_now,
-    stop_heart,
-    wait_until,
-)
-
-__all__ = [
-    "ALWAYS",
-    "OF_PROCESSES",
-    "Make",
-    "Redis",
-    "is_settled",
-    "key_for",
-    "key_of",
-    "keys_in",
-    "retry_now",
-    "stop_heart",
-    "wait_until",
-]
-
+from support.world import Make, Redis, keys_in
 
 #: Characters of a failure that are printed when it happens; all of it comes at the end.
 LONGEST_REPORT = 4000

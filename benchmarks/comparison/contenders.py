@@ -1,4 +1,4 @@
-"""What is measured in one process: each function works off a stream, and says what it came to."""
+"""Contenders of one process: each function works off a stream, and returns its totals."""
 
 import time
 from collections import OrderedDict
@@ -21,7 +21,7 @@ EMPTY = "#!lua name=bench\nredis.register_function('bench_empty', function() ret
 
 @dataclass
 class Lab:
-    """What contenders work with.
+    """The server and the stream that contenders work with.
 
     Attributes:
         process: Phonon's.

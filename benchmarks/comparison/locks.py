@@ -20,12 +20,12 @@ def phonon() -> Maker:
 
 
 def redis_py() -> Maker:
-    """That of redis-py."""
+    """Make locks of redis-py."""
     return lambda client, name: client.lock(name, timeout=LEASE)
 
 
 def python_redis_lock() -> Maker:
-    """That of python-redis-lock."""
+    """Make locks of python-redis-lock."""
     from redis_lock import Lock  # noqa: PLC0415 - a peer, which need not be installed
 
     return lambda client, name: Lock(client, name, expire=LEASE)

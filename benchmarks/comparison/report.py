@@ -1,4 +1,4 @@
-"""What came out: a table, a file of figures, and a chart."""
+"""Reports results: a table, a file of figures, and a chart."""
 
 import json
 import statistics

@@ -42,13 +42,13 @@ class Contender:
 
     @property
     def is_there(self) -> bool:
-        """Whether what it needs is installed."""
+        """Return whether the packages that it needs are installed."""
         return not self.peer or find_spec(self.peer) is not None
 
 
 @dataclass
 class Target:
-    """What a contender is to reach, as a ratio of two rates of the same round."""
+    """A target for a contender, as a ratio of two rates of the same round."""
 
     ours: Contender
     theirs: Contender
@@ -61,7 +61,7 @@ class Target:
 
     @property
     def is_met(self) -> bool:
-        """Whether the median reaches it."""
+        """Return whether the median reaches it."""
         return statistics.median(self.ratios) >= self.at_least
 
 
@@ -238,7 +238,7 @@ class Suite:
         ]
 
     def _flat(self) -> None:
-        """Whether it costs more with more keys, or with more messages."""
+        """Measure whether it costs more with more keys, or with more messages."""
         count = min(len(self._zipf), FLAT)
         group = "durable, messages/s by number of keys"
         fewest: Contender | None = None

@@ -76,7 +76,7 @@ class Sink:
 
 
 def read(path: Path) -> dict[str, Total]:
-    """What is in it."""
+    """Return the totals in the database."""
     with _open(path) as database:
         seen: dict[str, set[str]] = {}
         for key, element in database.execute("SELECT key, element FROM seen"):

@@ -41,7 +41,7 @@ def uniform(messages: int, keys: int) -> list[Message]:
 
 
 def totals(stream: Sequence[Message]) -> dict[str, Total]:
-    """What a stream comes to."""
+    """Return the totals of a stream."""
     sums: dict[str, tuple[int, set[str], int]] = {}
     for key, count, element, height in stream:
         old = sums.get(key, (0, set(), 0))

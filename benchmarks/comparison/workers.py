@@ -1,4 +1,4 @@
-"""What is measured with several processes, from a stream to a database's verified totals."""
+"""Contenders of several processes, from a stream to a database's verified totals."""
 
 import multiprocessing
 import time
@@ -83,7 +83,7 @@ def phonon(url: str, messages: Sequence[Message], path: Path, done: Barrier) -> 
 
 
 def phonon_ingest(url: str, messages: Sequence[Message], _path: Path, done: Barrier) -> None:
-    """What comes before the writing."""
+    """Store a stream, and measure no writing."""
     process = Process(url=url)
     cache: LruCache[Tally] = LruCache(max_entries=len(messages))
     for batch in batches(messages):

@@ -1,8 +1,11 @@
 """A server that is full, or that forbids commands."""
 
+import re
+
 import pytest
 import redis
 
+from phonon._protocol import library
 from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from steps.lab import Lab
@@ -37,3 +40,27 @@ def test_a_full_server_refuses_and_says_so_and_still_frees(own: Lab) -> None:
     assert a.close() == Reply.CLOSED
     own.client.config_set("maxmemory", 0)
     assert own.data() == {}
+
+
+def test_each_command_that_is_forbidden_is_named(own: Lab) -> None:
+    commands = library.default().commands
+    assert {"HSET", "ZADD", "RPUSH"} <= set(commands)
+    assert own.ask("rights", "BLPOP") == []
+    admin = own.client
+    socket = admin.connection_pool.connection_kwargs["path"]
+    for command in [*commands, "BLPOP"]:
+        forbidden = f"-{command.lower()}"
+        admin.execute_command(  # type: ignore[no-untyped-call]
+            "ACL", "SETUSER", "u", "reset", "on", ">p", "~*", "&*", "+@all", forbidden
+        )
+        with redis.Redis(unix_socket_path=socket, db=1, username="u", password="p") as client:  # noqa: S106
+            own.client = client
+            assert own.ask("rights", "BLPOP") == [command.encode()]
+    own.client = admin
+    assert own.dump() == {}
+
+
+def test_all_commands_of_the_steps_are_asked_about() -> None:
+    used = set(re.findall(r"\bcall\('([A-Z]+)'", library.text()))
+    asked = {command.partition("|")[0] for command in library.default().commands}
+    assert used - {c.partition("|")[0] for c in library.of_operators()} <= asked

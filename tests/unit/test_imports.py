@@ -11,6 +11,12 @@ def test_no_modules_import_each_other() -> None:
     assert imports.circles(imports.graph()) == []
 
 
+def test_the_documentation_shows_the_tree_as_it_is() -> None:
+    shown = imports.PAGE.read_text(encoding="utf-8")
+    drawn = imports.page_with(imports.draw(imports.graph()))
+    assert shown == drawn, "run: make imports ARGS=--write"
+
+
 def test_what_would_be_wrong_is_found() -> None:
     edges = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
     assert imports.circles(edges) == [["b", "c"]]
