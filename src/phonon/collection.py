@@ -26,6 +26,7 @@ class RecordCache(Limits, LruCache[Any]):
 
     def insert(self, key: Hashable, record: Any) -> Sequence[tuple[Hashable, Any]]:
         """Add a record; the lock is held. Return what has left the cache."""
+        self._make_room()
         return self._insert(key, record)
 
     def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
@@ -39,11 +40,12 @@ class RecordCache(Limits, LruCache[Any]):
 
 
 class Collection(BaseCollection[P, M]):
-    """Merges messages into records by key, least recently used out first.
+    """Merges messages into records by key; keys without messages for the longest go first.
 
     Made by `Process.collect`. A record that leaves the collection ends its session, and whoever is
     the last to do so in that session runs the model's ``on_complete`` on what all processes have
-    gathered. All methods may be called from several threads.
+    gathered. All methods may be called from several threads. Which keys go first is told by a clock
+    (second chance), which comes close to the order of use and costs a message nothing.
 
     Inside `Process.batch` all is on the server when the block ends; outside of one, when the method
     returns. Inside ``batch(durable=False)`` it stays here until the session ends.

@@ -77,6 +77,16 @@ class SessionCache(Protocol):
         """Return how many entries it holds beyond its limit, because they could not be sent."""
 
 
+class _ThreadLocal(threading.local):
+    """The attributes of each thread.
+
+    Attributes:
+        batch: The batch that it has opened last.
+    """
+
+    batch: Any = None
+
+
 class Engine:
     """The parts of one process.
 
@@ -237,7 +247,7 @@ class Engine:
     @staticmethod
     def make_local() -> Any:
         """Return an object with attributes of their own for each thread or task."""
-        return threading.local()
+        return _ThreadLocal()
 
     # Life
 

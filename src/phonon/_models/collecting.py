@@ -55,6 +55,23 @@ class Limits:
 
     idle: float | None = None
     longest: float | None = None
+    max_entries: int
+    _entries: Any
+
+    def _make_room(self) -> None:
+        """Move records that were used since they came to the end, as a clock does.
+
+        To move one at each message would cost as much as to merge it.
+        """
+        entries = self._entries
+        for _ in range(len(entries)):
+            if len(entries) < self.max_entries:
+                return
+            key = next(iter(entries))
+            if not entries[key].is_used:
+                return
+            entries[key].is_used = False
+            entries.move_to_end(key)
 
     def _ends_at(self, record: Any) -> float:
         return min(self._idle_at(record), self._ends_by(record))
@@ -183,10 +200,11 @@ class BaseCollection(Generic[P, M]):
         namespace = {
             "_batches": engine.batches,
             "_local": engine.local,
-            "_getattr": getattr,
+            "_acquire": cache._lock.acquire,  # noqa: SLF001
+            "_release": cache._lock.release,  # noqa: SLF001
+            "_is_owned": cache._lock._is_owned,  # noqa: SLF001 - as in phonon.cache
             "_lock": cache._lock,  # noqa: SLF001 - a cache of ours
             "_find": cache._entries.get,  # noqa: SLF001
-            "_use": cache._entries.move_to_end,  # noqa: SLF001
             "_ready": self._ready,
             "_passes_over": self._passes_over,
             "_outbox": engine.outbox,
@@ -422,7 +440,7 @@ def put(@PARAMETERS, **_unknown):
         _wait_for_room()
     _batch = _target = None
     if _batches:
-        _batch = _getattr(_local, "batch", None)
+        _batch = _local.batch
         if _batch is not None:
             if not _batch.is_open:
                 _batch = None
@@ -431,16 +449,22 @@ def put(@PARAMETERS, **_unknown):
                 if _batch.asks and _passes_over(_batch, @ID):
                     return None
     _out = ()
-    with _lock:
+    try:
+        _acquire()
         _record = _find(@ID)
         if _record is None or _record._batch_ is not _target:
             _record, _out = _ready(@ID, _record, _batch, _target)
         else:
-            _use(@ID)
+            _record.is_used = True
         _doc = _record.doc
         @FOLDS
         @TOUCH
         @COUNT
+    except BaseException:
+        if _is_owned():
+            _release()
+        raise
+    _release()
     if _out or _batch is None:
         return _finish(_record, _out, _batch is None)
     return None
@@ -458,7 +482,7 @@ def put_columns(_columns, _batch, _target, _all_out):
                 if _out:
                     _all_out += _out
             else:
-                _use(@ID)
+                _record.is_used = True
             _doc = _record.doc
             @FOLDS
             @SEEN
@@ -494,7 +518,7 @@ def put_rows(_rows, _number, _batch, _target, _all_out, _rejected):
                 if _out:
                     _all_out += _out
             else:
-                _use(@ID)
+                _record.is_used = True
             _doc = _record.doc
             @FOLDS
             @SEEN

@@ -98,20 +98,23 @@ class SetAppend(Field[set[T], Any], Generic[T]):
         if kind is None:
             return super().check_code(stamp)
         name = self.name
-        return [
-            f"if _type({name}) is _{kind.__name__}:",
-            f"    {name} = {{{name}}}",
-            "else:",
-            f"    {name} = _check_{name}({name})",
-        ]
+        return [f"if _type({name}) is not _{kind.__name__}:", f"    {name} = _check_{name}({name})"]
 
     def fold_code(self) -> list[str]:
         key, name = repr(self.name), self.name
+        many = [f"if {key} in _doc:", f"    _doc[{key}] |= {name}"]
+        many += ["else:", f"    _doc[{key}] = {name}"]
+        kind = self._values.exact
+        if kind is None:
+            return many
+        # One value needs no set of its own.
+        one = [f"if {key} in _doc:", f"    _doc[{key}].add({name})"]
+        one += ["else:", f"    _doc[{key}] = {{{name}}}"]
         return [
-            f"if {key} in _doc:",
-            f"    _doc[{key}] |= {name}",
+            f"if _type({name}) is _{kind.__name__}:",
+            *(f"    {line}" for line in one),
             "else:",
-            f"    _doc[{key}] = {name}",
+            *(f"    {line}" for line in many),
         ]
 
 

@@ -25,9 +25,10 @@ class ModelRecord(Update):
         compiled: Its code.
         messages: How many messages have been merged here since the session began.
         is_due: Whether the session is over although others may hold the resource.
+        is_used: Whether a message has come since the collection last made room.
     """
 
-    __slots__ = ("arguments_", "is_due", "messages")
+    __slots__ = ("arguments_", "is_due", "is_used", "messages")
 
     model: ClassVar[Any]
     compiled: ClassVar[Compiled]
@@ -38,6 +39,7 @@ class ModelRecord(Update):
     folds_: ClassVar[bool] = True
     messages: int
     is_due: bool
+    is_used: bool
     #: What ``on_complete`` is given, in programs that were written for the original.
     arguments_: tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -101,7 +103,7 @@ class ModelRecord(Update):
         """Belong to a process."""
         super().attach(process)
         self.messages = 0
-        self.is_due = False
+        self.is_due = self.is_used = False
         self.arguments_ = None
 
     def _take_(self, engine: Any, *, keep: bool) -> tuple[bytes | None, Any]:

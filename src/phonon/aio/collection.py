@@ -30,6 +30,7 @@ class AsyncRecordCache(Limits, AsyncLruCache[Any]):
 
     def insert(self, key: Hashable, record: Any) -> Sequence[tuple[Hashable, Any]]:
         """Add a record; the lock is held. Return what has left the cache."""
+        self._make_room()
         return self._insert(key, record)
 
     async def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:

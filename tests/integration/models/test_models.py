@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NamedTuple, Self
 
+import msgspec
+import pydantic
 import pytest
 
 from phonon import Model, Process
@@ -118,12 +120,20 @@ def test_many_rows_of_all_kinds(make: Make) -> None:
         user: str
         views: int
 
+    class Struct(msgspec.Struct):
+        user: str
+        views: int = 0
+
+    class Parsed(pydantic.BaseModel):
+        user: str
+        views: int
+
     process = make()
     views = process.collect(PageViews)
     rows = [
         {"user": "ada", "views": 1}, {"user": None}, {"views": 1}, Row("ada", 2), Pair("ada", 4),
         {"user": "ada", "views": "8"}, {"user": "ada", "vews": 8}, 5, PageViews("ada", views=8),
-        {"user": "ada", "pages": None},
+        {"user": "ada", "pages": None}, Struct("ada", 16), Parsed(user="ada", views=32),
     ]  # fmt: skip
     rejected = views.add_many(rows)
     assert [(row, error.field) for row, error in rejected] == [
@@ -131,7 +141,7 @@ def test_many_rows_of_all_kinds(make: Make) -> None:
     ]  # fmt: skip
     stored = views.read("ada")
     assert stored is not None
-    assert stored.views == 15
+    assert stored.views == 63
     lenient = process.collect(PageViews, ignore_unknown=True)
     assert lenient.add_many([{"user": "bob", "views": 1, "vews": 1}]) == []
     lenient.add("bob", views=1, vews=2)  # type: ignore[call-arg]  # it is passed over

@@ -29,6 +29,7 @@ class FakeEngine:
         self.identity = types.SimpleNamespace(generation=object())
         self.outbox = types.SimpleNamespace(full=False, unstored=[])
         self.members = types.SimpleNamespace(held={})
+        self.sessions = types.SimpleNamespace(watch=lambda *_: None)
         self.prefixes: dict[Any, str] = {}
         self.batches: set[Any] = set()
         self.batch = None
