@@ -175,7 +175,7 @@ def sinks(count: int, rounds: int) -> None:
     """Compare a table behind Phonon with one upsert a message."""
     messages = stream(count)
     ratios = []
-    with PostgreSQL() as server, tempfile.TemporaryDirectory(prefix="ph-") as folder:
+    with PostgreSQL(sync=True) as server, tempfile.TemporaryDirectory(prefix="ph-") as folder:
         engine = sa.create_engine(server.url)
         direct = SqlTable(engine, "direct", Stored)
         direct.create_table()

@@ -29,8 +29,8 @@ from phonon_demo.server import MortalServer
 
 #: Seconds between two strikes of a kind, on average.
 PAUSES, CUTS, RESTARTS = 4.0, 2.0, 15.0
-#: Between two kills, by source: a group of Kafka's needs a second and a half to miss a member.
-KILLS = {"kafka": 1.5, "streams": 1.0}
+#: Between two kills, by source: a group of Kafka's needs four seconds to miss a member.
+KILLS = {"kafka": 5.0, "streams": 1.0}
 #: Messages a second that are produced.
 RATE = 1500
 #: Seconds between a write and the report of it.

@@ -347,9 +347,16 @@ class Pool:
                 worker.kill()
 
     def replace(self) -> None:
-        """Start a worker for each that has died."""
+        """Start a worker for each that has died.
+
+        Raises:
+            RuntimeError: One has given up by itself.
+        """
         for i, worker in enumerate(self.workers):
             if not worker.is_alive:
+                if worker.popen.returncode > 0:
+                    _, text = worker.popen.communicate()
+                    raise RuntimeError(f"a worker has given up: {text.decode()}")
                 self.workers[i] = Worker(self._plan)
 
     def leave(self) -> list[str]:

@@ -11,8 +11,9 @@ from phonon import Process
 from phonon.sources.kafka import KafkaSource
 from phonon_demo.pipeline import GROUP, Plan
 
-#: A dead member of the group is missed soon.
-QUICK = {"session.timeout.ms": 1500, "heartbeat.interval.ms": 200, "log_level": 2}
+#: A dead member of the group is missed soon. A mock cluster waits for three seconds for the first
+#: members of a group, in which they must not be given up on.
+QUICK = {"session.timeout.ms": 4000, "heartbeat.interval.ms": 200, "log_level": 2}
 #: Of programs that let the client commit by itself: how often, ms.
 COMMIT_INTERVAL = 1000
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -75,14 +75,16 @@ class Handled:
     """Enters how many messages were handled, into a file that outlives the worker."""
 
     def __init__(self, folder: str) -> None:
-        self._file: Path | None = handled_file(folder) if folder else None
+        flags = os.O_WRONLY | os.O_CREAT
+        self._file = os.open(handled_file(folder), flags, 0o600) if folder else -1
         self._handled = 0
 
     def count(self) -> None:
         """Count one."""
         self._handled += 1
-        if self._file is not None and self._handled % 10 == 0:
-            self._file.write_text(str(self._handled))
+        if self._file >= 0:
+            # In place: to truncate the file first would leave nothing if it is killed then.
+            os.pwrite(self._file, b"%020d" % self._handled, 0)
 
 
 def loop(plan: Plan, process: Process, views: Any) -> Callable[[Callable[[Any, Any], None]], None]:
@@ -100,7 +102,9 @@ def loop(plan: Plan, process: Process, views: Any) -> Callable[[Callable[[Any, A
             with self._process.batch():
                 for _, fields in raw:
                     if fields is not None:
-                        content = dict(zip(fields[::2], fields[1::2], strict=True))
+                        content = fields
+                        if not isinstance(fields, dict):
+                            content = dict(zip(fields[::2], fields[1::2], strict=True))
                         storing.handle(_Entry(content))
             if raw:
                 self._client.xack(stream, self._group, *[entry for entry, _ in raw])
