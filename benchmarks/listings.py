@@ -56,6 +56,10 @@ def listings(admin: Admin, sessions: int) -> dict[str, Callable[[], int]]:
         return found
 
     return {
+        # What other work on the machine does to a call that costs the server microseconds.
+        "a free lock, 5,000 times": lambda: sum(
+            admin.lock("nothing") is None for _ in range(5_000)
+        ),
         "all sessions": everything,
         "the oldest 50 sessions": lambda: len(admin.oldest_sessions(50)),
         "the first 50 of a prefix": lambda: count(
@@ -77,7 +81,7 @@ def measure(url: str, sessions: int) -> dict[str, Any]:
         server.config_set("slowlog-log-slower-than", SLOW_US)
         server.config_set("slowlog-max-len", 100_000)
         for name, run in listings(admin, sessions).items():
-            rounds = 1 if name == "all sessions" else ROUNDS
+            rounds = 1 if name in ("all sessions", "a free lock, 5,000 times") else ROUNDS
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             memory = server.info("memory")["used_memory"]
             server.slowlog_reset()
@@ -95,9 +99,9 @@ def measure(url: str, sessions: int) -> dict[str, Any]:
                 ),
                 "server_mib": round((server.info("memory")["used_memory"] - memory) / 2**20, 1),
                 "longest_call_ms": max(calls, default=SLOW_US) / 1000,
+                "median_of_those_ms": statistics.median(calls or [SLOW_US]) / 1000,
                 "calls_over_10_ms": sum(call > 10_000 for call in calls),
                 "calls_over_half_a_ms": len(calls),
-                "median_of_those_ms": statistics.median(calls or [SLOW_US]) / 1000,
             }
     return results
 

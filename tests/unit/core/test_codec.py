@@ -1,6 +1,7 @@
 """What becomes a partial, and what a partial may become."""
 
 import asyncio
+import itertools
 import sys
 import threading
 import types
@@ -24,6 +25,7 @@ class FakeEngine:
 
     def __init__(self, public: Callable[[], Any]) -> None:
         self.identity = types.SimpleNamespace(generation=object())
+        self.messages = itertools.count()
         self.outbox = types.SimpleNamespace(full=False, unstored=[])
         self.members = types.SimpleNamespace(held={})
         self.prefixes: dict[Any, str] = {}
