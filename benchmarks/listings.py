@@ -85,11 +85,15 @@ def measure(url: str, sessions: int) -> dict[str, Any]:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             memory = server.info("memory")["used_memory"]
             server.slowlog_reset()
+            server.config_resetstat()
+            used = server.info("cpu")["used_cpu_user"] + server.info("cpu")["used_cpu_sys"]
             times = []
             for _ in range(rounds):
                 begun = time.perf_counter()
                 run()
                 times.append(time.perf_counter() - begun)
+            used = server.info("cpu")["used_cpu_user"] + server.info("cpu")["used_cpu_sys"] - used
+            done = server.info("commandstats").get("cmdstat_fcall_ro", {}).get("calls", 1)
             calls = [e["duration"] for e in server.slowlog_get(100_000)]
             results[name] = {
                 "seconds": round(statistics.median(times), 4),
@@ -98,6 +102,8 @@ def measure(url: str, sessions: int) -> dict[str, Any]:
                     (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1
                 ),
                 "server_mib": round((server.info("memory")["used_memory"] - memory) / 2**20, 1),
+                "calls": done,
+                "server_cpu_ms_a_call": round(used * 1000 / done, 3),
                 "longest_call_ms": max(calls, default=SLOW_US) / 1000,
                 "median_of_those_ms": statistics.median(calls or [SLOW_US]) / 1000,
                 "calls_over_10_ms": sum(call > 10_000 for call in calls),
