@@ -4,6 +4,7 @@ Such an update merges and executes. Nothing of it can be stored, so whatever wou
 raises an error that says what to do.
 """
 
+import itertools
 import threading
 import weakref
 from functools import cache
@@ -24,6 +25,7 @@ class DetachedEngine:
 
     def __init__(self, *, is_async: bool) -> None:
         self.is_async = is_async
+        self.messages = itertools.count()
         self.identity = SimpleNamespace(generation=object())
         self.codec = SimpleNamespace(serializer=ExactSerializer())
         self.outbox = SimpleNamespace(full=False)

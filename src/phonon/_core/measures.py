@@ -61,7 +61,8 @@ class Measures:
 
     def __init__(self) -> None:
         self.messages = itertools.count()
-        self._lock = threading.Lock()
+        # A signal handler or a finalizer may count while its own thread counts.
+        self._lock = threading.RLock()
         self.stored = self.stored_bytes = self.ended = 0
         self.executed: Counter[tuple[str, Outcome]] = Counter()
         self.seconds: dict[str, Histogram] = {}

@@ -34,6 +34,12 @@ class Presence:
 
     def report(self) -> bytes:
         """Return what operators are told."""
+        try:
+            return self._report()
+        except Exception:  # noqa: BLE001 - no heartbeat must fail for what it tells of itself
+            return b""
+
+    def _report(self) -> bytes:
         packed: bytes = msgpack.packb(
             {
                 "executes": self._executes,

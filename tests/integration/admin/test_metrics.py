@@ -11,6 +11,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from phonon import Admin, ConflictFreeUpdate, LruCache, Process, RetryPolicy, metrics
+from phonon._core.measures import Measures
 from phonon.metrics import METRICS, PrometheusCollector
 from support.world import Make, Redis, wait_until
 
@@ -139,3 +140,11 @@ def test_the_dashboard_and_the_alerts_use_names_that_exist(make: Make) -> None:
     assert shown | alerted <= known
     for name in re.findall(r"- alert: (\w+)", alerts):
         assert name.startswith("Phonon")
+
+
+def test_a_signal_handler_may_count_while_its_thread_counts() -> None:
+    measures = Measures()
+    with measures._lock:
+        measures.add("parked")
+        measures.end(b"123")
+    assert measures.figures()["parked"] == 1
