@@ -48,7 +48,7 @@ _PAUSE = 0.05
 _DISMISSAL = 5.0
 
 
-class Options(NamedTuple):
+class ProcessOptions(NamedTuple):
     """The options of a process; see `phonon.Process`."""
 
     namespace: str
@@ -101,7 +101,7 @@ class Engine:
 
     def __init__(
         self,
-        options: Options,
+        options: ProcessOptions,
         public: Callable[[], Any],
         library: Library,
         make_driver: Callable[[Identity], Any],

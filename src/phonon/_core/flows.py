@@ -201,13 +201,6 @@ def call(function: Callable[[], Any]) -> Flow[Outcome]:
     return job.outcome
 
 
-class Ticket(Protocol):
-    """The owner of the operations of one `Send`, which waits for their answers."""
-
-    def answer(self, index: int, answer: Any) -> None:
-        """Take in the answer to one of them. A second one for the same is ignored."""
-
-
 class Done(NamedTuple):
     """The last effect of each flow: it has returned."""
 
