@@ -31,6 +31,9 @@ def on_files(files: Files, config: Any) -> Files:
         text = _rewrite((ROOT / source).read_text(encoding="utf-8"), PurePosixPath("."), page)
         files.append(File.generated(config, page, content=text))
     wanted = set()
+    for source in PAGES:
+        for link in LINK.findall((ROOT / source).read_text(encoding="utf-8")):
+            wanted.add(_outside(link, PurePosixPath(".")))
     for file in files.documentation_pages():
         if file.abs_src_path is not None:
             for link in LINK.findall(Path(file.abs_src_path).read_text(encoding="utf-8")):

@@ -1,5 +1,6 @@
 """Faults of a process: it is killed, it is paused, answers to it are lost."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -7,11 +8,14 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from phonon import _lifetime
+from phonon import Process, _lifetime
+from phonon._transport import async_io
 from phonon.errors import ConfigurationError
 from phonon.testing import clock
 from phonon.testing.wire import Wire
 
+#: Connections of killed processes of an event loop, until they are closed.
+_closings: "weakref.WeakSet[asyncio.Future[None]]" = weakref.WeakSet()
 #: The wires of the processes that were made with one.
 _wires: "weakref.WeakKeyDictionary[Any, Wire]" = weakref.WeakKeyDictionary()
 
@@ -44,6 +48,10 @@ def kill(process: Any) -> None:
     engine.driver.retry_timeout = 0.0  # who waits for an answer need not wait long
     wire.cut()
     engine.close()
+    if isinstance(process, Process):
+        process._close_connection()  # noqa: SLF001 - between the library's own modules
+    else:
+        _closings.add(asyncio.ensure_future(async_io.run(process._connection.close())))  # noqa: SLF001 - as above
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ def test_a_join_survives_its_workers_and_one_of_a_kind_runs(
         for _ in range(2):
             app.send_task("celery_reports.rebuild", ("users",))
         app.send_task("celery_reports.rebuild", ("pages",))
+        wait_for_line(tmp_path / "rebuilt", 2)
         wait_until(lambda: pending(own_server) == 0, 30)
-        assert sorted(lines_of(tmp_path / "rebuilt")) == ["pages", "users"]
-        worker.stop()
+        worker.stop()  # when what runs has ended
+    assert sorted(lines_of(tmp_path / "rebuilt")) == ["pages", "users"]
