@@ -152,9 +152,9 @@ def test_verify_and_its_pages(lab: Lab) -> None:
     assert dict(zip(found[::2], found[1::2], strict=True)) == tokens
     assert [len(page[5]) for page in pages] == [128, 12, 0]
     assert [page[6] for page in pages] == [[b"x"], [], []]
-    assert lab.ask("verify", "a", 1000, 0)[5:] == [[], []], "only what was so before"
+    assert lab.ask("verify", "a", 1000, 0)[5:] == [[], [], []], "only what was so before"
     assert lab.ask("verify", "a", before - 100_000, 0)[6] == []
-    assert lab.ask("verify", "nobody", at, 0) == [-1, b"", b"", 0, [], [], []]
+    assert lab.ask("verify", "nobody", at, 0) == [-1, b"", b"", 0, [], [], [], []]
     lab.ask("fence", "a")
     assert lab.ask("verify", "a", at, 0)[3] == 1
 

@@ -200,7 +200,7 @@ class Heartbeat:
         for partition, answer in enumerate(found):
             if isinstance(answer, Exception):
                 continue
-            queues, batches, locks = answer[4:7]
+            queues, batches, locks, gone = answer[4:8]
             self._takeover.add(q for q in queues if class_of_queue(q) is not None)
             for name, token in zip(batches[::2], batches[1::2], strict=True):
                 if not self._outbox.knows(name, token):
@@ -209,7 +209,7 @@ class Heartbeat:
                         decode(name),
                     )
                     self._outbox.take_over(partition, name, token, 0.0)
-            self._leases.compare(partition, locks)
+            self._leases.compare(partition, locks, gone)
 
     def sweep(self) -> Flow[None]:
         """Take over the lanes of processes that are not listed.

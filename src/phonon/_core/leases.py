@@ -146,6 +146,7 @@ class Leases:
         self.stopping = self.is_working = False
         self._due = math.inf
         self._unknown: dict[tuple[int, bytes], None] = {}
+        self._doubtful: dict[bytes, None] = {}
         self.attempts: dict[Holder, tuple[int, bytes]] = {}
         self._all: dict[Holder, Grant] = {}
         self._by_name: dict[bytes, dict[Holder, Grant]] = {}
@@ -357,9 +358,9 @@ class Leases:
     def start_work(self) -> None:
         """Renew in the background what has to be renewed: the heart does not wait for lanes."""
         pace = self.soonest()
-        if not self.stopping and (self._unknown or pace < math.inf):
+        if not self.stopping and (self._has_differences or pace < math.inf):
             self.start_worker()
-            if self._unknown or self._identity.clock() + pace < self._due:
+            if self._has_differences or self._identity.clock() + pace < self._due:
                 self.wake()
 
     def wake(self) -> None:
@@ -368,13 +369,13 @@ class Leases:
             self.signal.set()
 
     def work(self) -> Flow[None]:
-        """Renew what has a lease of its own, and give back what nothing here knows of."""
+        """Renew what has a lease of its own, and settle what the server and we do not agree on."""
         clock = self._identity.clock
         self.is_working = True
         last = clock()
         while not self.stopping:
             self._due = last + self.soonest()
-            if self._unknown or clock() >= self._due:
+            if self._has_differences or clock() >= self._due:
                 last = clock()
                 yield from self._catch_up()
                 continue
@@ -388,7 +389,7 @@ class Leases:
     def _is_done(self) -> bool:
         """Return whether there is nothing to do. A grant that is added then starts a worker."""
         self.is_working = False
-        self.is_working = bool(self._unknown) or self.soonest() < math.inf
+        self.is_working = self._has_differences or self.soonest() < math.inf
         return not self.is_working
 
     def _catch_up(self) -> Flow[None]:
@@ -398,6 +399,12 @@ class Leases:
                 place = next(iter(self._unknown))
                 del self._unknown[place]
                 yield from self._give_back(*place)
+            while self._doubtful:
+                name = next(iter(self._doubtful))
+                del self._doubtful[name]
+                for grant in list(self._by_name.get(name, {}).values()):
+                    if not (yield from self.renew(grant, 0.0)):
+                        self.lose((grant,))
         except PhononError as error:
             log.warning("locks of process %s are renewed later: %s", self._identity.name, error)
 
@@ -447,14 +454,25 @@ class Leases:
         holders, waiters = yield from read(self._identity.in_partition(partition, "lockers", name))
         return holders, waiters
 
-    def compare(self, partition: int, names: Sequence[bytes]) -> None:
+    @property
+    def _has_differences(self) -> bool:
+        """Whether the server knows of locks that are unknown here, or not of some that are."""
+        return bool(self._unknown or self._doubtful)
+
+    def compare(self, partition: int, names: Sequence[bytes], gone: Sequence[bytes] = ()) -> None:
         """Compare the locks that the server says are ours with those that are known here.
 
-        An interrupted call may have left one.
+        Args:
+            partition: Where they are.
+            names: Those that the registry names. An interrupted call may have left one.
+            gone: Those of them that are not held: somebody has deleted a key.
         """
         for name in names:
             if name not in self._by_name:
                 self._unknown[partition, name] = None
+        for name in gone:
+            if name in self._by_name:
+                self._doubtful[name] = None
 
     def _give_back(self, partition: int, name: bytes) -> Flow[None]:
         holders, waiters = yield from self.lockers(partition, name)

@@ -296,7 +296,7 @@ def modifications_of(pairs: Sequence[Any] | None) -> dict[str, int]:
     found: dict[str, int] = {}
     for process, times in zip((pairs or ())[::2], (pairs or ())[1::2], strict=True):
         if int(times):
-            name = process.decode()
+            name = process.decode("utf-8", "backslashreplace")
             found[name] = found.get(name, 0) + int(times)
     return found
 

@@ -165,17 +165,37 @@ local TYPES = {
   queue = 'zset', woken = 'hash', registry = 'zset',
 }
 
+-- And those of keys that are one for a partition, or for the namespace.
+local BOOKS = {
+  token = 'string', lanes = 'set', handed = 'set', parked = 'set', processes = 'zset',
+  listings = 'hash', cards = 'hash', reports = 'hash', reapers = 'hash', epoch = 'string',
+  partitions = 'string',
+}
+
+-- The name of a key, if it holds a value of a foreign type, and what it holds.
+local function foreign(key, wanted)
+  local found = redis.pcall('TYPE', key)
+  if type(found) == 'table' and found.ok and found.ok ~= 'none' and found.ok ~= wanted then
+    return 'WRONGTYPE ' .. key .. ' holds a ' .. found.ok .. ' where Phonon keeps a ' .. wanted
+  end
+end
+
 -- The text of an error. Redis does not say which key it is that holds a value of a foreign type.
 -- names: the resources, or processes, that it may be about.
 local function text_of(problem, T, names)
   local text = type(problem) == 'table' and problem.err or tostring(problem)
   if string.find(text, 'WRONGTYPE', 1, true) then
+    for kind, wanted in pairs(BOOKS) do
+      local named = foreign(T .. kind, wanted)
+      if named then
+        return named
+      end
+    end
     for _, name in ipairs(names) do
       for kind, wanted in pairs(TYPES) do
-        local key = T .. kind .. ':' .. tostring(name)
-        local found = redis.pcall('TYPE', key)
-        if type(found) == 'table' and found.ok and found.ok ~= 'none' and found.ok ~= wanted then
-          return 'WRONGTYPE ' .. key .. ' holds a ' .. found.ok .. ' where Phonon keeps a ' .. wanted
+        local named = foreign(T .. kind .. ':' .. tostring(name), wanted)
+        if named then
+          return named
         end
       end
     end
@@ -226,7 +246,11 @@ local function plain(name, body)
     flags = { 'allow-oom' },
     callback = function(keys, args)
       call = redis.call
-      return body(keys[1], args)
+      local ok, answer = pcall(body, keys[1], args)
+      if not ok then
+        return redis.error_reply(text_of(answer, keys[1], args))
+      end
+      return answer
     end,
   })
 end

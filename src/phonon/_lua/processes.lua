@@ -179,7 +179,7 @@ end)
 -- verify(process, before ms, page): what the server knows of a lane, the class queues that wait, and
 -- some of the batches and locks that it says are the process's since before then.
 -- answers { sequence or -1, number, stamp, 1 if fenced, { queue, ... }, { resource, token, ... },
---           { resource, ... } }
+--           { resource, ... }, { resource that it neither holds nor waits for, ... } }
 read('verify', function(T, args)
   local pid = args[1]
   local lane = call('HMGET', T .. 'lane:' .. pid, 'sequence', 'number', 'stamp', 'fenced')
@@ -194,8 +194,17 @@ read('verify', function(T, args)
     end
   end
   local locks = call('ZRANGEBYSCORE', registry, fmt(-args[2]), '(0', 'LIMIT', at, size)
+  -- Somebody may have deleted a lock's key by hand.
+  local gone = {}
+  for _, resource in ipairs(locks) do
+    local holder = redis.pcall('HGET', T .. 'lock:' .. resource, 'holder')
+    local held = type(holder) == 'string' and process_of(holder) == pid
+    if not held and not waits_or_shares({ T = T, pid = pid }, resource) then
+      gone[#gone + 1] = resource
+    end
+  end
   return { tonumber(lane[1] or -1), lane[2] or '', lane[3] or '', lane[4] and 1 or 0,
-    call('SMEMBERS', T .. 'handed'), batches, locks }
+    call('SMEMBERS', T .. 'handed'), batches, locks, gone }
 end)
 
 -- survey(): the processes that have a lane in this partition

@@ -336,6 +336,9 @@ def class_queue(class_name: str) -> bytes:
 
 
 def class_of_queue(process: bytes) -> str | None:
-    """Return whose batches wait under an id; None if it is a process's."""
-    text = process.decode("utf-8", "surrogatepass")
+    """Return whose batches wait under an id; None if it is a process's, or no id of ours."""
+    try:
+        text = process.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return None
     return text.removeprefix(_CLASS) if text.startswith(_CLASS) else None

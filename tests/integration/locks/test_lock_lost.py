@@ -116,6 +116,24 @@ def test_a_check_finds_it(shared: bool, process: Process, told: Told, lose: Lose
 
 
 @pytest.mark.parametrize("shared", [False, True])
+def test_a_heartbeat_finds_it(shared: bool, make: Make, told: Told, lose: Lose) -> None:
+    process = make(on_error=told.errors.append, heartbeat_interval=0.25)
+    lock = process.lock("x", shared=shared, on_lost=told.locks.append)
+    held = process.lock("y", shared=shared, on_lost=told.locks.append)
+
+    def body() -> None:
+        assert held.acquire()
+        lose()
+        wait_until(lambda: told.locks)
+        assert not lock.owned()
+
+    ends_lost(lock, body)
+    assert told.locks == [lock]
+    assert held.owned()
+    held.release()
+
+
+@pytest.mark.parametrize("shared", [False, True])
 def test_leaving_the_block_finds_it(shared: bool, process: Process, told: Told, lose: Lose) -> None:
     lock = process.lock("x", shared=shared, lease=20, on_lost=told.locks.append)
     ends_lost(lock, lose)
