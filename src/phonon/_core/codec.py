@@ -257,7 +257,7 @@ class UpdateCodec:
             local: The update.
             content: What its `take_last` has returned.
         """
-        return [KeptRecord(local, content, lambda: self.records(resource, (partial,), local))]
+        return [KeptRecord(self, resource, partial, local, content)]
 
     def _check_loop(self, cls: type[Any], resource: str) -> None:
         if cls.is_async and not self._is_async:
@@ -451,17 +451,24 @@ class KeptRecord(UpdateRecord):
     """A batch of nothing but what an update of this process has sent last: it need not be decoded.
 
     Args:
+        codec: Decodes the partial, if there is newer data in the update.
+        resource: Whose.
+        partial: The partial.
         local: The update.
         content: What its `take_last` has returned.
-        decode: Returns the records of the partial.
     """
 
-    __slots__ = ("_content", "_decode")
+    __slots__ = ("_codec", "_content", "_partial", "_resource")
 
-    def __init__(self, local: Any, content: Any, decode: Callable[[], list[UpdateRecord]]) -> None:
+    def __init__(
+        self, codec: UpdateCodec, resource: str, partial: bytes, local: Any, content: Any
+    ) -> None:
         super().__init__(local, local)
+        # No closure: many sessions end together, and the garbage collector looks at each object.
+        self._codec = codec
+        self._resource = resource
+        self._partial = partial
         self._content = content
-        self._decode = decode
 
     def begin(self, token: int) -> Any:
         """Return the instance that executes; it knows its token until `finish`."""
@@ -469,7 +476,7 @@ class KeptRecord(UpdateRecord):
             if self._local.begin_again(self._content, token):
                 self.instance = self._local
                 return self.instance
-            (record,) = self._decode()
+            (record,) = self._codec.records(self._resource, (self._partial,), self._local)
             self._merged = record._merged  # noqa: SLF001 - of the same class
         return super().begin(token)
 

@@ -443,30 +443,32 @@ class ThreadDriver:
         leader = _Leader()
         flight: sync_io.Flight | None = None
         calls: list[tuple[Lane, Call]] = []
-        lanes: list[Lane] = []
+        led: dict[Lane, None] = {}
+        # What is to be confirmed, or has several ways, goes in one exchange.
         alone = self.server.durability is not None or not self.server.colocated
         try:
-            for _ in more:
-                known = len(ticket.places)
+            # What is made already goes with the first group of its lane, or behind all of them.
+            ticket.enqueue(self.identity)
+            for made in itertools.chain(zip(more), (None,)):
+                known = len(ticket.places) if made is not None else 0
                 ticket.enqueue(self.identity)
-                if alone:
-                    continue  # what is to be confirmed, or has several ways, goes in one exchange
-                fresh = [place[1] for place in ticket.places[known:]]
-                lanes += fresh
-                group = self._claim_calls(fresh, leader)
+                fresh = dict.fromkeys(place[1] for place in ticket.places[known:])
+                # A lane that has its call in this flight would send it again.
+                lanes = [lane for lane in fresh if lane not in led and not alone]
+                led.update(dict.fromkeys(lanes))
+                group = self._claim_calls(lanes, leader)
                 if group and flight is None:
                     node = self.server.node_of(self.identity.partitions.prefix)
                     flight = sync_io.take_off(node)
                 if group and flight is not None and flight.send(self._requests(group)):
                     calls += group
-            ticket.enqueue(self.identity)
             for (lane, call), reply in zip(calls, flight.land() if flight else (), strict=False):
                 if not isinstance(reply, ResponseError):
                     self._receiver.take(lane, call, reply)
         finally:
             if flight is not None:
                 flight.abort()
-            for lane in lanes:
+            for lane in led:
                 self._claims.release(lane, leader)
                 self._pass_on(lane)
 
