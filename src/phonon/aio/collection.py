@@ -49,9 +49,23 @@ class AsyncCollection(BaseCollection[P, M]):
     The model's ``on_complete`` may be a coroutine function; one that is not runs in a thread.
 
     Example:
-        >>> views = process.collect(PageViews, idle=30, longest=3600)  # doctest: +SKIP
-        >>> async with process.batch():  # doctest: +SKIP
-        ...     await views.add("ada", views=1, pages={"/": 1})
+        >>> import asyncio
+        >>> from phonon import Model
+        >>> from phonon.aio import AsyncProcess
+        >>> from phonon.fields import ID, Sum
+        >>> class PageViews(Model, name="page_views_of_tasks"):
+        ...     user: ID[str]
+        ...     views: Sum[int] = Sum()
+        ...     def on_complete(self):
+        ...         print("write", self.user, self.views)
+        >>> async def main():
+        ...     async with AsyncProcess() as process:
+        ...         views = process.collect(PageViews, idle=30, longest=3600)
+        ...         async with process.batch():
+        ...             await views.add("ada", views=1)
+        ...             await views.add("ada", views=1)
+        >>> asyncio.run(main())
+        write ada 2
     """
 
     def _make_cache(self, max_entries: int) -> AsyncRecordCache:
