@@ -26,6 +26,7 @@ from phonon_demo import pipeline
 from phonon_demo.pipeline import HEARTBEAT, Broker, KafkaBroker, Plan, Pool, StreamBroker
 from phonon_demo.postgres import PostgreSQL
 from phonon_demo.server import MortalServer
+from phonon_demo.signals import interruptible
 
 #: Seconds between two strikes of a kind, on average.
 PAUSES, CUTS, RESTARTS = 4.0, 2.0, 15.0
@@ -100,6 +101,7 @@ def run(options: Options) -> Outcome:
     """Let the pipeline work and be struck, and compare."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
+        enter(interruptible())
         folder = Path(enter(tempfile.TemporaryDirectory(prefix="ph-")))
         handled = folder / "handled"
         handled.mkdir()

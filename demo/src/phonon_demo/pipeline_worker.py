@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +53,14 @@ class LingeringTable(SqlTable):
                 record.__dict__["token"] = time.time_ns()  # greater than any before
         super().write(records)
         time.sleep(self.linger)
+
+
+def end_with_the_parent() -> None:
+    """End soon after whoever has started this worker: it may have been killed."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def work(plan: Plan) -> None:
@@ -141,4 +151,5 @@ def _process(plan: Plan) -> Process:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
     work(Plan(**json.loads(sys.argv[1])))

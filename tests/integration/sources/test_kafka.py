@@ -15,6 +15,9 @@ from phonon.sources.kafka import KafkaSource
 from support.kafka import MockKafka
 from support.world import Make, wait_until
 
+#: A busy machine takes its time to start so many, or to form a group.
+pytestmark = pytest.mark.timeout(180)
+
 
 class Count(ConflictFreeUpdate):
     executed: ClassVar[Counter[Any]] = Counter()

@@ -13,6 +13,9 @@ from phonon._transport import sync_io
 from phonon.errors import AlreadyStoredError
 from support.world import Redis, wait_until
 
+#: A busy machine takes its time to start so many, or to form a group.
+pytestmark = pytest.mark.timeout(180)
+
 #: Which of the calls after the first batch is the last one, and how much of it is sent.
 POINTS = [(call, part) for call in range(3) for part in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
 MESSAGES = [(n, n * 7 % 40) for n in range(200)]
