@@ -162,6 +162,7 @@ class Update(LocalUpdate):
             else:
                 self.doc = own = copied(doc)
                 plain = plain and own is not DEEP
+        changeable = False
         if self._has_state_:
             try:
                 state = self.state()
@@ -173,7 +174,6 @@ class Update(LocalUpdate):
                     f"{type(self).__qualname__}.state() returned {state!r}: it returns a dict of "
                     "attributes by name"
                 )
-            changeable = False
             for name, value in state.items():
                 if name.__class__ is not str:
                     raise TypeError(
@@ -191,10 +191,10 @@ class Update(LocalUpdate):
                     if type(item) not in PLAIN:
                         plain = False
                         break
-            if changeable:
-                self._own_(state, engine)
         if not plain:
             self._check_(engine, spec, doc)
+        if changeable:
+            self._own_(state, engine)
         self._begun_ = self._touched_ = time.monotonic()
         if engine.outbox.full:
             self._begin_(engine, init_cache=init_cache)
@@ -509,10 +509,7 @@ class Update(LocalUpdate):
         for name, value in state.items():
             if type(value) not in PLAIN and getattr(self, name, None) is value:
                 own = copied(value)
-                if own is DEEP:
-                    codec.dump(self, engine.codec.serializer)  # an error names the attribute
-                    own = _deep_copy(value, engine)
-                setattr(self, name, own)
+                setattr(self, name, _deep_copy(value, engine) if own is DEEP else own)
 
     def _check_(self, engine: Engine, spec: Any, doc: Any) -> None:
         """Refuse what cannot be stored where it is made, not where it would be lost."""

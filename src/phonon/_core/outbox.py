@@ -14,7 +14,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from phonon._core.executor import Batch, Executor
@@ -411,8 +411,8 @@ class Outbox:
             self.look()
             return result
         many: list[tuple[Operation, int]] = []
-        executor.expected[name] += 1
         try:
+            executor.expected[name] += 1
             (answer,) = yield Send(sent)
             batch = self._left(about[0], answer, many)
             if batch is not None:
@@ -542,7 +542,7 @@ class Outbox:
         return waiting + len(self._resuming) + running
 
     @property
-    def busy(self) -> dict[tuple[bytes, int], Batch]:
+    def busy(self) -> MutableMapping[tuple[bytes, int], Batch]:
         """The batches that are being executed."""
         return self.executor.busy if self.executor is not None else {}
 
