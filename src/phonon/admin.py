@@ -63,14 +63,14 @@ class BaseAdmin:
     _acts: Acts
     _doctor: Doctor
 
-    def _begin(self, connection: SharedConnection, namespace: str, options: "Options") -> None:
+    def _begin(self, connection: SharedConnection, namespace: str, options: "AdminOptions") -> None:
         space = Namespace(connection.server, library.default(), namespace, options.timeout)
         self._inspector = Inspector(space)
         self._acts = Acts(space, self._inspector, options.who)
         self._doctor = Doctor(space, self._inspector)
 
 
-class Options:
+class AdminOptions:
     """Checked arguments of an `Admin`.
 
     Args:
@@ -135,7 +135,7 @@ class Admin(BaseAdmin):
         timeout: float = 15.0,
         who: str | None = None,
     ) -> None:
-        options = Options(url, client, namespace, timeout, who)
+        options = AdminOptions(url, client, namespace, timeout, who)
         self.namespace = namespace
         self._connection = sync_io.run(options.open(sync_io.BACKEND))
         self._begin(self._connection, namespace, options)

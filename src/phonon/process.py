@@ -12,7 +12,7 @@ import phonon.lock
 from phonon import _lifetime
 from phonon._core.codec import UpdateCodec
 from phonon._core.dead_letters import DeadLetters, Parked
-from phonon._core.engine import Engine, Options, ThreadEngine, errors_only
+from phonon._core.engine import Engine, ProcessOptions, ThreadEngine, errors_only
 from phonon._core.flows import FLUSH, Flow, Sleep, read
 from phonon._core.forks import notice
 from phonon._protocol import library
@@ -305,7 +305,7 @@ class Process(BaseProcess):
         )
         try:
             self._engine = self._make_engine(
-                Options(
+                ProcessOptions(
                     namespace,
                     partitions,
                     heartbeat_interval,
@@ -333,7 +333,7 @@ class Process(BaseProcess):
 
     def _make_engine(
         self,
-        options: Options,
+        options: ProcessOptions,
         serializer: Serializer,
         on_error: Callable[[Exception], object] | None,
         executor: Executor | None,

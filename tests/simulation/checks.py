@@ -11,7 +11,7 @@ from phonon._protocol.operations import Code, Operation, is_shared
 from phonon.errors import DeclaredDeadError, PhononError, ServerStateLostError
 
 if TYPE_CHECKING:
-    from simulation.process import Instance, SimProcess, Task
+    from simulation.process import Instance, SimFlow, SimProcess
     from simulation.world import World
 
 R = Reply
@@ -174,7 +174,7 @@ class Checks:
                     f"G2/G4: {p.name}: {operation!r} came to {wanted}, its caller is told {got}"
                 )
 
-    def task_failed(self, p: "SimProcess", task: "Task", error: PhononError) -> None:
+    def task_failed(self, p: "SimProcess", task: "SimFlow", error: PhononError) -> None:
         self.seen[f"{task.name.rstrip('0123456789')} raised {type(error).__name__}"] += 1
 
     def reported(self, p: "SimProcess", error: Exception) -> None:
@@ -227,7 +227,7 @@ class Checks:
 
     # Execution
 
-    def begin(self, p: "SimProcess", task: "Task") -> None:
+    def begin(self, p: "SimProcess", task: "SimFlow") -> None:
         for job in task.effect.jobs:
             for instance in _instances(job):
                 record = instance.record
@@ -245,7 +245,7 @@ class Checks:
                     place, (p.identity.id, instance.token // _TOKENS)
                 )
 
-    def end(self, p: "SimProcess", task: "Task", job: Any) -> None:
+    def end(self, p: "SimProcess", task: "SimFlow", job: Any) -> None:
         for instance in _instances(job):
             self.executing[instance.record.resource].pop((p.name, task.name), None)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from phonon._core.engine import Engine, Options
+from phonon._core.engine import Engine, ProcessOptions
 from phonon._core.flows import (
     CALLER_GONE,
     FLUSH,
@@ -72,7 +72,7 @@ class Signal:
         self.is_set = True
 
 
-class Task:
+class SimFlow:
     """A flow that is under way.
 
     Attributes:
@@ -96,7 +96,7 @@ class Task:
         self.ready = True
         self.error: Exception | None = None
         self.gone = self.detached = self.ended = False
-        self.parent: tuple[Task, Any] | None = None
+        self.parent: tuple[SimFlow, Any] | None = None
         self.deadline = 0
 
     def __repr__(self) -> str:
@@ -147,7 +147,7 @@ class Task:
 class Ticket:
     """What the operations of one `Send` belong to: a flow's later effects are not answered by it."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: SimFlow) -> None:
         self.task = task
         self.effect = task.effect
 
@@ -167,15 +167,15 @@ class Driver:
         identity.new_id = process.new_id
         identity.begin()
 
-        self.on_detached: Callable[[Task], None] = lambda _: None
-        self.on_ready: Callable[[Task], None] = lambda _: None
+        self.on_detached: Callable[[SimFlow], None] = lambda _: None
+        self.on_ready: Callable[[SimFlow], None] = lambda _: None
 
     @staticmethod
-    def detached_ready(task: Task) -> bool:
+    def detached_ready(task: SimFlow) -> bool:
         return task.ready
 
     @staticmethod
-    def resume(task: Task) -> None:
+    def resume(task: SimFlow) -> None:
         task.detached = False
 
     def signal(self) -> Signal:
@@ -184,7 +184,7 @@ class Driver:
     def local(self) -> SimpleNamespace:
         return SimpleNamespace()
 
-    def spawn(self, flow: Flow[Any], name: str) -> Task:
+    def spawn(self, flow: Flow[Any], name: str) -> SimFlow:
         return self._process.spawn(name.split("-")[1] if "-" in name else name, flow)
 
     def tell(self, function: Callable[..., object], *arguments: object) -> None:
@@ -293,8 +293,8 @@ class SimProcess:
         self.name = name
         self.recovers = recovers
         self.knows = tuple(knows)
-        self.tasks: dict[str, Task] = {}
-        self.running: Task | None = None
+        self.tasks: dict[str, SimFlow] = {}
+        self.running: SimFlow | None = None
         self.killed = self.stopped = self.stopping = False
         self.ids = 0
         self.items = 0
@@ -303,7 +303,7 @@ class SimProcess:
         self.errors: list[Exception] = []
         self.replies: list[tuple[Any, Any, Any]] = []
         self.many = Many(self)
-        options = Options(
+        options = ProcessOptions(
             namespace="s",
             partitions=world.count,
             heartbeat_interval=INTERVAL,
@@ -354,14 +354,14 @@ class SimProcess:
 
     # Tasks
 
-    def spawn(self, name: str, flow: Flow[Any]) -> Task:
+    def spawn(self, name: str, flow: Flow[Any]) -> SimFlow:
         number = ""
         while f"{name}{number}" in self.tasks:
             number = str(int(number or 1) + 1)
-        task = self.tasks[f"{name}{number}"] = Task(self, f"{name}{number}", flow)
+        task = self.tasks[f"{name}{number}"] = SimFlow(self, f"{name}{number}", flow)
         return task
 
-    def go(self, task: Task) -> None:
+    def go(self, task: SimFlow) -> None:
         """Go on with a task that has its result, up to its next effect that has to be carried out."""
         outer, self.running = self.running, task
         value, task.value, task.ready = task.value, None, False
@@ -395,7 +395,7 @@ class SimProcess:
         finally:
             self.running = outer
 
-    def _ended(self, task: Task, outcome: Outcome) -> None:
+    def _ended(self, task: SimFlow, outcome: Outcome) -> None:
         task.ended = True
         if task.parent is not None:
             parent, branch = task.parent
@@ -404,7 +404,7 @@ class SimProcess:
         if self.tasks.get(task.name) is task:
             del self.tasks[task.name]
 
-    def _begin(self, task: Task, effect: Any) -> None:
+    def _begin(self, task: SimFlow, effect: Any) -> None:
         if isinstance(effect, Send):
             task.replies = [_NOTHING] * len(effect.operations)
             task.missing = len(effect.operations)
@@ -434,7 +434,7 @@ class SimProcess:
         if operation.owner is not None:
             operation.owner.answer(operation.index, answer)
 
-    def detach(self, task: Task) -> None:
+    def detach(self, task: SimFlow) -> None:
         """The caller of a task has given up."""
         task.gone = True
         if task.name.startswith("stop"):
@@ -575,7 +575,7 @@ class SimProcess:
             self.stopped = True
             self.world.seen["stops"] += 1
 
-    def users(self) -> Iterator[Task]:
+    def users(self) -> Iterator[SimFlow]:
         return (t for t in list(self.tasks.values()) if t.name.startswith("user"))
 
 

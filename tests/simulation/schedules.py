@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from phonon._core.flows import AwaitMail, Execute, Read, Send, Sleep
 from phonon._protocol.lane import State
 from simulation.checks import Violation
-from simulation.process import Idle, Point, SimProcess, Task
+from simulation.process import Idle, Point, SimFlow, SimProcess
 from simulation.server import SimServer
 from simulation.settle import finish
 from simulation.world import Move, Setup, World
@@ -148,7 +148,7 @@ class Schedule:
                 moves += self._of_task(p, task)
         return rng.choice(moves)() if moves else None
 
-    def _of_task(self, p: SimProcess, task: Task) -> list[Callable[[], Move | None]]:
+    def _of_task(self, p: SimProcess, task: SimFlow) -> list[Callable[[], Move | None]]:
         effect = task.effect
         if task.detached:
             return []
@@ -173,19 +173,19 @@ class Schedule:
         fates = {**_CALLS, "refused": 4} if self.refuses else _CALLS
         return "call", p.name, partition, self._fate(fates)
 
-    def _execute(self, p: SimProcess, task: Task) -> Move:
+    def _execute(self, p: SimProcess, task: SimFlow) -> Move:
         jobs = task.effect.jobs
         if self.rng.random() < 0.1:
             return "early", p.name, task.name
         return "exec", p.name, task.name, self.rng.randrange(len(jobs)), self._fate(_EXECUTES)
 
-    def _mail(self, p: SimProcess, task: Task, partition: int) -> Move:
+    def _mail(self, p: SimProcess, task: SimFlow, partition: int) -> Move:
         roll = self.rng.random()
         if roll < 0.2:
             return "go", p.name, task.name, "timeout"
         return "mail", p.name, partition, "lost" if roll < 0.25 and self.faulty else "ok"
 
-    def _user(self, p: SimProcess, task: Task) -> Move | None:
+    def _user(self, p: SimProcess, task: SimFlow) -> Move | None:
         rng, world = self.rng, self.world
         what = _choose(rng, _USER)
         who = "user", p.name, task.name

@@ -2,7 +2,7 @@
 
 from phonon._core.flows import FLUSH, AwaitMail, Execute, Read, Sleep, Wait
 from phonon._protocol.lane import State
-from simulation.process import LEASE_US, Idle, Point, SimProcess, Task
+from simulation.process import LEASE_US, Idle, Point, SimFlow, SimProcess
 from simulation.world import Setup, World
 
 #: Longer than all that the core waits for: a lease, the sweep, a sweep's patience, and a beat each.
@@ -39,7 +39,7 @@ def _round(world: World, only: str) -> bool:
     return moved
 
 
-def _go(world: World, p: SimProcess, task: Task) -> bool:
+def _go(world: World, p: SimProcess, task: SimFlow) -> bool:
     name, effect = task.name, task.effect
     if task.detached:
         return False

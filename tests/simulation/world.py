@@ -21,8 +21,8 @@ from simulation.process import (
     HalfDoneError,
     Instance,
     Point,
+    SimFlow,
     SimProcess,
-    Task,
 )
 from simulation.server import START, SimServer
 
@@ -141,7 +141,7 @@ class World:
             raise self.checks.violation
         return possible is not False
 
-    def _task(self, name: str, task: str) -> tuple[SimProcess | None, Task | None]:
+    def _task(self, name: str, task: str) -> tuple[SimProcess | None, SimFlow | None]:
         p = self.processes.get(name)
         if p is None or not p.alive:
             return None, None
@@ -310,7 +310,7 @@ class World:
             p.go(t)
         return True
 
-    def _read(self, p: SimProcess, t: Task, fate: str) -> None:
+    def _read(self, p: SimProcess, t: SimFlow, fate: str) -> None:
         requests = t.effect.requests
         if fate in ("lost", "fail"):
             t.replies = []

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgpack
 
-from phonon._core.executor import TOKENS, Batch, Executor
+from phonon._core.executor import TOKENS, Executor, RunningBatch
 from phonon._core.flows import REBORN, Flow, Read, read, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
@@ -58,7 +58,7 @@ class Parked(NamedTuple):
     size: int
 
 
-class Codec(Protocol):
+class PartialChecker(Protocol):
     """Tells whether a partial can be executed."""
 
     def check(self, resource: str, partial: bytes, where: str) -> None:
@@ -81,7 +81,7 @@ class DeadLetters:
     """
 
     def __init__(
-        self, identity: Identity, members: Members, executor: Executor, codec: Codec
+        self, identity: Identity, members: Members, executor: Executor, codec: PartialChecker
     ) -> None:
         self._identity = identity
         self._members = members
@@ -177,7 +177,7 @@ class DeadLetters:
             return errors
         run = Run(*answer)
         if run.content is not False:  # else a survivor has taken it over, and executes it
-            batch = Batch(partition, name, run, resource=resource, errors=errors)
+            batch = RunningBatch(partition, name, run, resource=resource, errors=errors)
             yield from self._executor.execute([batch])
         return errors
 

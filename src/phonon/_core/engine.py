@@ -49,7 +49,7 @@ _PAUSE = 0.05
 _DISMISSAL = 5.0
 
 
-class Options(NamedTuple):
+class ProcessOptions(NamedTuple):
     """The options of a process; see `phonon.Process`."""
 
     namespace: str
@@ -103,7 +103,7 @@ class Engine:
 
     def __init__(
         self,
-        options: Options,
+        options: ProcessOptions,
         public: Callable[[], Any],
         library: Library,
         make_driver: Callable[[Identity], Any],

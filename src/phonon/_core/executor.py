@@ -50,7 +50,7 @@ class Record(Protocol):
         """The execution has ended."""
 
 
-class Codec(Protocol):
+class RecordReader(Protocol):
     """Makes records of partials."""
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> Sequence[Record]:
@@ -85,7 +85,7 @@ class Codec(Protocol):
         """Return whether this process can execute batches of a class."""
 
 
-class Batch:
+class RunningBatch:
     """A batch of this process's, on its way through execution.
 
     Attributes:
@@ -160,7 +160,7 @@ class Batch:
         return self.name, self.run.token
 
 
-def _no_batches() -> "weakref.WeakValueDictionary[tuple[bytes, int], Batch]":
+def _no_batches() -> "weakref.WeakValueDictionary[tuple[bytes, int], RunningBatch]":
     """Return where batches are while a flow has them.
 
     Weakly: a signal handler's exception may end the flow at any point of it. Then the batch is not
@@ -188,10 +188,10 @@ class Executor:
     def __init__(
         self,
         identity: Identity,
-        codec: Codec,
+        codec: RecordReader,
         policy: RetryPolicy,
         reports: Reports,
-        schedule: Callable[[Batch, float], None],
+        schedule: Callable[[RunningBatch, float], None],
     ) -> None:
         self._identity = identity
         self._codec = codec
@@ -226,7 +226,7 @@ class Executor:
 
     def execute(
         self,
-        batches: Sequence[Batch],
+        batches: Sequence[RunningBatch],
         more: Callable[[list[Operation]], Iterator[object] | None] | None = None,
     ) -> Flow[list[Any]]:
         """Execute batches of ours, and those that come up behind them.
@@ -280,7 +280,7 @@ class Executor:
 
     # Before
 
-    def _prepare(self, batches: Iterable[Batch]) -> Flow[None]:
+    def _prepare(self, batches: Iterable[RunningBatch]) -> Flow[None]:
         """Fetch what did not come along, and merge."""
         for batch in batches:
             if batch.run.crashes > self._policy.crashes:
@@ -302,12 +302,12 @@ class Executor:
                 batch.error = error
             batch.partials = []
 
-    def _records_of(self, batch: Batch) -> Sequence[Record]:
+    def _records_of(self, batch: RunningBatch) -> Sequence[Record]:
         if batch.kept is None:
             return self._codec.records(batch.resource, batch.partials, batch.local)
         return self._codec.kept(batch.resource, batch.partials[0], batch.local, batch.kept)
 
-    def _fetch(self, batch: Batch) -> Flow[bool]:
+    def _fetch(self, batch: RunningBatch) -> Flow[bool]:
         """Fetch the partials that did not come with the batch, merging them as they come.
 
         Returns:
@@ -341,7 +341,7 @@ class Executor:
 
     # The user's code
 
-    def _run_some(self, batches: Sequence[Batch]) -> Flow[None]:
+    def _run_some(self, batches: Sequence[RunningBatch]) -> Flow[None]:
         """Run the next record of each batch. A batch without a job has come to its end."""
         self._begin_jobs(batches)
         jobs: dict[int, Job] = {}
@@ -354,8 +354,8 @@ class Executor:
             if batch.job is not None and batch.job.outcome is not None:
                 self._end_job(batch, batch.job)
 
-    def _begin_jobs(self, batches: Sequence[Batch]) -> None:
-        together: dict[Any, list[tuple[Batch, Any]]] = {}
+    def _begin_jobs(self, batches: Sequence[RunningBatch]) -> None:
+        together: dict[Any, list[tuple[RunningBatch, Any]]] = {}
         for batch in batches:
             if batch.job is not None or batch.error is not None or batch.at >= len(batch.records):
                 continue
@@ -372,7 +372,7 @@ class Executor:
                 for batch, _ in some:
                     batch.job = job
 
-    def _end_job(self, batch: Batch, job: Job) -> None:
+    def _end_job(self, batch: RunningBatch, job: Job) -> None:
         record = batch.records[batch.at]
         outcome = job.outcome
         assert outcome is not None  # noqa: S101 - for the type checker
@@ -398,7 +398,7 @@ class Executor:
 
     # After
 
-    def _conclusions(self, batch: Batch) -> list[Operation]:
+    def _conclusions(self, batch: RunningBatch) -> list[Operation]:
         """Return the operation that reports a batch, if there is anything to report."""
         error, place = batch.error, (batch.partition, batch.name, batch.run.token)
         if error is None:
@@ -414,12 +414,12 @@ class Executor:
         return [operations.fail(*place, _text_of(error), int(batch.pause * 1000), attempts)]
 
     @staticmethod
-    def _conclusion_of(batch: Batch, told: Any) -> Any:
+    def _conclusion_of(batch: RunningBatch, told: Any) -> Any:
         if batch.error is _TAKEN_OVER:
             return _LOST
         return batch.error if isinstance(batch.error, _NotFetchedError) else next(told)
 
-    def _concluded(self, batch: Batch, answer: Any) -> Batch | None:
+    def _concluded(self, batch: RunningBatch, answer: Any) -> RunningBatch | None:
         """See to what a batch came to; returns the one that comes up behind it."""
         if isinstance(answer, Exception) or answer is REBORN:
             # Nothing is lost: the batch is still ours, and is reported once more.
@@ -440,7 +440,7 @@ class Executor:
             else:
                 self._failed(batch, batch.error, retry)
         if code == _AGAIN:
-            return Batch(
+            return RunningBatch(
                 batch.partition,
                 batch.name,
                 Run(*answer),
@@ -451,7 +451,7 @@ class Executor:
             )
         return None
 
-    def _lost(self, batch: Batch) -> None:
+    def _lost(self, batch: RunningBatch) -> None:
         if batch.error is _TAKEN_OVER:
             return
         resource, token = batch.resource, batch.token
@@ -468,7 +468,7 @@ class Executor:
             )
         )
 
-    def _failed(self, batch: Batch, error: BaseException, retry_in: float | None) -> None:
+    def _failed(self, batch: RunningBatch, error: BaseException, retry_in: float | None) -> None:
         if retry_in is not None:
             self._schedule(batch, retry_in)
             then = f"is tried again in {retry_in:.1f} s"
@@ -481,7 +481,7 @@ class Executor:
         if batch.background:
             self._reports.notify(error)
 
-    def _handed_off(self, batch: Batch, error: UnknownClassError) -> None:
+    def _handed_off(self, batch: RunningBatch, error: UnknownClassError) -> None:
         """A batch was left to others. There may be very many of that kind: log the first one."""
         if self._reports.once(f"class {error.class_name}"):
             is_known = classes.find(error.class_name) is not None

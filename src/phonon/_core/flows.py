@@ -215,13 +215,6 @@ def never_run(value: Any) -> TypeError | None:
     return None
 
 
-class Ticket(Protocol):
-    """The owner of the operations of one `Send`, which waits for their answers."""
-
-    def answer(self, index: int, answer: Any) -> None:
-        """Take in the answer to one of them. A second one for the same is ignored."""
-
-
 class Done(NamedTuple):
     """The last effect of each flow: it has returned."""
 

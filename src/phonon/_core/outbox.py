@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from phonon._core.executor import Batch, Executor
+from phonon._core.executor import Executor, RunningBatch
 from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Sleep, Wait
 from phonon._core.identity import Identity
 from phonon._core.members import ABSENT, Entry, Members, modifications_of
@@ -373,7 +373,7 @@ class Outbox:
         if len(endings) == 1:
             return [(yield from self._end_one(endings[0], executor))]
         results: list[SessionResult] = []
-        batches: list[Batch] = []
+        batches: list[RunningBatch] = []
         many: list[tuple[Operation, int]] = []
         for first in range(0, len(endings), CHUNK):
             about: list[_Leaving] = []
@@ -429,7 +429,7 @@ class Outbox:
 
     def _left(
         self, leaving: _Leaving, answer: Any, many: list[tuple[Operation, int]]
-    ) -> Batch | None:
+    ) -> RunningBatch | None:
         """See to the answer to a leave. Return the batch that falls to us, if there is one."""
         operation, ending, data, kept, was_held, result = leaving
         if isinstance(answer, Exception):
@@ -444,7 +444,7 @@ class Outbox:
             if run.modifications is not None:
                 result.modifications = modifications_of(run.modifications)
             if run.content is not False:
-                return Batch(
+                return RunningBatch(
                     operation.partition,
                     operation.resource,
                     run,
@@ -505,7 +505,7 @@ class Outbox:
 
     # What is due
 
-    def schedule(self, batch: Batch, seconds: float) -> None:
+    def schedule(self, batch: RunningBatch, seconds: float) -> None:
         """Try a batch again that has failed."""
         self._enter(
             self._clock() + seconds,
@@ -542,7 +542,7 @@ class Outbox:
         return waiting + len(self._resuming) + running
 
     @property
-    def busy(self) -> MutableMapping[tuple[bytes, int], Batch]:
+    def busy(self) -> MutableMapping[tuple[bytes, int], RunningBatch]:
         """The batches that are being executed."""
         return self.executor.busy if self.executor is not None else {}
 
@@ -625,7 +625,7 @@ class Outbox:
 
     def _take_up(
         self, dues: Sequence[Due], executor: Executor, errors: list[BaseException]
-    ) -> Flow[list[Batch]]:
+    ) -> Flow[list[RunningBatch]]:
         """Return those batches that are still ours, with their content."""
         batches = []
         taken = [(due.name, due.token) for due in dues]
@@ -637,7 +637,7 @@ class Outbox:
                     at = self._clock() + 1.0
                     self._enter(at, due.partition, due.name, due.token, due.local, due.failed)
                 elif isinstance(answer, list) and answer[-1] is not False:
-                    batch = Batch(
+                    batch = RunningBatch(
                         due.partition,
                         due.name,
                         Run(*answer),

@@ -27,7 +27,17 @@ from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from phonon._transport import connect
-from phonon._transport.steps import GONE, Call, Invoke, Node, Pause, RoundTrip, Share, Step, Steps
+from phonon._transport.steps import (
+    GONE,
+    CallBlocking,
+    Invoke,
+    Node,
+    Pause,
+    RoundTrip,
+    Share,
+    Step,
+    Steps,
+)
 
 T = TypeVar("T")
 
@@ -327,7 +337,7 @@ async def _perform(step: Step) -> Any:
         return await _round_trip(step.shares)
     if isinstance(step, Pause):
         return await asyncio.sleep(step.seconds)
-    if isinstance(step, Call):
+    if isinstance(step, CallBlocking):
         return await asyncio.to_thread(step.function, *step.args)
     assert isinstance(step, Invoke)  # noqa: S101 - there is no other step
     result = step.function(*step.args)

@@ -45,7 +45,7 @@ from phonon._protocol.operations import Operation
 from phonon._transport import async_io
 from phonon._transport.driving import (
     Explain,
-    Identity,
+    LaneOwner,
     Receiver,
     Ticket,
     check_result,
@@ -196,7 +196,7 @@ class AsyncDriver:
         self,
         server: Server,
         library: Library,
-        identity: Identity,
+        identity: LaneOwner,
         *,
         retry_timeout: float,
         explain: Explain | None = None,

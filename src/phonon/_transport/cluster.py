@@ -15,7 +15,7 @@ from redis.exceptions import ResponseError
 
 from phonon._protocol.library import Request
 from phonon._transport import failures
-from phonon._transport.server import UNANSWERED, Library, Reply, Server
+from phonon._transport.server import UNANSWERED, FunctionLibrary, Reply, Server
 from phonon._transport.steps import GONE, Invoke, Node, Steps
 
 #: Nodes that are asked for the map after a failure, before the requests are tried again: each one
@@ -49,7 +49,7 @@ class ClusterServer(Server):
         remap: Callable[[str, int], tuple[str, int]],
         known: Sequence[tuple[str, int]],
         given: Sequence[tuple[str, int]],
-        library: Library,
+        library: FunctionLibrary,
         address: str,
         **settings: Any,
     ) -> None:

@@ -15,9 +15,9 @@ from phonon import embedded
 from phonon._transport import failures
 from phonon._transport.cluster import ClusterServer
 from phonon._transport.failures import REFUSED, refused, unreachable
-from phonon._transport.server import Library, Server
+from phonon._transport.server import FunctionLibrary, Server
 from phonon._transport.server import after_fork_in_child as after_fork_drop_connections
-from phonon._transport.steps import GONE, Call, Invoke, Node, RoundTrip, Share, Steps
+from phonon._transport.steps import GONE, CallBlocking, Invoke, Node, RoundTrip, Share, Steps
 from phonon._transport.urls import DEFAULT_SENTINEL_PORT, OPTIONS, Address, parse
 from phonon.errors import ConfigurationError, ServerUnreachableError
 
@@ -132,7 +132,7 @@ def after_fork_in_child() -> None:
 
 
 def connect_url(
-    url: str, library: Library, backend: ClientBackend, **settings: Any
+    url: str, library: FunctionLibrary, backend: ClientBackend, **settings: Any
 ) -> Steps[SharedConnection]:
     """Connect to the server that a URL names, or join a connection that is there.
 
@@ -186,7 +186,7 @@ def connect_url(
 
 
 def connect_client(
-    client: Any, library: Library, backend: ClientBackend, **settings: Any
+    client: Any, library: FunctionLibrary, backend: ClientBackend, **settings: Any
 ) -> Steps[SharedConnection]:
     """Use a client that the caller made, and leave it open.
 
@@ -239,7 +239,7 @@ def _started(opening: "Callable[[_Opened], Steps[None]]") -> Steps[_Opened]:
 
 
 def _take(
-    client: Any, library: Library, backend: ClientBackend, settings: dict[str, Any]
+    client: Any, library: FunctionLibrary, backend: ClientBackend, settings: dict[str, Any]
 ) -> Callable[[_Opened], Steps[None]]:
     """Open a server with a client that the user made."""
 
@@ -287,14 +287,14 @@ def _instead(client: Any) -> str:
 
 
 def _open(
-    address: Address, library: Library, backend: ClientBackend, settings: dict[str, Any]
+    address: Address, library: FunctionLibrary, backend: ClientBackend, settings: dict[str, Any]
 ) -> Callable[[_Opened], Steps[None]]:
     """Open a server with clients of our own."""
 
     def open_it(opened: _Opened) -> Steps[None]:
         where = address
         if where.scheme == "embedded":
-            handle = yield Call(embedded.start, (where.path or None,))
+            handle = yield CallBlocking(embedded.start, (where.path or None,))
             opened.on_close(handle.close)
             where = where._replace(path=handle.socket_path, options=OPTIONS)
         _check_files(where)
@@ -377,7 +377,7 @@ def _cluster_server(
     client: Any,
     shown: str | None,
     given: list[tuple[str, int]],
-    library: Library,
+    library: FunctionLibrary,
     backend: ClientBackend,
     settings: dict[str, Any],
 ) -> ClusterServer:

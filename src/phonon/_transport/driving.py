@@ -29,7 +29,7 @@ _APPEND, _LEAVE = int(Code.APPEND), int(Code.LEAVE)
 Explain = Callable[[ResponseError], Exception]
 
 
-class Identity(Protocol):
+class LaneOwner(Protocol):
     """As much of the process's identity as a driver sees."""
 
     partitions: Partitions
@@ -145,7 +145,7 @@ class Ticket:
 
     # Into the lanes
 
-    def enqueue(self, identity: Identity) -> None:
+    def enqueue(self, identity: LaneOwner) -> None:
         """Put what is in no lane yet into the lanes."""
         operations, answers = self.send.operations, self.answers
         answers.extend([UNANSWERED] * (len(operations) - len(answers)))  # it may have grown
@@ -181,7 +181,7 @@ class Ticket:
         both: tuple[Callable[..., None], ...] = (queue.extend, self.places.append)
         deque(map(call_function, both, (operations, place)), 0)
 
-    def catch_up(self, identity: Identity) -> None:
+    def catch_up(self, identity: LaneOwner) -> None:
         """Move operations on that a rebirth, or the end of one, has overtaken."""
         lanes = identity.lanes
         for i, (known, lane, queue, operations) in enumerate(self.places):
@@ -221,7 +221,7 @@ class Receiver:
         explain: Turns an error of the server's into one that names the remedy.
     """
 
-    def __init__(self, identity: Identity, explain: Explain) -> None:
+    def __init__(self, identity: LaneOwner, explain: Explain) -> None:
         self.identity = identity
         self.explain = explain
 

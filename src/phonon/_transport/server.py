@@ -19,7 +19,7 @@ from phonon._transport.failures import is_passing, lacks_library
 from phonon._transport.steps import GONE, Invoke, Node, Pause, RoundTrip, Share, Steps
 from phonon.errors import ConfigurationError, ConnectionLostError, ServerError, ServerTooOldError
 
-__all__ = ["FIRST_PAUSE", "Library", "Reply", "Request", "Server", "after_fork_in_child"]
+__all__ = ["FIRST_PAUSE", "FunctionLibrary", "Reply", "Request", "Server", "after_fork_in_child"]
 
 log = logging.getLogger("phonon")
 
@@ -43,7 +43,7 @@ UNANSWERED = object()
 Reply: TypeAlias = Any | ResponseError | ConnectionLostError
 
 
-class Library(Protocol):
+class FunctionLibrary(Protocol):
     """The function library that the server must have."""
 
     @property
@@ -89,7 +89,7 @@ class Server:
     def __init__(
         self,
         node: Node,
-        library: Library,
+        library: FunctionLibrary,
         address: str,
         *,
         longest_pause: float = LONGEST_PAUSE,

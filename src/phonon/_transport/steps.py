@@ -120,7 +120,7 @@ class Pause(NamedTuple):
     seconds: float
 
 
-class Call(NamedTuple):
+class CallBlocking(NamedTuple):
     """Call a function that blocks; in asyncio it is called in a thread."""
 
     function: Callable[..., Any]
@@ -134,7 +134,7 @@ class Invoke(NamedTuple):
     args: tuple[Any, ...] = ()
 
 
-Step: TypeAlias = RoundTrip | Pause | Call | Invoke
+Step: TypeAlias = RoundTrip | Pause | CallBlocking | Invoke
 T = TypeVar("T")
 #: Yields steps, is sent their results, and returns a ``T``.
 Steps: TypeAlias = Generator[Step, Any, T]

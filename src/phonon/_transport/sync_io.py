@@ -29,7 +29,17 @@ from redis.sentinel import Sentinel
 from phonon._protocol.library import Request
 from phonon._transport import connect
 from phonon._transport.server import Server
-from phonon._transport.steps import GONE, Call, Invoke, Node, Pause, RoundTrip, Share, Step, Steps
+from phonon._transport.steps import (
+    GONE,
+    CallBlocking,
+    Invoke,
+    Node,
+    Pause,
+    RoundTrip,
+    Share,
+    Step,
+    Steps,
+)
 
 T = TypeVar("T")
 
@@ -344,7 +354,7 @@ def _perform(step: Step) -> Any:
         return _round_trip(step.shares)
     if isinstance(step, Pause):
         return time.sleep(step.seconds)
-    assert isinstance(step, Call | Invoke)  # noqa: S101 - there is no other step
+    assert isinstance(step, CallBlocking | Invoke)  # noqa: S101 - there is no other step
     return step.function(*step.args)
 
 

@@ -52,7 +52,7 @@ from phonon._transport import sync_io
 from phonon._transport.driving import (
     UNANSWERED,
     Explain,
-    Identity,
+    LaneOwner,
     Receiver,
     Ticket,
     check_result,
@@ -256,7 +256,7 @@ class ThreadDriver:
         self,
         server: Server,
         library: Library,
-        identity: Identity,
+        identity: LaneOwner,
         *,
         retry_timeout: float,
         explain: Explain | None = None,

@@ -11,12 +11,12 @@ from phonon._transport.connect import SharedConnection
 from phonon._transport.steps import Steps
 from phonon.admin import (
     Act,
+    AdminOptions,
     BaseAdmin,
     BatchState,
     BatchStatus,
     Finding,
     LockStatus,
-    Options,
     Partial,
     ProcessStatus,
     ResourceStatus,
@@ -61,7 +61,7 @@ class AsyncAdmin(BaseAdmin):
         timeout: float = 15.0,
         who: str | None = None,
     ) -> None:
-        self._options = Options(url, client, namespace, timeout, who)
+        self._options = AdminOptions(url, client, namespace, timeout, who)
         self.namespace = namespace
         self._connection: SharedConnection | None = None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, overload
 
 from phonon import _lifetime
 from phonon._core.dead_letters import Parked
-from phonon._core.engine import Options, TaskEngine, errors_only
+from phonon._core.engine import ProcessOptions, TaskEngine, errors_only
 from phonon._core.flows import Flow
 from phonon._protocol import library
 from phonon._transport import async_io, connect
@@ -147,7 +147,7 @@ class AsyncProcess(BaseProcess):
         self._on_error = on_error
         self._retry_timeout = retry_timeout
         self._durability = durability
-        self._options = Options(
+        self._options = ProcessOptions(
             namespace,
             partitions,
             heartbeat_interval,
