@@ -510,10 +510,7 @@ class Update(LocalUpdate):
         for name, value in state.items():
             if type(value) not in PLAIN and getattr(self, name, None) is value:
                 own = copied(value)
-                if own is DEEP:
-                    codec.dump(self, engine.codec.serializer)  # an error names the attribute
-                    own = _deep_copy(value, engine)
-                setattr(self, name, own)
+                setattr(self, name, _deep_copy(value, engine) if own is DEEP else own)
 
     def _check_(self, engine: Engine, spec: Any, doc: Any) -> None:
         """Refuse what cannot be stored where it is made, not where it would be lost."""

@@ -524,6 +524,11 @@ class ThreadEngine(Engine):
         self.ensure_alive()
         return self.driver.run(flow)
 
+    def close(self) -> None:
+        """Do no more. A second call does nothing."""
+        super().close()
+        self.driver.close()
+
     def stop(self) -> list[BaseException]:
         """End everything. Returns what went wrong."""
         if self.stopped:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -104,6 +105,7 @@ class RunningBatch:
     """
 
     __slots__ = (
+        "__weakref__",
         "at",
         "background",
         "error",
@@ -158,6 +160,15 @@ class RunningBatch:
         return self.name, self.run.token
 
 
+def _no_batches() -> "weakref.WeakValueDictionary[tuple[bytes, int], RunningBatch]":
+    """Return where batches are while a flow has them.
+
+    Weakly: a signal handler's exception may end the flow at any point of it. Then the batch is not
+    busy any more, and the heartbeat finds that this process has forgotten it.
+    """
+    return weakref.WeakValueDictionary()
+
+
 class Executor:
     """Executes batches.
 
@@ -187,20 +198,20 @@ class Executor:
         self._policy = policy
         self._reports = reports
         self._schedule = schedule
-        self.busy: dict[tuple[bytes, int], RunningBatch] = {}
+        self.busy = _no_batches()
         self.expected: Counter[bytes] = Counter()
 
     def begin(self) -> None:
         """Execute nothing: in a forked child."""
-        self.busy = {}
+        self.busy = _no_batches()
         self.expected = Counter()
 
     @contextlib.contextmanager
     def expects(self, names: Iterable[bytes]) -> Iterator[None]:
         """Take no batch of these resources for a forgotten one meanwhile."""
         expected, names = self.expected, list(names)
-        expected.update(names)
         try:
+            expected.update(names)  # inside: an interrupt behind it must not leave them for ever
             yield
         finally:
             for name in names:
@@ -282,16 +293,20 @@ class Executor:
                 continue
             self._identity.measures.observe("batch_partials", batch.run.size)
             try:
-                batch.records = (
-                    self._codec.records(batch.resource, batch.partials, batch.local)
-                    if batch.kept is None
-                    else self._codec.kept(
-                        batch.resource, batch.partials[0], batch.local, batch.kept
-                    )
-                )
+                try:
+                    batch.records = self._records_of(batch)
+                except UndecodableError:
+                    # It would be parked at once. An exception that a signal handler raises in the
+                    # middle of decoding looks the same, and does not come again.
+                    batch.records = self._records_of(batch)
             except BaseException as error:  # noqa: BLE001 - the user's merge: the batch has failed
                 batch.error = error
             batch.partials = []
+
+    def _records_of(self, batch: RunningBatch) -> Sequence[Record]:
+        if batch.kept is None:
+            return self._codec.records(batch.resource, batch.partials, batch.local)
+        return self._codec.kept(batch.resource, batch.partials[0], batch.local, batch.kept)
 
     def _fetch(self, batch: RunningBatch) -> Flow[bool]:
         """Fetch the partials that did not come with the batch, merging them as they come.

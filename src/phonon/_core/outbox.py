@@ -14,7 +14,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from phonon._core.executor import Executor, RunningBatch
@@ -413,8 +413,8 @@ class Outbox:
             self.look()
             return result
         many: list[tuple[Operation, int]] = []
-        executor.expected[name] += 1
         try:
+            executor.expected[name] += 1
             (answer,) = yield Send(sent)
             batch = self._left(about[0], answer, many)
             if batch is not None:
@@ -545,7 +545,7 @@ class Outbox:
         return waiting + len(self._resuming) + running
 
     @property
-    def busy(self) -> dict[tuple[bytes, int], RunningBatch]:
+    def busy(self) -> MutableMapping[tuple[bytes, int], RunningBatch]:
         """The batches that are being executed."""
         return self.executor.busy if self.executor is not None else {}
 

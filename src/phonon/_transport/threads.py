@@ -64,7 +64,7 @@ from phonon._transport.driving import (
     waiter_of,
 )
 from phonon._transport.server import FIRST_PAUSE, Server
-from phonon.errors import ConnectionLostError, ServerUnreachableError
+from phonon.errors import ConnectionLostError, ProcessStoppedError, ServerUnreachableError
 
 log = logging.getLogger("phonon")
 
@@ -512,6 +512,9 @@ class ThreadDriver:
                 sent = left > 0 and self._lead(lanes, left, steal=steal)
                 if ticket.is_done:
                     break
+                if self._closed and not ticket.run.background:
+                    # A signal handler has stopped the process before this was sent.
+                    raise ProcessStoppedError("the process was stopped: make a new Process")
                 if sent:
                     pause = FIRST_PAUSE
                     steal = False
