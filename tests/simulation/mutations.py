@@ -322,6 +322,8 @@ MUTATIONS: dict[str, Mutation] = {
 
 #: Where those are found that most schedules do not come to.
 _FOUND_AT = {
+    "fail does not ask who owns the batch": ("rollback", 277),
+    "resume does not ask who owns the batch": ("outage", 313),
     "a process believes that it lives": ("deaths", 36),
     "what a refused call could have freed is dropped": ("rollback", 0),
 }
@@ -340,8 +342,6 @@ _BY_SCENARIO = (
 UNFOUND_NAMES = (
     "a rebirth forgets what was carried out",
     "complete does not ask who owns the batch",
-    "fail does not ask who owns the batch",
-    "resume does not ask who owns the batch",
     "compact merges two sessions",
     "compact does not compare what it replaces",
     "a waiter that lets its wake-up lie stays in line",
