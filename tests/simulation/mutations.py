@@ -322,6 +322,8 @@ MUTATIONS: dict[str, Mutation] = {
 
 #: Where those are found that most schedules do not come to.
 _FOUND_AT = {
+    "a lock is granted beside those that share it": ("deaths", 85),
+    "operations do not wait for the former self": ("deaths", 81),
     "fail does not ask who owns the batch": ("rollback", 277),
     "resume does not ask who owns the batch": ("outage", 313),
     "a process believes that it lives": ("deaths", 36),
