@@ -322,8 +322,10 @@ MUTATIONS: dict[str, Mutation] = {
 
 #: Where those are found that most schedules do not come to.
 _FOUND_AT = {
-    "resume does not ask who owns the batch": ("deaths", 0),
-    "a lock is granted beside those that share it": ("quiet", 0),
+    "a lock is granted beside those that share it": ("deaths", 85),
+    "operations do not wait for the former self": ("deaths", 81),
+    "fail does not ask who owns the batch": ("rollback", 277),
+    "resume does not ask who owns the batch": ("outage", 313),
     "a process believes that it lives": ("deaths", 36),
     "what a refused call could have freed is dropped": ("rollback", 0),
 }
@@ -340,7 +342,6 @@ _BY_SCENARIO = (
 )
 #: Nothing finds these reliably yet: no scenario, and not 60 random schedules.
 UNFOUND_NAMES = (
-    "fail does not ask who owns the batch",
     "a rebirth forgets what was carried out",
     "complete does not ask who owns the batch",
     "compact merges two sessions",

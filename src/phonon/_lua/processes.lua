@@ -62,7 +62,9 @@ plain('beat', function(N, args)
   if jump > ttl * JUMP then
     local others = call('ZRANGEBYSCORE', processes, '(0', '+inf', 'WITHSCORES')
     for j = 1, #others, 2 do
-      call('ZADD', processes, fmt(tonumber(others[j + 1]) + jump), others[j])
+      -- Not beyond a lease from now: it may have been set back before, and not all have beaten since.
+      local deadline = tonumber(others[j + 1])
+      call('ZADD', processes, fmt(math.max(deadline, math.min(deadline + jump, at + ttl))), others[j])
     end
   end
   for _, other in ipairs(call('ZRANGEBYSCORE', processes, '(0', fmt(at))) do

@@ -155,12 +155,15 @@ def fail_over(api: Api, namespace: str, seed: int, durability: Durability | None
     lost = set(work.stored) - found.keys()
     doubled = {number for number, times in found.items() if times > 1}
     # Each process is told what it has lost by its next call or heartbeat.
-    assert [sum(e.calls for e in mine) for mine in losses] == gone
-    if durability is not None:
+    calls = [sum(e.calls for e in mine) for mine in losses]
+    if durability is None:
+        assert calls == gone
+        assert any(gone) or not (lost or doubled), "nobody is told"
+    else:
+        # An answer waits while others of its exchange are confirmed, so it may be taken in later.
+        assert all(known <= of_all for known, of_all in zip(gone, calls, strict=True))
         assert not lost
         assert not doubled
-    elif lost or doubled:
-        assert any(gone), f"nobody is told that {len(lost)} are lost, {len(doubled)} doubled"
 
 
 @pytest.mark.slow
