@@ -30,6 +30,7 @@ class DetachedEngine:
         self.codec = SimpleNamespace(serializer=ExactSerializer())
         self.outbox = SimpleNamespace(full=False)
         self.members = SimpleNamespace(held={})
+        self.sessions = SimpleNamespace(watch=lambda *_: None)  # they end with `expire` only
         self.prefixes: dict[tuple[str, str], str] = {}
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.batches: frozenset[Any] = frozenset()

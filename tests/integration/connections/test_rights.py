@@ -18,8 +18,8 @@ PAGE = Path(__file__).parents[3] / "docs" / "guarantees.md"
 SECRET = "sEcReT"  # noqa: S105 - of a server that lives as long as the test
 #: Commands of connections: redis-py's greeting, the database, Phonon's look at the server.
 OF_CONNECTIONS = {"fcall", "function|load", "info", "select", "client|setinfo"}
-#: For `Durability` only, and for clusters only.
-OPTIONAL = {"wait", "waitaof", "cluster|slots"}
+#: For `Durability` only, for clusters only, and to know the server's limits.
+OPTIONAL = {"wait", "waitaof", "cluster|slots", "config|get"}
 
 
 def documented() -> list[str]:

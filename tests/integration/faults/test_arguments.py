@@ -326,7 +326,7 @@ def test_nothing_is_left_out() -> None:
 
 _MODULES = {f"phonon.{name}" for name in ("process", "reference", "lock", "update", "cache")}
 #: Methods whose arguments are tested with what they are for.
-_OWN_TESTS = {"collect", "source"}
+_OWN_TESTS = {"collect", "source", "on"}
 #: Methods that others call, or that take what they get for compatibility, or whose own tests exist.
 _ELSEWHERE: dict[str, tuple[str, ...]] = {
     "merge": ("other",),
@@ -336,4 +336,7 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
     "beginning": ("engine",),
     "endings_for": ("engine",),
     "forget_for": ("engine",),
+    "deadline": ("key",),
+    "take_over": ("key", "now", "sessions"),
+    "restore": ("key", "update"),
 }

@@ -24,8 +24,8 @@ PROMISED = 6
 #: Seconds that a machine with other things to do may add.
 SLACK = 30.0
 #: Calls that a death may cost all survivors together. Each call is about one partition, of which
-#: there are 16; survivors share what is left after an interval.
-CALLS = 200
+#: there are 16; survivors share what is left after an interval. Some 110 to 210 were seen.
+CALLS = 400
 
 
 class Sums(AsyncConflictFreeUpdate, name="mass-death"):
@@ -90,7 +90,7 @@ def test_half_of_all_processes_die(own_server: Redis, namespace: str) -> None:
             idle = (applied(own_server) - before) / (time.monotonic() - begun)
         finally:
             doomed.kill()
-            doomed.wait()
+            doomed.communicate()
         begun, before = time.monotonic(), applied(own_server)
         with own_server.client() as client:
             listed = survivors[0].heartbeat_hash_name
