@@ -73,10 +73,11 @@ def records(server: Redis, namespace: str, folder: Path, workers: int, kills: in
     """Deal messages out to processes, kill some once they have acknowledged; return the records."""
     out = folder / namespace
     command = [sys.executable, "-W", "error", "-c", WORKER, server.url, str(out), namespace]
-    crew = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(workers)
-    ]
+
+    def start() -> "subprocess.Popen[str]":
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    crew = [start() for _ in range(workers)]
     try:
         for worker in crew:
             assert worker.stdout is not None
@@ -99,6 +100,9 @@ def records(server: Redis, namespace: str, folder: Path, workers: int, kills: in
             assert worker.stdin is not None
             worker.stdin.close()
             worker.wait(30)
+        if living != crew:
+            # The others may have stopped before they could notice a death: somebody has to come.
+            crew.append(start())
 
         def found() -> list[Any]:
             lines = out.read_text().splitlines() if out.exists() else []
