@@ -21,12 +21,12 @@ $(VENV)/.installed: pyproject.toml demo/pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## run the main job on real data with an embedded server
 	$(BIN)/phonon demo $(ARGS)
 
-# Tests wait for conditions, so they may share the machine: one worker for each of two cores.
+# Tests wait more than they compute: three workers use two cores, and each has servers of its own.
 test: $(VENV)/.installed ## run the tests, but for the slow exhaustive ones
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not chaos" $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not chaos" $(ARGS)
 
 test-all: $(VENV)/.installed ## run all tests, as CI does
-	PHONON_TEST_EXAMPLES=1 $(BIN)/python -m pytest -n 2 --dist worksteal --maxfail 10 $(ARGS)
+	PHONON_TEST_EXAMPLES=1 $(BIN)/python -m pytest -n 3 --dist worksteal --maxfail 10 $(ARGS)
 
 chaos: $(VENV)/.installed ## kill workers by the hundred, and check that nothing is lost
 	$(BIN)/python -m pytest -m chaos -rP $(ARGS) tests/chaos
