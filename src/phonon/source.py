@@ -61,6 +61,9 @@ class BaseMessages(BaseBatch, Generic[M]):
         self._messages = messages
         self._mark = mark
         self._has_begun = False
+        #: Whether all that the messages have brought is on the server: what goes wrong after that,
+        #: such as executing a session that has ended, is not theirs.
+        self.is_stored = False
         #: Whether the block has ended as it should, so that the last message is complete.
         self._complete = False
         self._measure_at = MOST_RECORDS
@@ -225,6 +228,7 @@ class MessagesClosing:
             errors += yield from _storing(engine, self._batch, progress, self._fresh)
         if self._joins:
             errors += yield from engine.outbox.store((), list(self._joins))
+        self._batch.is_stored = self._batch._complete and not errors  # noqa: SLF001 - its other half
         # Only now: their last data has to be stored with the books, not by the end of a session.
         errors += yield from end_all(engine, self._outs)
         return errors

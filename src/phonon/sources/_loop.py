@@ -96,8 +96,9 @@ class Storing(Generic[M]):
         at: list[int],
     ) -> None:
         for attempt in range(ATTEMPTS):
+            batch = open_batch(messages)
             try:
-                with open_batch(messages) as batch:
+                with batch:
                     for message in batch:
                         try:
                             self.handle(message)
@@ -108,6 +109,14 @@ class Storing(Generic[M]):
                 # Now it is known here which ones: they are passed over.
                 if attempt == ATTEMPTS - 1:
                     raise
+            except PhononError:
+                raise
+            except Exception as error:
+                if not batch.is_stored:
+                    raise
+                # A database that is away, say. No message is to blame, and none is lost.
+                log.warning("ending sessions failed, and is tried again: %s", error)
+                return
             else:
                 return
 

@@ -68,6 +68,8 @@ class Program:
                 yield started
                 started.terminate()
                 started.wait(30)
+                # A master may end before its workers, which still end their sessions.
+                wait_until(lambda: not is_running(started.pid), timeout=30)
             except BaseException:
                 print(log.read_text()[-4000:])  # noqa: T201 - pytest shows it
                 raise
@@ -92,6 +94,18 @@ def program(
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)
     return made
+
+
+def is_running(group: int) -> bool:
+    """Return whether any process of a group is alive."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pgid=,stat="],  # noqa: S607 - wherever it is
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    processes = (line.split() for line in listed.stdout.splitlines())
+    return any(pgid == str(group) and not stat.startswith("Z") for pgid, stat in processes)
 
 
 def free_port() -> int:

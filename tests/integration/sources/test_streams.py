@@ -1,5 +1,6 @@
 """Streams with consumer groups: entries that are delivered again count once."""
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from phonon import ConflictFreeUpdate, LruCache, Process
+from phonon import ConflictFreeUpdate, LruCache, Process, RetryPolicy
 from phonon.errors import ConfigurationError
 from phonon.sources.streams import StreamEntry, StreamSource
 from support.world import Make, wait_until
@@ -131,3 +132,42 @@ def test_what_cannot_be_meant_is_refused(make: Make) -> None:
         StreamSource(process, "s", "g", dead_letters="d", on_poison=print)
     with pytest.raises(ConfigurationError, match="streams is a name"):
         StreamSource(process, [], "g")
+
+
+class Refused(ConflictFreeUpdate):
+    """A record whose database is away at first."""
+
+    attempts: ClassVar[Counter[Any]] = Counter()
+    written: ClassVar[Counter[Any]] = Counter()
+
+    def execute(self) -> None:
+        self.attempts[self._id] += 1
+        if self.attempts[self._id] < 3:
+            raise OSError("the database is away")
+        self.written[self._id] += self.doc["n"]
+
+
+def test_no_message_is_to_blame_when_the_database_is_away(make: Make, namespace: str) -> None:
+    """Sessions that make room for others end with the batch, and their data is stored by then."""
+    process = make(retry=RetryPolicy(attempts=100, first_delay=0.01, longest_delay=0.02))
+    stream = f"{namespace}.stream"
+    expected = fill(process, stream, 0, 60)
+    poison: list[Any] = []
+
+    class Small(Consumer):
+        def __init__(self) -> None:
+            self.small: LruCache[Refused] = LruCache(2)
+            super().__init__(process, stream, on_poison=lambda *told: poison.append(told))
+
+        def handle(self, entry: StreamEntry) -> None:
+            key = int(entry.fields[b"key"])
+            self.small.set(key, Refused(process, key, doc={"n": 1}))
+
+    consumer = Small()
+    wait_until(lambda: process.client.xinfo_groups(stream)[0]["pending"] == 0 and Refused.attempts)
+    consumer.stop()
+    assert consumer.error is None
+    with contextlib.suppress(OSError, ExceptionGroup):
+        consumer.small.expire_all()
+    wait_until(lambda: Refused.written == expected)
+    assert poison == []
