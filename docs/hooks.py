@@ -86,4 +86,3 @@ def _resolve(link: str, folder: PurePosixPath) -> str:
 def _copy_of(path: str) -> str:
     """Return where the site has a copy of a file; Markdown as text, it is no page of the site."""
     return f"files/{path}.txt" if path.endswith((".md", ".py", ".lua")) else f"files/{path}"
-
