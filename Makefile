@@ -58,7 +58,7 @@ $(VENV)/.docs: $(VENV)/.installed
 	@touch $@
 
 docs: $(VENV)/.docs ## run the examples in README.md and docs/, check types in examples/, build the site into build/site
-	$(BIN)/python -m pytest tests/docs tests/integration/contrib/test_lines.py
+	PHONON_TEST_SITE=1 $(BIN)/python -m pytest tests/docs tests/integration/contrib/test_lines.py
 	$(BIN)/pyright --pythonpath $(BIN)/python examples
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 

@@ -19,12 +19,6 @@ INSTEAD = {"README.md": "index.md", "README.md#four-jobs": "index.md#four-jobs"}
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 
 
-def on_config(config: Any) -> Any:
-    """Leave out of the navigation what is not there: pages are landed one by one."""
-    config["nav"] = _existing(config["nav"], Path(config["docs_dir"]))
-    return config
-
-
 def on_files(files: Files, config: Any) -> Files:
     """Add the files beside docs/ that are linked to."""
     for source, page in PAGES.items():
@@ -92,15 +86,3 @@ def _resolve(link: str, folder: PurePosixPath) -> str:
 def _copy_of(path: str) -> str:
     """Return where the site has a copy of a file; Markdown as text, it is no page of the site."""
     return f"files/{path}.txt" if path.endswith((".md", ".py", ".lua")) else f"files/{path}"
-
-
-def _existing(nav: Any, folder: Path) -> Any:
-    found = []
-    for entry in nav:
-        if isinstance(entry, dict):
-            ((title, below),) = entry.items()
-            is_page = isinstance(below, str)
-            found.append(entry if is_page else {title: _existing(below, folder)})
-        elif (folder / entry).exists() or entry in PAGES.values():
-            found.append(entry)
-    return found

@@ -111,14 +111,14 @@ def session() -> None:
     for i, name in enumerate(("worker 1", "worker 2")):
         picture.note(10, 75 + 70 * i, name)
     picture.box(90, 50, 330, 40, BLUE, "joined: adds, adds, adds")
+    picture.arrow(420, 90, 420, 205)  # before the box that it goes behind
     picture.box(180, 120, 380, 40, BLUE, "joined: adds, adds")
     picture.box(565, 120, 80, 40, GREEN, "execute")
-    picture.arrow(420, 90, 420, 205)
     picture.arrow(560, 160, 560, 205)
     picture.box(90, 205, 470, 40, SAND, "the session: its partials come together on the server")
     picture.box(565, 205, 80, 40, GREY, "batch")
-    picture.note(424, 66, "leaves: silent, old,")
-    picture.note(424, 84, "or out of the cache")
+    picture.note(424, 66, "leaves: idle, or")
+    picture.note(424, 84, "out of the cache")
     picture.note(652, 140, "leaves")
     picture.note(652, 158, "last")
     picture.note(652, 230, "token")

@@ -59,7 +59,8 @@ def produce(number: int) -> None:
 
 def show() -> None:
     """Print the table."""
-    with closing(sqlite3.connect(DATABASE)) as database:
+    with closing(sqlite3.connect(DATABASE, timeout=30)) as database:
+        database.execute(TABLE)  # nothing may have been written yet
         for key, n in database.execute("SELECT key, n FROM counts ORDER BY key"):
             print(key, n)
 
