@@ -135,7 +135,7 @@ class Collection(BaseCollection[P, M]):
             return self.add_many(reduced.rows)
         self._wait_for_room()
         with self._process.batch():
-            out = self._put_columns(reduced.columns)
+            out = self._put_columns(reduced)
             raise_together("ending sessions failed", self._cache.end(out))
         return [Rejected(*each) for each in reduced.rejected]
 

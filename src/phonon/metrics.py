@@ -53,7 +53,20 @@ def _measure(name: str) -> Callable[[Any], Any]:
 
 #: All metrics. A dashboard and alerts that use them are in ``ops/``.
 METRICS = (
-    _counter("phonon_messages", "phonon.messages", "{message}", "Updates made", _measure("made")),
+    _counter(
+        "phonon_messages",
+        "phonon.messages",
+        "{message}",
+        "Updates made, and messages that collections of models took",
+        _measure("made"),
+    ),
+    _counter(
+        "phonon_messages_merged",
+        "phonon.messages.merged",
+        "{message}",
+        "Updates that were merged into another one here, in caches; collections do not count them",
+        lambda engine: engine.merged,
+    ),
     _counter(
         "phonon_partials_stored",
         "phonon.partials.stored",
@@ -67,6 +80,13 @@ METRICS = (
         "By",
         "Their size",
         _measure("stored_bytes"),
+    ),
+    _counter(
+        "phonon_sessions_opened",
+        "phonon.sessions.opened",
+        "{session}",
+        "Sessions that this process has joined, or opened and ended in one operation",
+        _measure("opened"),
     ),
     _counter(
         "phonon_sessions_ended",
@@ -186,6 +206,20 @@ METRICS = (
         "{call}",
         "Calls that were answered, since the last change of identity",
         lambda engine: sum(lane.answered for lane in engine.identity.lanes),
+    ),
+    _counter(
+        "phonon_operations",
+        "phonon.operations",
+        "{operation}",
+        "Operations that these calls carried: divided by the calls, how many one carries",
+        lambda engine: sum(lane.answered_operations for lane in engine.identity.lanes),
+    ),
+    _counter(
+        "phonon_round_trips",
+        "phonon.round_trips",
+        "{round_trip}",
+        "How often requests were sent together and their answers awaited, reads of state included",
+        lambda engine: engine.driver.server.round_trips,
     ),
     _counter(
         "phonon_call_failures",

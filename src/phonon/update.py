@@ -196,6 +196,8 @@ class Update(LocalUpdate):
             self._check_(engine, spec, doc)
         if changeable:
             self._own_(state, engine)
+        if engine.trace is not None:
+            engine.trace(self)
         self._begun_ = self._touched_ = time.monotonic()
         if engine.outbox.full:
             self._begin_(engine, init_cache=init_cache)

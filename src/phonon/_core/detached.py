@@ -26,6 +26,8 @@ class DetachedEngine:
     def __init__(self, *, is_async: bool) -> None:
         self.is_async = is_async
         self.messages = itertools.count()
+        self.merged = 0
+        self.trace = None
         self.identity = SimpleNamespace(generation=object())
         self.codec = SimpleNamespace(serializer=ExactSerializer())
         self.outbox = SimpleNamespace(full=False)

@@ -231,6 +231,10 @@ class Engine:
         self.heartbeat.signal = self.identity.signal = self.driver.signal()
         self.local = self.make_local()
         self.messages = self.identity.measures.messages
+        #: Updates that were merged into others here; counted as `Measures.folded` is.
+        self.merged = 0
+        #: Told each update that is made, where messages are traced; a forked child does not.
+        self.trace: Callable[[Any], object] | None = None
         self.batches: set[Any] = set()
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
 

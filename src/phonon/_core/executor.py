@@ -395,9 +395,12 @@ class Executor:
             if error is None and outcome.value is not None:
                 error = never_run(outcome.value)
         executed: Any = record  # what it has executed is in each of them
-        class_name = classes.known_name(type(executed.instance))
+        cls = type(executed.instance)
         record.finish()
-        self._identity.measures.execution(class_name, seconds, failed=error is not None)
+        measures = self._identity.measures
+        measures.execution(classes.known_name(cls), seconds, failed=error is not None)
+        if measures.on_execution is not None:
+            measures.on_execution(batch.resource, cls, seconds, error)
         batch.job = None
         batch.at += 1
         if error is not None:

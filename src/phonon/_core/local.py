@@ -288,6 +288,7 @@ class LocalUpdate:
             raise codec.returned(self, result)
         other._unsent_ = False
         self._touched_ = now
+        self._engine_.merged += 1
         if batch is not None:
             fresh = batch.fresh
             if fresh and fresh[-1] is other:
@@ -532,6 +533,7 @@ class LocalUpdate:
             result: object = self.merge(other)  # type: ignore[func-returns-value]  # it should not
             if result is not None:
                 raise codec.returned(self, result)
+            self._engine_.merged += 1
         else:
             self._adopt_(other)
         self._unsent_ = True

@@ -43,8 +43,11 @@ class Measures:
 
     Attributes:
         messages: Counts updates that were made; see `made`.
+        folded: Messages that collections of models have taken. It is added to without the lock, as
+            `opened` is: no other thread can come between in one addition.
         stored: Partials that the server has taken.
         stored_bytes: Their size.
+        opened: Sessions that were joined here.
         ended: Sessions that were ended here, whether or not others still hold them.
         executed: Executions, by class and outcome.
         seconds: How long they took, by class.
@@ -57,25 +60,30 @@ class Measures:
         lock_wait: How long locks were waited for.
         lock_hold: How long they were held.
         on_observe: Told each value of a histogram: its name, the value, and the class or "".
+        on_execution: Told each execution, where it is traced: the resource, the class, how many
+            seconds it took, and its error.
+        on_left: Told each resource whose batch is not executed here, where that is traced.
     """
 
     def __init__(self) -> None:
         self.messages = itertools.count()
         # A signal handler or a finalizer may count while its own thread counts.
         self._lock = threading.RLock()
-        self.stored = self.stored_bytes = self.ended = 0
+        self.folded = self.stored = self.stored_bytes = self.opened = self.ended = 0
         self.executed: Counter[tuple[str, Outcome]] = Counter()
         self.seconds: dict[str, Histogram] = {}
         self.batch_partials = Histogram(PARTIALS)
         self.retries = self.parked = self.reaped = self.reaped_batches = self.lost_locks = 0
         self.lock_wait, self.lock_hold = Histogram(SECONDS), Histogram(SECONDS)
         self.on_observe: Callable[[str, float, str], object] | None = None
+        self.on_execution: Callable[[str, type, float, BaseException | None], object] | None = None
+        self.on_left: Callable[[str], object] | None = None
 
     @property
     def made(self) -> int:
-        """How many updates were made: messages, where each makes one."""
+        """How many messages were taken in: updates that were made, and what collections took."""
         made: Any = self.messages.__reduce__()[1]  # its only state
-        return int(made[0])
+        return int(made[0]) + self.folded
 
     def add(self, name: str, count: int = 1) -> None:
         """Add to a counter."""
@@ -90,10 +98,16 @@ class Measures:
                 self.stored += partials
                 self.stored_bytes += size
 
-    def end(self, partial: bytes | None) -> None:
-        """Count a session that was ended, and the partial that went with that."""
+    def end(self, partial: bytes | None, *, opened: bool = False) -> None:
+        """Count a session that was ended, and the partial that went with that.
+
+        Args:
+            partial: Its last data, if there was any.
+            opened: Whether the same operation has opened it.
+        """
         with self._lock:
             self.ended += 1
+            self.opened += opened
             if partial:
                 self.stored += 1
                 self.stored_bytes += len(partial)

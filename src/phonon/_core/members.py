@@ -163,7 +163,9 @@ class Members:
         if entry is None:
             return
         entry.pending -= 1
-        entry.entered = entry.entered or not failed
+        if not failed and not entry.entered:
+            entry.entered = True
+            self._identity.measures.opened += 1
         if not entry.pending and self._entries.get(resource) is entry:
             del self._entries[resource]
             # After a rebirth it is a member all the same, and stays one until somebody leaves.

@@ -439,7 +439,10 @@ class Outbox:
             result.errors.append(answer)
             return None
         result.sent = True
-        self._identity.measures.end(data)
+        measures = self._identity.measures
+        measures.end(data, opened=was_held is ABSENT)
+        if measures.on_left is not None and answer[0] != _RUN:
+            measures.on_left(ending.resource)
         result.left = answer[1]
         result.last = answer[0] != _HELD and bool(answer[2])
         if answer[0] == _RUN:

@@ -488,18 +488,25 @@ class Sources:
             progress.failed()
             raise
         many: list[tuple[int, bytes, int]] = []
+        partials = size = 0
         for operation, answer, names, entered in zip(sent, answers, named, entries, strict=True):
             code = answer[0] if isinstance(answer, list) else answer
             if code == _INGESTED:
                 progress.stored(operation)
+                taken = items.get(operation.partition, ())[1::2]
+                partials += len(taken)
+                size += sum(map(len, taken))
                 if answer is not _INGESTED and isinstance(answer, list):
                     some = items[operation.partition]
                     many += _pairs(operation.partition, some, answer[1])
                     self._put_aside(operation.partition, some, answer[2])
+                    partials -= len(answer[2]) // 2
+                    size -= sum([len(some[2 * place + 1]) for place in answer[2][::2]])
             else:
                 errors.append(_error(progress, operation, answer))
             for name, entry in zip(names, entered, strict=True):
                 self._members.entered(name, entry, failed=code != _INGESTED)
+        self._identity.measures.add_stored(partials, size)
         for partition, resource, count in many:
             yield Branch(self._executor.compact(partition, resource, count))
         return errors

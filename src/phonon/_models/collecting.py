@@ -200,6 +200,7 @@ class BaseCollection(Generic[P, M]):
         namespace = {
             "_batches": engine.batches,
             "_local": engine.local,
+            "_measures": engine.identity.measures,
             "_acquire": cache._lock.acquire,  # noqa: SLF001
             "_release": cache._lock.release,  # noqa: SLF001
             "_is_owned": cache._lock._is_owned,  # noqa: SLF001 - as in phonon.cache
@@ -365,8 +366,9 @@ class BaseCollection(Generic[P, M]):
     def _reduced(self, table: Any) -> Reduced:
         return reduce(table, self._compiled, ignore_unknown=self.ignore_unknown)
 
-    def _put_columns(self, columns: Mapping[str, list[Any]]) -> list[tuple[Hashable, Any]]:
+    def _put_columns(self, reduced: Reduced) -> list[tuple[Hashable, Any]]:
         """Merge columns in the open batch. Returns what has left the collection."""
+        columns = reduced.columns
         names = tuple(columns)
         put = self._fold_columns.get(names)
         if put is None:
@@ -382,6 +384,7 @@ class BaseCollection(Generic[P, M]):
         batch = self._engine.batch
         target = batch if batch is not None and batch.durable else None
         put(list(columns.values()), batch, target, out)
+        self._engine.identity.measures.folded += reduced.taken
         return out
 
     @property
@@ -403,7 +406,9 @@ class BaseCollection(Generic[P, M]):
         batch = self._engine.batch
         target = batch if batch is not None and batch.durable else None
         for at, piece in self._pieces(rows, PIECE):
+            refused = len(rejected)
             self._fold_rows(piece, first + at - 1, batch, target, out, rejected)
+            self._engine.identity.measures.folded += len(piece) - (len(rejected) - refused)
         return out
 
 
@@ -459,6 +464,7 @@ def put(@PARAMETERS, **_unknown):
         _doc = _record.doc
         @FOLDS
         @TOUCH
+        _measures.folded += 1
         @COUNT
     except BaseException:
         if _is_owned():

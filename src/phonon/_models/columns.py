@@ -17,12 +17,14 @@ class Reduced(NamedTuple):
     Attributes:
         columns: The values by field: the IDs first, then what is folded of each other field.
         rejected: The rows that the model does not take, by number, and why.
-        rows: All rows as dicts, where a table cannot be reduced; the other two are empty then.
+        rows: All rows as dicts, where a table cannot be reduced; the others are empty then.
+        taken: How many rows the columns come of.
     """
 
     columns: dict[str, list[Any]]
     rejected: list[tuple[int, InvalidMessageError]]
     rows: list[dict[str, Any]] | None = None
+    taken: int = 0
 
 
 def reduce(table: Any, compiled: Compiled, *, ignore_unknown: bool) -> Reduced:
@@ -64,7 +66,7 @@ def reduce(table: Any, compiled: Compiled, *, ignore_unknown: bool) -> Reduced:
         columns[field.name] = values if convert is None else list(map(convert, values))
     for field in counts:
         columns[field.name] = groups[field.name].to_list()
-    return Reduced(columns, rejected)
+    return Reduced(columns, rejected, taken=frame.height)
 
 
 def _polars() -> Any:

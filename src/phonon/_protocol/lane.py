@@ -120,15 +120,23 @@ class _Position:
         sequence: The number of the last call that was answered.
         stamp: The stamp of that answer.
         again: Operations of a refused call that the next one carries.
+        operations: How many operations were answered before.
         once: The call that follows, and the position behind it, as soon as there are any.
     """
 
-    __slots__ = ("again", "once", "sequence", "stamp")
+    __slots__ = ("again", "once", "operations", "sequence", "stamp")
 
-    def __init__(self, sequence: int, stamp: bytes, again: Sequence[Operation] = ()) -> None:
+    def __init__(
+        self,
+        sequence: int,
+        stamp: bytes,
+        again: Sequence[Operation] = (),
+        operations: int = 0,
+    ) -> None:
         self.sequence = sequence
         self.stamp = stamp
         self.again = again
+        self.operations = operations
         self.once: dict[str, Any] = {}
 
 
@@ -180,6 +188,11 @@ class Lane:
     def answered(self) -> int:
         """The number of the last call that was answered."""
         return self._at().sequence
+
+    @property
+    def answered_operations(self) -> int:
+        """How many operations the calls carried that were answered."""
+        return self._at().operations
 
     @property
     def sequence(self) -> int:
@@ -369,8 +382,9 @@ class Lane:
         """
         position = self._at()
         if position.sequence + 1 == call.sequence:
+            answered = position.operations + len(call.operations) - len(again)
             self._position = position.once.setdefault(
-                "next", _Position(call.sequence, stamp, again)
+                "next", _Position(call.sequence, stamp, again, answered)
             )
 
     def receive(self, reply: Sequence[bytes]) -> list[tuple[Operation, Any]]:

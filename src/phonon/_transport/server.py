@@ -78,6 +78,8 @@ class Server:
 
     Attributes:
         troubles: How many attempts have left a request unanswered.
+        round_trips: How often requests were sent and their answers awaited; those that are sent
+            together make one. Blocking reads of mail are not among them.
         trouble: Why the last attempt has left some; None if it has not.
         most_bytes: How long a word of a request may be: a server hangs up on a longer one, which
             looks as if it were gone.
@@ -101,7 +103,7 @@ class Server:
         self.address = address
         self.longest_pause = longest_pause
         self.durability = durability
-        self.troubles = 0
+        self.troubles = self.round_trips = 0
         self.trouble: BaseException | None = None
         self.most_bytes = _MOST_BYTES
         self._node = node
@@ -144,6 +146,7 @@ class Server:
         pause = FIRST_PAUSE
         limit: float | None = patience or None
         while True:
+            self.round_trips += 1
             failure = yield from self._attempt(requests, unanswered, replies, limit, confirm)
             unanswered = [i for i in unanswered if replies[i] is UNANSWERED]
             if not unanswered:

@@ -240,6 +240,7 @@ def exchange_now(server: Server, request: Request) -> Any:
             connection.close()
             return None
         connection.sock.sendall(pack_command(request.words))  # type: ignore[arg-type]  # see _send
+        server.round_trips += 1
         reader = connection.reader
         reader.feed(connection.sock.recv(_RECEIVE))
         reply = reader.gets()

@@ -462,6 +462,7 @@ class ThreadDriver:
                     flight = sync_io.take_off(node)
                 if group and flight is not None and flight.send(self._requests(group)):
                     calls += group
+            self.server.round_trips += bool(calls)
             for (lane, call), reply in zip(calls, flight.land() if flight else (), strict=False):
                 if not isinstance(reply, ResponseError):
                     self._receiver.take(lane, call, reply)

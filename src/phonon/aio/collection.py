@@ -109,7 +109,7 @@ class AsyncCollection(BaseCollection[P, M]):
             return await self.add_many(reduced.rows)
         await self._room()
         async with self._process.batch():
-            out = self._put_columns(reduced.columns)
+            out = self._put_columns(reduced)
             raise_together("ending sessions failed", await self._cache.end(out))
         return [Rejected(*each) for each in reduced.rejected]
 

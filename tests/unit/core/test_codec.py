@@ -28,6 +28,8 @@ class FakeEngine:
     def __init__(self, public: Callable[[], Any]) -> None:
         self.identity = types.SimpleNamespace(generation=object())
         self.messages = itertools.count()
+        self.trace = None
+        self.merged = 0
         self.outbox = types.SimpleNamespace(full=False, unstored=[])
         self.members = types.SimpleNamespace(held={})
         self.sessions = types.SimpleNamespace(watch=lambda *_: None)
