@@ -414,6 +414,10 @@ class Engine:
             latest = () if worker is None else (worker,)
             for each in (*self._former_workers.get(name, ()), *latest):
                 while each.is_alive() and not each.is_me():
+                    # After an interrupt a part may have two workers, and its bell wakes only one.
+                    for part in (self.sessions, self.outbox, self.leases):
+                        if part.signal is not None:
+                            part.signal.set()
                     yield Sleep(_LOOK)
 
     def _dismiss_waiters(self) -> Flow[None]:
