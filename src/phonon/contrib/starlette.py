@@ -25,9 +25,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-#: Seconds between two looks for sessions that have fallen silent.
-_LOOK = 1.0
-
 
 class Phonon:
     """A process and a cache for each worker of an ASGI application.
@@ -57,11 +54,9 @@ class Phonon:
         async with AsyncProcess(url=self._url, **self._options) as process:
             self._cache = AsyncLruCache(self._max_entries)
             self._process = process
-            purging = asyncio.create_task(self._purge())
             try:
                 yield
             finally:
-                purging.cancel()
                 self._process = None
 
     def process(self) -> AsyncProcess:
@@ -87,14 +82,6 @@ class Phonon:
         """
         update = kind(self.process(), key, **content)
         await self._cache.set((kind, update.resource_id), update)
-
-    async def _purge(self) -> None:
-        while True:
-            await asyncio.sleep(_LOOK)
-            try:
-                await self._cache.purge()
-            except Exception:
-                log.exception("sessions that have fallen silent could not all be ended")
 
 
 class CountRequests:

@@ -1,7 +1,6 @@
 """What workers of all kinds need: a process for each of them, a cache, and an end."""
 
 import contextlib
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -14,12 +13,7 @@ from phonon.errors import AlreadyStoredError
 from phonon.process import Process
 from phonon.update import Update
 
-log = logging.getLogger("phonon")
-
 U = TypeVar("U", bound=Update)
-
-#: Seconds between two looks for sessions that have fallen silent.
-_LOOK = 1.0
 
 
 class Worker:
@@ -47,7 +41,6 @@ class Worker:
         self._lock = threading.Lock()
         self._process: Process | None = None
         self._cache: LruCache[Any] = LruCache(self._max_entries)
-        self._ended = threading.Event()
 
     @property
     def process(self) -> Process:
@@ -56,11 +49,7 @@ class Worker:
             self._begin()  # what was made before the fork is the parent's
         with self._lock:
             if self._process is None:
-                self._ended.clear()
                 self._process = Process(url=self._url, **self._options)
-                threading.Thread(
-                    target=self._purge, args=(self._ended,), name="phonon-purge", daemon=True
-                ).start()
             return self._process
 
     def add(self, kind: Callable[..., U], key: Any, **content: Any) -> None:
@@ -110,13 +99,5 @@ class Worker:
             return
         with self._lock:
             process, self._process = self._process, None
-            self._ended.set()
         if process is not None:
             process.stop()
-
-    def _purge(self, ended: threading.Event) -> None:
-        while not ended.wait(_LOOK):
-            try:
-                self._cache.purge()
-            except Exception:
-                log.exception("sessions that have fallen silent could not all be ended")

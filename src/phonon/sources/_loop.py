@@ -4,7 +4,6 @@ import contextlib
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -25,17 +24,12 @@ M = TypeVar("M")
 OnPoison = Callable[[M, Exception], object]
 #: How often the same messages are handled at the most because others were storing them as well.
 ATTEMPTS = 10
-#: Seconds between two looks at which sessions are over.
-PURGE_INTERVAL = 1.0
 #: Seconds to wait before a server, or a broker, that did not answer is asked again.
 PAUSE = 0.5
 
 
 class Sessions(Protocol):
-    """The interface of an object that holds sessions, such as a `phonon.LruCache`.
-
-    If it has a method ``purge``, that is called now and then, to end the sessions that are over.
-    """
+    """The interface of an object that holds sessions, such as a `phonon.LruCache`."""
 
     def expire_all(self) -> None:
         """End all sessions."""
@@ -149,13 +143,12 @@ class Loop:
     """A loop that can be stopped, by a signal or another thread.
 
     Args:
-        sessions: Those that are over are ended on the way, and all of them at the end.
+        sessions: All of them are ended at the end.
     """
 
     def __init__(self, sessions: Sessions | None) -> None:
         self._sessions = sessions
         self._stopping = threading.Event()
-        self._purged = time.monotonic()
 
     def stop(self) -> None:
         """Leave the loop when the batch in hand is stored. Any thread may call this."""
@@ -183,18 +176,6 @@ class Loop:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-    def tick(self) -> None:
-        """End sessions that are over, now and then. What fails is tried again by the process."""
-        now = time.monotonic()
-        purge = getattr(self._sessions, "purge", None)
-        if purge is None or now - self._purged < PURGE_INTERVAL:
-            return
-        self._purged = now
-        try:
-            purge()
-        except Exception as error:  # noqa: BLE001 - the outbox has the batches, and tries them again
-            log.warning("ending sessions failed, and is tried again: %s", error)
 
     def finish(self) -> None:
         """End all sessions."""

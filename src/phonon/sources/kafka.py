@@ -55,8 +55,8 @@ class KafkaSource(Loop):
         topics: The topic, or several.
         batch_size: Messages that are stored together at the most. More cost less each.
         poll_timeout: Seconds to wait for messages.
-        sessions: A cache, say: sessions that are over are ended on the way, and all when the loop
-            ends.
+        sessions: A cache, say: its sessions are ended when the loop ends, those that are over
+            before that end by themselves.
         on_poison: Called with a message that cannot be handled and the error. The message is passed
             over once this has returned.
         dead_letters: In its place: the topic that such a message is sent to, with its error in the
@@ -152,7 +152,6 @@ class KafkaSource(Loop):
                     self._store(storing, messages)
                     if not messages:
                         self._settle(list(self._sources))
-                    self.tick()
                 self._settle(list(self._sources))
             finally:
                 consumer.close()

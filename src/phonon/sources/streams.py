@@ -52,8 +52,8 @@ class StreamSource(Loop):
             acknowledged, is taken over.
         window: Seconds for which ids are remembered: much longer than ``claim_idle``, and than any
             outage after which entries are to count once.
-        sessions: A cache, say: sessions that are over are ended on the way, and all when the loop
-            ends.
+        sessions: A cache, say: its sessions are ended when the loop ends, those that are over
+            before that end by themselves.
         on_poison: Called with an entry that cannot be handled and the error. The entry is passed
             over once this has returned.
         dead_letters: In its place: the stream that such an entry is added to, with its error.
@@ -147,7 +147,6 @@ class StreamSource(Loop):
                     if not str(error).startswith("NOGROUP"):
                         raise
                     self._make_groups()
-                self.tick()
             self._leave()
             self.finish()
 
