@@ -70,7 +70,7 @@ class Storing(Generic[M]):
             at: list[int] = []
             try:
                 self._try(open_batch, some, at)
-            except (NotStorableError, Exception) as error:
+            except Exception as error:
                 if isinstance(error, PhononError) and not isinstance(error, NotStorableError):
                     raise
                 # Which one it was is known if its handler has raised. If storing did, look for it.
@@ -103,10 +103,8 @@ class Storing(Generic[M]):
                 # Now it is known here which ones: they are passed over.
                 if attempt == ATTEMPTS - 1:
                     raise
-            except PhononError:
-                raise
             except Exception as error:
-                if not batch.is_stored:
+                if not batch.is_stored or isinstance(error, PhononError):
                     raise
                 # A database that is away, say. No message is to blame, and none is lost.
                 log.warning("ending sessions failed, and is tried again: %s", error)
