@@ -6,14 +6,14 @@ from typing import Any, ParamSpec, TypeVar
 from phonon._core.engine import Engine, errors_only
 from phonon._models.collecting import TOGETHER, BaseCollection, Limits, Rejected
 from phonon.batch import raise_together
-from phonon.cache import LruCache
+from phonon.cache import BaseCache, LruCache
 
 P = ParamSpec("P")
 M = TypeVar("M")
 
 
-class RecordCache(Limits, LruCache[Any]):
-    """The records of a collection.
+class BaseRecordCache(Limits, BaseCache[Any]):
+    """The records of a collection: everything but the waiting.
 
     Args:
         max_entries: The number of keys to keep at the most.
@@ -29,14 +29,18 @@ class RecordCache(Limits, LruCache[Any]):
         self._make_room()
         return self._insert(key, record)
 
-    def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
-        """End the sessions of what has left the cache. Returns what went wrong."""
-        return self._end(out)
-
     def forget_for(self, engine: Engine) -> None:
         """Drop the records: after a fork they are the parent's."""
         super().forget_for(engine)
         self._on_fork()
+
+
+class RecordCache(BaseRecordCache, LruCache[Any]):
+    """The records of a collection, for threads."""
+
+    def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
+        """End the sessions of what has left the cache. Returns what went wrong."""
+        return self._end(out)
 
 
 class Collection(BaseCollection[P, M]):

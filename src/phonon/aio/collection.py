@@ -1,13 +1,14 @@
 """A collection of a model's records, for tasks."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from phonon._core.engine import Engine, errors_only
+from phonon._core.engine import errors_only
 from phonon._core.flows import EXECUTING, Flow, Sleep
-from phonon._models.collecting import TOGETHER, BaseCollection, Limits, Rejected
+from phonon._models.collecting import TOGETHER, BaseCollection, Rejected
 from phonon.aio.cache import AsyncLruCache
 from phonon.batch import raise_together
+from phonon.collection import BaseRecordCache
 
 P = ParamSpec("P")
 M = TypeVar("M")
@@ -16,31 +17,12 @@ M = TypeVar("M")
 _LOOK = 0.02
 
 
-class AsyncRecordCache(Limits, AsyncLruCache[Any]):
-    """The records of a collection.
-
-    Args:
-        max_entries: The number of keys to keep at the most.
-        on_fork: Called in a forked child, once the parent's records are gone.
-    """
-
-    def __init__(self, max_entries: int, on_fork: Callable[[], None]) -> None:
-        super().__init__(max_entries)
-        self._on_fork = on_fork
-
-    def insert(self, key: Hashable, record: Any) -> Sequence[tuple[Hashable, Any]]:
-        """Add a record; the lock is held. Return what has left the cache."""
-        self._make_room()
-        return self._insert(key, record)
+class AsyncRecordCache(BaseRecordCache, AsyncLruCache[Any]):
+    """The records of a collection, for tasks."""
 
     async def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
         """End the sessions of what has left the cache. Returns what went wrong."""
         return await self._end(out)
-
-    def forget_for(self, engine: Engine) -> None:
-        """Drop the records: after a fork they are the parent's."""
-        super().forget_for(engine)
-        self._on_fork()
 
 
 class AsyncCollection(BaseCollection[P, M]):
