@@ -399,12 +399,9 @@ class Engine:
     def _stop_workers(self, *names: str) -> Flow[None]:
         self.leases.stopping = self.members.stopping = True
         self.takeover.leaving = True
-        self.leases.wake()
-        for part in (self.sessions, self.outbox, self.heartbeat):
-            if part is not self.heartbeat or "heartbeat" in names:
-                part.stopping = True
-                if part.signal is not None:
-                    part.signal.set()
+        self.sessions.stopping = self.outbox.stopping = True
+        if "heartbeat" in names:
+            self.heartbeat.stopping = True
         self.identity.reborn()  # those that wait for locks look up, and find that it is over
         yield from self._await_workers(*names)
 
@@ -414,9 +411,10 @@ class Engine:
             latest = () if worker is None else (worker,)
             for each in (*self._former_workers.get(name, ()), *latest):
                 while each.is_alive() and not each.is_me():
-                    # After an interrupt a part may have two workers, and its bell wakes only one.
-                    for part in (self.sessions, self.outbox, self.leases):
-                        if part.signal is not None:
+                    # At each look: after an interrupt a part may have two workers, and its bell
+                    # wakes only one.
+                    for part in (self.sessions, self.outbox, self.leases, self.heartbeat):
+                        if part.stopping and part.signal is not None:
                             part.signal.set()
                     yield Sleep(_LOOK)
 
