@@ -3,33 +3,21 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from confluent_kafka import Consumer as Client
 from confluent_kafka import Message, TopicPartition
 
-from phonon import ConflictFreeUpdate, LruCache, Process
+from phonon import LruCache, Process
 from phonon.errors import ConfigurationError
 from phonon.sources.kafka import KafkaSource
+from support.counted import Count
 from support.kafka import MockKafka
 from support.world import Make, wait_until
 
 #: A busy machine takes its time to start so many, or to form a group.
 pytestmark = pytest.mark.timeout(180)
-
-
-class Count(ConflictFreeUpdate):
-    executed: ClassVar[Counter[Any]] = Counter()
-
-    def execute(self) -> None:
-        self.executed[self._id] += self.doc["n"]
-
-
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    yield
-    Count.executed.clear()
 
 
 @pytest.fixture(scope="module")

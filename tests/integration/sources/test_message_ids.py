@@ -1,40 +1,17 @@
 """Unordered sources: an id that was stored is not stored again, for as long as the window lasts."""
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
-from phonon import ConflictFreeUpdate, LruCache, Model, Process
+from phonon import LruCache, Process
 from phonon.collection import Collection
 from phonon.errors import AlreadyStoredError, ConfigurationError
-from phonon.fields import ID
-from phonon.fields import Count as Tally
+from support.counted import Count, Visits
 from support.world import Make, Redis, wait_until
 
 Message = tuple[str, int]
-
-
-class Count(ConflictFreeUpdate):
-    executed: ClassVar[Counter[Any]] = Counter()
-
-    def execute(self) -> None:
-        self.executed[self._id] += self.doc["n"]
-
-
-class Visits(Model, name="ids_visits"):
-    key: ID[int]
-    n: Tally = Tally()
-
-    def on_complete(self) -> None:
-        Count.executed[self.key] += self.n
-
-
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    yield
-    Count.executed.clear()
 
 
 def messages(first: int, last: int, keys: int = 20) -> list[Message]:

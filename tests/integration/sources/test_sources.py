@@ -3,42 +3,20 @@
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from phonon import ConflictFreeUpdate, LruCache, Model, Process
+from phonon import LruCache, Process
 from phonon.collection import Collection
 from phonon.errors import ConfigurationError, ForeignKeyError, SourceLostError
-from phonon.fields import ID
-from phonon.fields import Count as Tally
+from support.counted import Count, Visits
 from support.world import Make, Redis
 
 
 class Message(NamedTuple):
     offset: int
     key: int
-
-
-class Count(ConflictFreeUpdate):
-    executed: ClassVar[Counter[Any]] = Counter()
-
-    def execute(self) -> None:
-        self.executed[self._id] += self.doc["n"]
-
-
-class Visits(Model, name="sources_visits"):
-    key: ID[int]
-    n: Tally = Tally()
-
-    def on_complete(self) -> None:
-        Count.executed[self.key] += self.n
-
-
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    yield
-    Count.executed.clear()
 
 
 def messages(first: int, last: int, keys: int = 50) -> list[Message]:

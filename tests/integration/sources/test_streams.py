@@ -3,7 +3,6 @@
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -11,20 +10,8 @@ import pytest
 from phonon import ConflictFreeUpdate, LruCache, Process, RetryPolicy
 from phonon.errors import ConfigurationError
 from phonon.sources.streams import StreamEntry, StreamSource
+from support.counted import Count
 from support.world import Make, wait_until
-
-
-class Count(ConflictFreeUpdate):
-    executed: ClassVar[Counter[Any]] = Counter()
-
-    def execute(self) -> None:
-        self.executed[self._id] += self.doc["n"]
-
-
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    yield
-    Count.executed.clear()
 
 
 class Consumer:
