@@ -52,7 +52,8 @@ class Journal:
         """What has been executed; of one record, if it is named."""
         if not self.path.exists():
             return []
-        lines = [Line(*json.loads(line)) for line in self.path.read_text().splitlines()]
+        whole = self.path.read_text().rpartition("\n")[0]  # a line may be under way
+        lines = [Line(*json.loads(line)) for line in whole.splitlines()]
         return [line for line in lines if record in (None, line.record)]
 
     def applied(self) -> dict[str, dict[str, int]]:

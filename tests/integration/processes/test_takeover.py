@@ -120,6 +120,8 @@ def test_a_batch_whose_executor_was_killed(crew: Crew) -> None:
     wait_until(crew.journal.lines)
     (line,) = crew.journal.lines()
     assert (line.doc, line.token, line.process) == ({"n": 3}, token, survivor.id)
+    # Until it is complete, the next one would be left to the thread that executes it.
+    wait_until(lambda: not survivor.client.exists(key_for(survivor, "running", "test.test.hang-a")))
     later.end_session()
     assert [line.doc for line in crew.journal.lines()] == [{"n": 3}, {"n": 10}]
     assert crew.journal.applied() == {"hang-a": {"n": 13}}
