@@ -169,7 +169,12 @@ def test_a_lock_and_its_queue(admin: Admin, make: Make) -> None:
     assert list(admin.locks()) == [found]
     assert list(admin.locks(prefix="y")) == []
     lock.release()
-    wait_until(lambda: admin.lock("x").holders[0].process == second.id)  # type: ignore[union-attr]
+
+    def handed_over() -> bool:  # Between the release and the waiter's next try nobody holds it.
+        lock = admin.lock("x")
+        return lock is not None and [holder.process for holder in lock.holders] == [second.id]
+
+    wait_until(handed_over)
 
 
 def test_shares_and_semaphores(admin: Admin, make: Make) -> None:
