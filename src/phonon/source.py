@@ -175,8 +175,7 @@ class BaseMessages(BaseBatch, Generic[M]):
         outs = [self._endings.pop(key) for key in list(self._endings)]
         fresh, joins = list(self.fresh), self.joins
         self.fresh, self.joins = [], {}
-        self._engine.local.batch = self._outer
-        self._engine.batches.discard(self)
+        self._engine.close_batch(self, self._outer)
         self._return_aside()
         if not self._complete:
             drop(self, fresh)

@@ -36,6 +36,7 @@ class DetachedEngine:
         self.prefixes: dict[tuple[str, str], str] = {}
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.batches: frozenset[Any] = frozenset()
+        self.durable_batches = self.batches
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
 
     @property

@@ -106,6 +106,7 @@ class Engine:
         caches: The caches that hold updates of this process.
         prefixes: The beginnings of resource names, by database and collection.
         batches: The open batches; each thread or task has its own in ``local``.
+        durable_batches: Those that store what is merged while they are open.
         is_async: Whether its calls are awaited.
         most_bytes: How long a partial may be, which the server has to take in one piece.
         messages: Counts the updates that are made.
@@ -237,6 +238,7 @@ class Engine:
         #: Told each update that is made, where messages are traced; a forked child does not.
         self.trace: Callable[[Any], object] | None = None
         self.batches: set[Any] = set()
+        self.durable_batches: set[Any] = set()
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
 
     def tell(self, function: Callable[..., object], *arguments: object) -> None:
@@ -362,6 +364,19 @@ class Engine:
             return None
         batch = getattr(self.local, "batch", None)
         return batch if batch in self.batches else None
+
+    def open_batch(self, batch: Any) -> None:
+        """Have this thread or task collect in a batch."""
+        self.local.batch = batch
+        self.batches.add(batch)
+        if batch.durable:
+            self.durable_batches.add(batch)
+
+    def close_batch(self, batch: Any, outer: Any) -> None:
+        """Collect in a batch no more, but in the one around it, if there is one."""
+        self.local.batch = outer
+        self.batches.discard(batch)
+        self.durable_batches.discard(batch)
 
     # The end
 
