@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from phonon_demo.check import compare
-from phonon_demo.jobs import Message, Totals
+from chaos.jobs import Message, Totals
+from phonon_demo.demo import differences
 
 
 class Verdict(NamedTuple):
@@ -84,7 +84,7 @@ class Ledger:
             foreign=foreign,
             unacknowledged=sum(not self._acknowledged[message[-1]] for message in present),
             keys=len(expected.keys() | figures.keys()),
-            differing=len(compare(expected, figures)),
+            differing=len(differences(expected, figures)),
         )
 
     def _is_of(self, key: str, number: int) -> bool:

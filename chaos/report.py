@@ -11,10 +11,10 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from chaos.jobs import Message
 from chaos.killer import Strikes
 from chaos.ledger import Ledger, Verdict
-from phonon_demo.jobs import Message
-from phonon_demo.pool import Worker
+from chaos.pool import Worker
 
 #: Seconds between two lines of progress: on a terminal, where it is one line, and elsewhere.
 LIVE_INTERVAL, LINE_INTERVAL = 0.1, 5.0

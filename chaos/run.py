@@ -8,32 +8,29 @@ import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import redis
 
 from chaos import report as chaos_report
+from chaos import sink
+from chaos.jobs import Job, Message, Totals
 from chaos.killer import Killer
 from chaos.ledger import Ledger
-from chaos.numbered import Numbered
+from chaos.pool import WINDOW, Pool, Worker
 from chaos.proxy import Proxy
 from chaos.report import Outcome, Watcher
+from chaos.wire import Setup
 from phonon import Process
 from phonon.settings import Durability
-from phonon_demo import sink
-from phonon_demo.check import read
-from phonon_demo.deaths import INTERVAL, TIMEOUT
-from phonon_demo.demo import FLIGHTS
+from phonon_demo.demo import flights
 from phonon_demo.errors import WorkerError
-from phonon_demo.jobs import Job, Message
-from phonon_demo.pool import WINDOW, Pool, Worker
-from phonon_demo.rows import open_rows
 from phonon_demo.server import MortalServer, keys_of, onlooker
 from phonon_demo.signals import interruptible
-from phonon_demo.wire import Setup
 
+#: Seconds between two looks, and after which nobody will take over any more.
+INTERVAL, TIMEOUT = 0.02, 60.0
 #: Messages that a worker is sent, stores and acknowledges together.
 LIST = 100
 #: Keys in a worker's cache: far fewer than there are, so that sessions end all the time.
@@ -74,14 +71,14 @@ def run(options: Options, job: Job | None = None) -> int:
         WorkerError: A worker has given up, or there is something that nobody takes over.
         Interrupted: By a signal.
     """
-    job = job or Numbered()
+    job = job or Job()
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(interruptible())
         folder = Path(enter(tempfile.TemporaryDirectory(prefix="phonon-chaos-")))
-        server = enter(MortalServer(folder))
+        server = enter(MortalServer(folder, sync=True))
         proxy = enter(Proxy(folder / "p", server.socket))
-        process = enter(onlooker(f"unix://{server.socket}?db=1", NAMESPACE))
+        process = enter(onlooker(server.url, NAMESPACE))
         path = str(folder / "chaos.sqlite3")
         database = enter(sink.create(path, job.table))
         setup = Setup(
@@ -225,7 +222,7 @@ class _Chaos:
             died=self._watcher.deaths - self._killer.strikes.kills,
             dealt=len(self._ledger),
             redealt=self._redealt,
-            verdict=self._ledger.audit(read(database, job)),
+            verdict=self._ledger.audit(_read(database, job)),
             sessions=sink.sessions(database, job.table),
             taken_over=sum(takeover.sessions for takeover in takeovers),
             batches=sum(takeover.batches for takeover in takeovers),
@@ -262,10 +259,11 @@ def _members(client: Any, name: str) -> set[str]:
 
 
 def _flights() -> list[Message]:
-    """The messages: all of them, again and again."""
-    job = Numbered()
-    with (
-        resources.as_file(resources.files("phonon_demo") / FLIGHTS) as path,
-        open_rows(str(path), job.columns, job.message) as rows,
-    ):
-        return list(rows)
+    """Return the messages, as yet without numbers."""
+    with flights() as rows:
+        return [(key, *content) for key, content in rows]
+
+
+def _read(database: sqlite3.Connection, job: Job) -> Totals:
+    """Return what is in SQLite."""
+    return {key: job.figures(stored) for key, *stored in database.execute(job.table.select)}

