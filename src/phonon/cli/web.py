@@ -60,7 +60,11 @@ def web(
         token = token or secrets.token_urlsafe(24)
     names = ("localhost", "127.0.0.1", "[::1]", host, *hostname)
     app = create_app(
-        place.url, namespace=place.namespace, token=token, hosts=tuple(dict.fromkeys(names))
+        place.url,
+        namespace=place.namespace,
+        token=token,
+        hosts=tuple(dict.fromkeys(names)),
+        timeout=place.timeout,
     )
     with place.open():
         pass  # a server that is not there is said now, not in a browser

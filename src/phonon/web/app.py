@@ -223,9 +223,7 @@ async def _index(request: Request) -> Response:
     return await _file(request)
 
 
-def make(
-    url: str | None, *, namespace: str, token: str | None, hosts: tuple[str, ...] | None
-) -> Starlette:
+def make(admin: AsyncAdmin, *, token: str | None, hosts: tuple[str, ...] | None) -> Starlette:
     """Return the application; see `phonon.web.create_app`.
 
     Raises:
@@ -236,7 +234,7 @@ def make(
             f"token has {len(token)} characters: one that cannot be guessed has at least "
             f"{SHORTEST_TOKEN}; python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
-    page = Page(AsyncAdmin(url, namespace=namespace), token)
+    page = Page(admin, token)
     reads = {
         name: getattr(page, name)
         for name in ("overview", "locks", "sessions", "batches", "resource", "acts", "doctor")
