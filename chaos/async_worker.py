@@ -14,11 +14,11 @@ from phonon.errors import ServerUnreachableError
 
 
 class _Inbox:
-    """What the program sends, to be awaited.
+    """Receives the program's messages, to be awaited.
 
     Args:
         link: The connection to it.
-        stop: What is told of signals.
+                stop: The handler of signals.
     """
 
     def __init__(self, link: Link, stop: Stop) -> None:

@@ -11,7 +11,7 @@ from phonon import Process, Update
 from phonon.aio import AsyncUpdate
 from phonon_demo.updates import FlightUpdate, flight
 
-#: A key, what is new about it, and the message's number.
+#: A key, the flight's columns, and the message's number.
 Message = tuple[Any, ...]
 #: The figures of each key, in the order of the table's columns.
 Totals = dict[str, tuple[Any, ...]]
@@ -62,7 +62,7 @@ class AsyncNumberedUpdate(NumberedUpdate, AsyncUpdate):
 
 @dataclass(frozen=True)
 class Job:
-    """What workers do with a message. It travels to them."""
+    """Makes updates of messages. It is sent to the workers."""
 
     @property
     def table(self) -> Table:

@@ -2,7 +2,7 @@
 
 The broker does not know whether a message was stored that a dead worker has not acknowledged. So
 such a message is dealt again under a number of its own, and the old number may be in the database
-or not. Whatever else is there, or is not there, is an error.
+or not. Every other difference is an error.
 """
 
 from collections import Counter

@@ -56,7 +56,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 5 * HEARTBEAT, 10 * HEARTBEAT
 
 @dataclass
 class Options:
-    """What to do.
+    """The options of a run.
 
     Attributes:
         source: ``"kafka"`` or ``"streams"``.
@@ -74,7 +74,7 @@ class Options:
 
 
 class Outcome(NamedTuple):
-    """What a run has come to.
+    """The result of a run.
 
     Attributes:
         produced: Messages.
@@ -105,7 +105,7 @@ class Outcome(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether the table is right, and nothing else is wrong."""
+        """Whether the table is right and no batch is parked."""
         return not (self.differing or self.parked)
 
 
@@ -113,7 +113,8 @@ class StruckWorker(Worker):
     """A worker that may be paused.
 
     Args:
-        plan: What it is told.
+                plan: Its settings.
+
     """
 
     def __init__(self, plan: StruckPlan) -> None:
@@ -123,7 +124,7 @@ class StruckWorker(Worker):
 
     @property
     def is_at_work(self) -> bool:
-        """Whether it lives, and has handled messages."""
+        """Whether the worker lives and has handled messages."""
         return self.is_alive and any(self._handled.glob(f"{self.popen.pid}-*"))
 
     def pause(self, seconds: float) -> None:
@@ -141,7 +142,8 @@ class StruckPool(Pool):
     """Workers, of which each that has died is replaced.
 
     Args:
-        plan: What they are told.
+                plan: Their settings.
+
         count: How many there are.
     """
 
@@ -364,7 +366,7 @@ class _Chaos:
 
 
 def report(options: Options, outcome: Outcome) -> str:
-    """Return what a run has come to, for people."""
+    """Return the result of a run as text."""
     repeated = outcome.handled - outcome.produced
     o = outcome
     lines = [

@@ -28,7 +28,7 @@ COMMIT_INTERVAL = 1000
 
 @dataclass(frozen=True)
 class StruckPlan(Plan):
-    """What a worker is told.
+    """The settings of a worker.
 
     Attributes:
         without: A check that is switched off: ``"offsets"``, ``"ids"``, ``"token"`` or none.

@@ -64,12 +64,12 @@ class Worker:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The worker's name in messages."""
         return f"worker {self.number} (pid {self.pid})"
 
 
 class Listener(Protocol):
-    """Who wants to know how the workers are doing."""
+    """The interface of an object that follows the workers."""
 
     def progressed(self, workers: Sequence[Worker]) -> None:
         """Something has changed."""
@@ -206,7 +206,7 @@ class Pool:
         try:
             worker.connection.send(messages)
         except OSError:
-            # It has ended. What it had to say about that is still to be read.
+            # It has ended. Its last messages are still to be read.
             while not worker.fate:
                 self._hear(worker)
 
@@ -244,12 +244,12 @@ def _require(workers: Sequence[Worker], when: str) -> None:
 
 
 def _path() -> str:
-    """Where this process finds its modules, for its workers."""
+    """Return the module path of this process, for its workers."""
     return os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
 
 
 def _fate(worker: Worker) -> str:
-    """How a worker ended, which did not say why."""
+    """Return how a worker ended that did not report why."""
     try:
         status = worker.popen.wait(GRACE)
     except subprocess.TimeoutExpired:

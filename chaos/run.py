@@ -29,13 +29,13 @@ from phonon_demo.errors import WorkerError
 from phonon_demo.server import MortalServer, keys_of, onlooker
 from phonon_demo.signals import interruptible
 
-#: Seconds between two looks, and after which nobody will take over any more.
+#: Seconds between two looks, and after which no takeover is to be expected any more.
 INTERVAL, TIMEOUT = 0.02, 60.0
 #: Messages that a worker is sent, stores and acknowledges together.
 LIST = 100
 #: Keys in a worker's cache: far fewer than there are, so that sessions end all the time.
 MAX_ENTRIES = 1000
-#: Seconds between two heartbeats. Who is silent for four of them is taken over from.
+#: Seconds between two heartbeats. A worker that is silent for four of them is taken over.
 HEARTBEAT = 0.25
 #: Seconds for which a new worker tries to reach a server that is being started again.
 PATIENCE = 15.0

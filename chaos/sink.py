@@ -126,7 +126,7 @@ def connect(path: str) -> sqlite3.Connection:
 
 
 def sessions(database: sqlite3.Connection, table: Table) -> int:
-    """How many sessions are in the table."""
+    """Return the number of sessions in the table."""
     select = f"SELECT coalesce(sum(sessions), 0) FROM {table.name}"  # noqa: S608 - our name
     (count,) = database.execute(select).fetchone()
     return int(count)

@@ -1,4 +1,4 @@
-"""What a program and its workers tell each other, over one pair of sockets a worker.
+"""The messages between the program and its workers, over one pair of sockets a worker.
 
 The program sends a `Setup`, then lists of messages, and None when there are no more. A worker
 acknowledges a list when all of it is on the server.

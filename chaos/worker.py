@@ -27,7 +27,7 @@ from phonon.errors import DeclaredDeadError, ServerUnreachableError
 REPORT_INTERVAL = 0.1
 
 
-class ParentGone(Exception):  # noqa: N818 - this is how a worker is told to stop
+class ParentGone(Exception):  # noqa: N818 - it tells a worker to stop
     """The program has closed the connection: it was interrupted, or it is dead."""
 
 
@@ -139,12 +139,12 @@ class Counter:
     def written(self) -> None:
         """A session was written; say so now and then."""
         if time.monotonic() - self._reported > REPORT_INTERVAL:
-            # Nobody may be there any more; what has come together is written all the same.
+            # The program may be gone; sessions are written all the same.
             with contextlib.suppress(ParentGone):
                 self.report()
 
     def trouble(self, error: Exception) -> None:
-        """Something went wrong that there is no caller to raise it to."""
+        """Count a background error that is a rebirth."""
         self.reborn += isinstance(error, DeclaredDeadError)
 
     def report(self, *, done: bool = False) -> None:
@@ -179,7 +179,7 @@ def work(link: Link, setup: Setup) -> None:
 
 
 def options(setup: Setup, counter: Counter) -> dict[str, Any]:
-    """What its process is to be like."""
+    """Return the arguments of the worker's process."""
     return {
         "url": setup.url,
         "namespace": setup.namespace,
@@ -201,7 +201,7 @@ def _connect(setup: Setup, counter: Counter) -> Process:
 
 
 def failure(error: BaseException) -> Failed:
-    """What to tell the program about an error."""
+    """Return the report of an error to the program."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]  # they tend to be all alike
     text = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -231,7 +231,7 @@ def main() -> None:
         sys.exit(1)
     except Stopped:  # its sessions have ended
         sys.exit(128 + (stop.number or 0))
-    except Exception as error:  # noqa: BLE001 - the program says it, whatever it is
+    except Exception as error:  # noqa: BLE001 - the program prints any error
         with contextlib.suppress(ParentGone):
             link.send(failure(error))
         sys.exit(1)

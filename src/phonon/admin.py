@@ -104,8 +104,8 @@ class Admin(BaseAdmin):
     """Looks at a namespace, and acts on it, without becoming one of its processes.
 
     It has no heartbeat and no id, takes over nothing, needs none of the classes whose data it
-    shows, and changes nothing unless it is told to. Listings are read from the server in pages, as
-    they are iterated over; what changes meanwhile may or may not be in them.
+    shows, and changes nothing unless you call a method that does. Listings are read from the server
+    in pages, as they are iterated over; later changes may or may not be in them.
 
     Args:
         url: Where the server is; see `Process`. None: the environment variable ``PHONON_URL``, or
@@ -317,7 +317,7 @@ class Admin(BaseAdmin):
         return sync_io.run(self._acts.discard(resource, check_token(token)))
 
     def break_lock(self, name: str, token: int, *, semaphore: bool = False) -> str:
-        """Release a lock in its holder's place, and wake whoever is next.
+        """Release a lock in its holder's place, and wake the next waiter.
 
         Its holder goes on believing in it until it checks: only a store that compares fencing
         tokens is safe from it. To end a process that hangs is the better remedy.

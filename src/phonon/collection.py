@@ -46,13 +46,13 @@ class RecordCache(BaseRecordCache, LruCache[Any]):
 class Collection(BaseCollection[P, M]):
     """Merges messages into records by key; keys without messages for the longest go first.
 
-    Made by `Process.collect`. A record that leaves the collection ends its session, and whoever is
-    the last to do so in that session runs the model's ``on_complete`` on what all processes have
-    gathered. All methods may be called from several threads. Which keys go first is told by a clock
+    Made by `Process.collect`. A record that leaves the collection ends its session. The last
+    process to end it runs the model's ``on_complete`` on the merged data of all processes. All
+    methods may be called from several threads. The order in which keys leave is that of a clock
     (second chance), which comes close to the order of use and costs a message nothing.
 
-    Inside `Process.batch` all is on the server when the block ends; outside of one, when the method
-    returns. Inside ``batch(durable=False)`` it stays here until the session ends.
+    Inside `Process.batch` all data is on the server when the block ends; outside of a block, when
+    the method returns. Inside ``batch(durable=False)`` it stays here until the session ends.
 
     Example:
         >>> from phonon.fields import ID, Sum

@@ -142,7 +142,7 @@ class BatchLostError(PhononError):
 
     This process was silent for too long and was declared dead. The new owner executes the batch
     under the same token: a database that checks the token has it once, any other may have it
-    twice. It is not raised, since nobody can undo what was executed, but logged and handed to the
+    twice. It is not raised, because executed batches cannot be undone, but logged and handed to the
     process's ``on_error``.
 
     Attributes:

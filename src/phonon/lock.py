@@ -214,7 +214,7 @@ class BaseLock:
         taken = yield from self._acquiring(seconds, owner)
         if taken is None:
             return True
-        # A caller that has gone, perhaps while its error was prepared, is told nothing.
+        # A caller that has gone, perhaps while its error was prepared, gets no answer.
         if (yield CALLER_GONE):
             return False
         refusal = yield from self._refusal(taken, seconds)

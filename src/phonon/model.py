@@ -12,7 +12,7 @@ from phonon._models.field import Field
 from phonon._models.record import ModelRecord, make_record_class
 from phonon.errors import ConfigurationError
 
-#: What a model has of its own, so that no field can be called so.
+#: The attributes of `Model` itself, whose names no field can have.
 _RESERVED = frozenset(
     {"completes_many", "fields", "from_states", "no_arguments", "on_complete", "on_complete_many",
      "source", "token", "upgrade"}

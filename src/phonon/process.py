@@ -49,7 +49,7 @@ M = TypeVar("M")
 
 #: The default, which an address as the first argument leaves in force.
 SESSION_LENGTH = 900.0
-#: Seconds between two looks at what is unfinished; they grow.
+#: Seconds between two looks at unfinished work; they grow.
 FIRST_PAUSE = 0.005
 
 
@@ -140,7 +140,7 @@ class BaseProcess:
         deadline = engine.identity.clock() + engine.driver.retry_timeout
         pause = FIRST_PAUSE
         while outbox.is_unfinished:
-            # Wait for the server to answer; then what it could not answer before goes at once.
+            # Wait for the server to answer; then unanswered calls go at once.
             yield from read(engine.identity.in_namespace("processes"))
             yield FLUSH
             yield from outbox.catch_up()
@@ -247,7 +247,7 @@ class Process(BaseProcess):
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`. The call itself is kept, and goes on in the background.
         durability: How safe data must be on the server before a call that stores it returns.
-        on_error: Called, from any thread, with every background error, which no caller gets: a
+        on_error: Called, from any thread, with every error that has no caller to be raised to: a
             `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`, or one
             that ``execute`` raised in the background. All of them are logged as well.
         executor: Threads that run ``execute`` where several sessions end together, in place of the
@@ -424,7 +424,7 @@ class Process(BaseProcess):
             resource: The resource's name, any text.
             block: Whether the reference's locks wait by default.
             parties: How many different processes are to hold the resource, where that is known:
-                no process is told that it is the last before so many have come, so that the first
+                no process is the last before so many have come, so that the first
                 one to finish is not taken for the last while others have not begun. A process
                 that has died counts as one that has left. The same for all.
 

@@ -66,7 +66,7 @@ class BaseReference:
     def _wait(self, timeout: float | None) -> Flow[bool]:
         if self.parties is None:
             raise ConfigurationError(
-                f"nobody said how many processes are to hold {self.resource_key!r}: "
+                f"the number of processes that are to hold {self.resource_key!r} is unknown: "
                 "create_reference(..., parties=n)"
             )
         seconds = self._process.BLOCKING_TIMEOUT if timeout is None else timeout
@@ -130,7 +130,7 @@ class BaseReference:
 
     def _leaving(self, callback: Callable[[], Any] | None, batch: Any) -> Flow[bool]:
         members, resource = self._engine.members, self.resource_key
-        # What an open batch was to join must not be joined after this.
+        # An open batch must not join the resource after this.
         if batch is not None and batch.take_join(resource):
             yield from members.join(resource)
         # An update of ours may have data that is nowhere else yet.

@@ -328,8 +328,9 @@ class ExactSerializer:
     and are refused: enums, named tuples, numpy's floats. A dict's keys may be of any type that is
     hashable and in the table; a ZoneInfo comes back as ``ZoneInfo(key)``; 500 levels may be nested.
 
-    Reading runs no code, imports nothing and takes memory in proportion to the data, whatever it
-    is; but who may write to the server can choose keys that collide in a dict, which takes time.
+    Reading runs no code, imports nothing and takes memory in proportion to the data, also for
+    hostile data. A user who may write to the server can choose keys that collide in a dict, which
+    takes time.
 
     Example:
         >>> serializer = ExactSerializer()

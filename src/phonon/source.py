@@ -61,7 +61,7 @@ class BaseMessages(BaseBatch, Generic[M]):
         self._messages = messages
         self._mark = mark
         self._has_begun = False
-        #: Whether all that the messages have brought is on the server: what goes wrong after that,
+        #: Whether all data of the messages is on the server: an error after that,
         #: such as executing a session that has ended, is not theirs.
         self.is_stored = False
         #: Whether the block has ended as it should, so that the last message is complete.
@@ -326,7 +326,7 @@ class BaseSource:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether something went wrong, so that it has to be claimed again."""
+        """Whether an error occurred, so that the source has to be claimed again."""
         return self._claim.in_doubt
 
     def position(self) -> int | None:

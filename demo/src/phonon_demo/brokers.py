@@ -1,4 +1,4 @@
-"""Where the workers' messages come from: a stream on Phonon's server, or Kafka."""
+"""Brokers that workers read from: a stream on Phonon's server, or Kafka."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ class Broker(Protocol):
     """Takes messages, and knows how many of them are stored.
 
     Attributes:
-        address: What workers find it by.
+                address: The address that workers connect to.
         topic: The topic, or the stream.
     """
 

@@ -135,7 +135,7 @@ def _work(
         say(f"{len(pool.alive)} worker processes on {where}, their pids: {pids}")
         victim = pool.workers[VICTIM] if options.kill and options.workers > VICTIM else None
         if options.kill and victim is None:
-            say("a single worker is not killed: nobody would be left to take over")
+            say("a single worker is not killed: no other would be left to take over")
         begun, count, lost = time.monotonic(), 0, None
         expected: Table = {}
         for some in _pieces(rows):

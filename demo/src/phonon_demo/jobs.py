@@ -163,5 +163,5 @@ def sums_of(key: str, columns: Sequence[str]) -> Job:
     return Job("totals", Totals, (key, *columns), message, _totals, _expected_totals)
 
 
-#: What workers find a job by. They need neither the columns nor the making of messages.
+#: Jobs by name, for workers. They need neither the columns nor the making of messages.
 JOBS = {"flights": FLIGHTS, "sums": sums_of("", ())}

@@ -1,4 +1,4 @@
-"""The plan of a run: what each worker is told, as JSON on its command line."""
+"""The plan of a run, which each worker gets as JSON on its command line."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ HEARTBEAT = 0.5
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker is told.
+    """The settings of a worker.
 
     Attributes:
         job: The name of the job, see `phonon_demo.jobs`.

@@ -27,7 +27,8 @@ class Worker:
     """A worker, an OS process of its own.
 
     Args:
-        plan: What it is told.
+                plan: Its settings.
+
         module: What it runs.
     """
 
@@ -52,12 +53,12 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the worker has not ended."""
         return self.popen.poll() is None
 
     @property
     def fate(self) -> str:
-        """How it ended."""
+        """How the worker ended."""
         status = self.popen.wait()
         if status < 0:
             return f"was killed by {signal.Signals(-status).name}"

@@ -25,7 +25,7 @@ P = TypeVar("P", bound=Plan)
 
 #: Messages that are stored together.
 BATCH = 500
-#: What handles a message: its key and its value.
+#: A function that handles a message, given its key and its value.
 Handle = Callable[[Any, Any], object]
 
 

@@ -23,7 +23,7 @@ class Acts:
 
     Args:
         namespace: Where.
-        inspector: Reads what is there.
+        inspector: Reads the namespace.
         who: Who does it, for the log.
     """
 

@@ -1,4 +1,4 @@
-"""What is wrong with a server, a namespace and a host, and what to do about it."""
+"""Finds the problems of a server, a namespace and a host, and names the remedies."""
 
 import resource
 import time
@@ -31,7 +31,7 @@ PINGS = 7
 
 
 class Finding(NamedTuple):
-    """What one look has found.
+    """The result of one look.
 
     Attributes:
         level: ``"ok"``, ``"note"`` or ``"problem"``.

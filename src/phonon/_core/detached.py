@@ -1,6 +1,6 @@
 """Stands in for a process where a unit test makes an update without one.
 
-Such an update merges and executes. Nothing of it can be stored, so whatever would need a server
+Such an update merges and executes. It cannot be stored, so a method that needs a server
 raises an error that says what to do.
 """
 

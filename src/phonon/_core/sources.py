@@ -331,7 +331,7 @@ class Unordered:
         )
 
     def failed(self) -> None:
-        """What was carried out is found out when the messages come again."""
+        """Which operations were carried out shows when the messages come again."""
 
     def finished(self) -> None:
         """There is nothing to move on."""
@@ -392,7 +392,7 @@ class Sources:
         return claim
 
     def listed(self) -> list[tuple[str, str, str, int | None]]:
-        """Return what operators are told of the sources that this process reads."""
+        """Return the facts that operators see about the sources that this process reads."""
         return [
             (claim.name, "ordered", str(claim.position), None)
             for claim in list(self._claims)

@@ -25,7 +25,7 @@ PIECE = 1000
 TOGETHER = 10_000
 #: Partials read at a time.
 _PAGE = 1000
-#: How often what was read has to be read again because it changed meanwhile, at the most.
+#: The most attempts to read data that changes meanwhile.
 _ATTEMPTS = 5
 
 
@@ -41,7 +41,7 @@ class Rejected(NamedTuple):
     error: InvalidMessageError
 
 
-#: What `BaseCollection._ready` returns: where to fold, and what has left the collection.
+#: The result of `BaseCollection._ready`: where to fold, and the records that left.
 _Ready = tuple[ModelRecord, Sequence[tuple[Hashable, Any]]]
 
 

@@ -30,7 +30,7 @@ class Field(Generic[R, W]):
     kind: ClassVar[str] = ""
     #: Whether its values go by the time stamp of the message.
     is_stamped: ClassVar[bool] = False
-    #: What a message without a value for it counts as; None: it has none.
+    #: The value of a message that has none for the field; None: none.
     default: ClassVar[Any] = None
     #: In which containers a record shows its values; (): it shows something else than these.
     shows: ClassVar[tuple[type, ...] | None] = None

@@ -40,7 +40,7 @@ class ModelRecord(Update):
     messages: int
     is_due: bool
     is_used: bool
-    #: What ``on_complete`` is given, in programs that were written for the original.
+    #: The argument of ``on_complete`` in programs that were written for the original.
     arguments_: tuple[tuple[Any, ...], dict[str, Any]] | None
 
     def merge(self, other: Self) -> None:
@@ -55,7 +55,7 @@ class ModelRecord(Update):
 
     @classmethod
     def execute_many(cls, updates: Sequence[Self]) -> Any:
-        """Run the model's ``on_complete_many``, or give its sink what there is."""
+        """Run the model's ``on_complete_many``, or give the records to its sink."""
         shown = [update.shown() for update in updates]
         if cls.sink is None:
             return _failed(cls.model.on_complete_many(shown), shown, updates)

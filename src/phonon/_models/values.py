@@ -76,7 +76,7 @@ class ValueType:
         return type(found) is type(value)
 
 
-#: What a check returns that has nothing to do with a value.
+#: Returned by a check that does not apply to a value.
 _NO: Any = object()
 
 

@@ -73,7 +73,7 @@ class AsyncProcess(BaseProcess):
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`.
         durability: How safe data must be on the server before a call that stores it returns.
-        on_error: Called with every background error, which no caller gets, and awaited if it
+        on_error: Called with every error that has no caller to be raised to, and awaited if it
             returns something to await.
         max_concurrent: How many ``execute`` run at the same time, each in a task of its own. A
             resource's batches stay in order.
@@ -292,7 +292,7 @@ class AsyncProcess(BaseProcess):
         """Hold nothing: the child has no event loop to go on with, and refuses every call."""
         self.engine.after_fork_in_child()
 
-    # What is made through it
+        # Objects of the process
 
     async def create_reference(
         self, resource: str, block: bool = True, parties: int | None = None

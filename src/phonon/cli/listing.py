@@ -140,7 +140,7 @@ def batches(
     with target(where).open() as admin:
 
         def look() -> tuple[list[Any], RenderableType]:
-            # Dead letters first: they wait for whoever reads this.
+            # Dead letters first: they wait for an operator.
             wanted = states or STATES
             others = [state for state in wanted if state != "parked"]
             walks = [admin.batches("parked", prefix)] if "parked" in wanted else []

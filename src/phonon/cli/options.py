@@ -142,7 +142,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask before something is done that cannot be undone.
 
     Raises:
-        click.Abort: The answer is no, or nobody is there to be asked: ``--yes`` helps.
+        click.Abort: The answer is no, or there is no terminal to ask at: ``--yes`` helps.
     """
     if yes:
         return

@@ -44,7 +44,7 @@ def web(
     open_: bool,
     **where: Any,
 ) -> None:
-    """Serve a page that shows what `phonon top` and the others show, live.
+    """Serve a page that shows the figures of `phonon top` and the other commands, live.
 
     It listens on this host alone unless --host says otherwise, and is read-only unless --act is
     given. It has no users and no TLS: put a proxy in front of it where others can reach it.
@@ -71,7 +71,7 @@ def web(
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     socket = config.bind_socket()
-    socket.listen()  # whoever reads the address may ask at once
+    socket.listen()  # a reader of the address may connect at once
     shown = f"http://{_bracketed(host)}:{socket.getsockname()[1]}/"
     click.echo(f"Phonon's page: {shown}")
     if act:

@@ -108,7 +108,7 @@ class CeleryWorker(Worker):
         return task
 
     def join(self, name: str, part: Any, *, parties: int, then: Signature[Any]) -> bool:
-        """Say that a part is done; whoever completes the last one sends what comes then.
+        """Mark a part as done; the worker that completes the last part sends the next task.
 
         A chord that survives its workers: parts are told apart by name, so one that is delivered
         again, because its worker died, counts once, and none is missing. Call it at the end of a

@@ -32,7 +32,7 @@ class Turn:
         process: The process that wants it.
         name: The job's name, the same on all machines.
         every: Seconds between two runs. A machine that comes late, because its clock is behind,
-            finds that the job was done. None: whoever comes when nobody runs it has the right.
+            finds that the job was done. None: any process may run it when no other does.
     """
 
     def __init__(self, process: Process, name: str, every: float | None = None) -> None:
@@ -59,7 +59,7 @@ class Turn:
         self.lock.release()
 
     def fail(self) -> None:
-        """The job was not done: whoever comes next may try."""
+        """The job was not done: the next process may try."""
         self.lock.release()
 
 

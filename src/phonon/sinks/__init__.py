@@ -17,7 +17,7 @@ __all__ = ["Sink", "SqlTable", "once", "table_of", "tokens_table"]
 
 
 class Sink(Protocol):
-    """Where the records of a model are written to.
+    """A destination to which the records of a model are written.
 
     In `phonon.aio` the second method may be a coroutine function.
     """

@@ -24,7 +24,7 @@ TOKEN, STATE = "token", "phonon_state"
 
 _ADDED = frozenset({"sum", "diff", "count"})
 _COMPARED = {"max": True, "timestamp": True, "min": False}
-#: What goes into a child table: whether its rows have a count.
+#: The kinds of field that may have a child table: whether its rows have a count.
 _CHILDREN = {"counter": True, "set_append": False}
 #: A key of MySQL has a length.
 _KEY_LENGTH = 255
@@ -102,7 +102,7 @@ class Plain(NamedTuple):
 
 
 class Layout:
-    """How a model is laid out in tables.
+    """The layout of a model in tables.
 
     Args:
         model: The model.
@@ -179,7 +179,7 @@ class Layout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether one statement does it all."""
+        """Whether one statement writes a whole record."""
         return not (self.kept or self.children)
 
     def key_of(self, record: Any) -> Any:

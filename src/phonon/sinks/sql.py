@@ -27,7 +27,7 @@ ATTEMPTS = 6
 #: Seconds before the second attempt; they double.
 FIRST_PAUSE = 0.02
 
-#: What databases call a transaction that has to be tried again: by SQLSTATE, or MySQL's number.
+#: The errors of a transaction that has to be tried again: SQLSTATEs, and MySQL's numbers.
 _AGAIN = frozenset({"40001", "40P01", "55P03", 1213, 1205, 1020})
 
 #: The table of `once`, unless something else is said.
@@ -35,7 +35,7 @@ TOKENS = "phonon_tokens"
 
 
 class BaseSqlTable:
-    """What `SqlTable` and `phonon.aio.sinks.AsyncSqlTable` share: everything but the waiting."""
+    """The base of `SqlTable` and `phonon.aio.sinks.AsyncSqlTable`: everything but the waiting."""
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ class Storing(Generic[M]):
 
         Raises:
             PhononError: They could not be stored, for a reason that is no message's.
-            Exception: A message is poison, and there is nobody to tell.
+            Exception: A message is poison, and there is no ``on_poison``.
         """
         waiting = [messages]
         while waiting:

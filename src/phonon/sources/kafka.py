@@ -180,7 +180,7 @@ class KafkaSource(Loop):
         for key, batch in batches.items():
             source = self._sources.get(key)
             if source is None:
-                continue  # revoked: whoever has it reads them
+                continue  # revoked: the member that has the partition reads them
             self.received += len(batch)
             try:
                 storing.store(source.batch, batch)
@@ -218,7 +218,7 @@ class KafkaSource(Loop):
                 log.info("%s", error)
                 self._begin_again(key)
 
-    # What this member reads
+        # The partitions of this member
 
     def _claim(self, key: _Key) -> int | None:
         """Claim a partition, however long it takes. Return where to read on from."""
@@ -252,7 +252,7 @@ class KafkaSource(Loop):
                 try:
                     source.settle()
                 except PhononError as error:
-                    log.info("%s", error)  # whoever has it now reads a little more again
+                    log.info("%s", error)  # the member that has it now reads a little more again
 
     def _lost(self, _consumer: Any, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
@@ -261,8 +261,8 @@ class KafkaSource(Loop):
     def _begin_again(self, key: _Key) -> None:
         """After an error: claim the partition again if it is still ours, and go back."""
         self.pause()
-        # A member that has lost a partition learns it here, and does not claim it from whoever has
-        # it. What is read here is read again.
+        # A member that has lost a partition learns it here, and does not claim it from the member
+        # that has it. Messages that are read here are read again.
         self._consumer.poll(0)
         if key not in self._sources or self.stopping:
             return

@@ -171,7 +171,7 @@ class StreamSource(Loop):
         if now >= self._claim_at:
             self._claim_at = now + self._idle_ms / 2000
             self._take_over(storing)
-        # What could not be stored is still this consumer's, and comes first.
+        # Entries that could not be stored are still this consumer's, and come first.
         after, self._again = ("0" if self._again else ">"), False
         found = self._client.execute_command(
             "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", self._batch_size,

@@ -29,7 +29,7 @@ _SERVERS_TIME = "local time = call('TIME')\n  return time[1], time[2]"
 _SHIFTED_TIME = f"""local time = call('TIME')
   local micros = time[1] * 1000000 + time[2] + tonumber(call('GET', '{KEY}') or 0)
   return string.format('%d', math.floor(micros / 1000000)), string.format('%d', micros % 1000000)"""
-#: Real seconds to wait for what an advance sets going.
+#: Real seconds to wait for the work that an advance sets going.
 _PATIENCE = 20.0
 _LOOK = 0.002
 
@@ -130,7 +130,7 @@ class Clock:
         for _ in self._advancing(seconds):
             await asyncio.sleep(_LOOK)
 
-    # What both do. Each step of these generators is a moment in which to wait.
+    # For both drivers. Each step of these generators is a moment in which to wait.
 
     def _advancing(self, seconds: float) -> Iterator[None]:
         if seconds < 0:
@@ -139,7 +139,7 @@ class Clock:
         left = seconds
         while left > 0:
             engines = _living()
-            # In one leap all would be overdue at once, and nobody would be left to notice deaths.
+            # In one leap all would be overdue at once, and none would be left to notice deaths.
             step = min([left, *map(_pace, engines)])
             left -= step
             self._time.ahead += step

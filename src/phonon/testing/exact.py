@@ -11,7 +11,7 @@ from phonon.testing.lab import Lab, Server
 
 M = TypeVar("M")
 
-#: Longer than it takes to notice a death, and to try again what failed.
+#: Seconds, more than it takes to notice a death and to try a failed batch again.
 _LONG = 120.0
 
 
@@ -60,7 +60,7 @@ class _Trial:
             except* Exception as errors:  # noqa: BLE001 - kept and tried again; told if it matters
                 self.errors.extend(errors.exceptions)
         self.lab.clock.advance(_LONG)
-        with self.lab.process() as last:  # whatever nobody was left for
+        with self.lab.process() as last:  # executes batches that no process was left for
             self.lab.clock.advance(_LONG)
             self.errors += [RuntimeError(parked.error) for parked in last.parked()]
 
@@ -166,7 +166,7 @@ class _DiedError(Exception):
     """Raised to end the thread of a process that has died."""
 
 
-#: What happens to one of the processes, and how.
+#: The crashes that one of the processes goes through.
 _FAULTS: dict[str, Callable[[_Trial], None]] = {
     "nothing happens": _nothing,
     "answers are lost": _loses_answers,
@@ -193,7 +193,7 @@ def assert_exact(
     processes: int = 3,
     server: Server | None = None,
 ) -> None:
-    """Assert that your ``merge`` and ``execute`` come to the right table, whatever happens.
+    """Assert that your ``merge`` and ``execute`` come to the right table after each kind of crash.
 
     All messages are dealt out to a few processes, and all their sessions ended: once for each
     thing that can happen, after a call of ``clear``. A process dies with open sessions, just

@@ -45,7 +45,7 @@ def kill(process: Any) -> None:
     engine = process.engine
     clock.paused.add(engine)
     _lifetime.forget(process)
-    engine.driver.retry_timeout = 0.0  # who waits for an answer need not wait long
+    engine.driver.retry_timeout = 0.0  # a caller that waits for an answer need not wait long
     wire.cut()
     engine.close()
     if isinstance(process, Process):

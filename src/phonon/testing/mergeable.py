@@ -151,7 +151,7 @@ class _Models(_Merging):
         self._compiled.seal(one)
         doc = _SERIALIZER.loads(_SERIALIZER.dumps(one))
         fault = self._compiled.fault_of(doc)
-        assert not fault, fault  # noqa: S101 - this is what the function is for
+        assert not fault, fault  # noqa: S101 - the function asserts
         return doc
 
     def shown(self, one: dict[str, Any]) -> Model:

@@ -86,7 +86,7 @@ class Page:
         await self._admin.close()
 
     async def overview(self, _: Request) -> Any:
-        """What a person wants to know first."""
+        """The summary of the namespace."""
         admin = await self._ready()
         sample = await self._history.latest()
         oldest = await admin.oldest_sessions(1)
@@ -134,11 +134,11 @@ class Page:
         return {**found._asdict(), "content": await _some(walk, MOST_PARTIALS)}
 
     async def acts(self, _: Request) -> Any:
-        """What operators have done."""
+        """The acts of operators."""
         return await (await self._ready()).acts(MOST)
 
     async def doctor(self, _: Request) -> Any:
-        """What is wrong."""
+        """The problems that the doctor finds."""
         return await (await self._ready()).examine()
 
     async def act(self, request: Request) -> Any:
