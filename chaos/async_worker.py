@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from chaos.sink import Sink
-from chaos.wire import Ready, Setup
-from chaos.worker import REPORT_INTERVAL, Counter, Link, Stop, options
+from chaos.wire import Ready, WorkerSettings
+from chaos.worker import REPORT_INTERVAL, Link, ProgressReporter, Stop, options
 from phonon.aio import AsyncLruCache, AsyncProcess, AsyncUpdate
 from phonon.errors import ServerUnreachableError
 
@@ -45,38 +45,38 @@ class _Inbox:
         return self._link.receive()  # it is there, or a signal is, which this raises
 
 
-async def work(link: Link, setup: Setup, stop: Stop) -> None:
+async def work(link: Link, settings: WorkerSettings, stop: Stop) -> None:
     """Handle messages until there are no more."""
-    counter = Counter(link)
+    reporter = ProgressReporter(link)
     inbox = _Inbox(link, stop)
-    Sink.current = Sink(setup.database, setup.job.table, counter.written)
+    Sink.current = Sink(settings.database, settings.job.table, reporter.written)
     with contextlib.closing(Sink.current):
-        async with await _connect(setup, counter) as process:
-            job: Any = setup.job
-            cache: AsyncLruCache[AsyncUpdate] = AsyncLruCache(setup.max_entries)
+        async with await _connect(settings, reporter) as process:
+            job: Any = settings.job
+            cache: AsyncLruCache[AsyncUpdate] = AsyncLruCache(settings.max_entries)
             link.send(Ready(process.id))
             while (messages := await inbox.receive()) is not None:
                 async with process.batch():
                     for message in messages:
                         await cache.set(message[0], job.update(process, message))
                 # Only now are they all on the server, and safe: a broker would be told here.
-                counter.acknowledge(len(messages))
+                reporter.acknowledge(len(messages))
             await cache.expire_all()
             await process.stop()
-            counter.report(done=True)
+            reporter.report(done=True)
 
 
-async def _connect(setup: Setup, counter: Counter) -> AsyncProcess:
-    give_up = time.monotonic() + setup.patience
+async def _connect(settings: WorkerSettings, reporter: ProgressReporter) -> AsyncProcess:
+    give_up = time.monotonic() + settings.patience
     while True:
         try:
-            return await AsyncProcess(**options(setup, counter)).start()
+            return await AsyncProcess(**options(settings, reporter)).start()
         except ServerUnreachableError:
             if time.monotonic() >= give_up:
                 raise
             await asyncio.sleep(REPORT_INTERVAL)
 
 
-def run(link: Link, setup: Setup, stop: Stop) -> None:
+def run(link: Link, settings: WorkerSettings, stop: Stop) -> None:
     """Do the work in an event loop of its own."""
-    asyncio.run(work(link, setup, stop))
+    asyncio.run(work(link, settings, stop))

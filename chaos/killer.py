@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from chaos.pool import Pool, Worker
-from chaos.proxy import Proxy
+from chaos.proxy import CuttingProxy
 from phonon._core.heartbeat import DEAD_AFTER
 from phonon_demo.server import MortalServer
 
@@ -48,7 +48,7 @@ class Killer:
         chance: random.Random,
         pool: Pool,
         heartbeat: float,
-        proxy: Proxy | None,
+        proxy: CuttingProxy | None,
         server: MortalServer | None,
     ) -> None:
         self.strikes = Strikes()

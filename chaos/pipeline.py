@@ -25,13 +25,13 @@ import click
 import sqlalchemy as sa
 
 from chaos.pipeline_worker import StruckPlan
-from chaos.proxy import Proxy
+from chaos.proxy import CuttingProxy
 from phonon import Process
 from phonon.sinks import SqlTable
+from phonon_demo.aggregations import FLIGHTS, Message
 from phonon_demo.brokers import Broker, KafkaBroker, StreamBroker
 from phonon_demo.demo import Table, add_up, differences, flights, read_table
 from phonon_demo.errors import WorkerError
-from phonon_demo.jobs import FLIGHTS, Message
 from phonon_demo.plan import GROUP
 from phonon_demo.pool import Pool, Worker, wait_until_stored
 from phonon_demo.postgres import PostgreSQL
@@ -73,7 +73,7 @@ class Options:
     without: str = ""
 
 
-class Outcome(NamedTuple):
+class PipelineResult(NamedTuple):
     """The result of a run.
 
     Attributes:
@@ -239,7 +239,7 @@ def _broker(options: Options, process: Process, url: str, topic: str) -> Broker:
     return UncheckedKafkaBroker(topic) if options.without == "offsets" else KafkaBroker(topic)
 
 
-def run(options: Options) -> Outcome:
+def run(options: Options) -> PipelineResult:
     """Let the pipeline work and be struck, and compare."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -248,7 +248,7 @@ def run(options: Options) -> Outcome:
         handled = folder / "handled"
         handled.mkdir()
         server = enter(MortalServer(folder))
-        proxy = enter(Proxy(folder / "p", server.socket))
+        proxy = enter(CuttingProxy(folder / "p", server.socket))
         postgres = enter(PostgreSQL())
         engine = sa.create_engine(postgres.url)
         stack.callback(engine.dispose)
@@ -259,7 +259,7 @@ def run(options: Options) -> Outcome:
         broker = _broker(options, process, server.url, topic)
         stack.callback(broker.close)
         plan = StruckPlan(
-            job="flights",
+            aggregation="flights",
             url=f"unix://{proxy.path}?db=1",
             namespace=process.namespace,
             source=options.source,
@@ -282,7 +282,7 @@ def run(options: Options) -> Outcome:
             wait_until_stored(broker, process, pool, producer.count)
             pool.leave()
         expected, found = producer.expected, read_table(engine, sink)
-        return Outcome(
+        return PipelineResult(
             produced=producer.count,
             handled=sum(int(file.read_text() or 0) for file in handled.iterdir()),
             kills=chaos.kills,
@@ -302,7 +302,7 @@ class _Chaos:
         self,
         options: Options,
         pool: StruckPool,
-        proxy: Proxy,
+        proxy: CuttingProxy,
         postgres: PostgreSQL,
         engine: sa.Engine,
     ) -> None:
@@ -365,10 +365,10 @@ class _Chaos:
         self.restarts += 1
 
 
-def report(options: Options, outcome: Outcome) -> str:
+def report(options: Options, result: PipelineResult) -> str:
     """Return the result of a run as text."""
-    repeated = outcome.handled - outcome.produced
-    o = outcome
+    repeated = result.handled - result.produced
+    o = result
     lines = [
         f"{o.produced:,} messages through {options.source}, {o.seconds:.0f} s",
         f"handled at least {o.handled:,} times, so {max(repeated, 0):,} again",
@@ -389,9 +389,9 @@ def report(options: Options, outcome: Outcome) -> str:
 def main(source: str, kills: int, workers: int, seed: int, without: str | None) -> None:
     """Strike a pipeline from a broker to a table, and compare."""
     options = Options(source, kills, workers, seed, without or "")
-    outcome = run(options)
-    click.echo(report(options, outcome))
-    sys.exit(not outcome.exact)
+    result = run(options)
+    click.echo(report(options, result))
+    sys.exit(not result.exact)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from phonon import Process, RetryPolicy
 from phonon.errors import ServerUnreachableError
 from phonon.sources.streams import StreamEntry, StreamSource
-from phonon_demo.jobs import JOBS
+from phonon_demo.aggregations import AGGREGATIONS
 from phonon_demo.plan import GROUP, Plan
 from phonon_demo.worker import BATCH, CountedTable, Handle, kafka_config, main, read, say
 
@@ -93,17 +93,17 @@ class UncheckedStream(StreamSource):
 
 def work(plan: StruckPlan) -> None:
     """Read, merge and write until a signal comes."""
-    job = JOBS[plan.job]
+    aggregation = AGGREGATIONS[plan.aggregation]
     engine = sa.create_engine(plan.database)
-    sink = LingeringTable(engine, job.table, job.model)
+    sink = LingeringTable(engine, aggregation.table, aggregation.model)
     sink.linger, sink.checks = plan.linger, plan.without != "token"
     with _process(plan) as process:
-        records: Any = process.collect(job.model, plan.max_entries, sink=sink)
+        records: Any = process.collect(aggregation.model, plan.max_entries, sink=sink)
         handled = Handled(plan.handled)
 
         def handle(key: Any, value: Any) -> None:
             handled.count()
-            records.add(key.decode(), *job.values(json.loads(value)))
+            records.add(key.decode(), *aggregation.values(json.loads(value)))
 
         say(process.id)
         if plan.without == "offsets":

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from chaos.jobs import Message
-from chaos.wire import Failed, Log, Progress, Ready, Setup, TookOver
+from chaos.wire import Failed, Log, Progress, Ready, TookOver, WorkerSettings
 from phonon_demo.errors import WorkerError
 
 #: Lists of messages that a worker may have unacknowledged; then the program waits for it.
@@ -35,7 +35,7 @@ class Worker:
         takeovers: What it has taken over from others.
     """
 
-    def __init__(self, number: int, setup: Setup) -> None:
+    def __init__(self, number: int, settings: WorkerSettings) -> None:
         self.number = number
         self.progress = Progress()
         self.process = ""
@@ -55,7 +55,7 @@ class Worker:
                 process_group=0,
             )
         with contextlib.suppress(BrokenPipeError):  # its end is noticed when its answer is awaited
-            self.connection.send(setup)
+            self.connection.send(settings)
 
     @property
     def pid(self) -> int:
@@ -88,7 +88,7 @@ class Pool:
     """The worker processes of a run; a context manager that leaves none of them behind.
 
     Args:
-        setup: What they are to do.
+        settings: What they are to do.
         count: How many.
         listener: Who wants to know.
 
@@ -97,10 +97,10 @@ class Pool:
         orphans: Lists that were sent to workers which have ended without acknowledging them.
     """
 
-    def __init__(self, setup: Setup, count: int, listener: Listener) -> None:
+    def __init__(self, settings: WorkerSettings, count: int, listener: Listener) -> None:
         self.workers: list[Worker] = []
         self.orphans: deque[list[Message]] = deque()
-        self._setup = setup
+        self._setup = settings
         self._count = count
         self._listener = listener
 

@@ -19,9 +19,9 @@ from chaos.jobs import Job, Message, Totals
 from chaos.killer import Killer
 from chaos.ledger import Ledger
 from chaos.pool import WINDOW, Pool, Worker
-from chaos.proxy import Proxy
-from chaos.report import Outcome, Watcher
-from chaos.wire import Setup
+from chaos.proxy import CuttingProxy
+from chaos.report import RunResult, Watcher
+from chaos.wire import WorkerSettings
 from phonon import Process
 from phonon.settings import Durability
 from phonon_demo.demo import flights
@@ -77,11 +77,11 @@ def run(options: Options, job: Job | None = None) -> int:
         enter(interruptible())
         folder = Path(enter(tempfile.TemporaryDirectory(prefix="phonon-chaos-")))
         server = enter(MortalServer(folder, sync=True))
-        proxy = enter(Proxy(folder / "p", server.socket))
+        proxy = enter(CuttingProxy(folder / "p", server.socket))
         process = enter(onlooker(server.url, NAMESPACE))
         path = str(folder / "chaos.sqlite3")
         database = enter(sink.create(path, job.table))
-        setup = Setup(
+        settings = WorkerSettings(
             job,
             f"unix://{proxy.path}?db=1",
             NAMESPACE,
@@ -93,10 +93,10 @@ def run(options: Options, job: Job | None = None) -> int:
             options.asyncio,
         )
         chaos = _Chaos(options, process)
-        chaos.work(setup, proxy if options.cut else None, server)
-        outcome = chaos.outcome(database, job)
-        chaos_report.show(outcome)
-        return 0 if outcome.exact else 1
+        chaos.work(settings, proxy if options.cut else None, server)
+        result = chaos.result(database, job)
+        chaos_report.show(result)
+        return 0 if result.exact else 1
 
 
 class _Chaos:
@@ -117,15 +117,17 @@ class _Chaos:
         self._redealt = 0
         self._seconds = 0.0
 
-    def work(self, setup: Setup, proxy: Proxy | None, server: MortalServer) -> None:
+    def work(
+        self, settings: WorkerSettings, proxy: CuttingProxy | None, server: MortalServer
+    ) -> None:
         """Strike while the workers work; then let them finish."""
         options = self._options
-        with self._watcher, Pool(setup, options.workers, self._watcher) as pool:
+        with self._watcher, Pool(settings, options.workers, self._watcher) as pool:
             self._pool = pool
             self._watcher.started(pool.workers)
             chance = random.Random(options.seed)  # noqa: S311 - a schedule, no secret
             mortal = server if options.restart_server else None
-            self._killer = Killer(chance, pool, setup.heartbeat, proxy, mortal)
+            self._killer = Killer(chance, pool, settings.heartbeat, proxy, mortal)
             self._watcher.strikes = self._killer.strikes
             begun = time.monotonic()
             try:
@@ -212,11 +214,11 @@ class _Chaos:
             return True
         return listed != len(living) + 1
 
-    def outcome(self, database: sqlite3.Connection, job: Job) -> Outcome:
+    def result(self, database: sqlite3.Connection, job: Job) -> RunResult:
         """Audit what is left in the database and on the server."""
         workers = self._pool.workers
         takeovers = [takeover for worker in workers for takeover in worker.takeovers]
-        return Outcome(
+        return RunResult(
             seconds=self._seconds,
             strikes=self._killer.strikes,
             died=self._watcher.deaths - self._killer.strikes.kills,

@@ -1,7 +1,7 @@
 """The messages between the program and its workers, over one pair of sockets a worker.
 
-The program sends a `Setup`, then lists of messages, and None when there are no more. A worker
-acknowledges a list when all of it is on the server.
+The program sends `WorkerSettings`, then lists of messages, and None when there are no more. A
+worker acknowledges a list when all of it is on the server.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from phonon.settings import Durability
 
 
 @dataclass(frozen=True)
-class Setup:
+class WorkerSettings:
     """To a worker: what to do.
 
     Attributes:

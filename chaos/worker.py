@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from chaos.sink import Sink
-from chaos.wire import Failed, Log, Progress, Ready, Setup, TookOver
+from chaos.wire import Failed, Log, Progress, Ready, TookOver, WorkerSettings
 from phonon import LruCache, PhononError, Process, Update
 from phonon._core.takeover import TAKEN_OVER
 from phonon.errors import DeclaredDeadError, ServerUnreachableError
@@ -122,7 +122,7 @@ class _LogToProgram(logging.Handler):
             self._link.send(message)
 
 
-class Counter:
+class ProgressReporter:
     """Tells the program how far this worker is."""
 
     def __init__(self, link: Link) -> None:
@@ -156,44 +156,44 @@ class Counter:
         )
 
 
-def work(link: Link, setup: Setup) -> None:
+def work(link: Link, settings: WorkerSettings) -> None:
     """Handle messages until there are no more."""
-    job = setup.job
-    counter = Counter(link)
-    Sink.current = Sink(setup.database, job.table, counter.written)
+    job = settings.job
+    reporter = ProgressReporter(link)
+    Sink.current = Sink(settings.database, job.table, reporter.written)
     with (
         contextlib.closing(Sink.current),
-        _connect(setup, counter) as process,
+        _connect(settings, reporter) as process,
     ):
-        cache: LruCache[Update] = LruCache(setup.max_entries)
+        cache: LruCache[Update] = LruCache(settings.max_entries)
         link.send(Ready(process.id))
         while (messages := link.receive()) is not None:
             with process.batch():
                 for message in messages:
                     cache.set(message[0], job.update(process, message))
             # Only now are they all on the server, and safe: a broker would be told here.
-            counter.acknowledge(len(messages))
+            reporter.acknowledge(len(messages))
         cache.expire_all()
         process.stop()
-        counter.report(done=True)
+        reporter.report(done=True)
 
 
-def options(setup: Setup, counter: Counter) -> dict[str, Any]:
+def options(settings: WorkerSettings, reporter: ProgressReporter) -> dict[str, Any]:
     """Return the arguments of the worker's process."""
     return {
-        "url": setup.url,
-        "namespace": setup.namespace,
-        "heartbeat_interval": setup.heartbeat,
-        "durability": setup.durability,
-        "on_error": counter.trouble,
+        "url": settings.url,
+        "namespace": settings.namespace,
+        "heartbeat_interval": settings.heartbeat,
+        "durability": settings.durability,
+        "on_error": reporter.trouble,
     }
 
 
-def _connect(setup: Setup, counter: Counter) -> Process:
-    give_up = time.monotonic() + setup.patience
+def _connect(settings: WorkerSettings, reporter: ProgressReporter) -> Process:
+    give_up = time.monotonic() + settings.patience
     while True:
         try:
-            return Process(**options(setup, counter))
+            return Process(**options(settings, reporter))
         except ServerUnreachableError:
             if time.monotonic() >= give_up:
                 raise
@@ -220,13 +220,13 @@ def main() -> None:
     log.addHandler(_LogToProgram(link))
     log.propagate = False
     try:
-        setup: Setup = link.receive()
-        if setup.asyncio:
+        settings: WorkerSettings = link.receive()
+        if settings.asyncio:
             from chaos.async_worker import run  # noqa: PLC0415 - imports this file
 
-            run(link, setup, stop)
+            run(link, settings, stop)
         else:
-            work(link, setup)
+            work(link, settings)
     except ParentGone:
         sys.exit(1)
     except Stopped:  # its sessions have ended

@@ -157,7 +157,7 @@ def left(server: Redis) -> list[bytes]:
         return list(client.scan_iter(match="*phonon-demo-*", count=1000))
 
 
-# The main job
+# The main aggregation
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phonon_demo.aggregations import FLIGHTS, Message, add, sums_of
 from phonon_demo.errors import InputError
-from phonon_demo.jobs import FLIGHTS, Message, add, sums_of
 from phonon_demo.rows import Rejected, Rows, open_rows
 
 Save = Callable[..., str]

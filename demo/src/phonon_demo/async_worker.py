@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from phonon.aio import AsyncLruCache, AsyncProcess, AsyncUpdate
 from phonon.aio.sinks import AsyncSqlTable
 from phonon.errors import AlreadyStoredError
-from phonon_demo.jobs import JOBS
+from phonon_demo.aggregations import AGGREGATIONS
 from phonon_demo.plan import GROUP, Plan
 from phonon_demo.updates import FlightUpdate, flight
 from phonon_demo.worker import BATCH, main, say
@@ -43,9 +43,9 @@ class CountedTable(AsyncSqlTable):
 
 async def work(plan: Plan) -> None:
     """Read, merge and write until a signal comes."""
-    job = JOBS[plan.job]
+    aggregation = AGGREGATIONS[plan.aggregation]
     engine = create_async_engine(plan.database.replace("sqlite://", "sqlite+aiosqlite://"))
-    sink: Any = CountedTable(engine, job.table, job.model)
+    sink: Any = CountedTable(engine, aggregation.table, aggregation.model)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -62,10 +62,10 @@ async def work(plan: Plan) -> None:
                 name, doc = fields[b"key"].decode(), flight(json.loads(fields[b"value"]))
                 await sessions.set(name, AsyncFlightUpdate(process, name, doc=doc))
         else:
-            sessions = process.collect(job.model, plan.max_entries, sink=sink)
+            sessions = process.collect(aggregation.model, plan.max_entries, sink=sink)
 
             async def handle(fields: dict[bytes, bytes]) -> None:
-                values = job.values(json.loads(fields[b"value"]))
+                values = aggregation.values(json.loads(fields[b"value"]))
                 await sessions.add(fields[b"key"].decode(), *values)
 
         say(process.id)

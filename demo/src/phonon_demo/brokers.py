@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from phonon import Process
-from phonon_demo.jobs import Message
+from phonon_demo.aggregations import Message
 from phonon_demo.plan import GROUP
 
 

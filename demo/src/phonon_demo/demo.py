@@ -16,9 +16,9 @@ import sqlalchemy as sa
 
 from phonon import Process
 from phonon.sinks import SqlTable, tokens_table
+from phonon_demo.aggregations import FLIGHTS, Aggregation, Message, sums_of
 from phonon_demo.brokers import Broker, KafkaBroker, StreamBroker
 from phonon_demo.errors import InputError
-from phonon_demo.jobs import FLIGHTS, Job, Message, sums_of
 from phonon_demo.plan import Plan
 from phonon_demo.pool import Pool, Worker, wait_until_stored
 from phonon_demo.postgres import PostgreSQL
@@ -89,7 +89,7 @@ def run(options: Options) -> int:
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(interruptible())
-        job, rows = enter(_input(options))
+        aggregation, rows = enter(_input(options))
         folder = Path(enter(tempfile.TemporaryDirectory(prefix="ph-")))
         url = options.url or enter(MortalServer(folder)).url
         process = enter(onlooker(url, f"phonon-demo-{uuid.uuid4().hex[:12]}"))
@@ -98,7 +98,7 @@ def run(options: Options) -> int:
         stack.callback(broker.close)
         with _database(options, folder) as database:
             plan = Plan(
-                job="sums" if options.input else "flights",
+                aggregation="sums" if options.input else "flights",
                 url=url,
                 namespace=process.namespace,
                 source=options.source,
@@ -110,10 +110,10 @@ def run(options: Options) -> int:
             )
             engine = sa.create_engine(database)
             stack.callback(engine.dispose)
-            sink = SqlTable(engine, job.table, job.model)
+            sink = SqlTable(engine, aggregation.table, aggregation.model)
             sink.create_table()
             tokens_table().create(engine)  # for --updates
-            expected = _work(options, plan, rows, job, broker, process)
+            expected = _work(options, plan, rows, aggregation, broker, process)
             if not expected:
                 rejected = ", ".join(f"{n:,} x {reason}" for reason, n in rows.rejected.items())
                 raise InputError(f"{rows.name}: none of its rows can be used: {rejected}")
@@ -121,7 +121,12 @@ def run(options: Options) -> int:
 
 
 def _work(
-    options: Options, plan: Plan, rows: Rows[Message], job: Job, broker: Broker, process: Process
+    options: Options,
+    plan: Plan,
+    rows: Rows[Message],
+    aggregation: Aggregation,
+    broker: Broker,
+    process: Process,
 ) -> Table:
     """Send all messages, kill a worker meanwhile, and wait until all of them are in the table.
 
@@ -140,7 +145,7 @@ def _work(
         expected: Table = {}
         for some in _pieces(rows):
             broker.produce(some)
-            add_up(job, expected, some)
+            add_up(aggregation, expected, some)
             count += len(some)
             if victim and lost is None and _sessions(process, victim.process) > SESSIONS:
                 lost = _kill(victim, process)
@@ -180,10 +185,10 @@ def _sessions(process: Process, other: str) -> int:
     return len(process.get_registry(registry))
 
 
-def add_up(job: Job, rows: Table, messages: Sequence[Message]) -> None:
+def add_up(aggregation: Aggregation, rows: Table, messages: Sequence[Message]) -> None:
     """Add messages to the rows that the table should have: the plain loop."""
     for key, content in messages:
-        rows[key] = job.expected(rows.get(key), content)
+        rows[key] = aggregation.expected(rows.get(key), content)
 
 
 def read_table(engine: sa.Engine, sink: SqlTable) -> Table:
@@ -216,11 +221,11 @@ def _pieces(rows: Rows[Message]) -> Iterator[list[Message]]:
 
 
 @contextlib.contextmanager
-def _input(options: Options) -> Iterator[tuple[Job, Rows[Message]]]:
+def _input(options: Options) -> Iterator[tuple[Aggregation, Rows[Message]]]:
     if options.input is not None:
-        job = sums_of(options.key, options.sums)
-        with open_rows(options.input, job.columns, job.message) as rows:
-            yield job, rows
+        aggregation = sums_of(options.key, options.sums)
+        with open_rows(options.input, aggregation.columns, aggregation.message) as rows:
+            yield aggregation, rows
         return
     with flights() as rows:
         yield FLIGHTS, rows

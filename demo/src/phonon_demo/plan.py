@@ -13,7 +13,7 @@ class Plan:
     """The settings of a worker.
 
     Attributes:
-        job: The name of the job, see `phonon_demo.jobs`.
+        aggregation: The name of the aggregation, see `phonon_demo.aggregations`.
         url: The URL of Phonon's server.
         namespace: Phonon's namespace, made for this run.
         source: ``"streams"`` or ``"kafka"``.
@@ -25,7 +25,7 @@ class Plan:
         updates: Whether the worker makes updates instead of records.
     """
 
-    job: str
+    aggregation: str
     url: str
     namespace: str
     source: str

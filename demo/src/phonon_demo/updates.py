@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from phonon import Update
 from phonon.sinks import once
 from phonon.sinks.sql import table_of
-from phonon_demo.jobs import FLIGHTS, Aircraft
+from phonon_demo.aggregations import FLIGHTS, Aircraft
 
 AIRCRAFT = table_of(Aircraft, FLIGHTS.table)
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from phonon import LruCache, Process
 from phonon.sinks import SqlTable
-from phonon_demo.jobs import JOBS
+from phonon_demo.aggregations import AGGREGATIONS
 from phonon_demo.plan import GROUP, Plan
 
 P = TypeVar("P", bound=Plan)
@@ -42,9 +42,9 @@ class CountedTable(SqlTable):
 
 def work(plan: Plan) -> None:
     """Read, merge and write until a signal comes."""
-    job = JOBS[plan.job]
+    aggregation = AGGREGATIONS[plan.aggregation]
     engine = sa.create_engine(plan.database)
-    sink: Any = CountedTable(engine, job.table, job.model)
+    sink: Any = CountedTable(engine, aggregation.table, aggregation.model)
     with Process(
         url=plan.url, namespace=plan.namespace, heartbeat_interval=plan.heartbeat
     ) as process:
@@ -61,11 +61,11 @@ def work(plan: Plan) -> None:
                 name, doc = key.decode(), flight(json.loads(value))
                 updates.set(name, FlightUpdate(process, name, doc=doc))
         else:
-            records: Any = process.collect(job.model, plan.max_entries, sink=sink)
+            records: Any = process.collect(aggregation.model, plan.max_entries, sink=sink)
             sessions = records
 
             def handle(key: Any, value: Any) -> None:
-                records.add(key.decode(), *job.values(json.loads(value)))
+                records.add(key.decode(), *aggregation.values(json.loads(value)))
 
         say(process.id)
         read(plan, process, sessions, handle)

@@ -28,7 +28,7 @@ ATTEMPTS = 10
 PAUSE = 0.5
 
 
-class Sessions(Protocol):
+class SupportsExpireAll(Protocol):
     """The interface of an object that holds sessions, such as a `phonon.LruCache`."""
 
     def expire_all(self) -> None:
@@ -144,7 +144,7 @@ class Loop:
         sessions: All of them are ended at the end.
     """
 
-    def __init__(self, sessions: Sessions | None) -> None:
+    def __init__(self, sessions: SupportsExpireAll | None) -> None:
         self._sessions = sessions
         self._stopping = threading.Event()
 

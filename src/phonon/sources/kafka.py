@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from phonon.errors import ConfigurationError, PhononError
 from phonon.source import Source
-from phonon.sources._loop import Loop, OnPoison, Sessions, Storing, check_topics, is_transient
+from phonon.sources._loop import (
+    Loop,
+    OnPoison,
+    Storing,
+    SupportsExpireAll,
+    check_topics,
+    is_transient,
+)
 
 try:
     from confluent_kafka import (
@@ -79,7 +86,7 @@ class KafkaSource(Loop):
         *,
         batch_size: int = 1000,
         poll_timeout: float = 0.5,
-        sessions: Sessions | None = None,
+        sessions: SupportsExpireAll | None = None,
         on_poison: OnPoison[Message] | None = None,
         dead_letters: str | None = None,
     ) -> None:

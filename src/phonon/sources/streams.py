@@ -16,7 +16,14 @@ import redis
 
 from phonon.errors import ConfigurationError, PhononError
 from phonon.source import WINDOW, Messages
-from phonon.sources._loop import Loop, OnPoison, Sessions, Storing, check_topics, is_transient
+from phonon.sources._loop import (
+    Loop,
+    OnPoison,
+    Storing,
+    SupportsExpireAll,
+    check_topics,
+    is_transient,
+)
 
 if TYPE_CHECKING:
     from phonon.process import Process
@@ -73,7 +80,7 @@ class StreamSource(Loop):
         poll_timeout: float = 0.5,
         claim_idle: float = 60.0,
         window: float = WINDOW,
-        sessions: Sessions | None = None,
+        sessions: SupportsExpireAll | None = None,
         on_poison: OnPoison[StreamEntry] | None = None,
         dead_letters: str | None = None,
     ) -> None:

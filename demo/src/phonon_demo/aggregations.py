@@ -1,4 +1,4 @@
-"""The two jobs of the demo: flights per aircraft, and sums of the user's own columns."""
+"""The two aggregations of the demo: flights per aircraft, and sums of the user's own columns."""
 
 import decimal
 import json
@@ -31,7 +31,7 @@ class Message(NamedTuple):
         return json.dumps(self.content).encode()
 
 
-class Job(NamedTuple):
+class Aggregation(NamedTuple):
     """Something to add up.
 
     Attributes:
@@ -96,7 +96,7 @@ def _expected_aircraft(row: dict[str, Any] | None, content: list[Any]) -> dict[s
     return row
 
 
-FLIGHTS = Job(
+FLIGHTS = Aggregation(
     "aircraft",
     Aircraft,
     ("tailnum", "origin", "dest", "distance", "dep_delay", "air_time"),
@@ -145,8 +145,8 @@ def _number(text: Any, column: str) -> str:
     raise Rejected(f"no number in {column!r}")
 
 
-def sums_of(key: str, columns: Sequence[str]) -> Job:
-    """Return the job of adding up columns of the user's own rows.
+def sums_of(key: str, columns: Sequence[str]) -> Aggregation:
+    """Return the sums of columns of the user's own rows.
 
     Args:
         key: The column of the key.
@@ -160,8 +160,8 @@ def sums_of(key: str, columns: Sequence[str]) -> Job:
         pairs = zip(columns, numbers, strict=True)
         return Message(name, [[column, _number(text, column)] for column, text in pairs])
 
-    return Job("totals", Totals, (key, *columns), message, _totals, _expected_totals)
+    return Aggregation("totals", Totals, (key, *columns), message, _totals, _expected_totals)
 
 
 #: Jobs by name, for workers. They need neither the columns nor the making of messages.
-JOBS = {"flights": FLIGHTS, "sums": sums_of("", ())}
+AGGREGATIONS = {"flights": FLIGHTS, "sums": sums_of("", ())}
