@@ -429,8 +429,8 @@ class BaseLock:
         return LockLostError(
             f"the lock on {self.lock_key!r} (token {_token_of(grant)}) was lost before it was "
             f"released: its lease of {seconds:g} s ran out, the server lost it, its process was "
-            "stopped, or it was taken over; what it protected may have been changed by another "
-            "holder since"
+            "stopped, or it was taken over; another holder may have changed the protected data "
+            "since"
         )
 
     # Looking

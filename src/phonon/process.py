@@ -151,8 +151,8 @@ class BaseProcess:
             if not errors and outbox.is_unfinished:
                 errors.append(
                     ConnectionLostError(
-                        f"{engine.address} did not answer all of what was kept: it goes on in the "
-                        "background; call flush() again to see it done"
+                        f"{engine.address} did not answer all unfinished calls: they go on in the "
+                        "background; call flush() again to wait for them"
                     )
                 )
             break

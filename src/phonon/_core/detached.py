@@ -65,8 +65,8 @@ class DetachedProcess:
 
 def _refusal() -> ConfigurationError:
     return ConfigurationError(
-        "this update was made without a process: merge() and execute() work, what needs the "
-        "server does not; give a Process as the first argument"
+        "this update was made without a process: merge() and execute() work, methods that "
+        "need the server do not; give a Process as the first argument"
     )
 
 

@@ -280,8 +280,8 @@ class Leases:
         if (yield CALLER_GONE):
             return _ABANDONED
         raise ProcessStoppedError(
-            f"process {identity.name} was stopped, so nobody waits for {request.key!r}: make a "
-            "new Process"
+            f"process {identity.name} was stopped, and waits no longer for {request.key!r}: make "
+            "a new Process"
         )
 
     def _new_holder(self, request: LockRequest, asking: list[Holder], *, waits: bool) -> Holder:

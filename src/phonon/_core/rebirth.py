@@ -188,8 +188,8 @@ class Rebirth:
         lost = sum(lost_calls.values())
         what = f"the last {lost} calls" if lost else "data"
         return ServerStateLostError(
-            f"{self._address} has lost {what} of process {who}. What was stored there and not yet "
-            "written to the database is lost, unless it is restored from a backup; what was "
+            f"{self._address} has lost {what} of process {who}. Data that was stored there and not "
+            "yet written to the database is lost, unless it is restored from a backup; batches "
             "executed since may be executed again. The process goes on as "
             f"{self._identity.name}, renews its {len(self._members.held)} memberships, and has "
             f"lost its {len(self._leases)} locks. A server with appendonly yes, or "

@@ -324,9 +324,9 @@ class Unordered:
         seen = answer[1]
         self._ids.learn(operation.partition, seen)
         return AlreadyStoredError(
-            f"{len(seen)} of the batch's messages were stored before by another delivery, and what "
-            "they were merged with was not stored now: handle the same messages again (this "
-            "process skips what is stored from now on), or leave them to the broker to deliver",
+            f"{len(seen)} of the batch's messages were stored before by another delivery, and the "
+            "messages merged with them were not stored now: handle the same messages again (this "
+            "process skips the stored ones from now on), or leave them to the broker to deliver",
             tuple(seen),
         )
 
@@ -516,8 +516,8 @@ class Sources:
             text = error.decode("utf-8", "replace")
             self._reports.report_error(
                 ForeignKeyError(
-                    f"what a message has brought for {items[2 * place]!r} in partition {partition} "
-                    f"could not be stored, and was parked: {text}; see Process.parked()"
+                    f"a message's data for {items[2 * place]!r} in partition {partition} could not "
+                    f"be stored, and was parked: {text}; see Process.parked()"
                 )
             )
 

@@ -81,7 +81,7 @@ class Compiled:
                     "whose fields change has another version="
                 )
             if not field.is_state(state):
-                return f"its field {name!r} does not hold what a {type(field).__name__} keeps"
+                return f"its field {name!r} does not hold the state of a {type(field).__name__}"
         return ""
 
     # Messages

@@ -104,8 +104,8 @@ class Field(Generic[R, W]):
     def __set__(self, instance: Any, value: W) -> None:
         """Refuse: a record is made of messages."""
         raise AttributeError(
-            f"{self.model}.{self.name} cannot be set to {value!r}: a record shows what its "
-            "messages come to; add another message instead"
+            f"{self.model}.{self.name} cannot be set to {value!r}: a record shows the "
+            "result of its messages; add another message instead"
         )
 
     # What is kept. None stands for the neutral element.

@@ -125,7 +125,7 @@ class ModelRecord(Update):
         """Return what is wrong with decoded content; empty if it is a record of this model."""
         identifier = self.compiled.id
         if not identifier.is_state(self._id):
-            return f"its ID is not what {self.compiled.model}.{identifier.name} takes"
+            return f"its ID is not of the type of {self.compiled.model}.{identifier.name}"
         return self.compiled.fault_of(self.doc)
 
 

@@ -69,7 +69,7 @@ def locks(
                 return found, tables.locks(found)
             lock = admin.lock(name, semaphore=semaphore)
             if lock is None:
-                return [], f"{name} is not locked, and nobody waits for it"
+                return [], f"{name} is not locked, and has no waiters"
             return [lock], tables.lock(lock)
 
         show(look, as_json=as_json, watch=watch)

@@ -77,7 +77,7 @@ def web(
     if act:
         click.echo(f"token for acts: {token}")
     if not _is_loopback(host):
-        click.echo("everybody who can reach this host can read it", err=True)
+        click.echo("anyone who can reach this host can read it", err=True)
     if open_:
         webbrowser.open(shown)
     server.run([socket])

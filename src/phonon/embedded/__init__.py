@@ -379,7 +379,7 @@ def _log_tail(folder: Path) -> str:
 def _too_late(folder: Path) -> EmbeddedServerError:
     return EmbeddedServerError(
         f"the server in {str(folder.parent)!r} was not ready within {_START_TIMEOUT:g} seconds; try"
-        f" again, or see what it does: {_log_tail(folder)}"
+        f" again, or read its log: {_log_tail(folder)}"
     )
 
 

@@ -236,7 +236,7 @@ def _until(condition: Callable[[], bool]) -> Iterator[None]:
     while not condition():
         if time.monotonic() > give_up:
             raise TimeoutError(
-                f"after {_PATIENCE:g} real seconds the processes have not done what has come due: "
-                "does an execute() of theirs wait for something?"
+                f"after {_PATIENCE:g} real seconds the processes have not finished the work "
+                "that came due: does one of their execute() calls wait for something?"
             )
         yield

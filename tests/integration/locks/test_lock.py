@@ -586,7 +586,7 @@ def test_stop_frees_locks_and_sends_waiters_away(make: Make, in_line: InLine) ->
         began = time.monotonic()
         two.stop()
         for future in waiting:
-            with pytest.raises(ProcessStoppedError, match="nobody waits for 'x'"):
+            with pytest.raises(ProcessStoppedError, match="waits no longer for 'x'"):
                 future.result()
         assert time.monotonic() - began < 4.5, "they ask by themselves after 5 s"
         assert in_line(0)
