@@ -1,7 +1,7 @@
-"""Kafka topics, and those of what speaks its protocol, each message once.
+"""Topics of Kafka, and of other brokers with its protocol, each message once.
 
-The offsets up to which messages are stored are kept in Phonon, in the same atomic step as what they
-have brought. They are committed to the broker as well, for the eyes of its tools.
+The offsets up to which messages are stored are kept in Phonon, in the same atomic step as their
+data. They are committed to the broker as well, for its tools to show.
 
 Needs the extra ``phonon[kafka]``, that is confluent-kafka.
 """
@@ -55,19 +55,19 @@ class KafkaSource(Loop):
     it yet stores nothing more, and are read from where they are stored.
 
     Args:
-        process: What stores.
+        process: The process that stores the messages.
         config: Of confluent-kafka's `Consumer`: ``bootstrap.servers``, ``group.id`` and others.
             Offsets are not committed automatically, and ``auto.offset.reset`` is ``earliest``
             unless it is given.
         topics: The topic, or several.
         batch_size: Messages that are stored together at the most. More cost less each.
         poll_timeout: Seconds to wait for messages.
-        sessions: A cache, say: its sessions are ended when the loop ends, those that are over
-            before that end by themselves.
+        sessions: A cache or a collection, whose sessions are ended when the loop ends. (Sessions
+            that are over before end by themselves.)
         on_poison: Called with a message that cannot be handled and the error. The message is passed
             over once this has returned.
-        dead_letters: In its place: the topic that such a message is sent to, with its error in the
-            headers.
+        dead_letters: Instead of ``on_poison``: the topic that such a message is sent to, with its
+            error in the headers.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -141,8 +141,8 @@ class KafkaSource(Loop):
             stop_on: Signals that end the loop, if it runs in the main thread.
 
         Raises:
-            Exception: What ``handle`` raised, if there is neither ``on_poison`` nor
-                ``dead_letters``; or what ending the sessions raised.
+            Exception: The error of ``handle``, if there is neither ``on_poison`` nor
+                ``dead_letters``; or of ending the sessions.
         """
         storing = Storing(self._counted(handle), self._on_poison)
         self._consumer = consumer = Consumer(self._config)
