@@ -11,10 +11,10 @@ W = TypeVar("W")
 
 
 class Field(Generic[R, W]):
-    """A field of a model: what is kept of its values, and how two of these are merged.
+    """A field of a model: the state of its values, and how two states are merged.
 
-    What is kept is called the field's state: plain data that can be stored. A record without a
-    state of a field has had no value for it, which is as good as `zero`. Merging is associative and
+    A field's state is plain data that can be stored. A record without a state of a field has had no
+    value for it, which is equivalent to `zero`. Merging is associative and
     commutative, so that it makes no difference where values meet, and in which order.
 
     Args:
@@ -65,7 +65,7 @@ class Field(Generic[R, W]):
             )
 
     def annotate_plainly(self, annotation: Any) -> None:
-        """Take the type of the values from what records show, as in ``tags: list[str]``."""
+        """Take the type of the values from that which records show, as in ``tags: list[str]``."""
         if self.shows is not None and typing.get_origin(annotation) in self.shows:
             annotation = typing.get_args(annotation)[0]
         if self.shows != ():
@@ -96,7 +96,7 @@ class Field(Generic[R, W]):
         def __get__(self, instance: object, owner: Any) -> R: ...
 
     def __get__(self, instance: Any, owner: Any) -> Any:
-        """Return the field from its class, and what has come together from a record."""
+        """Return the field from its class, and the merged value from a record."""
         if instance is None:
             return self
         return instance.__dict__[self.name]
@@ -120,7 +120,7 @@ class Field(Generic[R, W]):
 
         Raises:
             TypeError: It has another type.
-            ValueError: It is none that can be kept.
+            ValueError: It cannot be kept.
         """
         return self._values.check(value)
 
@@ -133,7 +133,7 @@ class Field(Generic[R, W]):
         raise NotImplementedError
 
     def merge(self, one: Any, other: Any, /) -> Any:
-        """Return what two states, which are used up, come to."""
+        """Return the merged form of two states, which are used up."""
         raise NotImplementedError
 
     def seal(self, state: Any) -> Any:
@@ -141,7 +141,7 @@ class Field(Generic[R, W]):
         return state
 
     def read(self, state: Any) -> Any:
-        """Return what users see of a state, which stays as it is; None is the neutral element."""
+        """Return the value that users see of a state, which is not changed; None is neutral."""
         raise NotImplementedError
 
     def is_state(self, state: Any) -> bool:

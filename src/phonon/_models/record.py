@@ -1,4 +1,4 @@
-"""The update that stands behind a model: what has come together for one key, in this process.
+"""The update behind a model: the merged data of one key in this process.
 
 Its ``doc`` has the states of the model's fields by name. So it is stored, taken over, put back,
 merged and executed like any other update.
@@ -156,7 +156,7 @@ async def _awaited(result: Any, shown: Sequence[Any], updates: Sequence[Any]) ->
 
 
 def _failed(result: Any, shown: Sequence[Any], updates: Sequence[Any]) -> Any:
-    """Return the updates of records that failed, with their errors, of what the user returned."""
+    """Return updates of failed records, and their errors, from the user's return value."""
     if not isinstance(result, Iterable):
         return result
     update_of = {id(record): update for record, update in zip(shown, updates, strict=True)}

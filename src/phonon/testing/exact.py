@@ -1,4 +1,4 @@
-"""`assert_exact`: the user's own ``merge`` and ``execute``, under all that can happen to them."""
+"""`assert_exact`: the user's own ``merge`` and ``execute``, under all kinds of crashes."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ _LONG = 120.0
 
 
 class _Trial:
-    """One run of all messages through a few processes, to one of which something happens.
+    """One run of all messages through a few processes, one of which goes through a crash.
 
     Args:
         lab: Where.
@@ -195,22 +195,22 @@ def assert_exact(
 ) -> None:
     """Assert that your ``merge`` and ``execute`` come to the right table after each kind of crash.
 
-    All messages are dealt out to a few processes, and all their sessions ended: once for each
-    thing that can happen, after a call of ``clear``. A process dies with open sessions, just
-    before and just after it executed, is paused until others have taken over, ``execute`` fails
-    once, answers are lost. No time passes in reality.
+    All messages are dealt out to a few processes, and all their sessions ended: once for each kind
+    of crash, after a call of ``clear``. A process dies with open sessions, just before and just
+    after it executed, is paused until others have taken over, ``execute`` fails once, answers are
+    lost. The clock is advanced, so the test does not wait.
 
     Args:
         update: Makes the update of one message.
         messages: The messages.
-        read: Returns what is in your database now.
+        read: Returns the content of your database.
         expected: What it should return in the end, however many processes there were.
         clear: Empties your database.
         processes: How many processes there are.
-        server: Where they meet; None: a server for this.
+        server: Their server; None: a new one.
 
     Raises:
-        AssertionError: The table is not as expected; the message says after what.
+        AssertionError: The table is not as expected; the message names the crash.
 
     Example:
         >>> table = {}

@@ -1,7 +1,7 @@
 """A wire between one process and its server, which a test can cut, hold, or have lose answers.
 
-It listens on a unix socket and forwards bytes both ways, so what the process and the server see is
-what a broken network, a paused or a killed process shows them.
+It listens on a unix socket and forwards bytes both ways, so process and server see the same as with
+a broken network, a paused or a killed process.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class Wire:
             self._goes_on.set()
 
     def lose(self, answers: int) -> None:
-        """Have the server's next answers lost: each with its connection."""
+        """Lose the server's next answers, each with its connection."""
         with self._lock:
             self._to_lose = answers
 
