@@ -1,4 +1,4 @@
-"""What a process counts, all the time: once for a list, not for each of its elements."""
+"""The counters of a process. A list is counted once, not for each of its elements."""
 
 import itertools
 import threading
@@ -81,7 +81,7 @@ class Measures:
 
     @property
     def made(self) -> int:
-        """How many messages were taken in: updates that were made, and what collections took."""
+        """The number of messages: updates that were made, and rows that collections took."""
         made: Any = self.messages.__reduce__()[1]  # its only state
         return int(made[0]) + self.folded
 
@@ -127,7 +127,7 @@ class Measures:
                 self.on_observe(name, value, class_name)
 
     def figures(self) -> dict[str, int]:
-        """Return what operators are told with each heartbeat."""
+        """Return the figures that each heartbeat publishes for operators."""
         with self._lock:
             executed = sum(self.executed.values())
             failed = sum(n for (_, outcome), n in self.executed.items() if outcome == "failed")
