@@ -61,14 +61,27 @@ class Call:
 
     Attributes:
         operations: What it carries.
+        process: The identity under which it was made.
+        number: The number of the lane that it belongs to.
         sequence: Its number.
+        digest: Of its operations.
         frees: Whether a server that is out of memory still has to run it.
-        arguments: Process, number of the lane, sequence, stamp, operations, digest.
+        arguments: Process, stamp, number of the lane with sequence and digest, operations.
         error: Why the server refused the call, if this is the empty one that asks about it.
         taken: Whether its operations have been removed from the lane's queue.
     """
 
-    __slots__ = ("arguments", "digest", "error", "frees", "operations", "sequence", "taken")
+    __slots__ = (
+        "arguments",
+        "digest",
+        "error",
+        "frees",
+        "number",
+        "operations",
+        "process",
+        "sequence",
+        "taken",
+    )
 
     def __init__(
         self,
@@ -92,25 +105,15 @@ class Call:
             self.frees = frees
         else:
             body, self.frees = _EMPTY, True
-        self.digest = b"%d" % zlib.crc32(body)
+        self.process = process = lane.process
+        self.number = number = lane.number
+        self.digest = digest = b"%d" % zlib.crc32(body)
         self.arguments = (
-            lane.process,
-            lane.number,
-            b"%d" % sequence,
-            stamp,
+            process,
+            stamp or number,
+            b"%b %d %b" % (number, sequence, digest),
             body,
-            self.digest,
         )
-
-    @property
-    def process(self) -> bytes:
-        """The identity under which it was made."""
-        return self.arguments[0]
-
-    @property
-    def number(self) -> bytes:
-        """The number of the lane that it belongs to."""
-        return self.arguments[1]
 
 
 class _Position:

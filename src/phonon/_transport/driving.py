@@ -54,7 +54,7 @@ def exchange(
     it back would have its contents come again, under a higher token.
     """
     most = server.most_bytes
-    if any([len(call.arguments[-2]) > most for call in calls]):  # noqa: C419 - it is faster
+    if any([len(call.arguments[-1]) > most for call in calls]):  # noqa: C419 - it is faster
         return (yield from _without_large(server, requests, calls, patience))
     durability = server.durability
     confirm = durability is not None and any(map(_stores, calls))
@@ -77,7 +77,7 @@ def _without_large(
     most = server.most_bytes
     replies: list[Answer] = []
     for call in calls:
-        size = len(call.arguments[-2])
+        size = len(call.arguments[-1])
         text = f"a call of {size:,} bytes, and it takes {most:,}: see its proto-max-bulk-len"
         replies.append(ResponseError(text) if size > most else UNANSWERED)
     small = [i for i, reply in enumerate(replies) if reply is UNANSWERED]

@@ -229,7 +229,7 @@ def exchange_now(server: Server, request: Request) -> Any:
         carried out is unknown: `Server.exchange` repeats it, byte for byte, and sees to the rest.
         It does not wait for `Durability`.
     """
-    if len(request.words[-2]) > server.most_bytes:
+    if len(request.words[-1]) > server.most_bytes:
         return None
     node = cast("SyncNode", server.node_of(request.key))
     connection = None
