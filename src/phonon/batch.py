@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from phonon._core import codec
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
-from phonon._core.outbox import Ending
+from phonon._core.parcels import Ending
 
 if TYPE_CHECKING:
     from types import TracebackType

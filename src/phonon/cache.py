@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
 from phonon._core.forks import notice
-from phonon._core.outbox import Ending
+from phonon._core.parcels import Ending
 from phonon._core.sessions import Sessions
 from phonon.batch import Out, end_all, has_begun, raise_together
 from phonon.errors import ConfigurationError

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from phonon._core.flows import CALLER_GONE, Branch, Flow, Outcome, call, never_run
 from phonon._core.members import ProcessInfo as Holder
-from phonon._core.outbox import Ending, SessionResult
+from phonon._core.parcels import Ending, SessionResult
 from phonon.errors import ConfigurationError
 from phonon.lock import Lock
 from phonon.settings import (

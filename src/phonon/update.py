@@ -12,7 +12,7 @@ from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import CALLER_GONE, Flow
 from phonon._core.forks import SAME, notice
 from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION, LocalUpdate, prefix_of
-from phonon._core.outbox import Ending
+from phonon._core.parcels import Ending
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError
 from phonon.reference import Reference

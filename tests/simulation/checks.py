@@ -109,6 +109,7 @@ class Checks:
         self.executed: Counter[int] = Counter()
         self.truth: dict[int, tuple[Any, Operation]] = {}
         self.history: dict[int, list[Any]] = defaultdict(list)
+        self._singles: dict[int, list[Operation]] = {}
         self.fresh: set[Any] = set()
         self.stored: set[bytes] = set()
         self.acked: dict[bytes, str] = {}
@@ -143,7 +144,23 @@ class Checks:
         for item in items:
             self.acked[item] = p.name
 
+    def singles(self, operation: Operation) -> list[Operation]:
+        """Return an operation for each change of one, the same ones each time."""
+        if operation.count == 1:
+            return [operation]
+        if id(operation) not in self._singles:
+            self.seen["many changes in one operation"] += 1
+            self._singles[id(operation)] = [
+                Operation(operation.partition, words) for words in operation.changes()
+            ]
+        return self._singles[id(operation)]
+
     def told(self, p: "SimProcess", operation: Operation, answer: Any) -> None:
+        answers = [answer] * operation.count if answer is REBORN else operation.each(answer)
+        for single, its in zip(self.singles(operation), answers, strict=True):
+            self._told(p, single, its)
+
+    def _told(self, p: "SimProcess", operation: Operation, answer: Any) -> None:
         code = operation.code
         self.seen[f"told {code.name}"] += 1
         if answer is REBORN:
@@ -303,10 +320,11 @@ class Checks:
         members = {r: set(m) for r, m in self.members.items()}
         reaps = any(operation.code is Code.REAP for operation in call.operations)
         last_on = {}
-        for place, operation in enumerate(call.operations):
+        carried = [single for operation in call.operations for single in self.singles(operation)]
+        for place, operation in enumerate(carried):
             if len(operation.words) > 1:
                 last_on[operation.words[1]] = place
-        for place, (operation, answer) in enumerate(zip(call.operations, answers, strict=True)):
+        for place, (operation, answer) in enumerate(zip(carried, answers, strict=True)):
             code = operation.code
             self.event += 1
             kind = (

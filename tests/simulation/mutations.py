@@ -320,10 +320,10 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "a batch that is executed is taken up": _core(
         outbox, "Outbox.take_over",
-        "if (name, token) in self.busy or (name, token) in self._resuming:", "if False:",
+        "if self._is_busy(name, token) or (name, token) in self._resuming:", "if False:",
     ),
     "an answer that was not seen is a forgotten batch": _core(
-        executor, "Executor.expects", "expected.update(names)", "pass", "outage"
+        executor, "Executor.expects", "return any(", "return False and any(", "outage"
     ),
     "a refused membership is forgotten at once": _core(
         members, "Members.entered", "not entry.entered and", "failed and", "faults"

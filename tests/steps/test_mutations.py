@@ -218,6 +218,9 @@ LANE = {
     "contents are mixed up": Mutation("", "answer.append(next(contents, []))", "answer.append([])"),
     "runs are short of a field": Mutation("", "                answer.append(None)\n", "                pass\n"),
     "an operation forgets where it was sent": Mutation("", "                operation.sent = (call, place, sent)", "                operation.sent = (call, place, None)"),
+    "the places of many are counted as one": Mutation("", "            place += operation.count", "            place += 1"),
+    "many are told one answer": Mutation("", "answers[at:behind] if operation.count > 1 else answers[at]", "answers[at]"),
+    "many are counted as one": Mutation("", "carried = sum([operation.count for", "carried = sum([1 for"),
     "the digest is of nothing": Mutation("", 'self.digest = b"%d" % zlib.crc32(body)', 'self.digest = b"0"'),
     "any call is answered by a lane that is gone": Mutation("", "        if call.operations[0].words[0] != _CLOSE:\n            return []\n        return [(operation, int", "        return [(operation, int"),
 }  # fmt: skip

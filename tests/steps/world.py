@@ -325,9 +325,6 @@ class World:
         told = process.lane.receive(reply)
         expect("who is told", [each for each, _ in told], list(call.operations))
         decoded = process.decode(reply)
-        for operation, answer in zip(call.operations, decoded, strict=True):
-            if isinstance(answer, list) and answer[-1] is True:
-                answer[-1] = [operation.words[3]]
         expect("what they are told", [normal(a) for _, a in told], [normal(a) for a in decoded])
 
     def after_refusal(self, process: Proc, call: Any, *, carried_out: bool) -> None:

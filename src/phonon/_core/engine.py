@@ -25,7 +25,8 @@ from phonon._core.heartbeat import DEAD_AFTER, Heartbeat
 from phonon._core.identity import Identity
 from phonon._core.leases import Leases
 from phonon._core.members import Members
-from phonon._core.outbox import Ending, Outbox, Overflow
+from phonon._core.outbox import Outbox, Overflow
+from phonon._core.parcels import Ending
 from phonon._core.presence import Presence
 from phonon._core.rebirth import Rebirth
 from phonon._core.reports import Event, Reports

@@ -98,19 +98,12 @@ class Measures:
                 self.stored += partials
                 self.stored_bytes += size
 
-    def end(self, partial: bytes | None, *, opened: bool = False) -> None:
-        """Count a session that was ended, and the partial that went with that.
-
-        Args:
-            partial: Its last data, if there was any.
-            opened: Whether the same operation has opened it.
-        """
-        with self._lock:
-            self.ended += 1
-            self.opened += opened
-            if partial:
-                self.stored += 1
-                self.stored_bytes += len(partial)
+    def end(self, sessions: int, *, opened: int = 0) -> None:
+        """Count sessions that were ended, and how many of them the same operation has opened."""
+        if sessions:
+            with self._lock:
+                self.ended += sessions
+                self.opened += opened
 
     def execution(self, class_name: str, seconds: float, *, failed: bool) -> None:
         """Count an execution."""

@@ -37,7 +37,7 @@ log = logging.getLogger("phonon")
 #: Operations in the name of an identity, which are not repeated under another one.
 _PERSONAL = frozenset(map(int, (Code.LOCK, Code.UNLOCK, Code.RENEW, Code.AWAIT, Code.FORGET)))
 
-_LEAVE, _REAP, _CLOSE = int(Code.LEAVE), int(Code.REAP), int(Code.CLOSE)
+_REAP, _CLOSE = int(Code.REAP), int(Code.CLOSE)
 
 
 class _Record(NamedTuple):
@@ -134,8 +134,7 @@ class Rebirth:
                 elif operation.words[0] in _PERSONAL or operation.words[0] == _CLOSE:
                     told.append((operation, REBORN))
                 else:
-                    if operation.words[0] == _LEAVE and operation.held:
-                        left.append(operation.resource)
+                    left += operation.held
                     new.enqueue(operation, first=operation.ahead or operation.words[0] == _REAP)
         reaped = identity.former if suspicious else [old]
         self._takeover.add_former(reaped, self._members.joins(left))
@@ -237,7 +236,8 @@ def _fate(
             answers = msgpack.unpackb(record.answers, raw=True, strict_map_key=False)
             if place < len(answers):
                 add_contents(answers, None)
-                return _without_content(answers[place])
+                told = [_without_content(a) for a in answers[place : place + operation.count]]
+                return told if operation.count > 1 else told[0]
     if unknown:
         return ConnectionLostError(
             f"{operation!r} was not answered for more than a week, and the server does not "

@@ -21,7 +21,7 @@ from phonon._core.executor import Executor
 from phonon._core.flows import Branch, Flow, Read, Send, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
-from phonon._core.outbox import Parcel
+from phonon._core.parcels import Parcel
 from phonon._core.reports import Reports
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply

@@ -123,7 +123,7 @@ class _Position:
         sequence: The number of the last call that was answered.
         stamp: The stamp of that answer.
         again: Operations of a refused call that the next one carries.
-        operations: How many operations were answered before.
+        operations: How many changes were answered before.
         once: The call that follows, and the position behind it, as soon as there are any.
     """
 
@@ -194,7 +194,7 @@ class Lane:
 
     @property
     def answered_operations(self) -> int:
-        """How many operations the calls carried that were answered."""
+        """How many changes the calls carried that were answered."""
         return self._at().operations
 
     @property
@@ -313,10 +313,12 @@ class Lane:
     def _take(self, call: Call) -> None:
         """Remove the operations of a call from the queue. To do it again does no harm."""
         remove = self.queue.remove
-        for place, operation in enumerate(call.operations):
+        place = 0
+        for operation in call.operations:
             sent = operation.sent
             if sent is None or sent[0] is not call:
                 operation.sent = (call, place, sent)
+            place += operation.count
             try:  # noqa: SIM105 - the alternative costs as much as all the rest
                 remove(operation)  # the first one, as a rule
             except ValueError:
@@ -360,19 +362,23 @@ class Lane:
 
         Returns:
             Each operation of the call with its answer: what the server packed, a batch's content
-            appended to it, or the error with which the server refused the call. Then the operations
-            that have to be sent again, because a full server would have run them by themselves.
+            appended to it, or the error with which the server refused the call; a list of answers
+            for many changes. Then the operations that have to be sent again, because a full server
+            would have run them by themselves.
         """
         answers: list[Any] = msgpack.unpackb(reply[0], raw=True, strict_map_key=False)
         if call.error is not None and not answers:
             return _refused(call, call.error)
-        if len(reply) == 2 and call.error is None:  # noqa: PLR2004 - no contents: no batch starts
+        if len(reply) > 2 or call.error is not None:  # noqa: PLR2004 - the third part: a batch starts
+            add_contents(answers, reply[2] if len(reply) > 2 else None)  # noqa: PLR2004 - as above
+        if len(answers) == len(call.operations):
             return list(zip(call.operations, answers, strict=True)), []
-        add_contents(answers, reply[2] if len(reply) > 2 else None)  # noqa: PLR2004 - the third part
-        told = list(zip(call.operations, answers, strict=True))
-        for operation, answer in told:
-            if answer.__class__ is list and answer[-1] is True:
-                answer[-1] = [operation.words[3]]  # nothing but the partial that was sent
+        told: list[tuple[Operation, Any]] = []
+        at = 0
+        for operation in call.operations:
+            behind = at + operation.count
+            told.append((operation, answers[at:behind] if operation.count > 1 else answers[at]))
+            at = behind
         return told, []
 
     def advance(self, call: Call, stamp: bytes, again: Sequence[Operation] = ()) -> None:
@@ -385,7 +391,8 @@ class Lane:
         """
         position = self._at()
         if position.sequence + 1 == call.sequence:
-            answered = position.operations + len(call.operations) - len(again)
+            carried = sum([operation.count for operation in call.operations])
+            answered = position.operations + carried - sum([other.count for other in again])
             self._position = position.once.setdefault(
                 "next", _Position(call.sequence, stamp, again, answered)
             )

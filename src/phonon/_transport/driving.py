@@ -24,7 +24,8 @@ REFUSALS = frozenset({"PHONONFENCED", "PHONONLOST", "PHONONSTALE"})
 UNANSWERED: Any = object()
 
 _FAILED = int(Reply.FAILED)
-_APPEND, _LEAVE = int(Code.APPEND), int(Code.LEAVE)
+_LEAVE = int(Code.LEAVE)
+_STORING = frozenset(map(int, (Code.APPEND, Code.INGEST, Code.INGEST_NEW)))
 
 Explain = Callable[[ResponseError], Exception]
 
@@ -92,7 +93,7 @@ def _without_large(
 def _stores(call: Call) -> bool:
     for operation in call.operations:
         words = operation.words
-        if words[0] == _APPEND or (words[0] == _LEAVE and words[3]):
+        if words[0] in _STORING or (words[0] == _LEAVE and any(words[3::4])):
             return True
     return False
 
@@ -266,9 +267,13 @@ class Receiver:
             owner = operation.owner
             if owner is None:
                 continue
-            if answer.__class__ is list and answer[0] == _FAILED:
-                text = answer[1].decode(ENCODING, "replace")
-                answer = self.explain(ResponseError(text))  # noqa: PLW2901 - the answer, as it is told
+            if answer.__class__ is list:
+                if operation.count == 1:
+                    answer = self._explained(answer)  # noqa: PLW2901 - the answer, as it is told
+                else:
+                    for place, each in enumerate(answer):
+                        if each.__class__ is list:
+                            answer[place] = self._explained(each)
             answers = owner.answers
             if answers[operation.index] is UNANSWERED:
                 answers[operation.index] = answer
@@ -277,6 +282,12 @@ class Receiver:
                 touched.append(ticket)
         for ticket in touched:
             ticket.tell()
+
+    def _explained(self, answer: list[Any]) -> Any:
+        """Return an answer as it is told: an error, if the operation has failed."""
+        if answer[0] != _FAILED:
+            return answer
+        return self.explain(ResponseError(answer[1].decode(ENCODING, "replace")))
 
 
 def mailbox(partitions: Partitions, lane: Lane) -> bytes:
