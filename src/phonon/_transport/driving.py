@@ -210,8 +210,9 @@ class Ticket:
 
 def request_of(library: Library, partitions: Partitions, lane: Lane, call: Call) -> Request:
     """Return the request that a call is sent as."""
-    name = "apply_free" if call.frees else "apply"
-    return library.request(name, partitions.prefixes[lane.partition], *call.arguments)
+    prefix = partitions.prefixes[lane.partition]
+    name = library.function("apply_free" if call.frees else "apply")
+    return Request(prefix, (b"FCALL", name, b"1", prefix, *call.arguments))
 
 
 class Receiver:
