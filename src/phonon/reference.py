@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from phonon._core.flows import CALLER_GONE, Branch, Flow, Outcome, call, never_run
+from phonon._core.members import Members
 from phonon._core.members import ProcessInfo as Holder
 from phonon._core.parcels import Ending, SessionResult
 from phonon.errors import ConfigurationError
@@ -54,10 +55,10 @@ class BaseReference:
 
     def joining(self) -> Flow[None]:
         """Become a member, or make sure that the process is one."""
+        members: Members = self._engine.members
         if self.parties is None:
-            yield from self._engine.members.join(self.resource_key)
-        else:
-            yield from self._engine.members.meet(self.resource_key, self.parties)
+            return members.join(self.resource_key)
+        return members.meet(self.resource_key, self.parties)
 
     def _count(self) -> Flow[int]:
         count: int = yield from self._engine.members.count(self.resource_key)
@@ -137,12 +138,16 @@ class BaseReference:
         opener = members.held.get(resource)
         parcel = opener() if opener is not None else None
         ending = Ending(resource, parcel, self.force_expiry, callback is not None)
-        (result,) = yield from self._engine.outbox.end((ending,))
+        outbox = self._engine.outbox
+        if parcel is None:
+            result = yield from outbox.leave(ending)
+        else:
+            (result,) = yield from outbox.end((ending,))
         _check(result)
         last = result.last
         if not last and not result.left:
             # A leave before this one, whose caller has gone, has had its answer: it was the last.
-            yield from self._engine.outbox.settling()
+            yield from outbox.settling()
         gone = yield CALLER_GONE
         # A leave whose caller had gone was the last of an earlier session.
         if not gone and resource in members.undelivered_results:

@@ -455,10 +455,10 @@ class World:
             if process.id in self.model.fenced:
                 continue
             lane = keys.get(f"lane:{process.id.decode()}", {})
-            expect("sequence", int(lane.get(b"sequence", -1)), process.lane.sequence)
-            expect("number", lane.get(b"number"), process.lane.number)
             if b"fenced" in lane:
                 raise Violation(f"{process.id!r} is fenced and lives")
+            known = process.lane.stamp or process.lane.number
+            expect("the state of the lane", lane.get(b"state"), known)
         expect("the last token", int(keys["token"]) >= self.model.token, True)
 
     def check_registries(self, keys: dict[str, Any]) -> None:

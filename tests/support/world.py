@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,12 @@ def key_for(process: Any, kind: str, resource: str) -> bytes:
     prefix: bytes = process.engine.identity.partitions.prefixes[partition]
     key: bytes = prefix + kind.encode() + b":" + name
     return key
+
+
+def sequence_of(lane: Sequence[bytes | None]) -> int:
+    """Return the number of the last call of a lane, given its ``state`` and ``fenced``."""
+    words = (lane[0] or lane[1] or b"").split()
+    return int(words[1]) if len(words) > 1 else 0
 
 
 def retry_now(process: Process) -> None:

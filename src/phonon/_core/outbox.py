@@ -411,6 +411,36 @@ class Outbox:
         self.look()
         return results
 
+    def leave(self, ending: Ending) -> Flow[SessionResult]:
+        """Do what `end` does for one resource of which no data is here, and no more than that.
+
+        `Reference.dereference` waits for it.
+        """
+        executor, members = self.executor, self._members
+        assert executor is not None  # noqa: S101 - for the type checker
+        result = SessionResult()
+        many: list[tuple[int, bytes, int]] = []
+        resource = ending.resource
+        partition, name = members.place(resource)
+        flags = operations.FORCE * ending.force + operations.MODIFICATIONS * ending.modifications
+        operation = operations.leave(partition, name, b"", flags)
+        was_held = members.leaving(resource)
+        if was_held is not ABSENT:
+            operation.held = (name,)
+        leaves = _Leaves(operation, ((ending, result),), (b"",), (None,), (was_held,))
+        with executor.hand() as hand:
+            hand.expected = (name,)
+            (answer,) = yield Send((operation,))
+            self._left(leaves, answer, hand, many)
+            hand.expected = ()
+            done = not hand.batches
+            yield from () if done else executor.execute(hand)
+        if many:
+            yield from self._compact(many)
+        if not done or result.errors or self.full:
+            self.look()
+        return result
+
     def _leaves(
         self, grouped: Sequence[Group], about: list[_Leaves], sent: list[Operation]
     ) -> Iterator[object] | None:

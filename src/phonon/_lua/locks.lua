@@ -20,9 +20,10 @@ local function places_of(holder)
   return tonumber(string.match(holder, 's(%d+)$'))
 end
 
-local function free(c, resource, holder)
+-- lasts: the holder is known to have no lease of its own.
+local function free(c, resource, holder, lasts)
   local T = c.T
-  if call('EXISTS', T .. 'leases:' .. resource) == 1 then
+  if not lasts and call('EXISTS', T .. 'leases:' .. resource) == 1 then
     call('ZREM', T .. 'leases:' .. resource, holder)
   end
   if is_shared(holder) then
@@ -261,11 +262,15 @@ operation(UNLOCK, 3, function(c, o, i)
     drop_expired(c, resource)
     quit_queue(c, resource, holder)
   end
-  local mine = free(c, resource, holder)
+  local mine = free(c, resource, holder, not others)
   if others then
     wake_next(c, resource)
   end
-  settle(c, resource)
+  if not others and mine and call('EXISTS', T .. 'members:' .. resource, T .. 'running:' .. resource) == 0 then
+    untrack(c, resource)
+  else
+    settle(c, resource)
+  end
   return mine and RELEASED or NOT_HELD
 end)
 

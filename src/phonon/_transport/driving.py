@@ -55,7 +55,7 @@ def exchange(
     it back would have its contents come again, under a higher token.
     """
     most = server.most_bytes
-    if any([len(call.arguments[-2]) > most for call in calls]):  # noqa: C419 - it is faster
+    if any([len(call.arguments[-1]) > most for call in calls]):  # noqa: C419 - it is faster
         return (yield from _without_large(server, requests, calls, patience))
     durability = server.durability
     confirm = durability is not None and any(map(_stores, calls))
@@ -78,7 +78,7 @@ def _without_large(
     most = server.most_bytes
     replies: list[Answer] = []
     for call in calls:
-        size = len(call.arguments[-2])
+        size = len(call.arguments[-1])
         text = f"a call of {size:,} bytes, and it takes {most:,}: see its proto-max-bulk-len"
         replies.append(ResponseError(text) if size > most else UNANSWERED)
     small = [i for i, reply in enumerate(replies) if reply is UNANSWERED]
@@ -210,8 +210,9 @@ class Ticket:
 
 def request_of(library: Library, partitions: Partitions, lane: Lane, call: Call) -> Request:
     """Return the request that a call is sent as."""
-    name = "apply_free" if call.frees else "apply"
-    return library.request(name, partitions.prefixes[lane.partition], *call.arguments)
+    prefix = partitions.prefixes[lane.partition]
+    name = library.function("apply_free" if call.frees else "apply")
+    return Request(prefix, (b"FCALL", name, b"1", prefix, *call.arguments))
 
 
 class Receiver:

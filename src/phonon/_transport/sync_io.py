@@ -11,6 +11,8 @@ import contextlib
 import os
 import select
 import socket
+import struct
+import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -56,7 +58,7 @@ class Connection:
         deadline: The time, by ``time.monotonic``, until which to connect.
     """
 
-    __slots__ = ("__weakref__", "_real", "closed", "pid", "reader", "sock")
+    __slots__ = ("__weakref__", "_real", "_timeout", "closed", "pid", "reader", "sock")
 
     def __init__(self, node: Node, deadline: float) -> None:
         self.closed = False
@@ -73,12 +75,17 @@ class Connection:
             self.close()
             raise
         self.sock: socket.socket = self._real._sock  # noqa: SLF001 - redis-py has no other name for it
-        self.sock.settimeout(node.reply_timeout)
+        self._timeout = _kernel_timeout(self.sock, node.reply_timeout)
+        self.rest()
         self.reader = Reader(
             protocolError=RedisConnectionError,
             replyError=ResponseError,
             notEnoughData=_NOT_ENOUGH,
         )
+
+    def rest(self) -> None:
+        """Wait for a reply's time from now on, as a connection does that has no deadline."""
+        self.sock.settimeout(self._timeout)
 
     def send(self, data: bytes, deadline: float) -> None:
         """Send commands.
@@ -121,6 +128,20 @@ class Connection:
         """Close it. In a forked child this does not disturb the parent."""
         self.closed = True
         self._real.disconnect()
+
+
+def _kernel_timeout(sock: socket.socket, seconds: float) -> float | None:
+    """Have the kernel watch the time, if it can: a timeout of Python's polls before each call.
+
+    Returns:
+        The timeout that Python has to watch.
+    """
+    if type(sock) is not socket.socket or sys.platform == "win32":
+        return seconds  # OpenSSL would wait again
+    timeval = struct.pack("@ll", *divmod(int(seconds * 1_000_000), 1_000_000))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+    return None
 
 
 def _left(deadline: float) -> float:
@@ -170,7 +191,7 @@ class SyncNode(Node):
     def give_back(self, connection: Connection) -> None:
         """Put back a connection on which no answer is due."""
         self._alone.discard(connection)
-        connection.sock.settimeout(self.reply_timeout)
+        connection.rest()
         self.idle.append(connection)
         if self.closed:
             self.retire()
@@ -229,9 +250,9 @@ def exchange_now(server: Server, request: Request) -> Any:
         carried out is unknown: `Server.exchange` repeats it, byte for byte, and sees to the rest.
         It does not wait for `Durability`.
     """
-    if len(request.words[-2]) > server.most_bytes:
+    if len(request.words[-1]) > server.most_bytes:
         return None
-    node = cast("SyncNode", server.node_of(request.key))
+    node: SyncNode = server.node_of(request.key)  # type: ignore[assignment]  # all of ours are
     connection = None
     try:
         connection = node.idle.pop()
@@ -246,7 +267,7 @@ def exchange_now(server: Server, request: Request) -> Any:
         reply = reader.gets()
         if reply is _NOT_ENOUGH:
             reply = connection.read(time.monotonic() + node.reply_timeout)
-            connection.sock.settimeout(node.reply_timeout)
+            connection.rest()
     except IndexError:
         return None
     except GONE:

@@ -348,7 +348,7 @@ class ThreadDriver:
             effect = effects[0]
             if effect.__class__ is Send:
                 try:
-                    reply = self._send(run, effect)
+                    reply: Any = self._send(run, effect)
                 except ConnectionLostError as error:
                     if not run.background:
                         raise
@@ -357,6 +357,8 @@ class ThreadDriver:
                 run.has_sent = True
             elif effect.__class__ is Done:
                 return effect.value
+            elif effect is CALLER_GONE:
+                reply = run.caller_gone
             else:
                 reply = self._perform(run, cast("AnyEffect", effect))
             run.advance(reply)
@@ -632,8 +634,6 @@ class ThreadDriver:
             return self._branch(effect)
         if effect is FLUSH:
             return self.flush()
-        if effect is CALLER_GONE:
-            return run.caller_gone
         raise TypeError(f"a flow has yielded {effect!r}, which is no effect")
 
     def _branch(self, effect: Branch) -> Outcome:

@@ -32,14 +32,13 @@ def test_a_call_is_made_of_bytes_and_names_the_last_answer(lanes: Any) -> None:
     lane.enqueue(ops.join(0, b"x"))
     call = lane.next_call()
     assert all(type(word) is bytes for word in call.arguments)
-    assert call.arguments[:4] == (b"p", b"9", b"1", b"")
-    assert msgpack.unpackb(call.arguments[4], raw=True) == [1, b"x"]
-    assert call.arguments[5] == call.digest
+    assert call.arguments[:3] == (b"p", b"9", b"9 1 " + call.digest)
+    assert msgpack.unpackb(call.arguments[3], raw=True) == [1, b"x"]
     assert (call.process, call.number) == (b"p", b"9")
     lane.receive(reply(0, stamp=b"77"))
     lane.enqueue(ops.join(0, b"y"))
     following = lane.next_call()
-    assert following.arguments[2:4] == (b"2", b"77")
+    assert following.arguments[1:3] == (b"77", b"9 2 " + following.digest)
     assert following.digest != call.digest
     assert (lane.sequence, lane.answered) == (2, 1)
 
@@ -174,8 +173,9 @@ def test_a_refused_call_is_followed_by_an_empty_one_under_its_number(lanes: Any)
     lane.refuse(error)
     assert lane.state.value == "refused"
     empty = lane.next_call()
-    assert empty.arguments[:4] == call.arguments[:4]
-    assert (empty.arguments[4], empty.frees, empty.error) == (b"\x90", True, error)
+    assert empty.arguments[:2] == call.arguments[:2]
+    assert empty.arguments[2] == b"9 1 " + empty.digest
+    assert (empty.arguments[3], empty.frees, empty.error) == (b"\x90", True, error)
     lane.refuse(MemoryError())  # that one too
     assert lane.next_call().error is error, "the first error is told"
     told = lane.receive(reply())
