@@ -361,10 +361,16 @@ def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
 
 
 def merge_updates(updates: Iterable[Any]) -> list[Any]:
-    """Merge updates of the same record and class; what does not merge stays by itself."""
+    """Merge updates of the same record and class; what does not merge stays by itself.
+
+    So does an update in a cache: other threads may merge into it, or take its data, meanwhile.
+    """
     firsts: dict[tuple[str, type], Any] = {}
     apart: list[Any] = []
     for update in updates:
+        if update._lock_ is not None:
+            apart.append(update)
+            continue
         first = firsts.setdefault((update.resource_id, type(update)), update)
         if first is not update:
             try:

@@ -85,7 +85,7 @@ class BaseCache(Generic[U]):
                 result = True, self._insert(key, update)
             else:
                 try:
-                    direct = entry._lock_ is lock
+                    direct = entry._lock_ is lock and entry._direct_
                 except AttributeError:
                     direct = False  # no update of ours
                 if entry.absorb(update) if direct else _refresh(entry, update):

@@ -185,7 +185,7 @@ class LocalUpdate:
     def _take_(self, engine: Engine, *, keep: bool) -> tuple[bytes | None, Any]:
         if not (self._unsent_ or self.has_unsent()):
             return None, None
-        state = codec.state_of(self) if self._has_state_ else {}
+        state = codec.state_of(self)
         partial = codec.pack(self, engine.codec.serializer, state)
         if len(partial) > engine.most_bytes:
             raise codec.too_large(self, len(partial), engine.most_bytes)
@@ -301,8 +301,6 @@ class LocalUpdate:
             ForkedError: It is the parent process's.
         """
         self._own_engine_()
-        if not self._direct_:
-            return
         entered = False
         while not entered:
             current = self._current_lock_()

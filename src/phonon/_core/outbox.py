@@ -331,7 +331,8 @@ class Outbox:
             for parcel in taken[piece]:
                 resource = parcel.resource_id
                 entries.append(enter(resource))
-                if held[resource] is None:
+                # Another thread may have left it in between.
+                if held.get(resource, ABSENT) is None:
                     held[resource] = weakref.ref(parcel)
             stored.append(_Appends(taken[piece], partials[piece], entries))
             sent.append(operations.append_many(group.partition, names[piece], partials[piece]))

@@ -256,9 +256,9 @@ class BaseCollection(Generic[P, M]):
             if batch is not None and target is None:
                 record._is_left_to_others_(self._engine, init_cache=False)
         theirs = record._batch_
-        if theirs is not None and theirs is not target and theirs.is_open:
-            # Another thread's batch is storing it. Its end says nothing to our caller, who is to
-            # know that all is stored: this message is stored by itself.
+        if theirs is not None and theirs is not target:
+            # Another thread's batch is storing it, or gathers for that. Its end says nothing to our
+            # caller, who is to know that all is stored: this message is stored by itself.
             record = self._new(key)
         if target is not None:
             target.add(record)
