@@ -117,7 +117,7 @@ LUA = {
     "a wake-up never lapses": Mutation("locks", "if now(c) - woken <= (type", "if true or (type"),
     "one that took its wake-up has no time to come": Mutation("locks", "and UNTAKEN_US or COMING_US) then", "and UNTAKEN_US or 0) then"),
     "one that asks is passed over": Mutation("locks", "if not woken or first == asking then", "if not woken then"),
-    "unlock wakes nobody": Mutation("locks", "  if others then\n    wake_next(c, resource)\n  end\n  settle", "  settle"),
+    "unlock wakes nobody": Mutation("locks", "  if others then\n    wake_next(c, resource)\n  end\n  if not", "  if not"),
     "unlock frees another's lock": Mutation("locks", "  if call('HGET', T .. 'lock:' .. resource, 'holder') == holder then\n    return", "  if true then\n    return"),
     "unlock does not settle": Mutation("locks", "    settle(c, resource)\n  end\n  return mine and", "  end\n  return mine and"),
     "unlock forgets what else is ours": Mutation("locks", "if not others and mine and call('EXISTS', T .. 'members:' .. resource, T .. 'running:' .. resource) == 0 then", "if not others and mine then"),
@@ -206,7 +206,7 @@ LANE = {
     "nothing that was refused is sent again": Mutation("", "if mixed and operation.frees:", "if False:"),
     "what frees is sent again without end": Mutation("", "if mixed and operation.frees:", "if operation.frees:"),
     "numbers do not grow": Mutation("", "made = Call(self, position.sequence + 1,", "made = Call(self, position.sequence,"),
-    "the stamp is not named": Mutation("", "            stamp,\n            body,", "            b'',\n            body,"),
+    "the stamp is not named": Mutation("", "            stamp or number,\n", "            number,\n"),
     "calls are not bounded": Mutation("", "_first(self.queue, MOST_OPERATIONS - len(again))", "_first(self.queue, 10**9)"),
     "bytes are not bounded": Mutation("", "if operations and (size > MOST_BYTES or", "if operations and (False or"),
     "close goes with others": Mutation("", "(size > MOST_BYTES or operation.words[0] == _CLOSE)", "(size > MOST_BYTES)"),
@@ -222,8 +222,8 @@ LANE = {
     "an operation forgets where it was sent": Mutation("", "                operation.sent = (call, place, sent)", "                operation.sent = (call, place, None)"),
     "the places of many are counted as one": Mutation("", "            place += operation.count", "            place += 1"),
     "many are told one answer": Mutation("", "answers[at:behind] if operation.count > 1 else answers[at]", "answers[at]"),
-    "many are counted as one": Mutation("", "carried = sum([operation.count for", "carried = sum([1 for"),
-    "the digest is of nothing": Mutation("", 'self.digest = b"%d" % zlib.crc32(body)', 'self.digest = b"0"'),
+    "many are counted as one": Mutation("", "count = carried[0].count if len(carried) == 1 else sum([o.count for o in carried])", "count = len(carried)"),
+    "the digest is of nothing": Mutation("", 'self.digest = digest = b"%d" % zlib.crc32(body)', 'self.digest = digest = b"0"'),
     "any call is answered by a lane that is gone": Mutation("", "        if call.operations[0].words[0] != _CLOSE:\n            return []\n        return [(operation, int", "        return [(operation, int"),
 }  # fmt: skip
 

@@ -305,6 +305,8 @@ class AsyncDriver:
                 run.has_sent = True
             elif effect.__class__ is Done:
                 return effect.value
+            elif effect is CALLER_GONE:
+                reply = run.caller_gone
             else:
                 reply = await self._perform(run, cast("AnyEffect", effect))
             run.advance(reply)
@@ -508,8 +510,6 @@ class AsyncDriver:
             return await self._read(effect)
         if isinstance(effect, Execute):
             return await self._execute(effect.jobs)
-        if effect is CALLER_GONE:
-            return run.caller_gone
         if isinstance(effect, Branch):
             return await self._branch(effect)
         if effect is FLUSH:
