@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from chaos.proxy import Proxy
+from chaos.pool import Pool, Worker
+from chaos.proxy import CuttingProxy
 from phonon._core.heartbeat import DEAD_AFTER
-from phonon_demo.pool import Pool, Worker
 from phonon_demo.server import MortalServer
 
 #: Seconds between two strikes of a kind, on average; the first comes after half of that.
@@ -48,7 +48,7 @@ class Killer:
         chance: random.Random,
         pool: Pool,
         heartbeat: float,
-        proxy: Proxy | None,
+        proxy: CuttingProxy | None,
         server: MortalServer | None,
     ) -> None:
         self.strikes = Strikes()

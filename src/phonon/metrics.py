@@ -18,7 +18,7 @@ __all__ = ["METRICS", "Metric", "PrometheusCollector", "instrument", "read"]
 
 
 class Metric(NamedTuple):
-    """What one metric is called, and says.
+    """The name and the meaning of one metric.
 
     Attributes:
         name: In Prometheus, with unit and without ``_total``.

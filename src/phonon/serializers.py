@@ -270,7 +270,7 @@ def _refusal(value: Any, where: str, error: Exception) -> NotStorableError:
         if step is None:
             walk.pop()
         elif len(walk) - 1 > _DEEPEST:  # not a level later: a list may hold itself twice
-            fault = f"{walk[4][0]}…: what holds itself or is nested too deep"
+            fault = f"{walk[4][0]}…: a value that holds itself or is nested too deep"
             break
         elif type(part) not in _ATOMS:
             try:
@@ -328,8 +328,9 @@ class ExactSerializer:
     and are refused: enums, named tuples, numpy's floats. A dict's keys may be of any type that is
     hashable and in the table; a ZoneInfo comes back as ``ZoneInfo(key)``; 500 levels may be nested.
 
-    Reading runs no code, imports nothing and takes memory in proportion to the data, whatever it
-    is; but who may write to the server can choose keys that collide in a dict, which takes time.
+    Reading runs no code, imports nothing and takes memory in proportion to the data, also for
+    hostile data. A user who may write to the server can choose keys that collide in a dict, which
+    takes time.
 
     Example:
         >>> serializer = ExactSerializer()
@@ -417,7 +418,7 @@ class SignedPickleSerializer:
         except Exception as error:
             raise NotStorableError(
                 f"{where}: a value of type {_name(type(value))} cannot be pickled "
-                f"({type(error).__name__}: {error}); store what it is made of instead"
+                f"({type(error).__name__}: {error}); store its parts instead"
             ) from error
         return hmac.digest(self._key, pickled, "sha256") + pickled
 

@@ -115,7 +115,7 @@ class _Tracing:
                 self._known[resource] = rest
             elif error is None:
                 self._known.pop(resource, None)
-        # Whatever an exporter raises, the record was executed.
+        # The record was executed, also if an exporter raises.
         with contextlib.suppress(Exception):
             # A span in which several messages came has one link.
             once = {(span.trace_id, span.span_id): span for span in spans}

@@ -27,7 +27,7 @@ class Violation(AssertionError):  # noqa: N818 - of a guarantee
     """A guarantee is violated."""
 
 
-class State:
+class Snapshot:
     """All that is on the server, key by key."""
 
     def __init__(self, looked: list[Any]) -> None:
@@ -415,10 +415,10 @@ class Checks:
 
     # What must be true after every call
 
-    def state(self) -> State:
-        return State(self._world.server.look())
+    def state(self) -> Snapshot:
+        return Snapshot(self._world.server.look())
 
-    def check(self) -> State:
+    def check(self) -> Snapshot:
         state = self.state()
         resources = self._world.resources
         copies: Counter[bytes] = Counter()
@@ -446,7 +446,7 @@ class Checks:
         self.owners = {r: run[b"owner"] for r, run in state.running.items()}
         return state
 
-    def _applied_once(self, state: State, resource: str, copies: Counter[bytes]) -> None:
+    def _applied_once(self, state: Snapshot, resource: str, copies: Counter[bytes]) -> None:
         running = state.running.get(resource)
         for token, items in self.applied[resource].items():
             for item in items:
@@ -458,7 +458,7 @@ class Checks:
                 ):
                     self.fail(f"G4: {item!r} was applied under {token}, and is still to come")
 
-    def _no_ghost(self, state: State) -> None:
+    def _no_ghost(self, state: Snapshot) -> None:
         if self.ghost is None:
             return
         (pid, resource), self.ghost = self.ghost, None

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -348,9 +348,9 @@ def _requests() -> Iterator[tuple[int, str, list[Any]]]:
         yield number, action, args
 
 
-def main() -> None:
+def main(make_actor: Callable[[dict[str, Any]], Any] = Actor) -> None:
     """What the interpreter runs that a `Member` starts."""
-    actor = Actor(json.loads(sys.argv[1]))
+    actor = make_actor(json.loads(sys.argv[1]))
     writing = threading.Lock()
 
     def act(number: int, action: str, args: list[Any]) -> None:

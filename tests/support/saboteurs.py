@@ -5,12 +5,12 @@ import random
 import signal
 import time
 from dataclasses import dataclass
+from typing import Any
 
-from chaos.numbered import Numbered, NumberedUpdate
-from phonon import Process, Update
-from phonon_demo.flights import FlightUpdate
-from phonon_demo.jobs import Message
-from phonon_demo.sink import Table
+from chaos.jobs import Job, Message, NumberedUpdate
+from chaos.sink import Table
+from phonon import Update
+from phonon_demo.updates import FlightUpdate
 
 _chance = random.SystemRandom()
 _born = time.monotonic()
@@ -48,12 +48,12 @@ class TornUpdate(NumberedUpdate):
 
     def merge(self, other: FlightUpdate) -> None:
         super().merge(other)
-        self.flights += 1
+        self.doc["flights"] += 1
 
 
 @dataclass(frozen=True)
-class Dying(Numbered):
-    def update(self, process: Process, message: Message) -> Update:
+class Dying(Job):
+    def update(self, process: Any, message: Message) -> Update:
         return DyingUpdate(process, message)
 
 
@@ -66,12 +66,12 @@ class Careless(Dying):
 
 
 @dataclass(frozen=True)
-class Forgetful(Numbered):
-    def update(self, process: Process, message: Message) -> Update:
+class Forgetful(Job):
+    def update(self, process: Any, message: Message) -> Update:
         return ForgetfulUpdate(process, message)
 
 
 @dataclass(frozen=True)
-class Torn(Numbered):
-    def update(self, process: Process, message: Message) -> Update:
+class Torn(Job):
+    def update(self, process: Any, message: Message) -> Update:
         return TornUpdate(process, message)

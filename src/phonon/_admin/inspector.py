@@ -340,7 +340,7 @@ class Inspector:
         return sorted(found, key=lambda act: -act.at)[:most]
 
 
-#: Of a walk: the process that an entry was found with, and what the server says of it.
+#: Rows of a walk: the process that has the entry, and the server's row about it.
 Rows = list[tuple[bytes, Row]]
 
 

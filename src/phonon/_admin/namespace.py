@@ -74,7 +74,7 @@ class Namespace:
         prefix = (
             self.partitions.prefix if partition is None else self.partitions.prefixes[partition]
         )
-        # A user who may do nothing but look has the permission for this command alone.
+        # A user who may only read has the permission for no other command.
         words = (b"FCALL_RO", self.library.function(function), b"1", prefix, *arguments)
         return Request(prefix, words)
 

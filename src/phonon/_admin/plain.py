@@ -1,4 +1,4 @@
-"""What an `Admin` answers with, as JSON has it."""
+"""The records of an `Admin`, as JSON values."""
 
 from typing import Any
 

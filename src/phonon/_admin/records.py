@@ -3,9 +3,9 @@
 from typing import Any, Literal, NamedTuple
 
 #: A live process beats in time; a late one has missed its deadline, and nobody has marked it yet;
-#: a dead one was marked, and survivors take over what it held.
+#: a dead one was marked, and survivors take over its resources.
 ProcessState = Literal["alive", "late", "dead"]
-#: How a lock is taken, or what is waited for.
+#: The mode in which a lock is held or waited for.
 LockMode = Literal["exclusive", "shared", "semaphore"]
 #: ``waiting-for-class`` waits for a process that has imported its class, and
 #: ``waiting-for-survivor`` for one that executes what dead processes have left.

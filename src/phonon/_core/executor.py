@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, Self
@@ -299,6 +300,7 @@ class Executor:
 
     def _prepare(self, batches: Iterable[RunningBatch]) -> Flow[None]:
         """Fetch what did not come along, and merge."""
+        sizes: Counter[int] = Counter()
         for batch in batches:
             if batch.run.crashes > self._policy.crashes:
                 batch.error = PhononError(
@@ -308,7 +310,7 @@ class Executor:
             if len(batch.partials) < batch.run.size and not (yield from self._fetch(batch)):
                 batch.error = _TAKEN_OVER
                 continue
-            self._identity.measures.observe("batch_partials", batch.run.size)
+            sizes[batch.run.size] += 1
             try:
                 try:
                     batch.records = self._records_of(batch)
@@ -319,6 +321,8 @@ class Executor:
             except BaseException as error:  # noqa: BLE001 - the user's merge: the batch has failed
                 batch.error = error
             batch.partials = []
+        for size, times in sizes.items():
+            self._identity.measures.observe("batch_partials", size, times)
 
     def _records_of(self, batch: RunningBatch) -> Sequence[Record]:
         if batch.kept is None:
@@ -373,9 +377,13 @@ class Executor:
         ended = [b for b in batches if b.job is not None and b.job.outcome is not None]
         # In the caller's thread they run one after the other: each is given its share of the time.
         seconds = (clock() - begun) / max(1, len(ended))
+        counts: Counter[tuple[type, bool]] = Counter()
         for batch in ended:
             assert batch.job is not None  # noqa: S101 - for the type checker
-            self._end_job(batch, batch.job, seconds)
+            self._end_job(batch, batch.job, seconds, counts)
+        for (cls, failed), times in counts.items():
+            name = classes.known_name(cls)
+            self._identity.measures.execution(name, seconds, failed=failed, times=times)
 
     def _begin_jobs(self, batches: Sequence[RunningBatch]) -> None:
         together: dict[Any, list[tuple[RunningBatch, Any]]] = {}
@@ -395,7 +403,9 @@ class Executor:
                 for batch, _ in some:
                     batch.job = job
 
-    def _end_job(self, batch: RunningBatch, job: Job, seconds: float) -> None:
+    def _end_job(
+        self, batch: RunningBatch, job: Job, seconds: float, counts: Counter[tuple[type, bool]]
+    ) -> None:
         record = batch.records[batch.at]
         outcome = job.outcome
         assert outcome is not None  # noqa: S101 - for the type checker
@@ -414,10 +424,10 @@ class Executor:
         executed: Any = record  # what it has executed is in each of them
         cls = type(executed.instance)
         record.finish()
-        measures = self._identity.measures
-        measures.execution(classes.known_name(cls), seconds, failed=error is not None)
-        if measures.on_execution is not None:
-            measures.on_execution(batch.resource, cls, seconds, error)
+        counts[cls, error is not None] += 1
+        told = self._identity.measures.on_execution
+        if told is not None:
+            told(batch.resource, cls, seconds, error)
         batch.job = None
         batch.at += 1
         if error is not None:

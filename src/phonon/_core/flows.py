@@ -209,8 +209,8 @@ def never_run(value: Any) -> TypeError | None:
     """
     if isinstance(value, map | filter):
         return TypeError(
-            f"what was returned is a {type(value).__name__} object, and its function was never "
-            "called: use a for loop"
+            f"a {type(value).__name__} object was returned, whose function was never called: use a "
+            "for loop"
         )
     return None
 

@@ -49,7 +49,7 @@ class Heartbeat:
         recovers: Whether the process executes the batches of dead ones.
         is_wanted: Tells whether anybody still has the process. If not it stops beating, and
             survivors take over what it held.
-        report: Returns what operators are told of the process.
+        report: Returns the facts that operators see about the process.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Heartbeat:
             self.signal.set()
 
     def work(self) -> Flow[None]:
-        """Beat until the process stops, whatever goes wrong.
+        """Beat until the process stops, also after errors.
 
         A process that has stopped beating is taken for dead while it works.
         """
@@ -175,7 +175,7 @@ class Heartbeat:
     def _has_lost(self, known: list[_Known], found: list[Any]) -> bool:
         """Return whether the server knows less of a lane than it has answered.
 
-        All lanes are compared, so that the loss of each is told.
+        All lanes are compared, so that each loss is reported.
         """
         lanes, has_lost = self._identity.lanes, False
         for (lane, answered, stamp), answer in zip(known, found, strict=True):

@@ -32,7 +32,7 @@ RENEWALS = 4
 IDLE = 10.0
 
 _GRANTED, _WAIT = int(Reply.GRANTED), int(Reply.WAIT)
-#: What comes of an attempt whose caller has gone: nobody looks at it.
+#: The result of an attempt whose caller has gone, which is not used.
 _ABANDONED = Taken(_WAIT, -1, b"", 0, b"")
 
 
@@ -155,7 +155,7 @@ class Leases:
     def __len__(self) -> int:
         return len(self._all)
 
-    # What is held
+        # Locks that are held
 
     def _add(self, grant: Grant) -> None:
         with self._lock:
@@ -281,8 +281,8 @@ class Leases:
         if (yield CALLER_GONE):
             return _ABANDONED
         raise ProcessStoppedError(
-            f"process {identity.name} was stopped, so nobody waits for {request.key!r}: make a "
-            "new Process"
+            f"process {identity.name} was stopped, and waits no longer for {request.key!r}: make "
+            "a new Process"
         )
 
     def _new_holder(self, request: LockRequest, asking: list[Holder], *, waits: bool) -> Holder:
@@ -440,7 +440,7 @@ class Leases:
         self._identity.measures.add("lost_locks", len(lost))
         for grant in lost:
             grant.lost = True
-            # What the user does then may take time, and use this process.
+            # The user's function may take time, and use this process.
             self._tell(partial(grant.on_lost, grant))
 
     def lose_former(self) -> None:
@@ -457,7 +457,7 @@ class Leases:
 
     @property
     def _has_differences(self) -> bool:
-        """Whether the server knows of locks that are unknown here, or not of some that are."""
+        """Whether the server and this process disagree about which locks the process has."""
         return bool(self._unknown or self._doubtful)
 
     def compare(self, partition: int, names: Sequence[bytes], gone: Sequence[bytes] = ()) -> None:

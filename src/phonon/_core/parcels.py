@@ -46,6 +46,10 @@ class Ending(NamedTuple):
     modifications: bool = False
 
 
+#: Of sessions whose modifications nobody has asked for, which are most.
+_NOT_ASKED_FOR: dict[str, int] = {}
+
+
 class SessionResult:
     """The result of ending a session.
 
@@ -62,7 +66,7 @@ class SessionResult:
     def __init__(self) -> None:
         self.last = False
         self.left = 0
-        self.modifications: dict[str, int] = {}
+        self.modifications = _NOT_ASKED_FOR
         self.errors: list[BaseException] = []
         self.sent = False
 

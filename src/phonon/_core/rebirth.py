@@ -4,11 +4,11 @@
 2. Fence the old lanes that have a call unanswered. Merely to look at them is not enough: a late
 copy
    may be carried out after the look. The answers say of each operation whether it was carried out,
-   under whatever identity it was ever sent. One that was has its remembered answer; one that was
+   under any identity. One that was has its remembered answer; one that was
    not never will be.
 3. Under the new identity: join what is held; reap the old self; and only behind that send again
 what
-   is to go on, or a leave is told that its own former self is still there.
+   is to go on, or a leave would find its own former self among the members.
 """
 
 import logging
@@ -187,8 +187,8 @@ class Rebirth:
         lost = sum(lost_calls.values())
         what = f"the last {lost} calls" if lost else "data"
         return ServerStateLostError(
-            f"{self._address} has lost {what} of process {who}. What was stored there and not yet "
-            "written to the database is lost, unless it is restored from a backup; what was "
+            f"{self._address} has lost {what} of process {who}. Data that was stored there and not "
+            "yet written to the database is lost, unless it is restored from a backup; batches "
             "executed since may be executed again. The process goes on as "
             f"{self._identity.name}, renews its {len(self._members.held)} memberships, and has "
             f"lost its {len(self._leases)} locks. A server with appendonly yes, or "

@@ -1,4 +1,4 @@
-"""Reports: errors that no caller is there to be raised to, and what is worth a line in the log."""
+"""Reports background errors and events: to the log, to ``on_error`` and to listeners."""
 
 import logging
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Event(NamedTuple):
         name: What: ``"parked"`` (a batch was given up on), ``"takeover"`` (this process has taken
             over from a dead one), ``"lock_lost"``, ``"batch_lost"`` (executed here, and taken over
             meanwhile), ``"declared_dead"``, ``"state_lost"`` (the server came back without its
-            data), or ``"error"``: another error that no caller was there for.
+            data), or ``"error"``: another background error.
         text: The same in words, as it is logged.
         resource: Which resource it is about; empty if it is about none.
         token: The batch's token, or 0.

@@ -324,14 +324,14 @@ class Unordered:
         seen = answer[1]
         self._ids.learn(operation.partition, seen)
         return AlreadyStoredError(
-            f"{len(seen)} of the batch's messages were stored before by another delivery, and what "
-            "they were merged with was not stored now: handle the same messages again (this "
-            "process skips what is stored from now on), or leave them to the broker to deliver",
+            f"{len(seen)} of the batch's messages were stored before by another delivery, and the "
+            "messages merged with them were not stored now: handle the same messages again (this "
+            "process skips the stored ones from now on), or leave them to the broker to deliver",
             tuple(seen),
         )
 
     def failed(self) -> None:
-        """What was carried out is found out when the messages come again."""
+        """Which operations were carried out shows when the messages come again."""
 
     def finished(self) -> None:
         """There is nothing to move on."""
@@ -392,7 +392,7 @@ class Sources:
         return claim
 
     def listed(self) -> list[tuple[str, str, str, int | None]]:
-        """Return what operators are told of the sources that this process reads."""
+        """Return the facts that operators see about the sources that this process reads."""
         return [
             (claim.name, "ordered", str(claim.position), None)
             for claim in list(self._claims)
@@ -516,8 +516,8 @@ class Sources:
             text = error.decode("utf-8", "replace")
             self._reports.report_error(
                 ForeignKeyError(
-                    f"what a message has brought for {items[2 * place]!r} in partition {partition} "
-                    f"could not be stored, and was parked: {text}; see Process.parked()"
+                    f"a message's data for {items[2 * place]!r} in partition {partition} could not "
+                    f"be stored, and was parked: {text}; see Process.parked()"
                 )
             )
 

@@ -31,7 +31,7 @@ PAUSE = 0.01
 #: Memberships renewed in one exchange.
 MOST_JOINS = 4096
 
-#: What is logged when a dead process has left something; see `phonon_demo.report`.
+#: The line in the log about a takeover; `chaos.worker` reads its arguments.
 TAKEN_OVER = (
     "process %s has taken over %d resources of process %s, which was declared dead, and %d batches"
 )
@@ -230,7 +230,7 @@ class Takeover:
         return (yield from self._reap_in(partitions, dead, taken, recovers=True))
 
     def _release(self, dead: bytes, taken: _Taken) -> Flow[list[int]]:
-        """Release what a dead process held, but for what there is to execute.
+        """Release all that a dead process held, except for its batches.
 
         Returns:
             The partitions in which there is something: it is fenced, so there will be no others.

@@ -1,6 +1,6 @@
--- For operators: what a partition holds, in pages, and the few things that are done to it by hand.
+-- For operators: the content of a partition, in pages, and the few acts that change it by hand.
 -- Reads are bounded in work, not only in number: a page ends after so many commands, wherever it is.
--- An act writes what it did into a capped stream, in the same step.
+-- An act is logged in a capped stream, in the same step.
 
 -- In a scope of its own: a chunk of Lua has 200 local variables at the most.
 do

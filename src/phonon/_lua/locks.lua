@@ -35,7 +35,7 @@ local function free(c, resource, holder, lasts)
   return false
 end
 
--- Free what was taken with a lease of its own that is over.
+-- Free a lock whose own lease is over.
 local function drop_expired(c, resource)
   local leases = c.T .. 'leases:' .. resource
   if call('EXISTS', leases) == 1 then

@@ -27,7 +27,7 @@ plain('list', function(N, args)
   return { epoch_of(N, true), call('HGET', N .. 'listings', pid), tonumber(call('GET', N .. 'partitions')) }
 end)
 
--- The dead are handed out to those that beat, so many to each; whoever is done with them beats again.
+-- The dead are handed out to those that beat, so many to each; a survivor that is done with them beats again.
 -- At first each dead one is handed to one survivor alone, which is mostly enough; after some time to two,
 -- then to four: they share the work, and a survivor that dies itself keeps nobody from it. Not to all at
 -- once: where the survivors are slow since there are many dead, that would make them slower.
@@ -127,7 +127,7 @@ plain('unlist', function(N, args)
   return was
 end)
 
--- expire(process): mark a process as dead, so that survivors take over what it has left.
+-- expire(process): mark a process as dead, so that survivors take it over.
 plain('expire', function(N, args)
   call('ZADD', N .. 'processes', 'XX', 0, args[1])
   return 1

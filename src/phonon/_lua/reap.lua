@@ -1,4 +1,4 @@
--- Taking over what a dead process has left in a partition.
+-- Taking over a dead process's locks, memberships and batches in a partition.
 
 -- Nothing of this process is carried out here any more. A lane that was never used, or is not there,
 -- needs no marker: nothing but `open` makes one, under another number.

@@ -76,7 +76,7 @@ class ValueType:
         return type(found) is type(value)
 
 
-#: What a check returns that has nothing to do with a value.
+#: Returned by a check that does not apply to a value.
 _NO: Any = object()
 
 
@@ -195,7 +195,7 @@ def storable(value: Any) -> Any:
     try:
         return _SERIALIZER.loads(_SERIALIZER.dumps(value))
     except NotStorableError as error:
-        raise TypeError(f"takes what can be stored: {error}") from None
+        raise TypeError(f"takes values that can be stored: {error}") from None
 
 
 # Order

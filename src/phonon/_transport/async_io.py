@@ -406,7 +406,7 @@ async def _connect(share: Share, deadline: float) -> Channel | None:
     return None
 
 
-# What connections are made with
+# The client backend
 
 
 def _node(client: Any) -> Node:

@@ -178,7 +178,7 @@ class AsyncDriver:
         server: Where calls go.
         library: Names the server's functions.
         identity: Whose lanes they go through.
-        retry_timeout: Seconds after which a caller is told that there is no answer.
+        retry_timeout: Seconds after which a caller without an answer gets an error.
         explain: Turns an error of the server's into one that names the remedy.
         max_concurrent: How much of the user's code runs at the same time.
         slice: Seconds of user code after which an `Execute` returns with what is done.

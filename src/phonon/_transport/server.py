@@ -252,7 +252,7 @@ class Server:
     ) -> Share:
         timeout = node.reply_timeout if limit is None else min(node.reply_timeout, limit)
         if confirm and self.durability is not None:
-            # Alone: whoever comes behind it on the same connection would wait for the disk too.
+            # Alone: a call behind it on the same connection would wait for the disk too.
             commands = [*commands, self.durability.command]
             timeout += self.durability.timeout + CONFIRM_GRACE
             return Share(node, commands, timeout, alone=True)
@@ -349,7 +349,7 @@ class Server:
     def _prepare(self, node: Node, *, check_mode: bool) -> Steps[None]:
         """Check one server, and load the library there."""
         info, *limits = yield from self._commands(node, (b"INFO",), *_LIMITS)
-        # A user who may not ask is no reason not to start: what is wrong shows in what fails.
+        # Start although the user may not ask: a missing permission shows in the call that fails.
         facts = _facts(info) if isinstance(info, bytes) else {}
         self.most_bytes = min(self.most_bytes, *map(_limit, limits))
         if check_mode:
@@ -415,7 +415,7 @@ class Server:
         )
 
 
-#: What bounds the length of a word, and the length without an answer to that: the defaults.
+#: The settings that bound the length of a word, with their defaults.
 _LIMITS = (
     (b"CONFIG", b"GET", b"proto-max-bulk-len"),
     (b"CONFIG", b"GET", b"client-query-buffer-limit"),

@@ -3,7 +3,7 @@
 redis-py makes a connection (TLS, log-in, sentinels); from then on the socket is ours, with a
 deadline for each exchange. A connection is in its node's idle list only while no answer is due on
 it: it is taken out before anything is sent and put back after the last answer, so an exception that
-a signal handler raises, at whatever bytecode, leaves it out, and its answers are never read by
+a signal handler raises, at any bytecode, leaves it out, and its answers are never read by
 another caller.
 """
 
@@ -67,7 +67,7 @@ class Connection:
         left = max(deadline - time.monotonic(), 0.001)
         for name in ("socket_timeout", "socket_connect_timeout"):
             options[name] = min(options[name], left)
-        # Kept: it closes the socket when nobody refers to us, as after an untimely interrupt.
+        # Kept: it closes the socket when this object is dropped, as after an untimely interrupt.
         self._real: Any = node.connection_class(**options)
         try:
             self._real.connect()
@@ -206,7 +206,7 @@ class SyncNode(Node):
         self._alone.discard(connection)
 
     def retire(self) -> None:
-        """Close the idle connections. Those in use are told the same that we were."""
+        """Close the idle connections. Those in use find out by themselves."""
         while (connection := self._pop()) is not None:
             connection.close()
 
@@ -445,7 +445,7 @@ def _told(error: BaseException, share: Share) -> BaseException:
     return error
 
 
-# What connections are made with
+# The client backend
 
 
 def _node(client: Any) -> Node:

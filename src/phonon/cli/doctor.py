@@ -13,7 +13,7 @@ MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM
 
 
 @click.command()
-@click.option("--quiet", is_flag=True, help="Only what is not as it should be.")
+@click.option("--quiet", is_flag=True, help="Only problems and notes.")
 @target_options
 @json_option
 def doctor(quiet: bool, as_json: bool, **where: Any) -> None:

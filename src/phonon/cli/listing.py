@@ -69,7 +69,7 @@ def locks(
                 return found, tables.locks(found)
             lock = admin.lock(name, semaphore=semaphore)
             if lock is None:
-                return [], f"{name} is not locked, and nobody waits for it"
+                return [], f"{name} is not locked, and has no waiters"
             return [lock], tables.lock(lock)
 
         show(look, as_json=as_json, watch=watch)
@@ -140,7 +140,7 @@ def batches(
     with target(where).open() as admin:
 
         def look() -> tuple[list[Any], RenderableType]:
-            # Dead letters first: they wait for whoever reads this.
+            # Dead letters first: they wait for an operator.
             wanted = states or STATES
             others = [state for state in wanted if state != "parked"]
             walks = [admin.batches("parked", prefix)] if "parked" in wanted else []

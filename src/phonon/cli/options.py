@@ -83,7 +83,7 @@ watch_option = click.option(
     flag_value=WATCH,
     type=click.FloatRange(min=0.1),
     metavar="[SECONDS]",
-    help="Look again every so many seconds, 2 by default, until Ctrl-C.",
+    help="Look again every 2 seconds, or as many as are given, until Ctrl-C.",
 )
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 prefix_option = click.option(
@@ -142,7 +142,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask before something is done that cannot be undone.
 
     Raises:
-        click.Abort: The answer is no, or nobody is there to be asked: ``--yes`` helps.
+        click.Abort: The answer is no, or there is no terminal to ask at: ``--yes`` helps.
     """
     if yes:
         return

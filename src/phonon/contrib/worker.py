@@ -1,4 +1,4 @@
-"""What workers of all kinds need: a process for each of them, a cache, and an end."""
+"""A process and a cache for each worker of a server, from its start to its end."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ class Worker:
     def process(self) -> Process:
         """The process of this worker."""
         if os.getpid() != self._pid:
-            self._begin()  # what was made before the fork is the parent's
+            self._begin()  # the process made before the fork is the parent's
         with self._lock:
             if self._process is None:
                 self._process = Process(url=self._url, **self._options)
@@ -90,7 +90,7 @@ class Worker:
                     for _ in batch:
                         result = handle()
             except AlreadyStoredError:
-                continue  # by another delivery, meanwhile: what is left of it is told apart now
+                continue  # another delivery was stored meanwhile; now it is known which
             return result
 
     def stop(self) -> None:

@@ -197,7 +197,7 @@ def test_readers_places_and_parties_in_all_parts_of_the_cluster(
         parts = [first.create_reference(f"p{i}", parties=2)]
         assert not parts[0].dereference()
         parts.append(second.create_reference(f"p{i}", parties=2))
-        assert parts[1].wait(timeout=5)
+        assert parts[1].wait(timeout=20)
         assert parts[1].dereference()
     with ThreadPoolExecutor(1) as threads:
         with first.semaphore("s", 1) as place:

