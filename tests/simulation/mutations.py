@@ -233,8 +233,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # Locks
     "unlock wakes nobody": _lua(
-        "  local mine = free(c, resource, holder)\n  if others then\n",
-        "  local mine = free(c, resource, holder)\n  if false then\n",
+        "  local mine = free(c, resource, holder, not others)\n  if others then\n",
+        "  local mine = free(c, resource, holder, not others)\n  if false then\n",
     ),
     "a waiter that lets its wake-up lie stays in line": _lua(
         "    if now(c) - woken <= (type(lies) == 'number' and UNTAKEN_US or COMING_US) then\n",

@@ -88,7 +88,7 @@ def step_of(request: bytes) -> str:
         return command.decode().lower()
     function = rest[0].decode().partition("_")[2].partition("_")[2]
     if function in ("apply", "apply_free"):
-        operations = msgpack.unpackb(rest[-2], raw=True)
+        operations = msgpack.unpackb(rest[-1], raw=True)
         return Code(operations[0]).name.lower() if operations else "empty"
     return function
 

@@ -23,7 +23,7 @@ REMEMBERED = 6.5 * 24 * 3600.0
 #: much without its noticing; see JUMP in processes.lua.
 MARGIN = 1 / 8
 #: Commands that are sent beside those of the function library.
-ALSO_SENT = (b"BLPOP",)
+ALSO_SENT = (b"BLMPOP",)
 
 
 class Identity:

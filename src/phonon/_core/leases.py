@@ -247,11 +247,12 @@ class Leases:
                 asked = identity.clock()
                 left = deadline - asked if seconds is not None else 0.0
                 lease_ms = 0 if request.lease is None else math.ceil(request.lease * 1000)
-                answer = yield from single(
-                    operations.lock(
-                        *place, holder, queue=left > 0, lease_ms=lease_ms, thread=request.thread
-                    )
+                operation = operations.lock(
+                    *place, holder, queue=left > 0, lease_ms=lease_ms, thread=request.thread
                 )
+                (answer,) = yield Send((operation,))
+                if isinstance(answer, Exception):
+                    raise answer
                 if answer is REBORN or operations.process_of(holder) != identity.name:
                     continue
                 if (yield CALLER_GONE):

@@ -255,8 +255,10 @@ end)
 -- answers RELEASED | NOT_HELD: the lock was not this holder's (any more)
 operation(UNLOCK, 3, function(c, o, i)
   local resource, holder, T = o[i + 1], o[i + 2], c.T
-  local others = call('EXISTS', T .. 'shared:' .. resource, T .. 'queue:' .. resource,
-    T .. 'leases:' .. resource) > 0 -- most often nobody is there
+  local shared, queue, leases = T .. 'shared:' .. resource, T .. 'queue:' .. resource, T .. 'leases:' .. resource
+  -- Most often nobody is there, and nothing but the lock is ours.
+  local alone = call('EXISTS', shared, queue, leases, T .. 'members:' .. resource, T .. 'running:' .. resource) == 0
+  local others = not alone and call('EXISTS', shared, queue, leases) > 0
   if others then
     prove_lock(c, resource)
     drop_expired(c, resource)
@@ -266,7 +268,7 @@ operation(UNLOCK, 3, function(c, o, i)
   if others then
     wake_next(c, resource)
   end
-  if not others and mine and call('EXISTS', T .. 'members:' .. resource, T .. 'running:' .. resource) == 0 then
+  if alone and mine then
     untrack(c, resource)
   else
     settle(c, resource)

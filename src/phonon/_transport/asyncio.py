@@ -305,6 +305,8 @@ class AsyncDriver:
                 run.has_sent = True
             elif effect.__class__ is Done:
                 return effect.value
+            elif effect is CALLER_GONE:
+                reply = run.caller_gone
             else:
                 reply = await self._perform(run, cast("AnyEffect", effect))
             run.advance(reply)
@@ -508,8 +510,6 @@ class AsyncDriver:
             return await self._read(effect)
         if isinstance(effect, Execute):
             return await self._execute(effect.jobs)
-        if effect is CALLER_GONE:
-            return run.caller_gone
         if isinstance(effect, Branch):
             return await self._branch(effect)
         if effect is FLUSH:
@@ -590,10 +590,11 @@ class AsyncDriver:
         mail.groups[future] = group
         if group not in self._readers:
             self._readers[group] = self._start(self._read_mail(group), "phonon-mail", Context())
+        timer = self.loop.call_later(effect.seconds, _resolve, future, False)  # noqa: FBT003 - the value
         try:
-            await asyncio.wait([future], timeout=effect.seconds)
-            return future.done()
+            return bool(await future)
         finally:
+            timer.cancel()
             if mail.waiting.get(effect.waiter) is future:
                 del mail.waiting[effect.waiter]
             del mail.groups[future]
@@ -611,8 +612,8 @@ class AsyncDriver:
                     log.warning("mail cannot be read: %s", error)
                     await asyncio.sleep(READ_MAIL)
                     continue
-                if found is not None:
-                    self._mail.hand_out(waiter_of(found[1]))
+                for element in found:
+                    self._mail.hand_out(waiter_of(element))
         finally:
             self._readers.pop(group, None)
 

@@ -149,6 +149,14 @@ class Ticket:
     def enqueue(self, identity: LaneOwner) -> None:
         """Put what is in no lane yet into the lanes."""
         operations, answers = self.send.operations, self.answers
+        if len(operations) == 1 and not self._placed and not self.places:
+            (operation,) = operations
+            operation.owner, operation.index = self, 0
+            lanes = identity.lanes
+            self.put(lanes, lanes[operation.partition], operations)
+            self._placed = 1
+            self.catch_up(identity)
+            return
         answers.extend([UNANSWERED] * (len(operations) - len(answers)))  # it may have grown
         first, self._placed = self._placed, 0
         # All before the first are there, unless an exception has come in between.

@@ -85,7 +85,7 @@ class Server:
             looks as if it were gone.
     """
 
-    #: Whether one ``BLPOP`` may name lists of several partitions.
+    #: Whether one ``BLMPOP`` may name lists of several partitions.
     colocated = True
 
     def __init__(
@@ -165,21 +165,22 @@ class Server:
             pause = min(pause * 2, self.longest_pause)
             limit = max(give_up - time.monotonic(), SHORTEST_TIMEOUT)
 
-    def wait(self, keys: Sequence[bytes], timeout: float) -> Steps[tuple[bytes, bytes] | None]:
-        """Wait for an element in lists and take it, on a connection of its own.
+    def wait(self, keys: Sequence[bytes], timeout: float) -> Steps[list[bytes]]:
+        """Wait for elements in lists and take what is in one, on a connection of its own.
 
         Args:
             keys: The lists; in a cluster all of one slot.
             timeout: Seconds.
 
         Returns:
-            The list and the element; None if none came in time, or the server is gone.
+            The elements; none if none came in time, or the server is gone.
 
         Raises:
             ServerError: The server refuses to wait.
         """
         node = self.node_of(keys[0])
-        words = (b"BLPOP", *keys, b"%.3f" % max(timeout, 0.001))
+        seconds, count = b"%.3f" % max(timeout, 0.001), b"%d" % len(keys)
+        words = (b"BLMPOP", seconds, count, *keys, b"LEFT", b"COUNT", _MOST_ELEMENTS)
         share = Share(node, [words], timeout + WAIT_GRACE, alone=True)
         yield RoundTrip([share])
         reply = share.replies[0] if share.replies else None
@@ -188,10 +189,11 @@ class Server:
             if isinstance(reply, ResponseError):
                 self._note(node, reply)
             yield Pause(min(timeout, WAIT_PAUSE))
-            return None
+            return []
         if isinstance(reply, ResponseError):
             raise self.explain(reply, keys)
-        return None if reply is None else (reply[0], reply[1])
+        elements: list[bytes] = [] if reply is None else reply[1]
+        return elements
 
     def close(self) -> Steps[None]:
         """Close the connections; a wait in another thread ends."""
@@ -419,6 +421,8 @@ _LIMITS = (
     (b"CONFIG", b"GET", b"client-query-buffer-limit"),
 )
 _MOST_BYTES = 512 * 1024 * 1024
+#: Elements of a list that a wait takes at once.
+_MOST_ELEMENTS = b"100"
 #: Bytes of a request beside the longest value.
 _AROUND = 4096
 

@@ -136,11 +136,15 @@ def _kernel_timeout(sock: socket.socket, seconds: float) -> float | None:
     Returns:
         The timeout that Python has to watch.
     """
-    if type(sock) is not socket.socket or sys.platform == "win32":
-        return seconds  # OpenSSL would wait again
+    # OpenSSL would wait again, and so would an event loop behind a socket that was patched in.
+    if type(sock).__module__ != "socket" or sys.platform == "win32":
+        return seconds
     timeval = struct.pack("@ll", *divmod(int(seconds * 1_000_000), 1_000_000))
-    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-        sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+    try:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+    except OSError:
+        return seconds  # its timeval is another one
     return None
 
 
