@@ -10,7 +10,6 @@ from typing import Any
 from chaos.jobs import Job, Message, NumberedUpdate
 from chaos.sink import Table
 from phonon import Update
-from phonon_demo.updates import FlightUpdate
 
 _chance = random.SystemRandom()
 _born = time.monotonic()
@@ -38,7 +37,7 @@ class DyingUpdate(NumberedUpdate):
 class ForgetfulUpdate(NumberedUpdate):
     """Merging loses what others have contributed, now and then."""
 
-    def merge(self, other: FlightUpdate) -> None:
+    def merge(self, other: NumberedUpdate) -> None:
         if _chance.random() < 0.9:
             super().merge(other)
 
@@ -46,7 +45,7 @@ class ForgetfulUpdate(NumberedUpdate):
 class TornUpdate(NumberedUpdate):
     """Merging counts a flight twice, under one number."""
 
-    def merge(self, other: FlightUpdate) -> None:
+    def merge(self, other: NumberedUpdate) -> None:
         super().merge(other)
         self.doc["flights"] += 1
 
