@@ -114,9 +114,6 @@ def run(options: Options) -> int:
             sink.create_table()
             tokens_table().create(engine)  # for --updates
             expected = _work(options, plan, rows, aggregation, broker, process)
-            if not expected:
-                rejected = ", ".join(f"{n:,} x {reason}" for reason, n in rows.rejected.items())
-                raise InputError(f"{rows.name}: none of its rows can be used: {rejected}")
             return _compare(expected, read_table(engine, sink))
 
 
@@ -157,6 +154,9 @@ def _work(
             took = time.monotonic() - lost.at
             say(f"all of {lost.name} is taken over, {took:.1f} s after its death")
         written = pool.leave()
+    if not count:
+        rejected = ", ".join(f"{n:,} x {reason}" for reason, n in rows.rejected.items())
+        raise InputError(f"{rows.name}: none of its rows can be used: {rejected}")
     seconds = time.monotonic() - begun
     click.echo(TITLE if options.input is None else f"{rows.name}, added up per {options.key!r}")
     _line("messages", count)
