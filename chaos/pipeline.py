@@ -164,6 +164,7 @@ class StruckPool(Pool):
             if not worker.is_alive:
                 if worker.popen.returncode > 0:
                     raise WorkerError(f"a worker {worker.fate}")
+                worker.kill()
                 self.workers[i] = StruckWorker(self._plan)
         return list(self.workers)
 
