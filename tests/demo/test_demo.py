@@ -20,6 +20,8 @@ import pytest
 from phonon_demo.demo import differences
 from support.world import Redis, wait_until
 
+#: Each run is a server and several workers, which a busy machine takes its time for.
+pytestmark = pytest.mark.timeout(180)
 PROGRAM = [sys.executable, "-m", "phonon"]
 TIMEOUT = 170  # a busy machine
 # Less to start and to wait for than by default, where that is not what the test is about.

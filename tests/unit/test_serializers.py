@@ -468,7 +468,7 @@ def test_what_can_be_written_can_be_read_up_to_the_deepest_level(wrap: Callable[
 @pytest.mark.parametrize("core", [1, b"a", "\udc80", bytearray(b"a"), memoryview(b"a")])
 @pytest.mark.parametrize("depth", [5_000, 200_000])
 def test_what_is_nested_far_too_deep_is_refused(depth: int, core: Any) -> None:
-    with pytest.raises(NotStorableError, match=r"^doc\[0\]\[0\]\[0\]…: what .* nested too deep"):
+    with pytest.raises(NotStorableError, match=r"^doc\[0\]\[0\]\[0\]…: a value .* nested too deep"):
         EXACT.dumps(nest(WRAPS["list"], depth, core), "doc")
 
 
