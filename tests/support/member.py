@@ -57,7 +57,7 @@ class Journal:
         return [line for line in lines if record in (None, line.record)]
 
     def applied(self) -> dict[str, dict[str, int]]:
-        """Return the rows of a database that skips a token which is not greater than the last one."""
+        """Return the rows of a database that skips tokens which are not greater than the last."""
         last: dict[str, int] = {}
         sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for line in self.lines():
