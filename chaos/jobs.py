@@ -9,7 +9,7 @@ from typing import Any
 from chaos.sink import Sink, Table
 from phonon import Process, Update
 from phonon.aio import AsyncUpdate
-from phonon_demo.updates import FlightUpdate, flight
+from phonon_demo.updates import added, flight
 
 #: A key, the flight's columns, and the message's number.
 Message = tuple[Any, ...]
@@ -31,18 +31,17 @@ _FIGURES = {
 }
 
 
-class NumberedUpdate(FlightUpdate):
+class NumberedUpdate(Update):
     """Data about one aircraft, and the numbers of the messages that it came from."""
 
     def __init__(self, process: Process, message: Message) -> None:
         tailnum, *content, number = message
         super().__init__(process, tailnum, doc=flight(content) | {"numbers": [number]})
 
-    def merge(self, other: FlightUpdate) -> None:
-        """Add what another update knows."""
+    def merge(self, other: "NumberedUpdate") -> None:
+        """Add the data and the numbers of another update."""
         numbers = self.doc["numbers"] + other.doc["numbers"]
-        super().merge(other)
-        self.doc["numbers"] = numbers
+        self.doc = added(self.doc, other.doc) | {"numbers": numbers}
 
     def execute(self) -> None:
         """Write the session to the database, with the numbers of its messages."""

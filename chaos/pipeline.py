@@ -19,11 +19,12 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import sqlalchemy as sa
 
+from chaos.killer import Schedule
 from chaos.pipeline_worker import StruckPlan
 from chaos.proxy import CuttingProxy
 from phonon import Process
@@ -164,6 +165,7 @@ class StruckPool(Pool):
             if not worker.is_alive:
                 if worker.popen.returncode > 0:
                     raise WorkerError(f"a worker {worker.fate}")
+                worker.kill()
                 self.workers[i] = StruckWorker(self._plan)
         return list(self.workers)
 
@@ -313,24 +315,21 @@ class _Chaos:
         self._engine = engine
         self._chance = random.Random(options.seed)  # noqa: S311 - a schedule, no secret
         self.kills = self.pauses = self.cuts = self.restarts = 0
-        self._kinds: list[tuple[float, Any]] = [
+        kinds = [
             (KILLS[options.source], self._kill),
             (PAUSES, self._pause),
             (CUTS, self._cut),
             (RESTARTS, self._restart),
         ]
-        now = time.monotonic() + 2.0
-        self._due = [now + mean / 2 for mean, _ in self._kinds]
+        self._schedule = Schedule(self._chance, kinds, delay=2.0)
 
     def strike_until_done(self) -> None:
         """Strike at random moments, until there were enough kills."""
         while self.kills < self._options.kills:
             _ = self._pool.alive  # replaces the dead
             now = time.monotonic()
-            for i, (mean, strike) in enumerate(self._kinds):
-                if now >= self._due[i] and any(w.is_at_work for w in self._pool.workers):
-                    strike()
-                    self._due[i] = time.monotonic() + self._chance.expovariate(1 / mean)
+            if any(worker.is_at_work for worker in self._pool.workers):
+                self._schedule.strike()
             for worker in self._pool.workers:
                 if worker.paused_until and now >= worker.paused_until:
                     worker.go_on()

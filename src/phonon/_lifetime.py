@@ -1,4 +1,4 @@
-"""The ends and forks of the interpreter, and what they mean for its processes."""
+"""Stops processes at the end of the interpreter, and renews them after a fork."""
 
 import atexit
 import logging

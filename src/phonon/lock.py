@@ -556,8 +556,8 @@ class Lock(BaseLock):
         A lock without a lease of its own lasts as long as its process's, and is only checked.
 
         Args:
-            additional_time: Seconds to add to what is left of it. None: start it anew.
-            replace_ttl: Whether they take the place of what is left, if that is less.
+            additional_time: Seconds to add to its remaining time. None: start it anew.
+            replace_ttl: Whether they replace the remaining time, if that is less.
 
         Returns:
             True.

@@ -582,7 +582,7 @@ class Process(BaseProcess):
         message_id: Callable[[Any], Any] | None = None,
         window: float = WINDOW,
     ) -> Batch:
-        """Collect what this thread does, and send it together when the ``with`` block ends.
+        """Collect the calls of this thread, and send them together when the ``with`` block ends.
 
         References created, updates made and sessions ended inside the block are merged per key
         and travel in one exchange, so that a batch of messages costs hardly more than one. After
@@ -691,7 +691,7 @@ class Process(BaseProcess):
             BatchRunningError: Another batch of the resource is being executed.
             UnknownClassError: Its class is not imported here. It stays parked.
             UndecodableError: It cannot be read. It stays parked.
-            Exception: What ``execute`` raised.
+            Exception: The error of ``execute``.
         """
         raise_together("the batch failed again", self._errors(self._replay(resource, token)))
 

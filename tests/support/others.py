@@ -20,7 +20,7 @@ QUICK = 0.25
 
 
 class LockActor:
-    """What an `Other` can be told to do."""
+    """The actions of an `Other`."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._told: list[str] = []
@@ -89,5 +89,5 @@ def other(server: Redis, namespace: str, tmp_path: Path) -> Iterator[Others]:
 
 
 def main() -> None:
-    """What the interpreter runs that an `Other` starts."""
+    """Run in the interpreter that an `Other` starts."""
     member.main(LockActor)

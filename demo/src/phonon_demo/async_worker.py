@@ -25,9 +25,10 @@ Handle = Callable[[dict[bytes, bytes]], Awaitable[object]]
 class AsyncFlightUpdate(FlightUpdate, AsyncUpdate, name="phonon_demo_async_flights"):
     """The flights of one aircraft. A thread writes them."""
 
-    async def execute(self) -> None:  # type: ignore[override]  # as an AsyncUpdate does
-        """Add the session to its row."""
-        await asyncio.to_thread(super().execute)
+    @classmethod
+    async def execute_many(cls, updates: Sequence[Any]) -> None:  # type: ignore[override]  # as of an AsyncUpdate
+        """Add sessions to their rows."""
+        await asyncio.to_thread(super().execute_many, updates)
 
 
 class CountedTable(AsyncSqlTable):

@@ -63,13 +63,11 @@ class Lost:
 
     Attributes:
         name: What messages call it.
-        process: The id of its `phonon.Process`.
         at: When it was killed, by the monotonic clock.
         sessions: The number of sessions that it had open.
     """
 
     name: str
-    process: str
     at: float
     sessions: int
 
@@ -114,9 +112,6 @@ def run(options: Options) -> int:
             sink.create_table()
             tokens_table().create(engine)  # for --updates
             expected = _work(options, plan, rows, aggregation, broker, process)
-            if not expected:
-                rejected = ", ".join(f"{n:,} x {reason}" for reason, n in rows.rejected.items())
-                raise InputError(f"{rows.name}: none of its rows can be used: {rejected}")
             return _compare(expected, read_table(engine, sink))
 
 
@@ -141,13 +136,14 @@ def _work(
         victim = pool.workers[VICTIM] if options.kill and options.workers > VICTIM else None
         if options.kill and victim is None:
             say("a single worker is not killed: no other would be left to take over")
+        enough = min(SESSIONS, options.max_entries // 2)
         begun, count, lost = time.monotonic(), 0, None
         expected: Table = {}
         for some in _pieces(rows):
             broker.produce(some)
             add_up(aggregation, expected, some)
             count += len(some)
-            if victim and lost is None and _sessions(process, victim.process) > SESSIONS:
+            if victim and lost is None and _sessions(process, victim.process) >= enough:
                 lost = _kill(victim, process)
         if victim and lost is None:  # with less input than that, it is killed when all is stored
             wait_until_stored(broker, process, pool, count)
@@ -157,6 +153,9 @@ def _work(
             took = time.monotonic() - lost.at
             say(f"all of {lost.name} is taken over, {took:.1f} s after its death")
         written = pool.leave()
+    if not count:
+        rejected = ", ".join(f"{n:,} x {reason}" for reason, n in rows.rejected.items())
+        raise InputError(f"{rows.name}: none of its rows can be used: {rejected}")
     seconds = time.monotonic() - begun
     click.echo(TITLE if options.input is None else f"{rows.name}, added up per {options.key!r}")
     _line("messages", count)
@@ -174,7 +173,7 @@ def _kill(victim: Worker, process: Process) -> Lost:
     """Kill a worker with SIGKILL, in the middle of its work."""
     victim.kill()
     name = f"worker {VICTIM + 1} (pid {victim.popen.pid})"
-    lost = Lost(name, victim.process, time.monotonic(), _sessions(process, victim.process))
+    lost = Lost(name, time.monotonic(), _sessions(process, victim.process))
     say(f"{name} was killed with SIGKILL; it held {lost.sessions:,} open sessions")
     return lost
 

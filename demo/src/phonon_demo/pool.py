@@ -65,9 +65,11 @@ class Worker:
         return f"ended with exit status {status}"
 
     def kill(self) -> None:
-        """Kill it with SIGKILL."""
+        """Kill the worker with SIGKILL, and let go of it. A second call does nothing."""
         self.popen.kill()
         self.popen.wait()
+        if self.popen.stdout is not None:
+            self.popen.stdout.close()
 
     def leave(self) -> int:
         """Wait until it has ended its sessions and left. Returns how many it has written.
@@ -108,8 +110,6 @@ class Pool:
     ) -> None:
         for worker in self.workers:
             worker.kill()
-            if worker.popen.stdout is not None:
-                worker.popen.stdout.close()
 
     @property
     def alive(self) -> list[Worker]:

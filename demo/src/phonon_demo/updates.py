@@ -1,5 +1,6 @@
 """``phonon demo --updates``: flights as an `Update`, which says itself how data merges."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import sqlalchemy as sa
@@ -44,9 +45,17 @@ class FlightUpdate(Update, name="phonon_demo_flights"):
         """Add what another update knows."""
         self.doc = added(self.doc, other.doc)
 
-    def execute(self) -> None:
+    @classmethod
+    def execute_many(cls, updates: Sequence["FlightUpdate"]) -> None:
+        """Add sessions to their rows, in one transaction and always in the same order."""
+        with cls.engine.begin() as connection:
+            for update in sorted(updates, key=lambda update: update.resource_id):
+                update.add_to_row(connection)
+        cls.written += len(updates)
+
+    def add_to_row(self, connection: sa.Connection) -> None:
         """Add the session to its row, unless its token says that this was done before."""
-        with self.engine.begin() as connection, once(connection, self) as is_new:
+        with once(connection, self) as is_new:
             if not is_new:
                 return
             here = AIRCRAFT.c.tailnum == self._id
@@ -57,4 +66,3 @@ class FlightUpdate(Update, name="phonon_demo_flights"):
             connection.execute(
                 write.values({**total, "airports": airports, "tailnum": self._id, "token": 0})
             )
-        FlightUpdate.written += 1

@@ -142,7 +142,7 @@ class Acts:
         )
 
     def expire(self, process: str) -> Steps[str]:
-        """Mark a process as dead, so that survivors take over what it holds.
+        """Mark a process as dead, so that survivors take it over.
 
         Raises:
             ProcessMissingError: There is no such process.

@@ -35,9 +35,9 @@ class Finding(NamedTuple):
 
     Attributes:
         level: ``"ok"``, ``"note"`` or ``"problem"``.
-        subject: What was looked at, in a word or two.
-        text: What was found.
-        remedy: What to do; empty if that is nothing.
+        subject: The subject of the check, in a word or two.
+        text: The result.
+        remedy: The remedy; empty if none is needed.
     """
 
     level: Level
@@ -51,7 +51,7 @@ class Doctor:
 
     Args:
         namespace: The namespace.
-        inspector: Reads what it holds.
+        inspector: Reads its content.
     """
 
     def __init__(self, namespace: Namespace, inspector: Inspector) -> None:
@@ -59,7 +59,7 @@ class Doctor:
         self._inspector = inspector
 
     def examine(self) -> Steps[list[Finding]]:
-        """Return what was found.
+        """Return the findings.
 
         Raises:
             PhononError: The server does not answer.

@@ -36,7 +36,7 @@ def window(count: int) -> int:
 
 
 def digest(partials: Iterable[bytes]) -> str:
-    """Return what the server compares: the partials are still the same."""
+    """Return the digest by which the server sees that the partials are still the same."""
     total = hashlib.sha1(usedforsecurity=False)
     for partial in partials:
         total.update(b"%d:" % len(partial))

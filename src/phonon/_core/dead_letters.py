@@ -28,7 +28,7 @@ class Parked(NamedTuple):
     Attributes:
         resource: The resource that it belongs to.
         token: Its number, for `Process.replay` and `Process.discard`.
-        error: What its last attempt raised: type and text.
+        error: The error of its last attempt: type and text.
         attempts: How often it was tried.
         owner: The id of the process that tried last.
         since: When its session ended, seconds since the epoch by the server's clock.
@@ -76,7 +76,7 @@ class DeadLetters:
     Args:
         identity: Who looks.
         members: Knows where resources are.
-        executor: Executes what is replayed.
+        executor: Executes replayed batches.
         codec: Reads partials.
     """
 
@@ -149,7 +149,7 @@ class DeadLetters:
         """Execute a batch after all, under a new token.
 
         Returns:
-            What went wrong while it was executed.
+            The errors of its execution.
 
         Raises:
             BatchMissingError: There is no such batch.

@@ -68,7 +68,7 @@ class SessionCache(Protocol):
     """A cache that holds updates of a process."""
 
     def endings_for(self, engine: "Engine") -> list[tuple[Ending, Callable[[], object]]]:
-        """Remove the updates of that process; return how they end, and what to call on failure."""
+        """Remove the updates of that process; return their endings, and a function for failures."""
 
     def forget_for(self, engine: "Engine") -> None:
         """Drop the updates of that process: they are the parent's."""
@@ -92,7 +92,7 @@ class Engine:
     """The parts of one process.
 
     Args:
-        options: What the process was told.
+        options: The options of the process.
         public: Returns the public object, or None if nobody has it any more.
         library: Names the server's functions.
         make_driver: Makes the driver, given the identity whose lanes it sends.
@@ -349,7 +349,7 @@ class Engine:
 
     @property
     def generation(self) -> object:
-        """Another object in a forked child: what belongs to the parent shows."""
+        """Another object in a forked child, by which the parent's objects are recognized."""
         return self.identity.generation
 
     @property
@@ -381,7 +381,7 @@ class Engine:
     # The end
 
     def stopping(self) -> Flow[list[BaseException]]:
-        """End all sessions, release all locks, execute what is due, and disappear.
+        """End all sessions, release all locks, execute due batches, and disappear.
 
         Returns:
             What went wrong.
@@ -532,7 +532,7 @@ class ThreadEngine(Engine):
                 self.start_heart()
 
     def ensure_alive(self) -> None:
-        """Start what a fork, or a bug in a thread, has ended.
+        """Start workers that a fork, or a bug in a thread, has ended.
 
         Raises:
             ProcessStoppedError: `stop` was called.

@@ -57,7 +57,7 @@ def call_in_child(function: Callable[[], object]) -> None:
 
 
 def notice() -> None:
-    """Be a forked child: call what has to be called in one. A second call does nothing."""
+    """Be a forked child: call the hooks of one. A second call does nothing."""
     if SAME[0]:
         return
     for function in _in_child:

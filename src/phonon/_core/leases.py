@@ -62,7 +62,7 @@ class Grant:
     """One acquisition that was granted, until it is released.
 
     Attributes:
-        request: What was granted.
+        request: The request that was granted.
         holder: The server's name of it.
         token: Its fencing token.
         generation: Whose process it is: a forked child has another one.
@@ -204,7 +204,7 @@ class Leases:
         If the caller goes, nothing is taken and nobody stays in line.
 
         Args:
-            request: What is wanted.
+            request: The request.
             seconds: How long to wait at the most; None not to wait.
             owner: The thread or task that wants it.
             on_lost: Called once the grant is found to be lost.
@@ -326,7 +326,7 @@ class Leases:
         return bool(answer == int(Reply.RELEASED))
 
     def release_all(self) -> Flow[list[Exception]]:
-        """Give all locks back, in one exchange. Returns what went wrong."""
+        """Give all locks back, in one exchange. Returns the errors."""
         grants = self.everywhere()
         for grant in grants:
             self._remove(grant)
@@ -357,7 +357,7 @@ class Leases:
         return True
 
     def start_work(self) -> None:
-        """Renew in the background what has to be renewed: the heart does not wait for lanes."""
+        """Renew locks in the background: the heartbeat does not wait for lanes."""
         pace = self.soonest()
         if not self.stopping and (self._has_differences or pace < math.inf):
             self.start_worker()
@@ -370,7 +370,7 @@ class Leases:
             self.signal.set()
 
     def work(self) -> Flow[None]:
-        """Renew what has a lease of its own, and settle what the server and we do not agree on."""
+        """Renew locks with leases of their own, and settle differences with the server."""
         clock = self._identity.clock
         self.is_working = True
         last = clock()
@@ -444,7 +444,7 @@ class Leases:
             self._tell(partial(grant.on_lost, grant))
 
     def lose_former(self) -> None:
-        """Lose what was granted to a former identity."""
+        """Lose the grants of a former identity."""
         name = self._identity.name
         self.lose([g for g in self.everywhere() if operations.process_of(g.holder) != name])
 

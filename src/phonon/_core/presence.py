@@ -18,7 +18,7 @@ class Presence:
         backlog: Returns how much is unfinished.
 
     Attributes:
-        counters: Returns what is counted, by name.
+        counters: Returns the counters, by name.
         sources: Returns of each source that the process reads its name, its kind, its position as
             text, and its lag in messages or None.
     """

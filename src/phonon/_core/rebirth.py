@@ -2,13 +2,11 @@
 
 1. List the new identity and open its lanes.
 2. Fence the old lanes that have a call unanswered. Merely to look at them is not enough: a late
-copy
-   may be carried out after the look. The answers say of each operation whether it was carried out,
-   under any identity. One that was has its remembered answer; one that was
-   not never will be.
-3. Under the new identity: join what is held; reap the old self; and only behind that send again
-what
-   is to go on, or a leave would find its own former self among the members.
+   copy may be carried out after the look. The answers say of each operation whether it was carried
+   out, under any identity. If it was, its remembered answer is the result. If not, it never will
+   be.
+3. Under the new identity: join the resources that are held; reap the old self; and only behind that
+   send the operations that go on, or a leave would find its own former self among the members.
 """
 
 import logging
@@ -50,11 +48,11 @@ class _Record(NamedTuple):
 
 
 class Rebirth:
-    """Gives a process a new identity. What is local is kept.
+    """Gives a process a new identity. Local data is kept.
 
     Args:
         identity: Who it is.
-        members: What it holds.
+        members: Its memberships.
         leases: Its locks, which are lost.
         takeover: Reaps the former self.
         reports: Told why.
@@ -203,7 +201,7 @@ def _all_of(lane: Lane) -> list[Operation]:
 
 
 def _take_all(lane: Lane) -> list[Operation]:
-    """Remove and return what a lane has, in order."""
+    """Remove and return a lane's operations, in order."""
     found = list(lane.call.operations) if lane.call is not None else []
     lane.call = None
     for queue in (lane.queue, lane.deferred):

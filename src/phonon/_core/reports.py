@@ -63,7 +63,7 @@ class Reports:
 
     Args:
         on_error: The user's function, if there is one.
-        run: Runs it; an asyncio process awaits what it returns.
+        run: Runs it; an asyncio process awaits its result.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Reports:
             self.call(self.on_error, error)
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Call a function of the user's. What it raises is logged and harms nothing."""
+        """Call a function of the user's. An error is logged and has no other effect."""
         try:
             self._run(function, *arguments)
         except Exception:

@@ -1,4 +1,4 @@
-"""Sources of messages: what a batch of them is stored with, so that a repeated one changes nothing.
+"""Sources of messages: offsets and ids are stored with a batch, so that a repeat changes nothing.
 
 An ordered source has a position in each partition of the namespace. It is written by the operation
 that stores the data, and only if the source stands where this reader believes it does and nobody
@@ -85,7 +85,7 @@ class Claim:
         return any(p is not None and p < self.done for p in self.positions)
 
     def moves(self) -> list[Operation]:
-        """Return the operations that move all partitions on to what is done."""
+        """Return the operations that move all partitions on to the position that is done."""
         self.moved_on = time.monotonic()
         return [
             operations.ingest(
@@ -116,7 +116,7 @@ class Progress(Protocol):
         """Go on to a message. Return whether it has to be handled at all."""
 
     def skips(self, partition: int) -> bool:
-        """Return whether what the message brings to a partition is in already."""
+        """Return whether a partition has the message's data already."""
 
     def preparing(self) -> list[Operation]:
         """Return operations that have to be carried out before anything is stored."""
@@ -131,7 +131,7 @@ class Progress(Protocol):
         """Note that the server refused. Return the error that says so."""
 
     def failed(self) -> None:
-        """Note that it is not known what was carried out."""
+        """Note that it is not known which operations were carried out."""
 
     def finished(self) -> None:
         """Note that everything up to the message in hand was stored."""
@@ -264,7 +264,7 @@ class Unordered:
     """A batch's progress on a source with ids.
 
     Args:
-        ids: What is known of its ids.
+        ids: Its known ids.
     """
 
     asks = True
@@ -338,13 +338,13 @@ class Unordered:
 
 
 class Sources:
-    """Claims sources, and stores what they bring.
+    """Claims sources, and stores their messages' data.
 
     Args:
         identity: Who this process is.
-        members: What it holds.
+        members: Its memberships.
         executor: Merges partials of long sessions.
-        reports: Told what had to be put aside.
+        reports: Reports data that had to be put aside.
     """
 
     def __init__(
@@ -358,7 +358,7 @@ class Sources:
         self._ids: dict[tuple[str, float], Ids] = {}
 
     def ids(self, scope: str, window: float) -> Ids:
-        """Return what is known here of the ids of a scope."""
+        """Return the known ids of a scope."""
         return self._ids.setdefault((scope, window), Ids(scope, window))
 
     def claim(self, name: str, position: int | None = None) -> Flow[Claim]:
@@ -423,14 +423,14 @@ class Sources:
                 raise claim.lost("was claimed by another consumer")
 
     def ingest(self, progress: Progress, parcels: Sequence[Parcel]) -> Flow[list[BaseException]]:
-        """Store what messages have brought, and that they have been.
+        """Store the data of messages together with their offsets or ids.
 
         Args:
-            progress: What is stored with it.
+            progress: The offsets or ids to store.
             parcels: The updates, of different resources or classes.
 
         Returns:
-            What went wrong. The data is dropped then: the broker has it.
+            The errors. The data is dropped then: the broker has it.
         """
         errors: list[BaseException] = []
         items: dict[int, list[bytes]] = {}

@@ -1,4 +1,4 @@
-"""Takeover: reaping what dead processes have left, and what this one's former identities have."""
+"""Takeover: reaping dead processes, and this one's former identities."""
 
 import logging
 import random
@@ -241,7 +241,7 @@ class Takeover:
         return self._released[dead]
 
     def _wait_for_capacity(self, me: bytes) -> Flow[float]:
-        """Wait until what was taken over is nearly executed. Return the seconds that this took.
+        """Wait until the batches taken over are nearly executed. Return the seconds that this took.
 
         Meanwhile other dead processes are released: their locks do not wait for the user's code.
         """

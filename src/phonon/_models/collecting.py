@@ -1,4 +1,4 @@
-"""Collections of a model's records: what threads and tasks share, which is all but the waiting."""
+"""The base of collections of a model's records: everything but the waiting."""
 
 import math
 import time
@@ -182,7 +182,7 @@ class BaseCollection(Generic[P, M]):
         return key in self._cache
 
     def get(self, key: Any) -> M | None:
-        """Return the record of what is here of a key and not on the server yet; None of nothing.
+        """Return a key's data that is not on the server yet, as a record; None if there is none.
 
         Inside a batch it is the data of the batch. The call does not count as a message.
         """
@@ -241,7 +241,7 @@ class BaseCollection(Generic[P, M]):
     # What compiled code calls now and then. The lock is held.
 
     def _ready(self, key: Any, record: Any, batch: Any, target: Any) -> _Ready:
-        """Return the record that a message is to be folded into, and what has left the collection.
+        """Return the record to fold a message into, and the records that left the collection.
 
         Args:
             key: The message's.
@@ -401,7 +401,7 @@ class BaseCollection(Generic[P, M]):
     def _put_rows(
         self, rows: Sequence[Any], first: int, rejected: list[Rejected]
     ) -> list[tuple[Hashable, Any]]:
-        """Merge rows in the open batch. Returns what has left the collection."""
+        """Merge rows in the open batch. Returns the records that have left the collection."""
         out: list[tuple[Hashable, Any]] = []
         batch = self._engine.batch
         target = batch if batch is not None and batch.durable else None

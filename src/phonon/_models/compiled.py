@@ -70,7 +70,7 @@ class Compiled:
             doc[name] = self.fields[name].seal(state)
 
     def fault_of(self, doc: Any) -> str:
-        """Return what is wrong with a decoded doc; empty if it is one of this model's."""
+        """Return the fault of a decoded doc; empty if it is one of this model's."""
         if type(doc) is not dict:
             return "its fields are no dict"
         for name, state in doc.items():

@@ -76,7 +76,7 @@ class ModelRecord(Update):
 
     @classmethod
     def lacks_(cls) -> str:
-        """Return what is missing in this interpreter to execute records; empty if nothing is."""
+        """Return the missing part that executing records needs; empty if none is missing."""
         model = getattr(cls, "model", None)
         if model is None or cls.sink is not None or model.completes_many():
             return ""
@@ -122,7 +122,7 @@ class ModelRecord(Update):
         return [*content[:4], doc, content[5]]
 
     def fault_(self) -> str:
-        """Return what is wrong with decoded content; empty if it is a record of this model."""
+        """Return the fault of decoded content; empty if it is a record of this model."""
         identifier = self.compiled.id
         if not identifier.is_state(self._id):
             return f"its ID is not of the type of {self.compiled.model}.{identifier.name}"

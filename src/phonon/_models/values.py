@@ -1,4 +1,4 @@
-"""The types of values: what a message may carry, and an order in which any two values have a place.
+"""The types of values in messages, and an order that has a place for any two values.
 
 A model's annotations are compiled into `ValueType` objects once, so that a message costs one
 comparison of types for each of its values.
@@ -30,7 +30,7 @@ class ValueType:
     """A type that values must have.
 
     Args:
-        annotation: What the model says: ``int``, ``str | None``, ``list[str]``, ``Any``.
+        annotation: The model's annotation: ``int``, ``str | None``, ``list[str]``, ``Any``.
 
     Attributes:
         annotation: The same.

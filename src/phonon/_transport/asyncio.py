@@ -181,7 +181,7 @@ class AsyncDriver:
         retry_timeout: Seconds after which a caller without an answer gets an error.
         explain: Turns an error of the server's into one that names the remedy.
         max_concurrent: How much of the user's code runs at the same time.
-        slice: Seconds of user code after which an `Execute` returns with what is done.
+        slice: Seconds of user code after which an `Execute` returns with the results so far.
 
     Attributes:
         on_detached: Told a flow whose caller has gone, and which goes on by itself.
@@ -240,7 +240,7 @@ class AsyncDriver:
                 goes on in the background.
             ConfigurationError: Another event loop runs.
             ForkedError: This is a forked child.
-            BaseException: What the flow raises.
+            BaseException: The error of the flow.
         """
         run = FlowRun(flow, name)
         try:
@@ -252,12 +252,12 @@ class AsyncDriver:
             raise
 
     def resume(self, run: FlowRun) -> Any:
-        """Return what a flow whose caller had gone has returned.
+        """Return the result of a flow whose caller had gone.
 
         It goes on by itself; if it has not ended yet its task is returned.
 
         Raises:
-            BaseException: What the flow has raised.
+            BaseException: The error of the flow, if it has raised one.
         """
         task: asyncio.Task[Any] | None = run.running
         if task is None:
@@ -371,7 +371,7 @@ class AsyncDriver:
         return cast("list[Any]", ticket.answers)
 
     def _kick(self, lane: Lane) -> None:
-        """Have the pump of a lane's node send what it has."""
+        """Wake the pump of a lane's node, so that it sends the lane's calls."""
         self._busy[lane] = None
         node = self._node_of(lane)
         if node not in self._pumps:
@@ -388,7 +388,7 @@ class AsyncDriver:
         self._pumps[node] = pump
 
     async def _pump(self, node: Node) -> None:
-        """Send what the lanes of a node have, until they have nothing."""
+        """Send the calls of a node's lanes, until there are none."""
         pause = FIRST_PAUSE
         try:
             while calls := self._collect(node):
@@ -672,7 +672,7 @@ class AsyncDriver:
             task.exception()  # told where the result is asked for
 
     async def close(self) -> None:
-        """Cancel what still runs, and wait for its end."""
+        """Cancel the tasks that still run, and wait for their end."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -726,7 +726,7 @@ class _Mail:
 
 
 async def _outcome_of(function: Callable[[], Any]) -> Outcome:
-    """Run the user's code: what is not ``async`` in a thread, so that the event loop goes on."""
+    """Run the user's code; a thread runs functions that are not ``async``."""
     if iscoroutinefunction(function):
         outcome = Outcome(function())
     else:

@@ -182,7 +182,7 @@ class ClusterServer(Server):
         """Ask nodes, one after the other, until one knows the whole map.
 
         Returns:
-            What went wrong, if none knew anything.
+            The errors, if no node answered.
         """
         failure: BaseException | None = RedisConnectionError("none of its nodes has slots")
         most = 0

@@ -117,7 +117,7 @@ class Server:
             AuthenticationError: The server wants other credentials.
             ServerTooOldError: It has no Functions.
             ConfigurationError: It is a node of a cluster, a sentinel or a replica, or cannot
-                confirm what ``durability`` demands.
+                confirm the calls, as ``durability`` demands.
         """
         try:
             yield from self._prepare(self._node, check_mode=True)
@@ -390,7 +390,7 @@ class Server:
             )
 
     def _check_durability(self, node: Node, facts: dict[str, str]) -> Steps[None]:
-        """Check that the server can confirm what is demanded."""
+        """Check that the server can give the demanded confirmation."""
         if self.durability is None:
             return
         reason = None
@@ -428,13 +428,13 @@ _AROUND = 4096
 
 
 def _limit(answer: Any) -> int:
-    """Return what a server says about a limit; the default if it may not be asked, or has none."""
+    """Return a limit of a server; the default if it may not be asked, or has none."""
     if isinstance(answer, list) and len(answer) > 1 and answer[1].isdigit() and int(answer[1]):
         return int(answer[1]) - _AROUND
     return _MOST_BYTES
 
 
 def _facts(info: bytes) -> dict[str, str]:
-    """Return what ``INFO`` says."""
+    """Return the answer to ``INFO``."""
     lines: Iterable[str] = re.split(r"\r?\n", info.decode(errors="replace"))
     return dict(line.split(":", 1) for line in lines if ":" in line)

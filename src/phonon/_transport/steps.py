@@ -41,7 +41,7 @@ class Node(ABC):
 
     Args:
         connection_class: The client's class of connections.
-        options: What the client makes its connections with.
+        options: The options of the client's connections.
         service: The service that the address stands for, if sentinels are asked for it.
 
     Attributes:

@@ -247,7 +247,7 @@ def exchange_now(server: Server, request: Request) -> Any:
 
     Args:
         server: Where.
-        request: What.
+        request: The request.
 
     Returns:
         The answer. None if anything is out of the ordinary, so that whether the request was
@@ -360,7 +360,7 @@ def take_off(node: Node) -> Flight | None:
 
 
 def run(steps: Steps[T]) -> T:
-    """Carry steps out, in this thread, and return what they return."""
+    """Carry steps out, in this thread, and return their result."""
     result: Any = None
     failure: BaseException | None = None
     while True:

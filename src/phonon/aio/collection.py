@@ -118,7 +118,7 @@ class AsyncCollection(BaseCollection[P, M]):
         raise_together("ending sessions failed", await self._cache.end(out))
 
     async def read(self, key: Any) -> M | None:
-        """Return what all processes have stored of a key; see `Collection.read`."""
+        """Return the data that all processes have stored of a key; see `Collection.read`."""
         found: M | None = await self._engine.run(self._reading(key))  # type: ignore[attr-defined]  # of tasks
         return found
 

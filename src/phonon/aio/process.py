@@ -406,10 +406,10 @@ class AsyncProcess(BaseProcess):
         message_id: Callable[[Any], Any] | None = None,
         window: float = WINDOW,
     ) -> AsyncBatch:
-        """Collect what this task does, and the tasks that it starts, and send it together.
+        """Collect the calls of this task and of the tasks that it starts, and send them together.
 
-        It is sent when the ``async with`` block ends; see `Process.batch`. Tasks that are started
-        in the block and outlive it send their later calls by themselves.
+        They are sent when the ``async with`` block ends; see `Process.batch`. Tasks that are
+        started in the block and outlive it send their later calls by themselves.
 
         Args:
             durable: Whether updates made with ``init_cache=False`` are stored as well.

@@ -106,7 +106,7 @@ def unlock(name: str, token: int | None, semaphore: bool, yes: bool, **where: An
 @yes_option
 @target_options
 def expire(process: str, yes: bool, **where: Any) -> None:
-    """Declare PROCESS dead, so that survivors take over what it holds.
+    """Declare PROCESS dead, so that survivors take it over.
 
     PROCESS is its id, or the beginning of it.
     """

@@ -1,4 +1,4 @@
-"""The command ``doctor``: what is wrong, and what to do about it."""
+"""The command ``doctor``: problems and their remedies."""
 
 import sys
 from typing import Any
@@ -17,7 +17,7 @@ MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM
 @target_options
 @json_option
 def doctor(quiet: bool, as_json: bool, **where: Any) -> None:
-    """Check the server, the namespace and this host, and name the remedy for what is wrong.
+    """Check the server, the namespace and this host, and name the remedy for each problem.
 
     The exit status is 1 if there is a problem.
     """

@@ -109,7 +109,7 @@ def show(
     as_json: bool,
     watch: float | None,
 ) -> list[Any]:
-    """Print what a look finds, once or again and again.
+    """Print the result of a look, once or again and again.
 
     Args:
         look: Returns entries, and how they are shown to people.

@@ -150,7 +150,7 @@ def setup(app: "celery.Celery", url: str | None = None, **options: Any) -> Celer
         options: Arguments of `phonon.Process`, and ``max_entries``.
 
     Returns:
-        What tasks add with.
+        The object that tasks add records with.
     """
     if not isinstance(app, celery.Celery):
         raise ConfigurationError(f"app is a celery.Celery, not {app!r}: setup(app, url)")

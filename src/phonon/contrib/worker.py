@@ -55,7 +55,7 @@ class Worker:
     def add(self, kind: Callable[..., U], key: Any, **content: Any) -> None:
         """Merge a message into its record, and store it.
 
-        When this returns, what it adds is on the server, unless it is called inside `once` or
+        When this returns, the data is on the server, unless it is called inside `once` or
         ``process.batch()``: then it is when that block ends.
 
         Args:
@@ -73,15 +73,15 @@ class Worker:
             yield batch
 
     def once(self, message_id: str, handle: Callable[[], Any], *, of: str) -> Any:
-        """Handle a message, unless what it adds was stored already, with its id, in the last hour.
+        """Handle a message, unless its data was stored already, with its id, in the last hour.
 
         Args:
             message_id: The message's id.
-            handle: Adds what the message brings. If it raises, nothing is stored.
+            handle: Adds the message's data. If it raises, nothing is stored.
             of: Whose ids they are: the name of a queue.
 
         Returns:
-            What ``handle`` returned; None if the message was stored already.
+            The result of ``handle``; None if the message was stored already.
         """
         result = None
         while True:

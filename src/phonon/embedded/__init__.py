@@ -10,7 +10,7 @@ each of its users and stops soon after the last has left, however that one ended
         redis.Redis(unix_socket_path=server.socket_path).ping()
 
 ``supervisor.py`` explains it: in short, users hold a shared ``flock``, and a
-supervisor process waits for it exclusively. What follows from that:
+supervisor process waits for it exclusively. Consequences:
 
 * A child made with ``os.fork`` shares its parent's hold and so keeps the server, until it exits or
   calls ``close()`` itself. Programs that are started (``subprocess``, ``spawn``) do not.

@@ -108,7 +108,7 @@ def ask(path: str, command: bytes, timeout: float) -> bytes:
 
 
 def read_address(folder: str) -> str:
-    """Return what ``ADDRESS`` in a folder holds; nothing if it is not there."""
+    """Return the content of ``ADDRESS`` in a folder; nothing if the file is missing."""
     try:
         with open(os.path.join(folder, ADDRESS), "rb") as file:
             return os.fsdecode(file.read())

@@ -305,7 +305,7 @@ def tokens_table(metadata: sa.MetaData | None = None, name: str = TOKENS) -> sa.
 def once(connection: sa.Connection, update: Any, *, name: str = TOKENS) -> Iterator[bool]:
     """Tell whether a batch is new to the database. Use it in `execute`, in your transaction.
 
-    The token is stored with what you write, or neither is.
+    The token is stored with your data, or neither is.
 
     Args:
         connection: In a transaction.

@@ -220,7 +220,7 @@ def _have_beaten(beats: dict[Any, int]) -> bool:
 
 
 def _are_quiet(engines: Sequence[Any]) -> bool:
-    """Return whether processes have done what is due, in the background, by now."""
+    """Return whether processes have done all due background work by now."""
     return not any(
         e.outbox.taken_over
         or e.takeover.is_working

@@ -204,7 +204,7 @@ def assert_exact(
         update: Makes the update of one message.
         messages: The messages.
         read: Returns the content of your database.
-        expected: What it should return in the end, however many processes there were.
+        expected: The content that it should have in the end.
         clear: Empties your database.
         processes: How many processes there are.
         server: Their server; None: a new one.

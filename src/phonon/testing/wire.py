@@ -59,7 +59,7 @@ class Wire:
         self._goes_on.clear()
 
     def release(self) -> None:
-        """Let through what was held, and all that comes."""
+        """Let through all held and later bytes."""
         if self.mode is Mode.HELD:
             self.mode = Mode.OPEN
             self._goes_on.set()

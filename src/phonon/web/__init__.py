@@ -1,4 +1,4 @@
-"""The operator's page: what `phonon.Admin` shows, in a browser. Extra ``web``.
+"""The operator's page: the data of `phonon.Admin`, in a browser. Extra ``web``.
 
 `create_app` returns an ASGI application, to be served by itself (``phonon web``) or mounted into
 another one.
@@ -28,7 +28,7 @@ def create_app(
     Args:
         url: The Redis or Valkey server; see `phonon.Admin`.
         namespace: The namespace.
-        token: What has to be given for an act (replay, discard, unlock, expire). None: the page is
+        token: The token that an act needs (replay, discard, unlock, expire). None: the page is
             read-only.
         hosts: The names under which it may be asked for, against DNS rebinding. None: any, where
             the application that it is mounted into sees to that.

@@ -65,7 +65,7 @@ class Page:
 
     Args:
         admin: Looks and acts.
-        token: What has to be given for an act; None if nothing is to be changed.
+        token: The token that an act needs; None if nothing is to be changed.
     """
 
     def __init__(self, admin: AsyncAdmin, token: str | None) -> None:

@@ -40,7 +40,7 @@ class Sample:
     messages: float | None = None
 
     def figures(self) -> dict[str, Any]:
-        """Return what is drawn."""
+        """Return the samples to draw."""
         return {
             "at": self.at,
             "calls": self.calls,

@@ -80,7 +80,8 @@ def test_entries_are_shared_and_those_of_a_dead_consumer_taken_over(
         consumer.process.stop()
     dead.stop()
     assert Count.executed == expected
-    assert sum(consumer.source.received for consumer in consumers) == 500
+    # On a busy machine they take over each other's, too.
+    assert sum(consumer.source.received for consumer in consumers) >= 500
     left: Any = client.xinfo_consumers(stream, "group")
     assert [consumer["name"] for consumer in left] in ([], [b"dead"])
 
