@@ -67,7 +67,7 @@ class Bare:
         self.high = max(self.high, other.high)
 
 
-class Lab:
+class Workload:
     """A process, a client of the same server, and the messages in all their forms."""
 
     def __init__(self, process: Process, size: int) -> None:
@@ -91,9 +91,9 @@ class Lab:
         return self.process.collect(Tally, max_entries=2 * KEYS)
 
 
-def bare(lab: Lab) -> None:
+def bare(workload: Workload) -> None:
     entries: OrderedDict[str, Bare] = OrderedDict()
-    for message in lab.messages:
+    for message in workload.messages:
         entry = entries.get(message[0])
         if entry is None:
             entries[message[0]] = Bare(*message)
@@ -102,30 +102,30 @@ def bare(lab: Lab) -> None:
             entries.move_to_end(message[0])
 
 
-def add(lab: Lab, *, durable: bool = False) -> None:
-    records, messages = lab.collection(), iter(lab.messages)
+def add(workload: Workload, *, durable: bool = False) -> None:
+    records, messages = workload.collection(), iter(workload.messages)
     while batch := list(islice(messages, BATCH)):
-        with lab.process.batch(durable=durable):
+        with workload.process.batch(durable=durable):
             for key, count, element, high in batch:
                 records.add(key, count=count, elements=element, high=high)
 
 
-def add_many(lab: Lab, *, durable: bool = False) -> None:
-    records, rows = lab.collection(), iter(lab.rows)
+def add_many(workload: Workload, *, durable: bool = False) -> None:
+    records, rows = workload.collection(), iter(workload.rows)
     while batch := list(islice(rows, BATCH)):
-        with lab.process.batch(durable=durable):
+        with workload.process.batch(durable=durable):
             assert not records.add_many(batch)
 
 
-def add_table(lab: Lab, *, durable: bool = False) -> None:
-    records = lab.collection()
-    for table in lab.tables:
-        with lab.process.batch(durable=durable):
+def add_table(workload: Workload, *, durable: bool = False) -> None:
+    records = workload.collection()
+    for table in workload.tables:
+        with workload.process.batch(durable=durable):
             assert not records.add_table(table)
     records.get("user0")  # tables are reduced when somebody looks
 
 
-def bytewax(lab: Lab) -> None:
+def bytewax(workload: Workload) -> None:
     """Do the same as a dataflow of one worker."""
     from bytewax import operators  # noqa: PLC0415 - a peer, which need not be installed
     from bytewax.dataflow import Dataflow  # noqa: PLC0415 - as above
@@ -139,15 +139,15 @@ def bytewax(lab: Lab) -> None:
 
     found: list[Any] = []
     flow = Dataflow("benchmark")
-    source = operators.input("in", flow, TestingSource(lab.messages, batch_size=BATCH))
+    source = operators.input("in", flow, TestingSource(workload.messages, batch_size=BATCH))
     keyed = operators.key_on("key", source, itemgetter(0))
     folded = operators.fold_final("fold", keyed, lambda: None, fold)
     operators.output("out", folded, TestingSink(found))
     run_main(flow)
-    assert len(found) == len({key for key, *_ in lab.messages})
+    assert len(found) == len({key for key, *_ in workload.messages})
 
 
-def quix(lab: Lab) -> float:
+def quix(workload: Workload) -> float:
     """Do the same with some of the messages. Returns the seconds that all would have taken."""
     from confluent_kafka import Producer  # noqa: PLC0415 - comes with the peer
     from quixstreams import Application  # noqa: PLC0415 - a peer, which need not be installed
@@ -158,7 +158,7 @@ def quix(lab: Lab) -> float:
     TopicAdmin.inspect_topics = lambda _, names, **__: dict.fromkeys(names, config)
     cluster: Any = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1})
     (broker,) = cluster.list_topics(timeout=10).brokers.values()
-    some = lab.messages[:QUIX]
+    some = workload.messages[:QUIX]
     for key, count, element, high in some:
         row = {"count": count, "element": element, "high": high}
         cluster.produce("messages", json.dumps(row), key)
@@ -187,28 +187,28 @@ def quix(lab: Lab) -> float:
         topic = application.topic("messages", key_deserializer="str", value_deserializer="json")
         application.dataframe(topic).update(fold, stateful=True)
         application.run(count=len(some))
-    return (time.perf_counter() - begun[0]) / len(some) * len(lab.messages)
+    return (time.perf_counter() - begun[0]) / len(some) * len(workload.messages)
 
 
-def hincrby(lab: Lab) -> None:
-    messages = iter(lab.messages)
+def hincrby(workload: Workload) -> None:
+    messages = iter(workload.messages)
     while batch := list(islice(messages, BATCH)):
-        pipeline: redis.client.Pipeline = lab.client.pipeline(transaction=False)
+        pipeline: redis.client.Pipeline = workload.client.pipeline(transaction=False)
         for key, count, _, _ in batch:
             pipeline.hincrby("benchmark:" + key, "n", count)
         pipeline.execute()
 
 
 def measure(
-    lab: Lab,
+    workload: Workload,
     clock: Callable[[], float],
-    yardstick: Callable[[Lab], None],
-    contenders: dict[str, Callable[[Lab], float | None]],
+    yardstick: Callable[[Workload], None],
+    contenders: dict[str, Callable[[Workload], float | None]],
 ) -> None:
     """Print how much faster than the yardstick each contender is.
 
     Args:
-        lab: The messages.
+        workload: The messages.
         clock: Tells the time.
         yardstick: What the contenders are compared with.
         contenders: They are measured with the clock, unless they return their time themselves.
@@ -216,11 +216,11 @@ def measure(
     ratios: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         begun = clock()
-        yardstick(lab)
+        yardstick(workload)
         base = clock() - begun
         for name, contender in contenders.items():
             begun = clock()
-            seconds = contender(lab)
+            seconds = contender(workload)
             ratios[name].append(base / (seconds or clock() - begun))
     for name, values in ratios.items():
         spread = f"{min(values):.2f}-{max(values):.2f}"
@@ -230,25 +230,25 @@ def measure(
 def main() -> None:
     size = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     with Process("embedded://", namespace=f"benchmark-{time.time_ns()}") as process:
-        lab = Lab(process, size)
+        workload = Workload(process, size)
         print(f"{size:,} messages about {KEYS:,} keys; sum, union and maximum of each")
-        contenders: dict[str, Callable[[Lab], float | None]] = {
+        contenders: dict[str, Callable[[Workload], float | None]] = {
             "add, in memory": add,
             "add_many, in memory": add_many,
             "add_table, in memory": add_table,
         }
         if find_spec("bytewax"):
             contenders["Bytewax, in memory"] = bytewax
-        measure(lab, time.process_time, bare, contenders)
-        durable: dict[str, Callable[[Lab], float | None]] = {
-            "add, durable": lambda lab: add(lab, durable=True),
-            "add_many, durable": lambda lab: add_many(lab, durable=True),
-            "add_table, durable": lambda lab: add_table(lab, durable=True),
+        measure(workload, time.process_time, bare, contenders)
+        durable: dict[str, Callable[[Workload], float | None]] = {
+            "add, durable": lambda workload: add(workload, durable=True),
+            "add_many, durable": lambda workload: add_many(workload, durable=True),
+            "add_table, durable": lambda workload: add_table(workload, durable=True),
         }
         if find_spec("quixstreams"):
             durable["Quix Streams"] = quix
-        measure(lab, time.perf_counter, hincrby, durable)
-        lab.client.delete(*(f"benchmark:user{i}" for i in range(KEYS)))
+        measure(workload, time.perf_counter, hincrby, durable)
+        workload.client.delete(*(f"benchmark:user{i}" for i in range(KEYS)))
 
 
 if __name__ == "__main__":
