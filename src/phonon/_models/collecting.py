@@ -224,8 +224,26 @@ class BaseCollection(Generic[P, M]):
         self._fold_one = build("add", _filled(_PUT, parts), namespace)
         self._fold_rows = build("put_rows", _filled(_PUT_ROWS, parts), namespace)
         if not _HAS_GIL:
-            self._fold_one = _locked(self._fold_one, cache)
-            self._fold_rows = _locked(self._fold_rows, cache)
+            self._lock_folds(_filled(_PUT, parts), namespace)
+
+    def _lock_folds(self, template: str, namespace: Mapping[str, Any]) -> None:
+        """Have the compiled functions run under the lock. Nothing is waited for under it."""
+        cache, put_rows = self._cache, self._fold_rows
+        own: dict[str, Any] = {"_finish": lambda *rest: rest, "_wait_for_room": lambda: None}
+        put = self._compiled.build("add", template, {**namespace, **own})
+
+        def add(*values: Any, **named: Any) -> Any:
+            if self._engine.outbox.full:
+                self._wait_for_room()
+            with cache._lock:  # noqa: SLF001 - a cache of ours
+                rest = put(*values, **named)
+            return None if rest is None else self._finish(*rest)
+
+        def add_rows(*arguments: Any) -> Any:
+            with cache._lock:  # noqa: SLF001 - a cache of ours
+                return put_rows(*arguments)
+
+        self._fold_one, self._fold_rows = add, add_rows
 
     # What compiled code calls now and then
 
@@ -441,14 +459,6 @@ def _any(model: Any) -> Any:
 
 #: What is compiled needs no lock then; see `phonon._models.field.FoldCode`.
 _HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
-
-
-def _locked(function: Callable[..., Any], cache: Any) -> Callable[..., Any]:
-    def call(*values: Any, **named: Any) -> Any:
-        with cache._lock:  # noqa: SLF001 - a cache of ours
-            return function(*values, **named)
-
-    return call
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:
