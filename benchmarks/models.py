@@ -52,7 +52,7 @@ class Tally(Model, name="benchmark_tally"):
 
 
 class Bare:
-    """What a person would write: an object for each message."""
+    """A loop as a person would write it: an object for each message."""
 
     def __init__(self, key: str, count: int, element: str, high: int) -> None:
         self.key = key

@@ -101,7 +101,7 @@ def _adding(state: str, name: str) -> list[str]:
 
 
 class Diff(Sum[N], Generic[N]):
-    """Takes away: 0 minus the sum of the values, wherever they meet."""
+    """Subtracts: 0 minus the sum of the values."""
 
     kind = "diff"
 
@@ -267,8 +267,8 @@ class Summary:
         min: The least; None of no values.
         max: The greatest; None of no values.
         mean: Their arithmetic mean; None of no values.
-        variance: That of the values themselves, not of a population that they are a sample of;
-            None of no values.
+        variance: The variance of the values themselves, not of a population that they are a sample
+            of; None of no values.
     """
 
     count: int = 0
@@ -295,7 +295,7 @@ class Stats(Field[Summary, float], Generic[N]):
     """Count, sum, least, greatest, mean and variance, of exact sums of values and squares.
 
     Chan's parallel form of Welford's algorithm rounds at each merge, so that the result depends on
-    who met whom. Here nothing is rounded before it is read.
+    the order of merges. Here nothing is rounded before it is read.
     """
 
     kind = "stats"
