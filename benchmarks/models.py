@@ -2,19 +2,24 @@
 
 Run it with ``python benchmarks/models.py [messages]``. Each round measures all contenders one after
 the other, in the time of this process's CPU in memory, and in real time where a server takes part.
-A ratio is of speeds: 2.0 is twice as fast as what it is compared with.
+A ratio is of speeds: 2.0 is twice as fast as what it is compared with. Bytewax and Quix Streams do
+the same where they are installed; Quix reads from the mock cluster that librdkafka has in itself.
 """
 
+import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import islice
+from operator import itemgetter
 from typing import Any, ClassVar
 
-import polars as pl
+import pyarrow as pa
 import redis
 
 from phonon import Collection, Model, Process
@@ -25,6 +30,8 @@ KEYS = 1000
 #: Messages that are stored together, by rows and as tables.
 BATCH = 1000
 TABLE = 100_000
+#: So many messages go through Quix Streams, which takes longest.
+QUIX = 20_000
 
 Message = tuple[str, int, str, int]
 
@@ -75,8 +82,9 @@ class Workload:
         ]
         names = ("key", "count", "elements", "high")
         self.rows = [dict(zip(names, message, strict=True)) for message in self.messages]
-        frame = pl.DataFrame(self.rows)
-        self.tables = [frame.slice(at, TABLE) for at in range(0, size, TABLE)]
+        self.tables = [
+            pa.Table.from_pylist(self.rows[at : at + TABLE]) for at in range(0, size, TABLE)
+        ]
 
     def collection(self) -> Collection[..., Tally]:
         """Return a collection for all keys."""
@@ -114,6 +122,72 @@ def add_table(workload: Workload, *, durable: bool = False) -> None:
     for table in workload.tables:
         with workload.process.batch(durable=durable):
             assert not records.add_table(table)
+    records.get("user0")  # tables are reduced when somebody looks
+
+
+def bytewax(workload: Workload) -> None:
+    """Do the same as a dataflow of one worker."""
+    from bytewax import operators  # noqa: PLC0415 - a peer, which need not be installed
+    from bytewax.dataflow import Dataflow  # noqa: PLC0415 - as above
+    from bytewax.testing import TestingSink, TestingSource, run_main  # noqa: PLC0415 - as above
+
+    def fold(state: Bare | None, message: Message) -> Bare:
+        if state is None:
+            return Bare(*message)
+        state.merge(Bare(*message))
+        return state
+
+    found: list[Any] = []
+    flow = Dataflow("benchmark")
+    source = operators.input("in", flow, TestingSource(workload.messages, batch_size=BATCH))
+    keyed = operators.key_on("key", source, itemgetter(0))
+    folded = operators.fold_final("fold", keyed, lambda: None, fold)
+    operators.output("out", folded, TestingSink(found))
+    run_main(flow)
+    assert len(found) == len({key for key, *_ in workload.messages})
+
+
+def quix(workload: Workload) -> float:
+    """Do the same with some of the messages. Returns the seconds that all would have taken."""
+    from confluent_kafka import Producer  # noqa: PLC0415 - comes with the peer
+    from quixstreams import Application  # noqa: PLC0415 - a peer, which need not be installed
+    from quixstreams.models.topics import TopicAdmin, TopicConfig  # noqa: PLC0415 - as above
+
+    # The mock cluster makes topics when they are used, and tells nothing of their configuration.
+    config = TopicConfig(1, 1, {"retention.ms": "604800000"})
+    TopicAdmin.inspect_topics = lambda _, names, **__: dict.fromkeys(names, config)
+    cluster: Any = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1})
+    (broker,) = cluster.list_topics(timeout=10).brokers.values()
+    some = workload.messages[:QUIX]
+    for key, count, element, high in some:
+        row = {"count": count, "element": element, "high": high}
+        cluster.produce("messages", json.dumps(row), key)
+        cluster.poll(0)
+    cluster.flush()
+    begun: list[float] = []
+
+    def fold(message: dict[str, Any], state: Any) -> None:
+        if not begun:  # joining the group takes seconds
+            begun.append(time.perf_counter())
+        state.set("count", state.get("count", 0) + message["count"])
+        state.set("elements", sorted({*state.get("elements", []), message["element"]}))
+        state.set("high", max(state.get("high", 0), message["high"]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        application = Application(
+            broker_address=f"{broker.host}:{broker.port}",
+            consumer_group="benchmark",
+            auto_offset_reset="earliest",
+            auto_create_topics=False,
+            use_changelog_topics=False,
+            commit_every=BATCH,
+            state_dir=folder,
+            loglevel="ERROR",
+        )
+        topic = application.topic("messages", key_deserializer="str", value_deserializer="json")
+        application.dataframe(topic).update(fold, stateful=True)
+        application.run(count=len(some))
+    return (time.perf_counter() - begun[0]) / len(some) * len(workload.messages)
 
 
 def hincrby(workload: Workload) -> None:
@@ -129,9 +203,16 @@ def measure(
     workload: Workload,
     clock: Callable[[], float],
     yardstick: Callable[[Workload], None],
-    contenders: dict[str, Callable[[Workload], None]],
+    contenders: dict[str, Callable[[Workload], float | None]],
 ) -> None:
-    """Print how much faster than the yardstick each contender is."""
+    """Print how much faster than the yardstick each contender is.
+
+    Args:
+        workload: The messages.
+        clock: Tells the time.
+        yardstick: What the contenders are compared with.
+        contenders: They are measured with the clock, unless they return their time themselves.
+    """
     ratios: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         begun = clock()
@@ -139,8 +220,8 @@ def measure(
         base = clock() - begun
         for name, contender in contenders.items():
             begun = clock()
-            contender(workload)
-            ratios[name].append(base / (clock() - begun))
+            seconds = contender(workload)
+            ratios[name].append(base / (seconds or clock() - begun))
     for name, values in ratios.items():
         spread = f"{min(values):.2f}-{max(values):.2f}"
         print(f"{name:28} {statistics.median(values):6.2f} times {yardstick.__name__} ({spread})")
@@ -151,16 +232,22 @@ def main() -> None:
     with Process("embedded://", namespace=f"benchmark-{time.time_ns()}") as process:
         workload = Workload(process, size)
         print(f"{size:,} messages about {KEYS:,} keys; sum, union and maximum of each")
-        contenders = {"add": add, "add_many": add_many, "add_table": add_table}
-        measure(
-            workload, time.process_time, bare, {f"{n}, in memory": c for n, c in contenders.items()}
-        )
-        durable = {
+        contenders: dict[str, Callable[[Workload], float | None]] = {
+            "add, in memory": add,
+            "add_many, in memory": add_many,
+            "add_table, in memory": add_table,
+        }
+        if find_spec("bytewax"):
+            contenders["Bytewax, in memory"] = bytewax
+        measure(workload, time.process_time, bare, contenders)
+        durable: dict[str, Callable[[Workload], float | None]] = {
             "add, durable": lambda workload: add(workload, durable=True),
             "add_many, durable": lambda workload: add_many(workload, durable=True),
             "add_table, durable": lambda workload: add_table(workload, durable=True),
         }
         measure(workload, time.perf_counter, hincrby, durable)
+        if find_spec("quixstreams"):
+            measure(workload, time.perf_counter, hincrby, {"Quix Streams": quix})
         workload.client.delete(*(f"benchmark:user{i}" for i in range(KEYS)))
 
 

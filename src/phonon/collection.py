@@ -1,6 +1,7 @@
 """A collection of a model's records, which merges messages without making objects of them."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 from phonon._core.engine import Engine, errors_only
@@ -23,15 +24,32 @@ class BaseRecordCache(Limits, BaseCache[Any]):
     def __init__(self, max_entries: int, on_fork: Callable[[], None]) -> None:
         super().__init__(max_entries)
         self._on_fork = on_fork
+        #: Records that have left the cache, and whose sessions are not being ended yet.
+        self.left: list[tuple[Hashable, Any]] = []
 
-    def insert(self, key: Hashable, record: Any) -> Sequence[tuple[Hashable, Any]]:
-        """Add a record; the lock is held. Return the records that have left the cache."""
+    def insert(self, key: Hashable, record: Any) -> None:
+        """Add a record; the lock is held. What leaves the cache for it is in `left`."""
         self._make_room()
-        return self._insert(key, record)
+        self.left += self._insert(key, record)
+
+    def drain(self) -> list[tuple[Hashable, Any]]:
+        """Remove and return what has left the cache."""
+        with self._lock:
+            left = self.left[:]
+            del self.left[:]
+            return left
+
+    def endings_for(self, engine: Engine) -> list[tuple[Any, Callable[[], object]]]:
+        """Remove the records; see `BaseCache`."""
+        # An interrupt may have come before their sessions were ended.
+        for key, record in self.drain():
+            self.restore(key, record)
+        return super().endings_for(engine)
 
     def forget_for(self, engine: Engine) -> None:
         """Drop the records: after a fork they are the parent's."""
         super().forget_for(engine)
+        del self.left[:]
         self._on_fork()
 
 
@@ -102,9 +120,11 @@ class Collection(BaseCollection[P, M]):
             Those that the model does not take, with their numbers. All others were merged.
 
         Raises:
+            ConfigurationError: It is a single message.
             ConnectionLostError: The server does not answer; see `add`.
             Exception: As `add`.
         """
+        self._check_rows(rows)
         self._wait_for_room()
         rejected: list[Rejected] = []
         if self._engine.batch is not None:
@@ -118,7 +138,7 @@ class Collection(BaseCollection[P, M]):
     def add_table(self, table: Any) -> list[Rejected]:
         """Merge the rows of a table, which has a column for each field.
 
-        They are grouped and reduced by polars (``pip install phonon[columns]``), and merged with
+        They are grouped and reduced by pyarrow (``pip install phonon[columns]``), and merged with
         one merge a key.
 
         Args:
@@ -129,19 +149,20 @@ class Collection(BaseCollection[P, M]):
             The rows that the model does not take, with their numbers. All others were merged.
 
         Raises:
-            ConfigurationError: polars is not installed, or this is no table.
+            ConfigurationError: pyarrow is not installed, or this is no table.
             InvalidMessageError: There is no column for the ID, or one that the model does not have.
             ConnectionLostError: The server does not answer; see `add`.
             Exception: As `add`.
         """
-        reduced = self._reduced(table)
-        if reduced.rows is not None:
-            return self.add_many(reduced.rows)
+        rows = self._rows_of(table)
+        if rows.table is None:
+            return self.add_many(rows.rows)
         self._wait_for_room()
-        with self._process.batch():
-            out = self._put_columns(reduced)
+        # Not one in another: it would make that durable.
+        with nullcontext() if self._engine.batch is not None else self._process.batch():
+            out = self._put_table(rows)
             raise_together("ending sessions failed", self._cache.end(out))
-        return [Rejected(*each) for each in reduced.rejected]
+        return [Rejected(*each) for each in rows.rejected]
 
     def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
         """Merge a record that shows one message; its ``on_complete`` may be given arguments.

@@ -2,12 +2,13 @@
 
 import copy
 import inspect
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from inspect import isasyncgenfunction, isgeneratorfunction
 from typing import Any, ClassVar, Self, dataclass_transform
 
-from phonon._models.compiled import _FOLD, Compiled
+from phonon._models.compiled import FOLD, Compiled
 from phonon._models.field import Field
 from phonon._models.record import ModelRecord, make_record_class
 from phonon.errors import ConfigurationError
@@ -99,7 +100,8 @@ class Model:
         try:
             identifier = compiled.fold(doc, *values, **named)
         except TypeError as error:
-            raise TypeError(f"{type(self).__qualname__}: {error}") from None
+            name = type(self).__qualname__
+            raise TypeError(str(error).replace("fold()", f"{name}()")) from None
         self._show(identifier, doc, None)
         self.__dict__["_message_"] = dict(zip(compiled.fields, values, strict=False)) | named
 
@@ -168,7 +170,7 @@ class Model:
     @classmethod
     def source(cls) -> str:
         """Return the code that checks a message and folds it into a record, to look at it."""
-        return cls._code().source(_FOLD)
+        return cls._code().source(FOLD)
 
     # Machinery
 
@@ -238,10 +240,7 @@ def _check_methods(cls: type[Model]) -> None:
 
 def _fields_of(cls: type[Model]) -> dict[str, Field[Any, Any]]:
     """Return copies of the bases' fields, and those of the class, each set as its attribute."""
-    found: dict[str, Field[Any, Any]] = {}
-    for base in reversed(cls.__mro__[1:]):
-        for name, field in getattr(base, "_fields", {}).items():
-            found[name] = copy.copy(field)
+    found = _inherited(cls)
     annotations = inspect.get_annotations(cls)
     own: dict[str, Field[Any, Any]] = {}
     for name, annotation in annotations.items():
@@ -267,6 +266,19 @@ def _fields_of(cls: type[Model]) -> dict[str, Field[Any, Any]]:
     return found
 
 
+def _inherited(cls: type[Model]) -> dict[str, Field[Any, Any]]:
+    """Return copies of the bases' fields, with types in place of type variables."""
+    found: dict[str, Field[Any, Any]] = {}
+    for base in reversed(cls.__mro__[1:]):
+        for name, field in getattr(base, "_fields", {}).items():
+            found[name] = copy.copy(field)
+    bound = _bound(cls)
+    for field in found.values():
+        if field.value_type in bound:
+            field.annotate((bound[field.value_type],))
+    return found
+
+
 def _check_field_name(cls: type[Model], name: str) -> None:
     if name in _RESERVED or name.startswith("_"):
         raise ConfigurationError(
@@ -280,6 +292,9 @@ def _field(cls: type[Model], name: str, annotation: Any) -> Field[Any, Any] | No
     value = vars(cls).get(name)
     if isinstance(annotation, str):
         annotation = _evaluated(cls, name, annotation)
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    _check_annotation(cls, name, annotation)
     origin = getattr(annotation, "__origin__", None) or annotation
     arguments = typing.get_args(annotation) or getattr(annotation, "__args__", ())
     kind = origin if isinstance(origin, type) and issubclass(origin, Field) else None
@@ -305,6 +320,48 @@ def _field(cls: type[Model], name: str, annotation: Any) -> Field[Any, Any] | No
         )
     made: Field[Any, Any] = kind.from_annotation(arguments)
     return made
+
+
+def _bound(cls: type[Model]) -> dict[Any, Any]:
+    """Return what the type variables of generic bases stand for."""
+    bound: dict[Any, Any] = {}
+    for base in getattr(cls, "__orig_bases__", ()):
+        origin = typing.get_origin(base)
+        if origin is not None and origin is not typing.Generic:
+            bound |= zip(origin.__parameters__, typing.get_args(base), strict=False)
+    return bound
+
+
+def _check_annotation(cls: type[Model], name: str, annotation: Any) -> None:
+    """Refuse what type checkers would take for a field, and what would be none.
+
+    Raises:
+        ConfigurationError: It is such an annotation.
+    """
+    origin = typing.get_origin(annotation)
+    inner = [part for part in typing.get_args(annotation) if _is_field(part)]
+    if inner and (origin in {typing.Union, types.UnionType, typing.Final, typing.ClassVar}):
+        field = getattr(inner[0], "__origin__", None) or inner[0]
+        raise ConfigurationError(
+            f"{cls.__qualname__}.{name} is annotated as {annotation}: a field stands by itself; if "
+            f"messages need not have it, write {name}: {field.__name__}[...] = {field.__name__}()"
+        )
+    is_plain = isinstance(annotation, type) or origin in {typing.Union, types.UnionType}
+    if is_plain and not _is_field(annotation) and not isinstance(vars(cls).get(name), Field):
+        raise ConfigurationError(
+            f"{cls.__qualname__}.{name} is annotated as {_name_of(annotation)}, which says nothing "
+            f"of how it merges: make it a field, as in {name}: Latest[{_name_of(annotation)}], or "
+            f"annotate it as ClassVar[{_name_of(annotation)}] if it is none"
+        )
+
+
+def _is_field(annotation: Any) -> bool:
+    origin = getattr(annotation, "__origin__", None) or annotation
+    return isinstance(origin, type) and issubclass(origin, Field)
+
+
+def _name_of(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _evaluated(cls: type[Model], name: str, annotation: str) -> Any:

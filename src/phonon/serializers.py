@@ -152,6 +152,8 @@ _HEADS = {code: ExtType(code, b"") for code in _READERS}
 _SET_HEAD = _HEADS[_WRITERS[set][0]]
 _HEAD_BYTE = 0xC7  # the first of each head in the data
 _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
+#: The types of values that `ExactSerializer` writes.
+STORABLE = frozenset({*_ATOMS, *_WRITERS, list, dict})
 
 
 def _name(kind: type) -> str:

@@ -24,7 +24,7 @@ HARD_SESSION = 12 * 3600.0
 #: The database and the collection, unless something else is said.
 DEFAULT = "test"
 #: What an update without attributes of its own looks like when it was emptied.
-_EMPTY = hash(b"")
+EMPTY = hash(b"")
 
 
 class LocalUpdate:
@@ -450,7 +450,7 @@ class LocalUpdate:
         if self._has_state_:
             content: Any = (self.spec, self.doc, self.state())
         elif self.spec is None and type(self.doc) is dict and not self.doc:
-            return _EMPTY
+            return EMPTY
         else:
             content = (self.spec, self.doc)
         try:

@@ -1,6 +1,7 @@
 """The base of collections of a model's records: everything but the waiting."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -10,7 +11,7 @@ from phonon._core.engine import Engine
 from phonon._core.flows import Flow, read
 from phonon._core.local import prefix_of
 from phonon._core.sessions import SPREAD, share
-from phonon._models.columns import Reduced, reduce
+from phonon._models.columns import Aside, Rows, rows_of
 from phonon._models.messages import mapping_of
 from phonon._models.record import DATABASE, ModelRecord
 from phonon.errors import ConfigurationError, InvalidMessageError, UnknownClassError
@@ -19,8 +20,6 @@ from phonon.settings import check_seconds, check_whole
 P = ParamSpec("P")
 M = TypeVar("M")
 
-#: Rows that are merged while other threads wait.
-PIECE = 1000
 #: Rows that are stored together, where no batch is open.
 TOGETHER = 10_000
 #: Partials read at a time.
@@ -39,10 +38,6 @@ class Rejected(NamedTuple):
 
     row: int
     error: InvalidMessageError
-
-
-#: The result of `BaseCollection._ready`: where to fold, and the records that left.
-_Ready = tuple[ModelRecord, Sequence[tuple[Hashable, Any]]]
 
 
 class Limits:
@@ -201,12 +196,11 @@ class BaseCollection(Generic[P, M]):
             "_batches": engine.batches,
             "_local": engine.local,
             "_measures": engine.identity.measures,
-            "_acquire": cache._lock.acquire,  # noqa: SLF001
-            "_release": cache._lock.release,  # noqa: SLF001
-            "_is_owned": cache._lock._is_owned,  # noqa: SLF001 - as in phonon.cache
-            "_lock": cache._lock,  # noqa: SLF001 - a cache of ours
-            "_find": cache._entries.get,  # noqa: SLF001
+            "_entries": cache._entries,  # noqa: SLF001
+            "_KeyError": KeyError,
             "_ready": self._ready,
+            "_left": cache.left,
+            "_drain": cache.drain,
             "_passes_over": self._passes_over,
             "_outbox": engine.outbox,
             "_wait_for_room": self._wait_for_room,
@@ -215,55 +209,79 @@ class BaseCollection(Generic[P, M]):
             "_grown": self._grown,
             "_ignore_unknown": self.ignore_unknown,
             "_mapping_of": mapping_of,
-            "_names": frozenset(self._compiled.fields),
-            "_len": len,
             "_dict": dict,
             "_InvalidMessageError": InvalidMessageError,
             "_Rejected": Rejected,
             "_finish": self._finish,
-            "_zip": zip,
         }
         parts = {
             "@TOUCH": "_record._touched_ = _clock()" if self.idle is not None else "",
             "@SEEN": "_record._touched_ = _now" if self.idle is not None else "",
             "@COUNT": _COUNT if counts else "",
-            "@COMPLETE": " or ".join(
-                [f"_len(_row) != {len(self._compiled.fields)}"]
-                + [f"{name} is None" for name in self._compiled.fields]
-            ),
         }
-        self._fold_columns: dict[tuple[str, ...], Any] = {}
-        self._parts, self._namespace = parts, namespace
+        self._aside = Aside(self._compiled, cache._lock)  # noqa: SLF001
         build = self._compiled.build
-        self._fold_one = build("put", _filled(_PUT, parts), namespace)
+        self._fold_one = build("add", _filled(_PUT, parts), namespace)
         self._fold_rows = build("put_rows", _filled(_PUT_ROWS, parts), namespace)
+        if not _HAS_GIL:
+            self._lock_folds(_filled(_PUT, parts), namespace)
 
-    # What compiled code calls now and then. The lock is held.
+    def _lock_folds(self, template: str, namespace: Mapping[str, Any]) -> None:
+        """Have the compiled functions run under the lock. Nothing is waited for under it."""
+        cache, put_rows = self._cache, self._fold_rows
+        own: dict[str, Any] = {"_finish": lambda *rest: rest, "_wait_for_room": lambda: None}
+        put = self._compiled.build("add", template, {**namespace, **own})
 
-    def _ready(self, key: Any, record: Any, batch: Any, target: Any) -> _Ready:
-        """Return the record to fold a message into, and the records that left the collection.
+        def add(*values: Any, **named: Any) -> Any:
+            if self._engine.outbox.full:
+                self._wait_for_room()
+            with cache._lock:  # noqa: SLF001 - a cache of ours
+                rest = put(*values, **named)
+            return None if rest is None else self._finish(*rest)
+
+        def add_rows(*arguments: Any) -> Any:
+            with cache._lock:  # noqa: SLF001 - a cache of ours
+                return put_rows(*arguments)
+
+        self._fold_one, self._fold_rows = add, add_rows
+
+    # What compiled code calls now and then
+
+    def _ready(self, key: Any, batch: Any, target: Any) -> ModelRecord | None:
+        """Have the record of a key take a message.
 
         Args:
             key: The message's.
-            record: The one that is here, if there is one.
             batch: The open batch of this thread or task, if there is one.
             target: The same if it stores what it gathers.
+
+        Returns:
+            None: it is in the collection, unless it has left that meanwhile. Else a record that
+            only this message goes to.
         """
-        out: Sequence[tuple[Hashable, Any]] = ()
-        if record is None:
-            record = self._new(key)
-            out = self._cache.insert(key, record)
-            if batch is not None and target is None:
-                record._is_left_to_others_(self._engine, init_cache=False)
-        theirs = record._batch_
-        if theirs is not None and theirs is not target:
-            # Another thread's batch is storing it, or gathers for that. Its end says nothing to our
-            # caller, who is to know that all is stored: this message is stored by itself.
-            record = self._new(key)
-        if target is not None:
-            target.add(record)
-            record._unsent_ = True
-        return record, out
+        alone = None
+        with self._cache._lock:  # noqa: SLF001 - a cache of ours
+            record = self._cache._entries.get(key)  # noqa: SLF001
+            if record is None:
+                record = self._new(key)
+                self._cache.insert(key, record)
+                if batch is not None and target is None:
+                    record._is_left_to_others_(self._engine, init_cache=False)
+            theirs = record._batch_
+            if theirs is not None and theirs is not target and theirs.is_open:
+                # Another thread's batch is storing it. Its end says nothing to our caller, who is
+                # to know that all is stored: this message is stored by itself.
+                alone = self._new(key)
+                if target is None and batch is not None:
+                    theirs.put_aside(record, alone)
+                record = alone
+            if target is not None:
+                target.keep(record)
+                target.add(record)
+                record._unsent_ = True
+            elif alone is None:
+                record._batch_ = None  # one that is being closed
+        return alone
 
     def _passes_over(self, batch: Any, key: Any) -> bool:
         """Return whether a message is stored already; see `phonon.source`."""
@@ -275,7 +293,8 @@ class BaseCollection(Generic[P, M]):
         record = object.__new__(self._record)
         record._id = key
         record.database, record.collection = DATABASE, self._collection
-        record.spec, record.doc = None, {}
+        record.spec = record.odd_ = None
+        self._compiled.fill(record, _NOTHING)
         record.attach(self._process)
         return record
 
@@ -363,29 +382,36 @@ class BaseCollection(Generic[P, M]):
                 found.arguments_ = arguments, named
         return rest
 
-    def _reduced(self, table: Any) -> Reduced:
-        return reduce(table, self._compiled, ignore_unknown=self.ignore_unknown)
+    def _rows_of(self, table: Any) -> Rows:
+        return rows_of(table, self._compiled, ignore_unknown=self.ignore_unknown)
 
-    def _put_columns(self, reduced: Reduced) -> list[tuple[Hashable, Any]]:
-        """Merge columns in the open batch. Returns the records that have left the collection."""
-        columns = reduced.columns
-        names = tuple(columns)
-        put = self._fold_columns.get(names)
-        if put is None:
-            absent = [field.name for field in self._compiled.others if field.name not in columns]
-            parts = self._parts | {
-                "@NAMES": f"({', '.join(names)},)",
-                "@ABSENT": " = ".join([*absent, "None"]),
-            }
-            template = _filled(_PUT_COLUMNS, parts)
-            put = self._compiled.build("put_columns", template, self._namespace)
-            self._fold_columns[names] = put
-        out: list[tuple[Hashable, Any]] = []
+    def _put_table(self, rows: Rows) -> list[tuple[Hashable, Any]]:
+        """Merge a table in the open batch. Returns what has left the collection."""
         batch = self._engine.batch
         target = batch if batch is not None and batch.durable else None
-        put(list(columns.values()), batch, target, out)
-        self._engine.identity.measures.folded += reduced.taken
-        return out
+        if not rows.table.num_rows:
+            return []
+        with self._cache._lock:  # noqa: SLF001 - a cache of ours
+            records = self._records(self._aside.keys(rows), batch, target)
+            self._aside.add(rows, records)
+            if self.largest is not None:
+                self._aside.settle()
+        self._engine.identity.measures.folded += rows.table.num_rows
+        left: list[tuple[Hashable, Any]] = self._cache.drain()
+        return left
+
+    def _records(self, keys: Sequence[Any], batch: Any, target: Any) -> dict[Any, ModelRecord]:
+        """Return the records of keys, which have had a message now."""
+        entries, now = self._cache._entries, time.monotonic()  # noqa: SLF001 - a cache of ours
+        records: dict[Any, ModelRecord] = {}
+        for key in keys:
+            record = entries.get(key)
+            if record is None or record._batch_ is not target:
+                record = self._ready(key, batch, target) or entries[key]
+            record._touched_ = now
+            record.is_used = record.is_used is not None
+            records[key] = record
+        return records
 
     @property
     def engine(self) -> Engine:
@@ -398,22 +424,41 @@ class BaseCollection(Generic[P, M]):
             yield first, piece
             first += len(piece)
 
+    def _check_rows(self, rows: Any) -> None:
+        """Refuse one message in place of many: its fields are none.
+
+        Raises:
+            ConfigurationError: It is one.
+        """
+        if isinstance(rows, str | bytes) or mapping_of(rows) is not None:
+            raise ConfigurationError(
+                f"add_many() takes several messages, not {rows!r}: put it into a list"
+            )
+
     def _put_rows(
-        self, rows: Sequence[Any], first: int, rejected: list[Rejected]
+        self, rows: Iterable[Any], first: int, rejected: list[Rejected]
     ) -> list[tuple[Hashable, Any]]:
-        """Merge rows in the open batch. Returns the records that have left the collection."""
-        out: list[tuple[Hashable, Any]] = []
+        """Merge rows in the open batch. Returns what has left the collection."""
         batch = self._engine.batch
         target = batch if batch is not None and batch.durable else None
-        for at, piece in self._pieces(rows, PIECE):
-            refused = len(rejected)
-            self._fold_rows(piece, first + at - 1, batch, target, out, rejected)
-            self._engine.identity.measures.folded += len(piece) - (len(rejected) - refused)
-        return out
+        refused = len(rejected)
+        last = self._fold_rows(rows, first - 1, batch, target, rejected)
+        folded = last + 1 - first - (len(rejected) - refused)
+        self._engine.identity.measures.folded += folded
+        left: list[tuple[Hashable, Any]] = self._cache.drain()
+        return left
+
+
+#: The doc of a new record.
+_NOTHING: dict[str, Any] = {}
 
 
 def _any(model: Any) -> Any:
     return model
+
+
+#: What is compiled needs no lock then; see `phonon._models.field.FoldCode`.
+_HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:
@@ -437,7 +482,7 @@ if _record.messages >= _largest:
 """
 
 _PUT = """\
-def put(@PARAMETERS, **_unknown):
+def add(@PARAMETERS, **_unknown):
     if _unknown and not _ignore_unknown:
         raise _refuse(_unknown, _unknown)
     @CHECKS
@@ -453,80 +498,64 @@ def put(@PARAMETERS, **_unknown):
                 _target = _batch
                 if _batch.asks and _passes_over(_batch, @ID):
                     return None
-    _out = ()
-    try:
-        _acquire()
-        _record = _find(@ID)
+    while True:
+        try:
+            _record = _entries[@ID]
+        except _KeyError:
+            _record = None
         if _record is None or _record._batch_ is not _target:
-            _record, _out = _ready(@ID, _record, _batch, _target)
-        else:
-            _record.is_used = True
-        _doc = _record.doc
-        @FOLDS
-        @TOUCH
-        _measures.folded += 1
-        @COUNT
-    except BaseException:
-        if _is_owned():
-            _release()
-        raise
-    _release()
-    if _out or _batch is None:
-        return _finish(_record, _out, _batch is None)
+            _record = _ready(@ID, _batch, _target)
+            if _record is None:
+                continue
+        @PREPARE
+        break
+    @COMMIT
+    if not _record.is_used:
+        _record.is_used = _record.is_used is not None
+    _measures.folded += 1
+    @TOUCH
+    @TIDY
+    @COUNT
+    if _left or _batch is None:
+        return _finish(_record, _drain(), _batch is None)
     return None
 """
 
-_PUT_COLUMNS = """\
-def put_columns(_columns, _batch, _target, _all_out):
-    @ABSENT
-    with _lock:
-        _now = _clock()
-        for @NAMES in _zip(*_columns):
-            _record = _find(@ID)
-            if _record is None or _record._batch_ is not _target:
-                _record, _out = _ready(@ID, _record, _batch, _target)
-                if _out:
-                    _all_out += _out
-            else:
-                _record.is_used = True
-            _doc = _record.doc
-            @FOLDS
-            @SEEN
-            @COUNT
-"""
-
 _PUT_ROWS = """\
-def put_rows(_rows, _number, _batch, _target, _all_out, _rejected):
+def put_rows(_rows, _number, _batch, _target, _rejected):
     _asks = _target is not None and _target.asks
-    with _lock:
-        _now = _clock()
-        for _row in _rows:
-            _number += 1
+    _now = _clock()
+    for _row in _rows:
+        _number += 1
+        try:
+            if _type(_row) is not _dict:
+                _given = _row
+                _row = _mapping_of(_given)
+                if _row is None:
+                    raise _no_mapping(_given)
+            @ROW
+            @CHECKS
+        except _InvalidMessageError as _error:
+            _rejected.append(_Rejected(_number, _error))
+            continue
+        if _asks and _passes_over(_target, @ID):
+            continue
+        while True:
             try:
-                if _type(_row) is not _dict:
-                    _given = _row
-                    _row = _mapping_of(_given)
-                    if _row is None:
-                        raise _no_mapping(_given)
-                @ROW
-                if @COMPLETE:
-                    if not (_ignore_unknown or _row.keys() <= _names):
-                        raise _refuse(_row.keys() - _names, _row)
-                @CHECKS
-            except _InvalidMessageError as _error:
-                _rejected.append(_Rejected(_number, _error))
-                continue
-            if _asks and _passes_over(_target, @ID):
-                continue
-            _record = _find(@ID)
+                _record = _entries[@ID]
+            except _KeyError:
+                _record = None
             if _record is None or _record._batch_ is not _target:
-                _record, _out = _ready(@ID, _record, _batch, _target)
-                if _out:
-                    _all_out += _out
-            else:
-                _record.is_used = True
-            _doc = _record.doc
-            @FOLDS
-            @SEEN
-            @COUNT
+                _record = _ready(@ID, _batch, _target)
+                if _record is None:
+                    continue
+            @PREPARE
+            break
+        @COMMIT
+        @SEEN
+        if not _record.is_used:
+            _record.is_used = _record.is_used is not None
+        @TIDY
+        @COUNT
+    return _number
 """

@@ -5,11 +5,15 @@ the function that a person would write for it is written here, once for each mod
 ``Model.source()`` shows it.
 """
 
+import itertools
 import linecache
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from phonon._core.local import EMPTY
 from phonon._models.field import Field
+from phonon._models.messages import mapping_of
 from phonon.errors import ConfigurationError, InvalidMessageError
 
 #: One level of indentation.
@@ -44,18 +48,51 @@ class Compiled:
             "_refuse": self.unknown,
             "_missing": self.missing,
             "_no_mapping": self.no_mapping,
+            "_int": int,
+            "_float": float,
+            "_list": list,
+            "_len": len,
+            "_zip": zip,
+            "_EMPTY": EMPTY,
+            "_names": frozenset(self.fields),
+            # Each fold adds 1, and there are not so many.
+            "_next_version": itertools.count(0, 2**40).__next__,
         }
         for name, field in self.fields.items():
             check = field.check_stamped if field.is_stamped and self._stamp else field.check
             self._namespace[f"_check_{name}"] = self._checker(field, check)
-            self._namespace[f"_fold_{name}"] = field.fold
+            # What the fields' lines call
+            for function in ("fold", "sums", "better", "changed", "tidy"):
+                if hasattr(field, function):
+                    self._namespace[f"_{function}_{name}"] = getattr(field, function)
             kind = field.values.exact
             if kind is not None:
                 self._namespace[f"_{kind.__name__}"] = kind
-        #: Folds a message, given like arguments of the constructor, into a doc: returns its ID.
-        self.fold: Callable[..., Any] = self.build("fold", _FOLD, {})
+        self.slots = (*(field.slot for field in self.others), "version_")
+        self._folds = {field: field.fold_code() for field in self.others}
+        self._sealed = [field.name for field in self.others if field.seals]
+        self._names = frozenset(field.name for field in self.others)
+        self._states: Any = type("_States", (), {"__slots__": self.slots})
+        self._settlers: dict[tuple[str, ...], Any] = {}
+        self._fold = self.build("fold", FOLD)
+        #: Moves the states out of a record, into its ``moved_``; no handler comes in between.
+        self.move: Callable[[Any], None] = self.build("move", _MOVE)
+        #: Returns whether a record has a state.
+        self.has_states: Callable[[Any], bool] = self.build("has_states", _HAS)
+        #: Returns the doc of a record.
+        self.doc_of: Callable[[Any], dict[str, Any]] = self.build("doc_of", _DOC)
+        #: Has a record have the states of a doc.
+        self.fill: Callable[[Any, Mapping[str, Any]], None] = self.build("fill", _FILL)
 
     # Docs: the states of a record's fields, by name
+
+    def fold(self, doc: dict[str, Any], *values: Any, **named: Any) -> Any:
+        """Fold a message, given like arguments of the constructor, into a doc. Return its ID."""
+        states = self._states()
+        self.fill(states, doc)
+        identifier = self._fold(*values, _record=states, **named)
+        doc.update(self.doc_of(states))
+        return identifier
 
     def merge(self, doc: dict[str, Any], other: dict[str, Any]) -> None:
         """Merge the states of another record, which are used up, into these."""
@@ -64,10 +101,15 @@ class Compiled:
             mine = doc.get(name)
             doc[name] = state if mine is None else fields[name].merge(mine, state)
 
+    def knows(self, doc: Any) -> bool:
+        """Return whether something decoded is a doc of this model's fields, whatever is in them."""
+        return type(doc) is dict and doc.keys() <= self._names
+
     def seal(self, doc: dict[str, Any]) -> None:
         """Bring the states into the form in which they are stored."""
-        for name, state in doc.items():
-            doc[name] = self.fields[name].seal(state)
+        for name in self._sealed:
+            if name in doc:
+                doc[name] = self.fields[name].seal(doc[name])
 
     def fault_of(self, doc: Any) -> str:
         """Return the fault of a decoded doc; empty if it is one of this model's."""
@@ -91,8 +133,11 @@ class Compiled:
             try:
                 return check(value, *stamp)
             except (TypeError, ValueError, OverflowError) as error:
+                hint = ""
+                if field is self.id and mapping_of(value) is not None:
+                    hint = "; add_many() takes whole messages, add() takes their values"
                 raise InvalidMessageError(
-                    f"{self.model}.{field.name} {error}, not {_shown(value)}",
+                    f"{self.model}.{field.name} {error}, not {_shown(value)}{hint}",
                     self.model,
                     field.name,
                     value,
@@ -165,44 +210,124 @@ class Compiled:
                 lines += [f"if {field.name} is not None:", *(_STEP + line for line in code)]
         return lines
 
-    def fold_lines(self) -> list[str]:
-        """Return the lines that fold checked values into ``_doc``."""
+    def before_lines(self) -> list[str]:
+        """Return the lines that look at checked values before they are folded."""
+        return [line for code in self._folds.values() for line in code.before]
+
+    def prepare_lines(self) -> list[str]:
+        """Return the lines that prepare the folding of checked values into ``_record``."""
         lines: list[str] = []
-        # The user's functions first, which may raise: then nothing is merged of the message.
-        custom = [field for field in self.others if field.kind == "custom"]
-        for field in custom:
-            name = field.name
-            lines += [
-                f"if {name} is not None:",
-                f"    {name} = _fold_{name}(_doc.get({name!r}), {name})",
-            ]
-        for field in custom:
-            name = field.name
-            lines += [f"if {name} is not None:", f"    _doc[{name!r}] = {name}"]
-        for field in self.others:
-            if field.kind != "custom":
+        for field, code in self._folds.items():
+            if code.prepare:
                 lines.append(f"if {field.name} is not None:")
-                lines += [_STEP + line for line in field.fold_code()]
+                lines += [_STEP + line for line in code.prepare]
+        if not lines:
+            return lines
+        stale = ["if _record.version_ != _version:", "    continue"]
+        return ["_version = _record.version_", *lines, *stale]
+
+    def commit_lines(self) -> list[str]:
+        """Return the lines that fold checked values into ``_record``, all at once."""
+        lines: list[str] = []
+        for field, code in self._folds.items():
+            lines.append(f"if {field.name} is not None:")
+            lines += [_STEP + line for line in code.commit]
+        if any(code.prepare or code.most for code in self._folds.values()):
+            lines.append("_record.version_ += 1")
         return lines
+
+    def tidy_lines(self) -> list[str]:
+        """Return the lines that shorten states which have become long."""
+        lines: list[str] = []
+        for field, code in self._folds.items():
+            if code.most:
+                name, state = field.name, f"_record.{field.slot}"
+                lines += [
+                    f"if {name} is not None and {state}.__class__ is not _int:",
+                    "    _version = _record.version_",
+                    f"    _new_{name} = {state}",
+                    f"    if _len(_new_{name}) > {code.most}:",
+                    f"        _new_{name} = _tidy_{name}(_new_{name})",
+                    "        if _record.version_ == _version:",
+                    f"            {state} = _new_{name}",
+                ]
+        return lines
+
+    def move_lines(self) -> list[str]:
+        """Return the lines that make a doc of the states of ``_record``, and empty that."""
+        lines: list[str] = []
+        for field in self.others:
+            state = f"_record.{field.slot}"
+            lines += [
+                f"if {state} is not None:",
+                f"    _doc[{field.name!r}] = {state}",
+                f"    {state} = None",
+            ]
+        return lines
+
+    def fill_lines(self) -> list[str]:
+        """Return the lines that have ``_record`` have the states of ``_doc``, all at once."""
+        names = [field.name for field in self.others]
+        return [
+            *(f"_new_{name} = _get({name!r})" for name in names),
+            "_record.version_ = _next_version()",
+            *(f"_record.{field.slot} = _new_{field.name}" for field in self.others),
+        ]
+
+    def settle(self, columns: Mapping[str, Sequence[Any]], records: Mapping[Any, Any]) -> None:
+        """Fold columns into records, each of which has a row, unless it has had it already.
+
+        Args:
+            columns: The values by field, the IDs among them.
+            records: The records by ID. Those without an ``aside_`` have had theirs.
+        """
+        names = tuple(columns)
+        settle = self._settlers.get(names)
+        if settle is None:
+            absent = [field.name for field in self.others if field.name not in columns]
+            template = _SETTLE.replace("@NAMES", f"({', '.join(names)},)").replace(
+                "@ABSENT", " = ".join([*absent, "None"])
+            )
+            settle = self._settlers[names] = self.build("settle", template)
+        settle(columns.values(), records)
 
     def row_lines(self) -> list[str]:
         """Return the lines that take a message's values from the mapping ``_row``."""
-        lines = ["_get = _row.get"]
+        lines = [f"_known = _len(_row) == {len(self.fields)}", "if _known:", "    try:"]
+        lines += [f"        {name} = _row[{name!r}]" for name in self.fields]
+        lines += [
+            "    except _KeyError:",
+            "        _known = False",
+            "if not _known:",
+            "    if not (_ignore_unknown or _row.keys() <= _names):",
+            "        raise _refuse(_row.keys() - _names, _row)",
+            "    _get = _row.get",
+        ]
         for field in self.fields.values():
             default = f", {field.default!r}" if field.default is not None else ""
-            lines.append(f"{field.name} = _get({field.name!r}{default})")
+            lines.append(f"    {field.name} = _get({field.name!r}{default})")
         return lines
 
     def source(self, template: str) -> str:
         """Return the source of a function, given its template."""
         blocks = {
-            "@CHECKS": self.check_lines(),
-            "@FOLDS": self.fold_lines(),
+            "@CHECKS": [*self.check_lines(), *self.before_lines()],
+            "@BEFORE": self.before_lines(),
+            "@PREPARE": self.prepare_lines(),
+            "@COMMIT": self.commit_lines(),
+            "@TIDY": self.tidy_lines(),
             "@ROW": self.row_lines(),
+            "@MOVE": self.move_lines(),
+            "@READ": [line for line in self.move_lines() if not line.endswith("= None")],
+            "@FILL": self.fill_lines(),
         }
         lines: list[str] = []
         for line in (
             template.replace("@PARAMETERS", self.parameters())
+            .replace(
+                "@EMPTY",
+                " and ".join(["True", *(f"_record.{f.slot} is None" for f in self.others)]),
+            )
             .replace("@ID", self.id.name)
             .splitlines()
         ):
@@ -211,7 +336,9 @@ class Compiled:
             lines += [line] if block is None else [indent + inner for inner in block]
         return "\n".join(lines) + "\n"
 
-    def build(self, name: str, template: str, namespace: Mapping[str, Any]) -> Any:
+    def build(
+        self, name: str, template: str, namespace: Mapping[str, Any] = MappingProxyType({})
+    ) -> Any:
         """Compile a function.
 
         Args:
@@ -228,13 +355,61 @@ class Compiled:
         return everything[name]
 
 
-_FOLD = """\
-def fold(_doc, @PARAMETERS, **_unknown):
+FOLD = """\
+def fold(@PARAMETERS, *, _record, **_unknown):
     if _unknown:
         raise _refuse(_unknown, _unknown)
     @CHECKS
-    @FOLDS
+    while True:
+        @PREPARE
+        break
+    @COMMIT
+    @TIDY
     return @ID
+"""
+
+_SETTLE = """\
+def settle(_columns, _records):
+    @ABSENT
+    for @NAMES in _zip(*_columns):
+        _record = _records.get(@ID)
+        if _record is None or _record.aside_ is None:
+            continue
+        @BEFORE
+        while True:
+            @PREPARE
+            break
+        @COMMIT
+        _record.aside_ = None
+        @TIDY
+"""
+
+_MOVE = """\
+def move(_record):
+    _doc = {}
+    _record.moved_ += (_doc,)
+    @MOVE
+    _record.version_ += 1
+    _record._unsent_ = False
+    _record._emptied_ = _EMPTY
+"""
+
+_DOC = """\
+def doc_of(_record):
+    _doc = {}
+    @READ
+    return _doc
+"""
+
+_HAS = """\
+def has_states(_record):
+    return not (@EMPTY)
+"""
+
+_FILL = """\
+def fill(_record, _doc):
+    _get = _doc.get
+    @FILL
 """
 
 

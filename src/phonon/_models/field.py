@@ -1,13 +1,34 @@
 """The base of all fields."""
 
 import typing
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, overload
 
 from phonon._models.values import ValueType
 from phonon.errors import ConfigurationError
 
 R = TypeVar("R")
 W = TypeVar("W")
+
+
+class FoldCode(NamedTuple):
+    """The lines that fold a checked value into a record's state.
+
+    Attributes:
+        commit: They change the state, and call nothing. CPython runs signal handlers, and lets
+            other threads run, behind calls and at the end of a loop's round. So all states of a
+            message change at once, whatever a handler does: raise, or merge a message itself.
+        prepare: They may call anything, and change nothing. They run again if the state has changed
+            meanwhile.
+        before: They may call anything, and look at nothing but the value.
+        most: A state of more elements is brought into a shorter form, by the field's ``tidy``,
+            which replaces it unless it has changed meanwhile; 0: none is.
+    """
+
+    commit: list[str]
+    prepare: Sequence[str] = ()
+    before: Sequence[str] = ()
+    most: int = 0
 
 
 class Field(Generic[R, W]):
@@ -108,6 +129,10 @@ class Field(Generic[R, W]):
             "result of its messages; add another message instead"
         )
 
+    def __delete__(self, instance: Any) -> None:
+        """Refuse: a record has all of its model's fields."""
+        raise AttributeError(f"{self.model}.{self.name} cannot be deleted: a record has all fields")
+
     # What is kept. None stands for the neutral element.
 
     @property
@@ -136,6 +161,11 @@ class Field(Generic[R, W]):
         """Return the merged form of two states, which are used up."""
         raise NotImplementedError
 
+    @property
+    def seals(self) -> bool:
+        """Whether `seal` does anything."""
+        return type(self).seal is not Field.seal
+
     def seal(self, state: Any) -> Any:
         """Return a state in the form in which it is stored, the same for the same values."""
         return state
@@ -163,7 +193,17 @@ class Field(Generic[R, W]):
             ]
         return [f"{name} = _check_{name}({name})"]
 
-    def fold_code(self) -> list[str]:
-        """Return the lines that fold the checked value into ``_doc``."""
-        name = self.name
-        return [f"_doc[{name!r}] = _fold_{name}(_doc.get({name!r}), {name})"]
+    @property
+    def slot(self) -> str:
+        """The attribute of a record that has the state. Names of users' have no such end."""
+        return f"{self.name}_state_"
+
+    def fold_code(self) -> FoldCode:
+        """Return the lines that fold the checked value into ``_record``.
+
+        These are for fields whose `fold` leaves the old state as it is.
+        """
+        name, state = self.name, f"_record.{self.slot}"
+        return FoldCode(
+            [f"{state} = _new_{name}"], [f"_new_{name} = _fold_{name}({state}, {name})"]
+        )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from phonon._models.field import Field
+from phonon._models.field import Field, FoldCode
 from phonon._models.values import in_order
 from phonon.errors import ConfigurationError
 from phonon.serializers import ExactSerializer
@@ -50,13 +50,12 @@ class ListAppend(Field[list[T], Any], Generic[T]):
         check, kind = self._values.check, self._values.exact
         return [item if type(item) is kind else check(item) for item in items]
 
-    def fold(self, state: Any, value: Any) -> Any:
-        if state is None:
-            return value
-        state += value
-        return state
+    def merge(self, one: Any, other: Any) -> Any:
+        one += other
+        return one
 
-    merge = fold
+    def fold_code(self) -> FoldCode:
+        return FoldCode(_adding(self, "+="))
 
     def seal(self, state: Any) -> Any:
         return in_order(state)
@@ -79,13 +78,9 @@ class SetAppend(Field[set[T], Any], Generic[T]):
         check, kind = self._values.check, self._values.exact
         return {item if type(item) is kind else check(item) for item in items}
 
-    def fold(self, state: Any, value: Any) -> Any:
-        if state is None:
-            return value
-        state |= value
-        return state
-
-    merge = fold
+    def merge(self, one: Any, other: Any) -> Any:
+        one |= other
+        return one
 
     def read(self, state: Any) -> Any:
         return set(state or ())
@@ -100,22 +95,37 @@ class SetAppend(Field[set[T], Any], Generic[T]):
         name = self.name
         return [f"if _type({name}) is not _{kind.__name__}:", f"    {name} = _check_{name}({name})"]
 
-    def fold_code(self) -> list[str]:
-        key, name = repr(self.name), self.name
-        many = [f"if {key} in _doc:", f"    _doc[{key}] |= {name}"]
-        many += ["else:", f"    _doc[{key}] = {name}"]
+    def fold_code(self) -> FoldCode:
+        many = _adding(self, "|=")
         kind = self._values.exact
         if kind is None:
-            return many
-        # One value needs no set of its own.
-        one = [f"if {key} in _doc:", f"    _doc[{key}].add({name})"]
-        one += ["else:", f"    _doc[{key}] = {{{name}}}"]
-        return [
-            f"if _type({name}) is _{kind.__name__}:",
-            *(f"    {line}" for line in one),
-            "else:",
-            *(f"    {line}" for line in many),
-        ]
+            return FoldCode(many)
+        # One value, which is there already more often than not, needs no set of its own.
+        name, state = self.name, f"_record.{self.slot}"
+        return FoldCode(
+            [
+                f"if _is_one_{name}:",
+                f"    _state = {state}",
+                "    if _state is None:",
+                f"        {state} = {{{name}}}",
+                f"    elif {name} not in _state:",
+                f"        _state |= {{{name}}}",
+                "else:",
+                *(f"    {line}" for line in many),
+            ],
+            before=[f"_is_one_{name} = _type({name}) is _{kind.__name__}"],
+        )
+
+
+def _adding(field: Field[Any, Any], operator: str) -> list[str]:
+    """Return the lines that add a collection of values to one of the same kind."""
+    name, state = field.name, f"_record.{field.slot}"
+    return [
+        f"if {state} is None:",
+        f"    {state} = {name}",
+        "else:",
+        f"    {state} {operator} {name}",
+    ]
 
 
 class Distinct(Field[int, Any], Generic[T]):
@@ -140,8 +150,7 @@ class Distinct(Field[int, Any], Generic[T]):
         return [_register(self._values.check(item)) for item in items]
 
     def fold(self, state: Any, value: Any) -> Any:
-        if state is None:
-            state = {}
+        state = {} if state is None else state.copy()
         for register, rank in value:
             if type(state) is dict:
                 if state.get(register, 0) < rank:
@@ -152,10 +161,24 @@ class Distinct(Field[int, Any], Generic[T]):
                 state[register] = rank
         return state
 
-    def _dense(self, state: Any) -> bytearray:
-        if type(state) is bytearray:
-            return state
-        registers = bytearray(1 << self._BITS)
+    def fold_code(self) -> FoldCode:
+        # Most values are there already, and then the state need not be copied.
+        name, state = self.name, f"_record.{self.slot}"
+        return FoldCode(
+            [f"if _new_{name} is not None:", f"    {state} = _new_{name}"],
+            [f"_new_{name} = _changed_{name}({state}, {name})"],
+        )
+
+    def changed(self, state: Any, value: Any) -> Any:
+        """Return the state with a value; None if it has that already."""
+        if state is not None:
+            known = state.get if type(state) is dict else state.__getitem__
+            value = [pair for pair in value if (known(pair[0]) or 0) < pair[1]]
+        return self.fold(state, value) if value or state is None else None
+
+    @classmethod
+    def _dense(cls, state: Any) -> bytearray:
+        registers = bytearray(1 << cls._BITS)
         for register, rank in state.items():
             registers[register] = rank
         return registers

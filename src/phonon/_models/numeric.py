@@ -1,14 +1,14 @@
 """Fields of numbers: sums and statistics."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phonon._models import exact
-from phonon._models.field import Field
+from phonon._models.field import Field, FoldCode
 from phonon._models.values import NUMBER, ValueType, precedes
 
 N = TypeVar("N")
@@ -41,12 +41,14 @@ class Sum(Field[N, N], Generic[N]):
         return self.value_type is Decimal and self._values is not NUMBER
 
     def fold(self, state: Any, value: Any) -> Any:
-        if state is None:
-            return value if type(value) is not float else [0, value]
-        return exact.add_decimals(state, value) if self._is_decimal else exact.add(state, value)
+        return value if state is None else exact.add_decimals(state, value)
 
     def merge(self, one: Any, other: Any) -> Any:
         return exact.add_decimals(one, other) if self._is_decimal else exact.merge(one, other)
+
+    @property
+    def seals(self) -> bool:
+        return self._values.exact is not int and not self._is_decimal
 
     def seal(self, state: Any) -> Any:
         return exact.sealed(state)
@@ -60,11 +62,42 @@ class Sum(Field[N, N], Generic[N]):
     def is_state(self, state: Any) -> bool:
         return type(state) is Decimal if self._is_decimal else exact.is_total(state)
 
-    def fold_code(self) -> list[str]:
-        if self._values.exact is not int:
+    def fold_code(self) -> FoldCode:
+        if self._is_decimal:
             return super().fold_code()
-        key = repr(self.name)
-        return [f"_doc[{key}] = _doc[{key}] + {self.name} if {key} in _doc else {self.name}"]
+        name, state = self.name, f"_record.{self.slot}"
+        if self._values.exact is int:
+            return FoldCode(_adding(state, name))
+        if self.value_type is float:
+            lines = [
+                f"_state = {state}",
+                "if _state.__class__ is _list:",
+                f"    _state += [{name}]",
+                "else:",
+                f"    {state} = [_state or 0, {name}]",
+            ]
+            return FoldCode(lines, most=exact.BUFFER)
+        lines = [
+            f"_state = {state}",
+            "if _state.__class__ is not _list:",
+            f"    {state} = (_state or 0) + {name} if _is_int_{name} else [_state or 0, {name}]",
+            f"elif _is_int_{name}:",
+            f"    _state[0] += {name}",
+            "else:",
+            f"    _state += [{name}]",
+        ]
+        return FoldCode(
+            lines, before=[f"_is_int_{name} = _type({name}) is _int"], most=exact.BUFFER
+        )
+
+    def tidy(self, state: Any) -> Any:
+        state = list(state)
+        exact.shorten(state)
+        return state
+
+
+def _adding(state: str, name: str) -> list[str]:
+    return [f"_state = {state}", f"{state} = {name} if _state is None else _state + {name}"]
 
 
 class Diff(Sum[N], Generic[N]):
@@ -106,9 +139,8 @@ class Count(Field[int, int]):
     def check_code(self, stamp: str | None) -> list[str]:
         return [f"if {self.name} != 1:", *(f"    {line}" for line in super().check_code(stamp))]
 
-    def fold_code(self) -> list[str]:
-        key = repr(self.name)
-        return [f"_doc[{key}] = _doc[{key}] + {self.name} if {key} in _doc else {self.name}"]
+    def fold_code(self) -> FoldCode:
+        return FoldCode(_adding(f"_record.{self.slot}", self.name))
 
 
 class Counter(Field[dict[K, int], Mapping[K, int]], Generic[K]):
@@ -131,11 +163,28 @@ class Counter(Field[dict[K, int], Mapping[K, int]], Generic[K]):
     def fold(self, state: Any, value: Any) -> Any:
         if state is None:
             return value
-        for key, times in value.items():
-            state[key] = state[key] + times if key in state else times
+        state |= self.sums(state, value)
         return state
 
     merge = fold
+
+    def sums(self, state: Any, value: Any) -> Any:
+        """Return the new sums of the keys that a value has."""
+        if state is None:
+            return value
+        return {key: state[key] + times if key in state else times for key, times in value.items()}
+
+    def fold_code(self) -> FoldCode:
+        name, state = self.name, f"_record.{self.slot}"
+        return FoldCode(
+            [
+                f"if {state} is None:",
+                f"    {state} = _new_{name}",
+                "else:",
+                f"    {state} |= _new_{name}",
+            ],
+            [f"_new_{name} = _sums_{name}({state}, {name})"],
+        )
 
     def read(self, state: Any) -> Any:
         return dict(state) if state else {}
@@ -160,22 +209,29 @@ class Mean(Field[float | None, float], Generic[N]):
     def make_values(self, annotation: Any) -> ValueType:
         return _numbers(annotation)
 
-    def fold(self, state: Any, value: Any) -> Any:
-        # How many, and their sum
-        if state is None:
-            return [1, value if type(value) is not float else [0, value]]
-        state[0] += 1
-        state[1] = exact.add(state[1], value)
-        return state
+    def fold_code(self) -> FoldCode:
+        # How many, and their sum; and behind them values that were not added up yet
+        return _appending(self, ["0", "0"])
+
+    def tidy(self, state: Any) -> Any:
+        count, total, *values = state
+        if type(total) is list:
+            total = list(total)
+        for value in values:
+            total = exact.add(total, value)
+        return [count + len(values), exact.sealed(total)]
+
+    seal = tidy
 
     def merge(self, one: Any, other: Any) -> Any:
+        one, other = self.tidy(one), self.tidy(other)
         return [one[0] + other[0], exact.merge(one[1], other[1])]
 
-    def seal(self, state: Any) -> Any:
-        return [state[0], exact.sealed(state[1])]
-
     def read(self, state: Any) -> Any:
-        return None if state is None else exact.nearest(exact.fraction_of(state[1]) / state[0])
+        if state is None:
+            return None
+        count, total = self.tidy(state)
+        return exact.nearest(exact.fraction_of(total) / count)
 
     def is_state(self, state: Any) -> bool:
         return (
@@ -185,6 +241,20 @@ class Mean(Field[float | None, float], Generic[N]):
             and state[0] > 0
             and exact.is_total(state[1])
         )
+
+
+def _appending(field: Field[Any, Any], empty: Sequence[str]) -> FoldCode:
+    """Return the lines that keep a value behind the others, to be added up with them later."""
+    name, state = field.name, f"_record.{field.slot}"
+    return FoldCode(
+        [
+            f"if {state} is None:",
+            f"    {state} = [{', '.join([*empty, name])}]",
+            "else:",
+            f"    {state} += [{name}]",
+        ],
+        most=exact.BUFFER,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,48 +304,39 @@ class Stats(Field[Summary, float], Generic[N]):
     def make_values(self, annotation: Any) -> ValueType:
         return _numbers(annotation)
 
-    def fold(self, state: Any, value: Any) -> Any:
+    def fold_code(self) -> FoldCode:
         # Least, greatest, sum, integer and shift of the squares' sum, how many; and behind them
         # values that were not added up yet
-        if state is None:
-            return [value, value, 0, 0, 0, 0, value]
-        if precedes(value, state[0]):
-            state[0] = value
-        if precedes(state[1], value):
-            state[1] = value
-        state.append(value)
-        if len(state) > exact.BUFFER:
-            self._settle(state)
-        return state
+        return _appending(self, [self.name, self.name, "0", "0", "0", "0"])
 
-    @staticmethod
-    def _settle(state: list[Any]) -> None:
-        total, squares, count = state[2], (state[3], state[4]), state[5]
-        for value in state[6:]:
+    def tidy(self, state: Any) -> Any:
+        least, greatest, total, squares, shift, count, *values = state
+        if type(total) is list:
+            total = list(total)
+        shifted = squares, shift
+        for value in values:
+            if precedes(value, least):
+                least = value
+            if precedes(greatest, value):
+                greatest = value
             total = exact.add(total, value)
-            squares = exact.add_shifted(squares, exact.square(value))
-            count += 1
-        state[2:] = [exact.sealed(total), *squares, count]
+            shifted = exact.add_shifted(shifted, exact.square(value))
+        return [least, greatest, exact.sealed(total), *shifted, count + len(values)]
+
+    seal = tidy
 
     def merge(self, one: Any, other: Any) -> Any:
-        self._settle(one)
-        self._settle(other)
+        one, other = self.tidy(one), self.tidy(other)
         least = other[0] if precedes(other[0], one[0]) else one[0]
         greatest = other[1] if precedes(one[1], other[1]) else one[1]
         squares = exact.add_shifted((one[3], one[4]), (other[3], other[4]))
         total = exact.merge(one[2], other[2])
         return [least, greatest, total, *squares, one[5] + other[5]]
 
-    def seal(self, state: Any) -> Any:
-        self._settle(state)
-        return state
-
     def read(self, state: Any) -> Any:
         if state is None:
             return Summary()
-        state = [list(part) if type(part) is list else part for part in state]
-        self._settle(state)
-        least, greatest, total, squares, shift, count = state
+        least, greatest, total, squares, shift, count = self.tidy(state)
         mean: Fraction = exact.fraction_of(total) / count
         variance = exact.fraction((squares, shift)) / count - mean * mean
         return Summary(

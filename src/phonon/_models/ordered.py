@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import date, datetime
 from typing import Any, Generic, TypeVar
 
-from phonon._models.field import Field
+from phonon._models.field import Field, FoldCode
 from phonon._models.values import ValueType, place, precedes
 from phonon.errors import ConfigurationError
 
@@ -36,14 +36,17 @@ class Min(Field[T | None, T], Generic[T]):
 
     _operator = "<"
 
-    def fold_code(self) -> list[str]:
-        if self._values.exact not in _FAST:
+    def fold_code(self) -> FoldCode:
+        if self._values.exact not in _FAST and self.value_type is not float:
             return super().fold_code()
-        key, name = repr(self.name), self.name
-        return [
-            f"if {key} not in _doc or {name} {self._operator} _doc[{key}]:",
-            f"    _doc[{key}] = {name}",
-        ]
+        name, state = self.name, f"_record.{self.slot}"
+        return FoldCode(
+            [
+                f"_state = {state}",
+                f"if _state is None or {name} {self._operator} _state:",
+                f"    {state} = {name}",
+            ]
+        )
 
 
 class Max(Min[T], Generic[T]):
@@ -227,15 +230,23 @@ class WindowedList(Field[list[T], Any], Generic[T]):
             del pairs[self.window_length :]
         return pairs
 
-    def fold(self, state: Any, value: Any) -> Any:
-        if state is None:
-            return value
-        state += value
-        if len(state) > 2 * self.window_length:
-            self._best(state)
-        return state
+    def merge(self, one: Any, other: Any) -> Any:
+        return self._best(one + other)
 
-    merge = fold
+    def fold_code(self) -> FoldCode:
+        name, state = self.name, f"_record.{self.slot}"
+        return FoldCode(
+            [
+                f"if {state} is None:",
+                f"    {state} = {name}",
+                "else:",
+                f"    {state} += {name}",
+            ],
+            most=2 * self.window_length,
+        )
+
+    def tidy(self, state: Any) -> Any:
+        return self._best(list(state))
 
     def seal(self, state: Any) -> Any:
         return self._best(state)
@@ -286,24 +297,37 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
             raise TypeError(f"takes a mapping of {self._values.name} to scores")
         return {self._values.check(key): _RANK.check(score) for key, score in value.items()}
 
-    def fold(self, state: Any, value: Any) -> Any:
+    def merge(self, one: Any, other: Any) -> Any:
+        return self.tidy(one | self.better(one, other))
+
+    def better(self, state: Any, value: Any) -> Any:
+        """Return the keys of a value that are new or have a higher score than before."""
         if state is None:
             return value
-        for key, score in value.items():
-            if key not in state or precedes(state[key], score):
-                state[key] = score
-        if len(state) > 2 * self.size:
-            return self._best(state)
-        return state
+        return {
+            key: score
+            for key, score in value.items()
+            if key not in state or precedes(state[key], score)
+        }
 
-    merge = fold
+    def fold_code(self) -> FoldCode:
+        name, state = self.name, f"_record.{self.slot}"
+        return FoldCode(
+            [
+                f"if {state} is None:",
+                f"    {state} = _new_{name}",
+                "else:",
+                f"    {state} |= _new_{name}",
+            ],
+            [f"_new_{name} = _better_{name}({state}, {name})"],
+            most=2 * self.size,
+        )
 
     def _best(self, state: dict[Any, Any]) -> dict[Any, Any]:
         pairs = sorted(state.items(), key=lambda pair: (place(pair[1]), place(pair[0])))
         return dict(pairs[: -self.size - 1 : -1])
 
-    def seal(self, state: Any) -> Any:
-        return self._best(state)
+    tidy = seal = _best
 
     def read(self, state: Any) -> Any:
         return self._best(state or {})

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, ClassVar, Self
 
+from phonon._core import codec
 from phonon._core.classes import name_of
+from phonon._core.local import EMPTY
 from phonon._models.compiled import Compiled
 from phonon.update import Update
 
@@ -25,10 +27,20 @@ class ModelRecord(Update):
         compiled: Its code.
         messages: How many messages have been merged here since the session began.
         is_due: Whether the session is over although others may hold the resource.
-        is_used: Whether a message has come since the collection last made room.
+        is_used: Whether a message has come since the collection last made room; None: none has come
+            at all.
     """
 
-    __slots__ = ("arguments_", "is_due", "is_used", "messages")
+    __slots__ = (
+        "arguments_",
+        "aside_",
+        "is_due",
+        "is_used",
+        "messages",
+        "moved_",
+        "odd_",
+        "version_",
+    )
 
     model: ClassVar[Any]
     compiled: ClassVar[Compiled]
@@ -38,14 +50,36 @@ class ModelRecord(Update):
     sink: ClassVar[Any] = None
     folds_: ClassVar[bool] = True
     messages: int
+    #: Grows when the states change, so that what was made of them before is known to be old.
+    version_: int
+    #: States that are on their way to the server: of two calls, if a signal handler stores as well.
+    moved_: tuple[dict[str, Any], ...]
+    #: Tables that have rows of it which are not merged yet.
+    aside_: Any
+    #: What was decoded as the doc, if it is none of this model.
+    odd_: Any
     is_due: bool
-    is_used: bool
-    #: The argument of ``on_complete`` in programs that were written for the original.
+    is_used: bool | None
+    #: What ``on_complete`` is given, in programs that were written for the original.
     arguments_: tuple[tuple[Any, ...], dict[str, Any]] | None
+
+    @property
+    def doc(self) -> Any:
+        """The states by field. Each has an attribute of its own: that is faster than a dict."""
+        if self.aside_ is not None:
+            self.aside_.settle()
+        return self.compiled.doc_of(self) if self.odd_ is None else self.odd_
+
+    @doc.setter
+    def doc(self, doc: Any) -> None:
+        self.odd_ = None if self.compiled.knows(doc) else doc
+        self.compiled.fill(self, doc if self.odd_ is None else {})
 
     def merge(self, other: Self) -> None:
         """Merge the fields."""
-        self.compiled.merge(self.doc, other.doc)
+        doc = self.doc
+        self.compiled.merge(doc, other.doc)
+        self.doc = doc
 
     def execute(self) -> Any:
         """Run the model's ``on_complete``."""
@@ -102,14 +136,65 @@ class ModelRecord(Update):
     def attach(self, process: Any) -> None:
         """Belong to a process."""
         super().attach(process)
-        self.messages = 0
-        self.is_due = self.is_used = False
+        self.messages, self.moved_, self.aside_ = 0, (), None
+        self.is_due, self.is_used = False, None
         self.arguments_ = None
 
+    def has_unsent(self) -> bool:
+        """Return whether it has data that is not on the server."""
+        if self._unsent_ or self.aside_ is not None:
+            return True
+        if self._emptied_ != EMPTY:
+            return super().has_unsent()
+        return self.compiled.has_states(self)
+
     def _take_(self, engine: Any, *, keep: bool) -> tuple[bytes | None, Any]:
-        if self.doc:
-            self.compiled.seal(self.doc)
-        return super()._take_(engine, keep=keep)
+        if not self.has_unsent():
+            self.version_ += 1  # a message that is being folded looks for its record again
+            return None, None
+        compiled, depth = self.compiled, len(self.moved_)
+        if self.aside_ is not None:
+            self.aside_.settle()
+        try:
+            # What comes in from here on, from a signal handler say, is of the next partial.
+            compiled.move(self)
+            doc = self.moved_[-1]
+            compiled.seal(doc)
+            partial = codec.pack(self._with(doc), engine.codec.serializer)
+            if len(partial) > engine.most_bytes:
+                raise codec.too_large(self, len(partial), engine.most_bytes)  # noqa: TRY301 - as what pack raises
+        except BaseException:
+            if len(self.moved_) > depth:
+                self._move_back()
+            raise
+        self.moved_ = self.moved_[:-1]
+        return partial, (None, doc, {}) if keep else None
+
+    def _with(self, doc: dict[str, Any]) -> Self:
+        """Return a record of the same key with other states, to be stored."""
+        record = object.__new__(type(self))
+        record._id, record.database, record.collection = self._id, self.database, self.collection
+        record.spec, record.odd_, record.aside_ = None, doc, None
+        return record
+
+    def _move_back(self) -> None:
+        *rest, doc = self.moved_
+        newer = self.doc
+        if newer:
+            self.compiled.merge(doc, newer)
+        self.doc, self.moved_, self._unsent_ = doc, tuple(rest), True
+
+    def cached_under(self, lock: Any) -> None:
+        """Be a new entry of a cache, whose lock is this record's from now on."""
+        self._lock_ = lock
+
+    def _discard_(self) -> bool:
+        if self.aside_ is not None:
+            self.aside_.settle()
+        had = super()._discard_()
+        # Messages are folded into what is there.
+        self.doc = {}
+        return had
 
     def is_expired(self) -> bool:
         """Return whether the session is over; the collection decides."""
@@ -119,6 +204,11 @@ class ModelRecord(Update):
     def upgraded_(cls, content: list[Any], version: int) -> list[Any]:
         """Return decoded content as this version of the model stores it."""
         doc = cls.model.upgrade(content[4], version)
+        if type(doc) is not dict:
+            raise TypeError(
+                f"{cls.model.__qualname__}.upgrade() returned {doc!r}: it returns what is kept of "
+                "each field, as a dict"
+            )
         return [*content[:4], doc, content[5]]
 
     def fault_(self) -> str:
@@ -176,7 +266,7 @@ def make_record_class(model: Any, compiled: Compiled, **keywords: Any) -> type[M
 
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(
-            __slots__=(),
+            __slots__=compiled.slots[:-1],
             __module__=model.__module__,
             __qualname__=model.__qualname__,
             __doc__=f"What has come together for one key of {model.__qualname__}.",

@@ -15,7 +15,7 @@ from typing import Any, Union
 from uuid import UUID
 
 from phonon.errors import ConfigurationError, NotStorableError
-from phonon.serializers import ExactSerializer
+from phonon.serializers import STORABLE, ExactSerializer
 
 _SERIALIZER = ExactSerializer()
 #: Types whose instances cannot change, so that they are kept as they come.
@@ -105,6 +105,11 @@ def _check_for(kind: Any) -> Callable[[Any], Any]:
         raise ConfigurationError(
             f"{kind!r} is no type that values of a field can be checked against: give a class, "
             "or Any"
+        )
+    if not any(issubclass(storable_type, origin) for storable_type in STORABLE):
+        raise ConfigurationError(
+            f"values of {_name_of(kind)} cannot be stored: give the field the type of what stands "
+            "for them, such as str for the value of an Enum"
         )
     if origin in _CONSTANT:
         return lambda value: _constant(value, origin)

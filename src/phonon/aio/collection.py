@@ -1,6 +1,7 @@
 """A collection of a model's records, for tasks."""
 
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 from phonon._core.engine import errors_only
@@ -74,6 +75,7 @@ class AsyncCollection(BaseCollection[P, M]):
 
     async def add_many(self, rows: Iterable[Any]) -> list[Rejected]:
         """Merge many messages; see `Collection.add_many`."""
+        self._check_rows(rows)
         await self._room()
         rejected: list[Rejected] = []
         if self._engine.batch is not None:
@@ -86,14 +88,15 @@ class AsyncCollection(BaseCollection[P, M]):
 
     async def add_table(self, table: Any) -> list[Rejected]:
         """Merge the rows of a table; see `Collection.add_table`."""
-        reduced = self._reduced(table)
-        if reduced.rows is not None:
-            return await self.add_many(reduced.rows)
+        rows = self._rows_of(table)
+        if rows.table is None:
+            return await self.add_many(rows.rows)
         await self._room()
-        async with self._process.batch():
-            out = self._put_columns(reduced)
+        # Not one in another: it would make that durable.
+        async with nullcontext() if self._engine.batch is not None else self._process.batch():
+            out = self._put_table(rows)
             raise_together("ending sessions failed", await self._cache.end(out))
-        return [Rejected(*each) for each in reduced.rejected]
+        return [Rejected(*each) for each in rows.rejected]
 
     async def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
         """Merge a record that shows one message; see `Collection.add_record`."""

@@ -8,7 +8,7 @@ import pytest
 
 from phonon import Model
 from phonon.aio import AsyncProcess
-from phonon.errors import InvalidMessageError
+from phonon.errors import ConfigurationError, InvalidMessageError
 from phonon.fields import ID, Count, Counter, Sum
 from support.both import until
 from support.world import Make, Redis
@@ -138,3 +138,51 @@ def test_threads_and_tasks_share_records(server: Redis, namespace: str, make: Ma
 
     run(server, namespace, main)
     assert [record.hits for record in Plain.done] == [2]
+
+
+def test_arguments_that_no_message_has(server: Redis, namespace: str) -> None:
+    async def main(process: AsyncProcess) -> None:
+        views: Any = process.collect(Views)
+        with pytest.raises(TypeError, match=r"^add\(\) takes from 0 to 3 positional"):
+            await views.add("ada", 1, {}, 5)
+        with pytest.raises(InvalidMessageError, match=r"add_many\(\) takes whole messages"):
+            await views.add({"user": "ada"})
+        with pytest.raises(ConfigurationError, match="put it into a list"):
+            await views.add_many({"user": "ada"})
+
+    run(server, namespace, main)
+
+
+def test_a_table_in_a_block_that_is_not_durable_stays_here(server: Redis, namespace: str) -> None:
+    polars = pytest.importorskip("polars")
+
+    async def main(process: AsyncProcess) -> None:
+        views = process.collect(Views)
+        async with process.batch(durable=False):
+            for _ in range(3):
+                assert (
+                    await views.add_table(polars.DataFrame({"user": ["ada"], "views": [1]})) == []
+                )
+            await views.add("ada", views=10)
+        assert await views.read("ada") is None
+        await views.expire_all()
+        assert [record.views for record in Views.done] == [13]
+
+    run(server, namespace, main)
+
+
+def test_a_batch_that_fails_leaves_nothing_in_its_records(server: Redis, namespace: str) -> None:
+    async def main(process: AsyncProcess) -> None:
+        views = process.collect(Views)
+        async with process.batch(durable=False):
+            await views.add("ada", views=4)
+        with pytest.raises(ZeroDivisionError):
+            async with process.batch():
+                await views.add("ada", views=1)
+                raise ZeroDivisionError
+        async with process.batch():
+            await views.add("ada", views=2)
+        await views.expire_all()
+        assert [record.views for record in Views.done] == [6]
+
+    run(server, namespace, main)

@@ -1,21 +1,28 @@
 """Models and their collections, in threads and real processes, on a real server."""
 
+import copy
 import dataclasses
+import enum
 import os
+import pickle
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import msgspec
 import pydantic
 import pytest
 
 from phonon import Model, Process
+from phonon._models import collecting
 from phonon.errors import ConfigurationError, InvalidMessageError, ProcessStoppedError
 from phonon.fields import ID, Count, Counter, Latest, ListAppend, Max, SetAppend, Sum, Window
+from phonon.serializers import ExactSerializer
 from support.world import Make, Redis, keys_in, wait_until
+
+T = TypeVar("T")
 
 
 class PageViews(Model, name="test_page_views"):
@@ -54,6 +61,10 @@ def _forget() -> Iterator[None]:
     PageViews.done.clear()
     Many.done.clear()
     PageViews.failing = 0
+
+
+class Color(enum.Enum):
+    RED = "red"
 
 
 #: A size that is none. No type checker takes one in brackets.
@@ -358,11 +369,115 @@ def test_fields_in_either_spelling() -> None:
         ({"id": ID(), "total": Sum}, r"Sum\(\)"),
         ({"__annotations__": {"id": ID[str], "total": Sum[int]}, "total": 0}, r"= Sum\(\)"),
         ({"__annotations__": {"id": ID[str], "top": NOTHING}}, "at least 1"),
+        ({"__annotations__": {"id": ID[str], "n": Sum[int] | None}}, r"n: Sum\[...\] = Sum\(\)"),
+        ({"__annotations__": {"id": ID[str], "n": ClassVar[Sum[int]]}}, r"= Sum\(\)"),
+        ({"__annotations__": {"id": ID[str], "n": int}, "n": 0}, r"Latest\[int\].*ClassVar"),
+        ({"__annotations__": {"id": ID[Color]}}, "values of Color cannot be stored"),
     ],
 )
 def test_fields_that_cannot_be_a_models_are_refused(body: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         type("Wrong", (Model,), {"__module__": __name__, **body})
+
+
+class Best(Model, Generic[T]):
+    id: ID[str]
+    best: Max[T] = Max()
+    ratio: Annotated[Sum[float], "of clicks"] = Sum()
+
+
+class BestNumber(Best[int], name="best_number"):
+    pass
+
+
+def test_a_generic_model_takes_what_its_subclass_says() -> None:
+    assert BestNumber("a", 5, ratio=0.5).best == 5
+    with pytest.raises(InvalidMessageError, match=r"BestNumber\.best takes int, not 'x'"):
+        BestNumber("a", "x")  # type: ignore[arg-type]  # this is what the test is about
+
+
+def test_a_record_is_a_value() -> None:
+    record = PageViews("ada", views=1, pages={"/": 1})
+    assert pickle.loads(pickle.dumps(record)) == record  # noqa: S301 - its own
+    assert copy.deepcopy(record) == copy.copy(record) == record
+    assert record != PageViews("ada", views=2, pages={"/": 1})
+    assert record != "ada"
+    assert repr(record).startswith("PageViews(user='ada', views=1, pages={'/': 1}")
+    with pytest.raises(AttributeError, match=r"PageViews\.views cannot be deleted"):
+        del record.views
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(record)
+
+
+def test_arguments_that_no_message_has(make: Make) -> None:
+    views: Any = make().collect(PageViews)
+    too_many: list[Any] = ["ada", 1, {}, NOON, [], 6]
+    with pytest.raises(TypeError, match=r"^PageViews\(\) takes from 0 to 5 positional"):
+        PageViews(*too_many)
+    with pytest.raises(TypeError, match=r"^add\(\) takes from 0 to 5 positional"):
+        views.add(*too_many)
+    for whole in ({"user": "ada"}, PageViews("ada")):
+        with pytest.raises(InvalidMessageError, match=r"add_many\(\) takes whole messages"):
+            views.add(whole)
+    for rows in ({"user": "ada"}, PageViews("ada"), "ada"):
+        with pytest.raises(ConfigurationError, match="put it into a list"):
+            views.add_many(rows)
+
+
+def test_keys_are_kept_as_plain_text(make: Make) -> None:
+    class Name(str):
+        __slots__ = ()
+
+    class Kind(enum.StrEnum):
+        ADA = "ada"
+
+    process = make()
+    views = process.collect(PageViews)
+    for key in (Name("ada"), Kind.ADA, "ada"):
+        views.add(key, views=1)
+    assert len(views) == 1
+    stored = views.read("ada")
+    assert stored is not None
+    assert (stored.views, type(stored.user)) == (3, str)
+
+
+def test_two_collections_of_a_model_come_to_one_record(make: Make) -> None:
+    process = make()
+    one, other = process.collect(PageViews), process.collect(PageViews)
+    with process.batch(durable=False):
+        one.add("ada", views=1)
+        other.add("ada", views=2)
+    process.stop()
+    assert sum(record.views for record in PageViews.done) == 3
+
+
+def test_a_record_adds_to_another_when_it_is_complete(make: Make) -> None:
+    class Chained(Model, name="test_chained"):
+        id: ID[int]
+        hits: Count = Count()
+
+        def on_complete(self) -> None:
+            done.append(self.id)
+            if self.id < 3:
+                records.add(self.id + 1)
+
+    done: list[int] = []
+    records = make().collect(Chained)
+    records.add(1)
+    while len(records):
+        records.expire_all()
+    assert done == [1, 2, 3]
+
+
+def test_naive_times_come_before_aware_ones() -> None:
+    early = PageViews("ada", last_seen=NOON)
+    naive = datetime(2030, 1, 1)  # noqa: DTZ001 - this is what the test is about
+    for order in ([naive, NOON], [NOON, naive]):
+        doc: dict[str, Any] = {}
+        for time in order:
+            PageViews._code().fold(doc, "ada", last_seen=time)
+        assert doc["last_seen"] == [NOON, NOON]
+    assert early.last_seen == NOON
 
 
 def test_read_shows_what_threads_of_a_process_have_stored(make: Make) -> None:
@@ -374,3 +489,116 @@ def test_read_shows_what_threads_of_a_process_have_stored(make: Make) -> None:
     stored = views.read("ada")
     assert stored is not None
     assert stored.views == 1100
+
+
+class Rushed:
+    """A serializer in whose middle a message comes, as one from a signal handler would."""
+
+    name = "rushed"
+
+    def __init__(self) -> None:
+        self.rush: Callable[[], object] = lambda: None
+        self._exact = ExactSerializer()
+
+    def dumps(self, value: Any) -> bytes:
+        rush, self.rush = self.rush, lambda: None
+        rush()
+        return self._exact.dumps(value)
+
+    def loads(self, data: bytes) -> Any:
+        return self._exact.loads(data)
+
+
+def test_a_message_that_comes_while_its_record_is_stored_is_kept(make: Make) -> None:
+    serializer = Rushed()
+    process = make(serializer=serializer)
+    views = process.collect(PageViews)
+    with process.batch(durable=False):
+        views.add("ada", views=1)
+    serializer.rush = lambda: views.add("ada", views=2)
+    views.expire("ada")
+    views.expire_all()
+    assert sum(record.views for record in PageViews.done) == 3
+
+
+def test_a_record_that_cannot_be_stored_stays(make: Make) -> None:
+    serializer = Rushed()
+    process = make(serializer=serializer)
+    views = process.collect(PageViews)
+    with process.batch(durable=False):
+        views.add("ada", views=1)
+
+    def rush() -> None:
+        with process.batch(durable=False):
+            views.add("ada", views=2)
+        raise ZeroDivisionError
+
+    serializer.rush = rush
+    with pytest.raises(ZeroDivisionError):
+        views.expire("ada")
+    views.expire("ada")
+    assert [record.views for record in PageViews.done] == [3]
+
+
+@pytest.mark.parametrize("has_gil", [True, False])
+def test_threads_add_while_others_end_the_session(
+    make: Make, monkeypatch: pytest.MonkeyPatch, has_gil: bool
+) -> None:
+    monkeypatch.setattr(collecting, "_HAS_GIL", has_gil)
+    process = make()
+    views = process.collect(PageViews, max_entries=2)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+
+        def work() -> None:
+            with process.batch(durable=False):
+                for i in range(600):
+                    views.add(f"user{i % 3}", views=1, pages={"/": 1})
+
+        def end() -> None:
+            for _ in range(30):
+                views.expire_all()
+                views.add_many([{"user": "user0", "views": 0}])
+
+        threads = [threading.Thread(target=run) for run in (work, work, end)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    process.stop()
+    assert sum(record.views for record in PageViews.done) == 2 * 600
+    assert sum(record.pages.get("/", 0) for record in PageViews.done) == 2 * 600
+
+
+def test_a_message_outside_of_another_threads_durable_batch_is_kept(make: Make) -> None:
+    process = make()
+    views = process.collect(PageViews)
+
+    def work() -> None:
+        with process.batch(durable=False):
+            views.add("ada", views=2)
+
+    with process.batch():
+        views.add("ada", views=1)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    views.expire_all()
+    assert sum(record.views for record in PageViews.done) == 3
+
+
+def test_a_batch_that_fails_leaves_nothing_in_its_records(make: Make) -> None:
+    process = make()
+    views = process.collect(PageViews)
+    with process.batch(durable=False):
+        views.add("ada", views=4)
+    with pytest.raises(ZeroDivisionError), process.batch():
+        views.add("ada", views=1)
+        raise ZeroDivisionError
+    with process.batch():
+        views.add("ada", views=2)
+    views.expire_all()
+    assert [record.views for record in PageViews.done] == [6]

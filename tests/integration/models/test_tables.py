@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from phonon import Model
+from phonon._models import columns
 from phonon.errors import ConfigurationError, InvalidMessageError
 from phonon.fields import (
     ID,
@@ -100,6 +101,29 @@ def test_a_table_comes_to_the_same_as_its_rows(make: Make, kind: str, exact: boo
     assert len(by_table) == 7
 
 
+def test_text_in_any_of_arrows_types(make: Make) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    plain = arrow.array(["a", "b", None, "a"])
+    columns_of = {
+        "string": plain,
+        "large": plain.cast(arrow.large_string()),
+        "view": plain.cast(arrow.string_view()),
+        "dictionary": plain.dictionary_encode(),
+        "a dictionary with null": arrow.DictionaryArray.from_arrays(
+            arrow.array([0, 1, 2, 0]), arrow.array(["a", "b", None])
+        ),
+    }
+    orders = make().collect(Orders)
+    for column in columns_of.values():
+        table = arrow.table({"customer": column, "items": column, "amount": [1, 2, 4, 8]})
+        assert [row for row, _ in orders.add_table(table)] == [2]
+        assert orders.add_table(table.slice(0, 0)) == []
+    orders.expire_all()
+    assert {name: (r.amount, r.items) for name, r in Orders.done.items()} == {
+        "a": (45, {"a"}), "b": (10, {"b"}),
+    }  # fmt: skip
+
+
 def test_rows_that_are_not_taken_come_back_with_their_numbers(make: Make) -> None:
     orders = make().collect(Orders)
     frame = pl.DataFrame(
@@ -132,3 +156,80 @@ def test_what_is_no_table_of_the_model_is_refused(make: Make) -> None:
         orders.add_table([{"customer": "a"}])
     lenient = make().collect(Orders, ignore_unknown=True)
     assert lenient.add_table(pl.DataFrame({"customer": ["a"], "vews": [1]})) == []
+
+
+def test_a_table_in_a_block_that_is_not_durable_stays_here(make: Make) -> None:
+    process, reader = make(), make().collect(Orders)
+    orders = process.collect(Orders)
+    with process.batch(durable=False):
+        for _ in range(3):
+            orders.add_table(pl.DataFrame({"customer": ["a", "b", "a"], "amount": [1, 2, 4]}))
+        orders.add("a", amount=100)
+    assert reader.read("a") is None
+    here = orders.get("a")
+    assert here is not None
+    assert (here.amount, here.orders) == (115, 7)
+    orders.expire_all()
+    assert {name: record.amount for name, record in Orders.done.items()} == {"a": 115, "b": 6}
+
+
+def test_a_block_that_fails_takes_its_tables_with_it(make: Make) -> None:
+    process = make()
+    orders = process.collect(Orders)
+    frame = pl.DataFrame({"customer": ["a", "b"], "amount": [1, 2]})
+    with process.batch(durable=False):
+        orders.add_table(frame)
+    with pytest.raises(ZeroDivisionError), process.batch():
+        orders.add_table(frame)
+        raise ZeroDivisionError
+    orders.expire_all()
+    assert {name: record.amount for name, record in Orders.done.items()} == {"a": 1, "b": 2}
+
+
+def test_tables_of_more_keys_than_there_is_room_for(make: Make) -> None:
+    process = make()
+    orders = process.collect(Orders, max_entries=2)
+    frame = pl.DataFrame({"customer": list("abcdabcd"), "amount": [1, 2, 3, 4] * 2})
+    with process.batch(durable=False):
+        for _ in range(3):
+            orders.add_table(frame)
+    process.stop()
+    found = {name: record.amount for name, record in Orders.done.items()}
+    assert found.keys() == set("abcd")
+    assert orders.size() == 0
+
+
+def test_many_bytes_of_tables_are_merged_although_nobody_looks(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "MOST_BYTES", 100)
+    process = make()
+    orders = process.collect(Orders)
+    with process.batch(durable=False):
+        orders.add_table(pl.DataFrame({"customer": ["a"] * 50, "amount": [1] * 50}))
+        record = orders._cache._entries["a"]
+        assert record.aside_ is None
+    orders.expire_all()
+    assert Orders.done["a"].amount == 50
+
+
+def test_an_interrupt_while_tables_are_reduced_loses_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = make()
+    orders = process.collect(Orders)
+    with process.batch(durable=False):
+        orders.add_table(pl.DataFrame({"customer": ["a", "b"], "amount": [1, 2]}))
+        compiled = orders._compiled
+        settle = compiled.settle
+
+        def interrupted(found: Any, records: Any) -> None:
+            settle({name: values[:1] for name, values in found.items()}, records)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(compiled, "settle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            orders.get("a")
+        monkeypatch.undo()
+    orders.expire_all()
+    assert {name: record.amount for name, record in Orders.done.items()} == {"a": 1, "b": 2}
