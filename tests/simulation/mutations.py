@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from phonon._core import (
     executor,
+    expected,
     heartbeat,
     identity,
     leases,
@@ -303,7 +304,7 @@ MUTATIONS: dict[str, Mutation] = {
         "if (name, token) in self.busy or (name, token) in self._resuming:", "if False:",
     ),
     "an answer that was not seen is a forgotten batch": _core(
-        executor, "Executor.expects", "expected.update(names)", "pass", "outage"
+        expected, "Expected.add", "by_name[name] = alone", "pass", "outage"
     ),
     "a refused membership is forgotten at once": _core(
         members, "Members.entered", "not entry.entered and", "failed and", "faults"

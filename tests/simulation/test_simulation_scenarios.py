@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from phonon._core import executor, heartbeat, identity, members, outbox, rebirth, takeover
+from phonon._core import expected, heartbeat, identity, members, outbox, rebirth, takeover
 from phonon._protocol import lane
 from simulation import scenarios
 from simulation.checks import Violation
@@ -128,7 +128,7 @@ WITHOUT: dict[Scenario, Mutation] = {
         "  if call('EXISTS', c.T .. 'running:' .. resource) == 0 then\n",
     ),
     scenarios.a_batch_is_not_forgotten_while_its_answer_lies_here: Mutation(
-        core=(Patch(executor, "Executor.expects", "expected.update(names)", "pass"),)
+        core=(Patch(expected, "Expected.add", "by_name[name] = alone", "pass"),)
     ),
     scenarios.a_batch_whose_answer_lies_here_is_not_resumed: Mutation(
         core=(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import msgpack
 
 from phonon._core.executor import TOKENS, Executor, RunningBatch
+from phonon._core.expected import Expectation
 from phonon._core.flows import REBORN, Flow, Read, read, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
@@ -164,8 +165,13 @@ class DeadLetters:
         if not first:
             raise missing(resource, token)
         self._codec.check(resource, first[0], self.key(resource, token))
-        with self._executor.expects((name,)):
+        expectation = Expectation()
+        try:
+            self._executor.expected.add(expectation, (name,))
             answer = yield from single(operations.replay(partition, name, stored))
+        finally:
+            expectation.over = True
+            self._executor.expected.remove((name,))
         if answer == _MISSING:
             raise missing(resource, token)
         if answer == _RUNNING:

@@ -1,14 +1,13 @@
 """Executing batches: fetch, merge, run the user's code, report to the server; in lists."""
 
-import contextlib
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from phonon._core import classes, compaction
+from phonon._core.expected import Expectation, Expected
 from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, never_run, read
 from phonon._core.identity import Identity
 from phonon._core.reports import Event, Reports
@@ -181,8 +180,7 @@ class Executor:
 
     Attributes:
         busy: The batches that are being executed: another attempt at them is not begun.
-        expected: How many operations are under way that a batch of a resource may come with. An
-            answer may lie here, unseen, while others of the same `Send` are still to come.
+        expected: Resources with whose answers a batch may come.
     """
 
     def __init__(
@@ -199,30 +197,12 @@ class Executor:
         self._reports = reports
         self._schedule = schedule
         self.busy = _no_batches()
-        self.expected: Counter[bytes] = Counter()
+        self.expected = Expected()
 
     def begin(self) -> None:
         """Execute nothing: in a forked child."""
         self.busy = _no_batches()
-        self.expected = Counter()
-
-    @contextlib.contextmanager
-    def expects(self, names: Iterable[bytes]) -> Iterator[None]:
-        """Take no batch of these resources for a forgotten one meanwhile."""
-        expected, names = self.expected, list(names)
-        try:
-            expected.update(names)  # inside: an interrupt behind it must not leave them for ever
-            yield
-        finally:
-            for name in names:
-                self.expect_no_more(name)
-
-    def expect_no_more(self, name: bytes) -> None:
-        """Note that an operation is not under way any more: it was counted in `expected`."""
-        expected = self.expected
-        expected[name] -= 1
-        if expected[name] <= 0:
-            del expected[name]
+        self.expected = Expected()
 
     def execute(
         self,
@@ -256,7 +236,10 @@ class Executor:
                 own, making = len(sent), None
                 if more is not None:
                     making, more = more(sent), None
-                with self.expects(batch.name for batch in done):
+                names = [batch.name for batch in done]
+                expectation = Expectation()
+                try:
+                    self.expected.add(expectation, names)
                     got = (yield Send(sent, more=making)) if sent or making else []
                     answers += got[own:]
                     told = iter(got)
@@ -268,6 +251,9 @@ class Executor:
                         if following is not None:
                             self.busy[following.key] = following
                             waiting.append(following)
+                finally:
+                    expectation.over = True
+                    self.expected.remove(names)
         finally:
             for batch in waiting:
                 self.busy.pop(batch.key, None)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from phonon._core.executor import Executor, RunningBatch
+from phonon._core.expected import Expectation
 from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Sleep, Wait
 from phonon._core.identity import Identity
 from phonon._core.members import ABSENT, Entry, Members, modifications_of
@@ -25,7 +26,7 @@ from phonon._core.reports import Reports
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply, Run
 from phonon._protocol.operations import Operation
-from phonon.errors import BacklogFullError, PhononError
+from phonon.errors import BacklogFullError, ConnectionLostError, PhononError
 
 log = logging.getLogger("phonon")
 
@@ -278,7 +279,7 @@ class Outbox:
             joins: Resources to become a member of.
 
         Returns:
-            What went wrong. The data is back in its update then.
+            What went wrong. The data is back in its update then, unless it may have been stored.
         """
         members = self._members
         errors: list[BaseException] = []
@@ -309,8 +310,9 @@ class Outbox:
                 if entry is not None:
                     members.entered(resource, entry, failed=False)
             elif isinstance(answer, Exception):
-                parcel.put_back(partial)
-                self.unstored.append(parcel)
+                if not self._is_unknown(answer):
+                    parcel.put_back(partial)
+                    self.unstored.append(parcel)
                 errors.append(answer)
                 members.entered(resource, entry, failed=True)
             else:
@@ -388,7 +390,10 @@ class Outbox:
             # They are made when they are sent, not before batches are executed: a join in between
             # would be held here, and undone there.
             leaves = functools.partial(self._leaves, groups, about)
-            with executor.expects(name for group in groups for _, _, _, name in group):
+            names = [name for group in groups for _, _, _, name in group]
+            expectation = Expectation()
+            try:
+                executor.expected.add(expectation, names)
                 answers = yield from executor.execute(batches, leaves)
                 batches = []
                 for leaving, answer in zip(about, answers, strict=False):
@@ -396,6 +401,9 @@ class Outbox:
                     if batch is not None:
                         executor.busy[batch.key] = batch
                         batches.append(batch)
+            finally:
+                expectation.over = True
+                executor.expected.remove(names)
         yield from executor.execute(batches)
         yield from self._compact(many)
         self.look()
@@ -413,14 +421,16 @@ class Outbox:
             self.look()
             return result
         many: list[tuple[Operation, int]] = []
+        expectation = Expectation()
         try:
-            executor.expected[name] += 1
+            executor.expected.add(expectation, (name,))
             (answer,) = yield Send(sent)
             batch = self._left(about[0], answer, many)
             if batch is not None:
                 executor.busy[batch.key] = batch
         finally:
-            executor.expect_no_more(name)
+            expectation.over = True
+            executor.expected.remove((name,))
         if batch is not None:
             yield from executor.execute((batch,))
         if many:
@@ -435,7 +445,8 @@ class Outbox:
         """See to the answer to a leave. Return the batch that falls to us, if there is one."""
         operation, ending, data, kept, was_held, result = leaving
         if isinstance(answer, Exception):
-            self._not_left(ending, data, was_held)
+            if not self._is_unknown(answer):
+                self._not_left(ending, data, was_held)
             result.errors.append(answer)
             return None
         result.sent = True
@@ -500,6 +511,16 @@ class Outbox:
                 about.append((operation, ending, data, kept, was_held, result))
                 sent.append(operation)
             yield
+
+    def _is_unknown(self, answer: Exception) -> bool:
+        """Return whether nobody knows any more if the server has taken the data.
+
+        It is told, and not sent again: it would be merged twice. See `rebirth`: that takes a week.
+        """
+        if not isinstance(answer, ConnectionLostError):
+            return False
+        self._reports.report_error(answer)
+        return True
 
     def _not_left(self, ending: Ending, data: bytes | None, was_held: Any) -> None:
         """The server refused: the data is local again, and the session goes on."""
