@@ -292,7 +292,15 @@ def _check_retry(value: Any) -> None:
         raise ConfigurationError(
             f"retry is a phonon.RetryPolicy, not {value!r}: write RetryPolicy(attempts=...)"
         )
-    RetryPolicy(*value)  # `_replace` checks nothing
+    _check_again("retry", value)
+
+
+def _check_again(argument: str, value: RetryPolicy | Durability) -> None:
+    """Refuse what ``_replace`` has made, which checks nothing."""
+    try:
+        type(value)(*value)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{argument}: {error}") from None
 
 
 def _check_durability(value: Any) -> None:
@@ -302,7 +310,7 @@ def _check_durability(value: Any) -> None:
         raise ConfigurationError(
             f"durability is a phonon.Durability, not {value!r}: write Durability(replicas=...)"
         )
-    Durability(*value)
+    _check_again("durability", value)
 
 
 def check_executor(value: Any) -> None:

@@ -5,8 +5,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import phonon
+
+PACKAGE = str(Path(phonon.__file__).parent)
 
 
 @contextlib.contextmanager
@@ -61,7 +66,7 @@ def at_call(number: int, work: Callable[[], object], then: Callable[[], object])
 
     def trace(frame: FrameType, event: str, _: Any) -> None:
         nonlocal left
-        if event == "call" and "/phonon/" in frame.f_code.co_filename:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
             left -= 1
             if left == 0:
                 sys.settrace(None)

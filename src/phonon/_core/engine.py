@@ -561,13 +561,32 @@ class ThreadEngine(Engine):
         self.driver.close()
 
     def stop(self) -> list[BaseException]:
-        """End everything. Returns what went wrong."""
+        """End everything. Returns what went wrong.
+
+        A signal handler may call it in the middle of a call of its thread that holds a lock of
+        ours. The workers, which it waits for, may wait for that lock; so it is let go meanwhile.
+        """
         if self.stopped:
             return []
+        ours = [lock for lock in self._locks() if lock._is_owned()]  # noqa: SLF001 - as `threading.Condition` does
+        states = [lock._release_save() for lock in ours]  # noqa: SLF001 - as above
         try:
             return list(self.driver.run(self.stopping()))
         finally:
             self.close()
+            for lock, state in zip(ours, states, strict=True):
+                lock._acquire_restore(state)  # noqa: SLF001 - as above
+
+    def _locks(self) -> list[Any]:
+        """Return the locks that a caller's thread may hold, and a worker want."""
+        parts: list[Any] = [self.leases, self.executor.expected, self.identity.measures]
+        return [
+            self._starting,
+            self._spawning,
+            self.outbox._room,  # noqa: SLF001 - of our own parts, as are the following
+            *(part._lock for part in (self.sessions, *parts, *self.caches)),  # noqa: SLF001
+            *self.stripes,
+        ]
 
 
 class _TaskLocal:

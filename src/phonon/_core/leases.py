@@ -271,7 +271,7 @@ class Leases:
             while not self.stopping:
                 if not holder or operations.process_of(holder) != identity.name:
                     self._no_longer(holder)
-                    holder = self._new_holder(request, attempt, waits=seconds is not None)
+                    holder = self._new_holder(request, attempt)
                     queued = False
                 asked = identity.clock()
                 left = deadline - asked if seconds is not None else 0.0
@@ -290,7 +290,12 @@ class Leases:
                     grant = Grant(identity, request, holder, answer[1], asked, owner, on_lost)
                     self.take_again(grant, attempt)
                     self._add(grant)
-                    return grant
+                    if not self.stopping:
+                        return grant
+                    # `stop`, in the middle of this, may not have seen it.
+                    self._remove(grant)
+                    grant.lost = queued = True
+                    break
                 queued = queued or answer[0] == _WAIT
                 if left <= 0:
                     if queued:
@@ -314,17 +319,17 @@ class Leases:
             "new Process"
         )
 
-    def _new_holder(self, request: LockRequest, attempt: Attempt, *, waits: bool) -> Holder:
+    def _new_holder(self, request: LockRequest, attempt: Attempt) -> Holder:
         identity = self._identity
         holder = operations.holder_name(
             identity.name, identity.new_number(), shared=request.shared, places=request.places
         )
         attempt.holders.append(holder)
         self.attempts[holder] = attempt
-        if waits:
-            identity.waiters[holder] = Waiter(
-                request.partition, identity.me(), operations.unlock, request.name
-            )
+        # Also one that does not wait: what it is granted while the process stops is to be released.
+        identity.waiters[holder] = Waiter(
+            request.partition, identity.me(), operations.unlock, request.name
+        )
         return holder
 
     def _no_longer(self, holder: Holder) -> None:

@@ -89,6 +89,7 @@ class World:
         self.views = process.collect(Views, max_entries=3)
         self.reference = process.create_reference("resource")
         self.lock = process.lock("lock", timeout=1)
+        self.another = process.lock("another", timeout=1)
         self.semaphore = process.semaphore("semaphore", 2, timeout=1)
         self.admin = Admin(client=process.client, namespace=process.engine.options.namespace)
         self.tried: Counter[str] = Counter()
@@ -157,7 +158,7 @@ class World:
         self.views.expire_all()
 
     def take(self) -> None:
-        with self.process.lock("another", timeout=1):
+        with self.another:
             pass
 
     def acquire(self) -> None:
@@ -179,9 +180,9 @@ class World:
         list(self.admin.sessions())
 
     def let_go(self) -> int:
-        """Give back what a call had taken when it was broken off."""
+        """Give back what a call had taken that was broken off at the very entry of its end."""
         count = 0
-        for lock in (self.lock, self.semaphore):
+        for lock in (self.lock, self.another, self.semaphore):
             while lock.owned():
                 lock.release()
                 count += 1

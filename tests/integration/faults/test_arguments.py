@@ -337,6 +337,8 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
     "endings_for": ("engine",),
     "forget_for": ("engine",),
     "deadline": ("key",),
+    "entering": ("attempt",),
+    "releasing": ("taken",),
     "take_over": ("key", "now", "sessions"),
     "restore": ("key", "update"),
 }

@@ -5,13 +5,14 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phonon import Process
+from phonon import LruCache, Process
 from phonon._core import engine as engine_module
 from phonon._core.flows import Flow, Send
 from phonon._protocol import operations
@@ -32,6 +33,12 @@ class TimeLimit(Exception):  # noqa: N818 - as Celery's soft time limit, an ordi
 
 def limit() -> None:
     raise TimeLimit
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised in a finalizer gets no further."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)
 
 
 def run(
@@ -145,12 +152,13 @@ def test_an_interrupt_in_the_middle_of_a_callback_s_lock_leaves_it_free(make: Ma
     assert number > 60
 
 
-def test_a_stop_in_the_middle_of_a_lock_leaves_it_free(make: Make) -> None:
+@pytest.mark.parametrize("block", [True, False])
+def test_a_stop_in_the_middle_of_a_lock_leaves_it_free(make: Make, block: bool) -> None:
     """A lock that is granted while the process stops is nobody's."""
     other = make()
     for number in itertools.count(1):
         process = make(heartbeat_interval=NO_BEAT)
-        lock = process.lock("lock")
+        lock = process.lock("lock", block=block)
         came = False
         try:
             came = at_call(number, lock.acquire, process.stop)
@@ -263,3 +271,33 @@ def test_nothing_is_expected_behind_an_interrupt(make: Make) -> None:
         wait_until(lambda: b"test.test.record" not in process.engine.executor.expected)
     assert number > 60
     process.flush()
+
+
+def test_a_stop_in_a_frame_that_holds_a_lock_which_a_worker_wants(make: Make) -> None:
+    """The worker that ends sessions wants the cache's lock, and stop() waits for the worker."""
+    process = make()
+    kind = fresh()
+    cache: LruCache[Any] = LruCache()
+    cache.set("first", kind(process, "first", doc={"n": 1}, soft_session=0.01))
+    sessions = process.engine.sessions
+
+    def stop() -> None:
+        # What `set` holds in the middle of a call.
+        with cache._lock:
+            waits = threading.Event()
+            look = sessions._pop
+
+            def pop(now: float) -> Any:
+                due = look(now)
+                if due:
+                    waits.set()
+                return due
+
+            sessions._pop = pop  # type: ignore[method-assign]  # to know when it looks
+            cache.set("second", kind(process, "second", doc={"n": 1}, soft_session=0.01))
+            assert waits.wait(20)
+            process.stop()
+            assert cache._lock._is_owned()  # type: ignore[attr-defined]  # as before
+
+    stop()
+    assert set(kind.docs()) == {"first", "second"}
