@@ -16,7 +16,7 @@ from typing import Self
 _CHUNK = 1 << 16
 
 
-class Proxy:
+class CuttingProxy:
     """Listens on a unix socket; a context manager.
 
     Args:

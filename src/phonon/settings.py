@@ -1,4 +1,4 @@
-"""Settings of a process, and the checks of what users pass as arguments."""
+"""Settings of a process, and the checks of users' arguments."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def check_position(value: Any) -> None:
 
 
 def check_timeout(argument: str, value: Any) -> float:
-    """Refuse what is no number of seconds to wait; infinity is one.
+    """Refuse a value that is no number of seconds to wait; infinity is one.
 
     Raises:
         ConfigurationError: It is not.
@@ -190,7 +190,7 @@ def check_api(kind: type, *, process_is_async: bool, is_async: bool) -> None:
 
 
 def check_callable(argument: str, value: Any, *, is_async: bool) -> None:
-    """Refuse what cannot be called back. None is fine.
+    """Refuse a callback that cannot be called. None is fine.
 
     Args:
         argument: The argument's name, for the message.

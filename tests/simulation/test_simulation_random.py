@@ -50,6 +50,7 @@ REACHED = {
     "woken": 3,
     "callers gone, user": 10,
     "sink applies": 100,
+    "many changes in one operation": 20,
 }
 
 

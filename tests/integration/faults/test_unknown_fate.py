@@ -9,7 +9,7 @@ import pytest
 
 from phonon import Process
 from phonon._core.flows import Flow, Send
-from phonon._core.outbox import Ending
+from phonon._core.parcels import Ending
 from phonon.errors import ConnectionLostError, ServerError
 from support.samples import fresh
 from support.world import wait_until
