@@ -35,7 +35,7 @@ from phonon._core.reports import Reports
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply, Run
 from phonon._protocol.operations import Operation
-from phonon.errors import BacklogFullError, PhononError
+from phonon.errors import BacklogFullError, ConnectionLostError, PhononError
 
 log = logging.getLogger("phonon")
 
@@ -361,8 +361,9 @@ class Outbox:
             operation.changes(), appends.parcels, appends.partials, told, strict=True
         ):
             if isinstance(answer, Exception):
-                parcel.put_back(partial)
-                self.unstored.append(parcel)
+                if not self._is_unknown(answer):
+                    parcel.put_back(partial)
+                    self.unstored.append(parcel)
                 failed += 1
                 errors += () if answer in errors else (answer,)
             elif answer != _STORED:
@@ -495,7 +496,8 @@ class Outbox:
             strict=True,
         ):  # fmt: skip
             if isinstance(told, Exception):
-                self._not_left(ending, data, was_held)
+                if not self._is_unknown(told):
+                    self._not_left(ending, data, was_held)
                 result.errors.append(told)
                 continue
             ended += 1
@@ -537,6 +539,17 @@ class Outbox:
                     many.append(LongSession(partition, name, told[4]))
         measures.end(ended, opened=opened)
         measures.add_stored(stored, size)
+
+    def _is_unknown(self, answer: Exception) -> bool:
+        """Return whether nobody knows any more if the server has taken the data.
+
+        It is told, and not sent again: it would be merged twice. See `rebirth`: that takes a week.
+        """
+        if not isinstance(answer, ConnectionLostError):
+            return False
+        if self._reports.once(f"unknown {answer}"):
+            self._reports.report_error(answer)
+        return True
 
     def _not_left(self, ending: Ending, data: bytes, was_held: Any) -> None:
         """The server refused: the data is local again, and the session goes on."""
