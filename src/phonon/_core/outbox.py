@@ -262,14 +262,14 @@ class Outbox:
         joined = [resource for resource in joins if not members.is_sure(resource)]
         joining: list[tuple[Sequence[str], Sequence[Entry | None]]] = []
 
-        def make() -> Iterator[None]:
+        def make() -> Iterator[int]:
             for group in groups(parcels, [members.place(p.resource_id) for p in parcels]):
                 self._append(group, sent, stored, errors)
-                yield
+                yield len(group.names)
             for partition, some, names in groups(joined, map(members.place, joined)):
                 joining.append((some, members.entering(some)))
                 sent.append(operations.join_many(partition, names))
-                yield
+                yield len(names)
 
         making = while_sending(make(), len(parcels) + len(joined))
         if not (sent or making):
@@ -442,11 +442,14 @@ class Outbox:
     def _leaves(
         self, grouped: Sequence[Group], about: list[_Leaves], sent: list[Operation]
     ) -> Iterator[object] | None:
-        make: Callable[[Group], object] = functools.partial(self._leave, about, sent)
-        making = map(make, grouped)
-        return while_sending(making, sum([len(group.names) for group in grouped]))
+        def make() -> Iterator[int]:
+            for group in grouped:
+                self._leave(group, about, sent)
+                yield len(group.names)
 
-    def _leave(self, about: list[_Leaves], sent: list[Operation], group: Group) -> None:
+        return while_sending(make(), sum([len(group.names) for group in grouped]))
+
+    def _leave(self, group: Group, about: list[_Leaves], sent: list[Operation]) -> None:
         """Take the last data of sessions, and make the operation that ends them."""
         leaving = self._members.leaving
         pairs: list[tuple[Ending, SessionResult]] = []
@@ -631,6 +634,9 @@ class Outbox:
                 later.append(due)
                 continue
             self._resuming.add((due.name, due.token))
+            # First: it is undone until it is known what came of this attempt, and another thread
+            # may look in between.
+            self._retrying += due.failed
             del self._due[due.name, due.token]
             taken[due.name] = due
         for due in later:
@@ -668,7 +674,6 @@ class Outbox:
         assert executor is not None  # noqa: S101 - for the type checker
         errors: list[BaseException] = []
         failed = sum(due.failed for due in dues)
-        self._retrying += failed  # they are undone until it is known what came of this attempt
         try:
             with executor.hand() as hand:
                 yield from self._take_up(dues, executor, hand, errors)

@@ -106,12 +106,27 @@ def groups(items: Iterable[Any], places: Iterable[tuple[int, bytes]]) -> list[Gr
     ]
 
 
-def while_sending(making: Iterator[object], count: int) -> Iterator[object] | None:
-    """Return what makes so many changes; None if they are few, and made now."""
+def while_sending(making: Iterator[int], count: int) -> Iterator[object] | None:
+    """Return what makes so many changes, as many at a time as are worth sending.
+
+    Args:
+        making: Makes some with each step, and tells how many.
+        count: How many there are in all. If they are few, they are made now.
+    """
     if count >= 2 * GROUP:
-        return making
+        return _worth_sending(making)
     deque(making, 0)
     return None
+
+
+def _worth_sending(making: Iterator[int]) -> Iterator[None]:
+    made = 0
+    for some in making:
+        made += some
+        if made >= GROUP:
+            yield
+            made = 0
+    yield
 
 
 def pieces(partials: Sequence[bytes]) -> Iterator[slice]:
