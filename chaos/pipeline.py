@@ -1,18 +1,21 @@
 """``python -m chaos.pipeline``: from a broker to a table, while everything is struck.
 
 A producer, a broker, four workers and PostgreSQL. Workers are killed and paused until they are
-believed dead, so partitions are rebalanced and messages delivered again; connections are cut on
-both sides; PostgreSQL is shut down at once (``immediate``) and started again. In the end every
+believed dead, so partitions are rebalanced and messages delivered again; their connections to the
+broker, to Phonon's server and to PostgreSQL are cut in the middle of whatever they say; PostgreSQL
+is shut down at once (``immediate``) and started again. In the end every
 figure in the table has to be that of a plain loop over the produced messages. With one of the
 checks switched off (``--without``) it must not be, or the run shows nothing.
 """
 
 import contextlib
+import functools
 import random
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple
 import click
 import sqlalchemy as sa
 
-from chaos.proxy import Proxy
+from chaos.proxy import KafkaProxy, Proxy
 from phonon import Process
 from phonon_demo import pipeline
 from phonon_demo.pipeline import HEARTBEAT, Broker, KafkaBroker, Plan, Pool, StreamBroker
@@ -68,7 +71,7 @@ class Outcome(NamedTuple):
             enter their last ones.
         kills: Workers killed.
         pauses: Workers paused until they were believed dead.
-        cuts: Connections cut, on both sides.
+        cuts: Connections cut: to the broker, to Phonon's server, to PostgreSQL.
         restarts: How often PostgreSQL was shut down at once.
         keys: Rows.
         differing: Rows that are not what they ought to be.
@@ -82,7 +85,7 @@ class Outcome(NamedTuple):
     handled: int
     kills: int
     pauses: int
-    cuts: int
+    cuts: tuple[int, int, int]
     restarts: int
     keys: int
     differing: int
@@ -108,6 +111,7 @@ def run(options: Options) -> Outcome:
         server = enter(MortalServer(folder))
         proxy = enter(Proxy(folder / "p", server.socket))
         postgres = enter(PostgreSQL())
+        database = enter(Proxy(folder / postgres.SOCKET, postgres.socket))
         engine = sa.create_engine(postgres.url)
         stack.callback(engine.dispose)
         namespace, topic = f"chaos-{uuid.uuid4().hex[:8]}", f"views-{uuid.uuid4().hex[:8]}"
@@ -119,23 +123,31 @@ def run(options: Options) -> Outcome:
             else StreamBroker(process, f"unix://{server.socket}?db=1", topic)
         )
         stack.callback(broker.close)
+        # Both speak to the same server, over connections that are cut at other times.
+        if options.source == "kafka":
+            front: Proxy = enter(KafkaProxy(broker.servers))
+            servers = front.servers
+        else:
+            front = enter(Proxy(folder / "b", server.socket))
+            servers = f"unix://{front.path}?db=1"
         plan = Plan(
             url=f"unix://{proxy.path}?db=1",
             namespace=namespace,
             source=options.source,
-            broker=broker.servers,
+            broker=servers,
             topic=topic,
-            database=postgres.url,
+            database=postgres.url_in(folder),
             without=options.without,
             linger=LINGER,
             handled=str(handled),
         )
         pipeline.create_table(engine)
+        engine.dispose()  # its connections will not survive
         producer = pipeline.Producer(broker, options.seed, RATE)
         begun = time.monotonic()
         with Pool(plan, options.workers) as pool:
             producer.start()
-            chaos = _Chaos(options, pool, proxy, postgres, engine)
+            chaos = _Chaos(options, pool, (front, proxy, database), postgres)
             chaos.strike_until_done()
             totals = producer.finish()
             pipeline.wait_until_consumed(broker, process, plan, pool, totals.count)
@@ -146,7 +158,7 @@ def run(options: Options) -> Outcome:
             handled=pipeline.handled_by_all(handled),
             kills=chaos.kills,
             pauses=chaos.pauses,
-            cuts=chaos.cuts,
+            cuts=(chaos.cuts[0], chaos.cuts[1], chaos.cuts[2]),
             restarts=chaos.restarts,
             keys=len(expected),
             differing=len(pipeline.compare(expected, found)),
@@ -159,19 +171,19 @@ def run(options: Options) -> Outcome:
 
 class _Chaos:
     def __init__(
-        self, options: Options, pool: Pool, proxy: Proxy, postgres: PostgreSQL, engine: sa.Engine
+        self, options: Options, pool: Pool, proxies: Sequence[Proxy], postgres: PostgreSQL
     ) -> None:
         self._options = options
         self._pool = pool
-        self._proxy = proxy
+        self._proxies = proxies
         self._postgres = postgres
-        self._engine = engine
         self._chance = random.Random(options.seed)  # noqa: S311 - a schedule, no secret
-        self.kills = self.pauses = self.cuts = self.restarts = 0
+        self.kills = self.pauses = self.restarts = 0
+        self.cuts = [0] * len(proxies)
         self._kinds: list[tuple[float, Any]] = [
             (KILLS[options.source], self._kill),
             (PAUSES, self._pause),
-            (CUTS, self._cut),
+            *((CUTS, functools.partial(self._cut, which)) for which in range(len(proxies))),
             (RESTARTS, self._restart),
         ]
         now = time.monotonic() + 2.0
@@ -207,15 +219,10 @@ class _Chaos:
             self._chance.choice(running).pause(self._chance.uniform(SHORTEST_PAUSE, LONGEST_PAUSE))
             self.pauses += 1
 
-    def _cut(self) -> None:
-        self.cuts += self._proxy.cut()
-        query = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE "
-        query += "pid <> pg_backend_pid() AND backend_type = 'client backend'"
-        with contextlib.suppress(sa.exc.DBAPIError), self._engine.connect() as connection:
-            self.cuts += int(connection.execute(sa.text(query)).scalar_one())
+    def _cut(self, which: int) -> None:
+        self.cuts[which] += self._proxies[which].cut()
 
     def _restart(self) -> None:
-        self._engine.dispose()
         self._postgres.restart()
         self.restarts += 1
 
@@ -228,7 +235,8 @@ def report(options: Options, outcome: Outcome) -> str:
         f"{o.produced:,} messages through {options.source}, {o.seconds:.0f} s",
         f"handled at least {o.handled:,} times, so {max(repeated, 0):,} again",
         f"{o.kills} workers killed, {o.pauses} paused until believed dead",
-        f"{o.cuts} connections cut, PostgreSQL restarted {o.restarts} times",
+        "connections cut: {:,} to the broker, {:,} to Phonon's server, {:,} to PostgreSQL, which was "
+        "restarted {:,} times".format(*o.cuts, o.restarts),
         f"{o.differing} of {o.keys} rows differ from a plain loop, {o.parked} batches parked",
         f"views in the table less those produced: {o.surplus:+,}",
     ]
