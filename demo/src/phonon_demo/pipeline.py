@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import sqlalchemy as sa
 
 from phonon import Process
+from phonon.errors import ConnectionLostError
 from phonon.sinks import SqlTable
 
 #: Seconds between two heartbeats, so that a dead worker is taken over from soon.
@@ -402,3 +403,12 @@ def handled_by_all(folder: Path) -> int:
 def handled_file(folder: str) -> Path:
     """Return where this worker enters how many messages it has handled."""
     return Path(folder) / f"{os.getpid()}-{uuid.uuid4().hex}"
+
+
+@contextlib.contextmanager
+def keeping_what_fails() -> Iterator[None]:
+    """Go on when a database or the server is away: Phonon keeps the data, and tries it again."""
+    try:
+        yield
+    except* (sa.exc.DBAPIError, ConnectionLostError):
+        pass

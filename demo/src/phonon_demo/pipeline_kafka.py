@@ -9,7 +9,7 @@ from confluent_kafka import Consumer
 
 from phonon import Process
 from phonon.sources.kafka import KafkaSource
-from phonon_demo.pipeline import GROUP, Plan
+from phonon_demo.pipeline import GROUP, Plan, keeping_what_fails
 
 #: A dead member of the group is missed soon. A mock cluster waits for three seconds for the first
 #: members of a group, in which they must not be given up on.
@@ -52,7 +52,7 @@ def _unchecked(
     consumer.subscribe([plan.topic])
     while not stop.is_set():
         messages = [m for m in consumer.consume(batch_size, 0.1) if m.error() is None]
-        with process.batch():
+        with keeping_what_fails(), process.batch():
             for message in messages:
                 handle(message.key(), message.value())
         for message in messages:
@@ -61,4 +61,5 @@ def _unchecked(
             except Exception:  # noqa: BLE001, S112 - it is not this consumer's any more
                 continue
     consumer.close()
-    views.expire_all()
+    with keeping_what_fails():
+        views.expire_all()

@@ -17,7 +17,14 @@ from phonon import Model, Process, RetryPolicy
 from phonon.errors import ServerUnreachableError
 from phonon.fields import ID, Counter, Max, Sum
 from phonon.sinks import SqlTable
-from phonon_demo.pipeline import GROUP, HEARTBEAT, TABLE, Plan, handled_file
+from phonon_demo.pipeline import (
+    GROUP,
+    HEARTBEAT,
+    TABLE,
+    Plan,
+    handled_file,
+    keeping_what_fails,
+)
 
 #: Keys in a worker's collection: fewer than there are, so that sessions end all the time.
 MAX_ENTRIES = 100
@@ -109,7 +116,7 @@ def loop(plan: Plan, process: Process, views: Any) -> Callable[[Callable[[Any, A
         """Acknowledges what was stored, as other programs do, and checks no ids."""
 
         def _store(self, storing: Any, stream: str, raw: Sequence[Any]) -> None:
-            with self._process.batch():
+            with keeping_what_fails(), self._process.batch():
                 for _, fields in raw:
                     if fields is not None:
                         content = fields
@@ -144,8 +151,8 @@ def _process(plan: Plan) -> Process:
                 url=plan.url,
                 namespace=plan.namespace,
                 heartbeat_interval=HEARTBEAT,
-                # A database that is away is no reason to give up.
-                retry=RetryPolicy(attempts=1_000_000, first_delay=0.05, longest_delay=0.5),
+                # A database that is away is no reason to give up, and nor are workers that die.
+                retry=RetryPolicy(1_000_000, 0.05, longest_delay=0.5, crashes=1_000_000),
             )
         time.sleep(0.1)
 

@@ -6,6 +6,7 @@ from phonon._admin.content import class_name_of
 from phonon._admin.inspector import PIECE, Inspector, missing
 from phonon._admin.namespace import Namespace, text
 from phonon._core.executor import TOKENS
+from phonon._protocol.library import of_operators
 from phonon._protocol.operations import class_queue
 from phonon._protocol.partitions import encode_resource, encode_semaphore
 from phonon._transport.steps import Steps
@@ -13,6 +14,7 @@ from phonon.errors import (
     BatchRunningError,
     LockLostError,
     ProcessMissingError,
+    ServerError,
     UndecodableError,
     UnknownClassError,
 )
@@ -162,7 +164,16 @@ class Acts:
         )
 
     def _do(self, partition: int | None, function: str, *words: bytes) -> Steps[Any]:
+        """Carry an act out, if none of its commands is forbidden: Redis does not roll back."""
         space = self._namespace
+        also = [command.encode() for command in sorted(of_operators())]
+        (forbidden,) = yield from space.ask([space.read(partition, "rights", *also)])
+        if forbidden:
+            grants = " ".join(f"+{text(command).lower()}" for command in forbidden)
+            raise ServerError(
+                "this user may not run all that an act of an operator needs, and nothing was done: "
+                f"grant with ACL SETUSER <user> {grants}, or use a worker's user"
+            )
         (answer,) = yield from space.ask([space.write(partition, function, *words)])
         return answer
 

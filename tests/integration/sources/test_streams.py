@@ -71,6 +71,8 @@ def test_entries_are_shared_and_those_of_a_dead_consumer_taken_over(
         return groups[0]["pending"] + (groups[0]["lag"] or 0)
 
     wait_until(lambda: pending() == 0)
+    listed = consumers[0].process.engine.sources.listed
+    wait_until(lambda: listed() == [(scope, "ids", "", 0)])
     for consumer in consumers:
         consumer.stop()
         assert consumer.error is None
