@@ -1,8 +1,8 @@
 """What it costs an operator to list a million open sessions: time, memory, the longest call.
 
-How long a call blocks the server is measured by the processor time of the server's main thread from
-before an exchange until after it (``schedstat`` of the kernel, in nanoseconds), so other work on the
-machine plays no part. An exchange has up to two calls, so this is an upper bound of one.
+How long a call blocks the server is measured by the processor time of the server's main thread
+from before an exchange until after it (``schedstat`` of the kernel, in nanoseconds), so other work
+on the machine plays no part. An exchange has up to two calls, so this is an upper bound of one.
 
 Run it with a server of its own::
 
@@ -106,7 +106,8 @@ def measure(url: str, sessions: int) -> dict[str, Any]:
             rounds = 1 if name == "all sessions" else ROUNDS
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             memory = server.info("memory")["used_memory"]
-            times, spent = [], []
+            times: list[tuple[float, float]] = []
+            spent: list[int] = []
             with watched(pid, spent):
                 for _ in range(rounds):
                     begun, cpu = time.perf_counter(), time.process_time()

@@ -3,7 +3,7 @@
 Three ways take turns: counters that do nothing, counters, and counters with both exporters (an
 OpenTelemetry SDK, and Prometheus scraping every second). CPU time of this process
 is measured, so that other work on the machine plays a smaller part, and each round's ways are
-compared with each other, in changing order. The median is shown with the middle half of the rounds::
+compared with each other, in changing order. The median is shown with the middle half of rounds::
 
     python benchmarks/metrics_cost.py
 """

@@ -9,7 +9,7 @@ import pytest
 from confluent_kafka import Message
 
 from phonon.aio import AsyncConflictFreeUpdate, AsyncLruCache, AsyncProcess
-from phonon.aio.kafka import AsyncKafkaSource
+from phonon.sources.aio_kafka import AsyncKafkaSource
 from support.kafka import MockKafka
 from support.world import Redis
 
