@@ -6,6 +6,7 @@ from phonon._admin.content import class_name_of
 from phonon._admin.inspector import PIECE, Inspector, missing
 from phonon._admin.namespace import Namespace, text
 from phonon._core.executor import TOKENS
+from phonon._core.shown import counted
 from phonon._protocol.library import of_operators
 from phonon._protocol.operations import class_queue
 from phonon._protocol.partitions import encode_resource, encode_semaphore
@@ -76,8 +77,8 @@ class Acts:
             )
         patience = max(process.heartbeat_interval for process in able)
         return (
-            f"batch {token} of {resource!r} goes on as {int(answer[1]) * TOKENS}: one of "
-            f"{len(able)} processes that know {min(names)} takes it within {patience:g} s"
+            f"batch {token} of {resource!r} goes on as {int(answer[1]) * TOKENS}: a process that "
+            f"knows {min(names)} takes it within {patience:g} s"
         )
 
     def _classes(
@@ -118,7 +119,7 @@ class Acts:
         answer = yield from self._do(partition, "admin_discard", *words)
         if answer[0] == b"missing":
             raise missing(resource, token)
-        return f"batch {token} of {resource!r} is deleted, with its {answer[1]} partials"
+        return f"batch {token} of {resource!r} is deleted, with its {counted(answer[1], 'partial')}"
 
     def break_lock(self, name: str, token: int, *, semaphore: bool) -> Steps[str]:
         """Release a lock that has a certain token, in its holder's place, and wake the next.

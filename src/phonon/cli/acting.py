@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from phonon._core.shown import counted
 from phonon.admin import Admin
 from phonon.cli import tables
 from phonon.cli.completing import complete_parked
@@ -57,7 +58,8 @@ def _for_parked(act: Callable[[Admin, str, int], str], question: str, text: str)
     def command(resource: str, token: int | None, every: bool, yes: bool, **where: Any) -> None:
         with target(where).open() as admin:
             tokens = _each(admin, resource, token, every=every)
-            confirm(question.format(f"{len(tokens)} parked batch(es) of {resource}"), yes=yes)
+            parked = counted(len(tokens), "parked batch", "parked batches")
+            confirm(question.format(f"{parked} of {resource}"), yes=yes)
             _do_all(tokens, lambda each: act(admin, resource, each))
 
     return command

@@ -323,7 +323,7 @@ def test_replay_beside_a_running_batch(admin: Admin, make: Make, broken: None) -
 
 def test_discard(admin: Admin, make: Make, broken: None) -> None:
     token = park(make(retry=ONCE), "a")
-    assert "is deleted, with its 1 partials" in admin.discard("test.test.a", token)
+    assert "is deleted, with its 1 partial" in admin.discard("test.test.a", token)
     assert list(admin.batches()) == []
     with pytest.raises(BatchMissingError):
         admin.discard("test.test.a", token)

@@ -1,4 +1,4 @@
-import { bytes, element, graph, moment, number, place, rate, span, table } from "./view.js";
+import { bytes, counted, element, graph, moment, number, place, rate, span, table } from "./view.js";
 
 const main = document.getElementById("main");
 const dialog = document.getElementById("dialog");
@@ -93,13 +93,13 @@ const show = {
     const s = found.sample;
     const dead = found.processes.filter((p) => p.state !== "alive");
     const wrong = [];
-    if (found.parked) wrong.push(`${number(found.parked)} batches are parked: see Batches`);
-    if (found.waiting) wrong.push(`${number(found.waiting)} batches wait for a class or a survivor`);
-    if (dead.length) wrong.push(`${dead.length} of ${found.processes.length} processes are late or dead`);
+    if (found.parked) wrong.push(`${counted(found.parked, "batch is", "batches are")} parked: see Batches`);
+    if (found.waiting) wrong.push(`${counted(found.waiting, "batch waits", "batches wait")} for a class or a survivor`);
+    if (dead.length) wrong.push(`${counted(dead.length, "process is", "processes are")} late or dead, of ${number(found.processes.length)}`);
     if (!found.processes.length) wrong.push("no process runs");
     return [
       element("div", { class: wrong.length ? "verdict bad" : "verdict", id: "verdict" },
-        wrong.length ? "Something needs you" : `All is well: ${found.processes.length} processes at work`,
+        wrong.length ? "Something needs you" : `All is well: ${counted(found.processes.length, "process", "processes")} at work`,
         wrong.length ? element("ul", {}, wrong.map((text) => element("li", {}, text))) : ""),
       element("div", { class: "cards" }, [
         ["Processes", number(found.processes.length), ""], ["Open sessions", number(s.sessions), "memberships"],
