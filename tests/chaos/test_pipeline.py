@@ -1,8 +1,11 @@
 """From a broker to a table under fire: exact, and not exact without any one of the checks."""
 
 import pytest
+from confluent_kafka import Producer
 
 from chaos.pipeline import Options, Outcome, report, run
+from chaos.proxy import KafkaProxy
+from phonon_demo.pipeline import KafkaBroker
 
 MINUTE = 60
 
@@ -14,6 +17,17 @@ def struck(options: Options) -> Outcome:
     assert outcome.failures == []
     assert outcome.parked == 0
     return outcome
+
+
+def test_no_client_of_kafka_goes_past_the_proxy() -> None:
+    broker = KafkaBroker("views")
+    with KafkaProxy(broker.servers) as proxy:
+        client = Producer({"bootstrap.servers": proxy.servers, "log_level": 2})
+        found = client.list_topics(timeout=10).brokers.values()
+        assert [f"{each.host}:{each.port}" for each in found] == [proxy.servers]
+        assert proxy.servers != broker.servers
+        assert proxy.cut() > 0
+    broker.close()
 
 
 @pytest.mark.slow
@@ -32,6 +46,8 @@ def test_two_hundred_kills_from_end_to_end(source: str) -> None:
     outcome = struck(Options(source, kills=200))
     assert outcome.differing == 0
     assert outcome.handled > outcome.produced  # delivered again, and counted once
+    assert min(outcome.cuts) > 100
+    assert outcome.pauses > 10
 
 
 @pytest.mark.chaos
