@@ -114,6 +114,10 @@ const show = {
         ["batches", (p) => number(p.batches), "number"], ["backlog", (p) => number(p.backlog), "number"],
         ["", (p) => acting(button("Expire", "danger", () => confirmAct("expire", `Declare process ${p.id} at ${place(p.host, p.pid)} dead?`, "Declare dead", { resource: p.id }))), "acts"],
       ], "No process runs in this namespace.")),
+      found.sources.length ? element("section", {}, element("h2", {}, "Sources"), table(found.sources, [
+        ["source", (s) => s.name], ["kind", (s) => s.kind], ["process", (s) => short(s.process)],
+        ["position", (s) => s.position, "number"], ["waiting", (s) => number(s.lag), "number"],
+      ], "")) : "",
     ];
   },
   async batches() {
