@@ -26,7 +26,6 @@ def test_no_client_of_kafka_goes_past_the_proxy() -> None:
         found = client.list_topics(timeout=10).brokers.values()
         assert [f"{each.host}:{each.port}" for each in found] == [proxy.servers]
         assert proxy.servers != broker.servers
-        assert proxy.cut() > 0
     broker.close()
 
 
