@@ -9,6 +9,7 @@ import pytest
 from phonon import Admin, ConflictFreeUpdate, Process, RetryPolicy
 from phonon.errors import ServerError
 from support.nodes import Node
+from support.world import wait_until
 
 PAGE = Path(__file__).parents[3] / "docs" / "operations.md"
 SECRET = "sEcReT"  # noqa: S105 - of a server that lives as long as the test
@@ -70,8 +71,8 @@ def test_an_act_that_would_end_halfway_is_not_begun(node: Node, forbidden: str) 
     node.ask(
         "ACL SETUSER", "operator", "reset", "on", "~*", "&*", "+@all", f"-{forbidden}", f">{SECRET}"
     )
-    with Process(url=f"redis://{node.address}/0", retry=RetryPolicy(attempts=1)) as process:
-        process.on("parked", lambda _: None)
+    url, once = f"redis://{node.address}/0", RetryPolicy(attempts=1)
+    with Process(url=url, retry=once, heartbeat_interval=0.1) as process:
         with pytest.raises(ValueError, match="no"):
             Failing(process, "a", doc={"n": 1}).end_session()
         with node.client() as client, Admin(f"redis://operator:{SECRET}@{node.address}/0") as admin:
@@ -80,6 +81,7 @@ def test_an_act_that_would_end_halfway_is_not_begun(node: Node, forbidden: str) 
             def letters() -> list[str]:
                 return sorted(str(key) for key in client.scan_iter(match="*:dead:*"))
 
+            wait_until(lambda: admin.processes()[0].executes)
             before = letters()
             for act in (admin.replay, admin.discard):
                 with pytest.raises(ServerError, match=rf"grant .*\+{forbidden}"):
