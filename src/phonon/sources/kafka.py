@@ -110,7 +110,7 @@ class BaseKafkaSource(Loop):
             self._sources.clear()
             if self._producer is not None:
                 self._producer.flush(DELIVERY_TIMEOUT)
-            # A client that a forked child collects as garbage waits there for its threads, for ever.
+            # A client that a forked child collects as garbage waits for its threads for ever.
             self._consumer = self._producer = None
 
     # What the two do in their own ways
