@@ -22,6 +22,8 @@ class Broker:
         queued: How many of the queue.
         acknowledged: The numbers of those of the queue that a consumer has acknowledged.
         epochs: By partition, the latest claim of the topic.
+        unbegun: Partitions in which a loss has left the topic nowhere, while it stands somewhere in
+            others: it begins there where those stand, and what came before is lost with the data.
     """
 
     def __init__(self, world: "World") -> None:
@@ -29,6 +31,7 @@ class Broker:
         self.produced = self.queued = 0
         self.acknowledged: set[int] = set()
         self.epochs: dict[int, int] = {}
+        self.unbegun: set[int] = set()
 
     def brings(self, kind: str, number: int) -> list[tuple[str, bytes]]:
         """Return what a message brings: resources and items, each time the same."""
@@ -37,9 +40,22 @@ class Broker:
         return [(resource, f"{resource}-{kind}{number}".encode()) for resource in some]
 
     def all_items(self) -> set[bytes]:
-        """Return what all messages have brought that were delivered."""
-        sizes = (TOPIC, self.produced), (QUEUE, self.queued)
-        return {i for kind, n in sizes for m in range(n) for _, i in self.brings(kind, m)}
+        """Return what all messages have brought that were delivered, and are not lost."""
+        return {
+            item
+            for kind, count in ((TOPIC, self.produced), (QUEUE, self.queued))
+            for number in range(count)
+            for resource, item in self.brings(kind, number)
+            if kind == QUEUE or self._world.place(resource) not in self.unbegun
+        }
+
+    def data_lost(self, keys: list[tuple[bytes, Any, int]]) -> None:
+        """The server has lost data, and has these keys now."""
+        found = {key: value for key, value, _ in keys}
+        sources = [prefix + b"source:s" for prefix in self._world.partitions.prefixes]
+        stands = [b"position" in found.get(source, ())[::2] for source in sources]
+        if any(stands):
+            self.unbegun |= {p for p, somewhere in enumerate(stands) if not somewhere}
 
     def carried_out(self, operation: Operation, answer: Any) -> list[tuple[str, bytes]]:
         """The server has carried out an operation of a source. Return what it has stored."""

@@ -495,6 +495,7 @@ class Checks:
         self.may_be_lost |= was - kept
         self.stored = self.stored - was | kept
         state = self.state()
+        self._world.broker.data_lost(state.keys)
         self.members = {r: set(m) for r, m in state.members.items()}
         self.owners = {r: run[b"owner"] for r, run in state.running.items()}
 
