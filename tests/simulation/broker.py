@@ -22,8 +22,10 @@ class Broker:
         queued: How many of the queue.
         acknowledged: The numbers of those of the queue that a consumer has acknowledged.
         epochs: By partition, the latest claim of the topic.
-        unbegun: Partitions in which a loss has left the topic nowhere, while it stands somewhere in
-            others: it begins there where those stand, and what came before is lost with the data.
+        begun: Partitions in which the topic stands somewhere.
+        unbegun: Partitions in which a loss has left the topic nowhere. It may stand somewhere in
+            others by what was still under way. Then it begins there where those stand, and what
+            came before is lost with the data.
     """
 
     def __init__(self, world: "World") -> None:
@@ -31,6 +33,7 @@ class Broker:
         self.produced = self.queued = 0
         self.acknowledged: set[int] = set()
         self.epochs: dict[int, int] = {}
+        self.begun: set[int] = set()
         self.unbegun: set[int] = set()
 
     def brings(self, kind: str, number: int) -> list[tuple[str, bytes]]:
@@ -53,9 +56,9 @@ class Broker:
         """The server has lost data, and has these keys now."""
         found = {key: value for key, value, _ in keys}
         sources = [prefix + b"source:s" for prefix in self._world.partitions.prefixes]
-        stands = [b"position" in found.get(source, ())[::2] for source in sources]
-        if any(stands):
-            self.unbegun |= {p for p, somewhere in enumerate(stands) if not somewhere}
+        begun = {p for p, key in enumerate(sources) if b"position" in found.get(key, ())[::2]}
+        self.unbegun |= self.begun - begun
+        self.begun = begun
 
     def carried_out(self, operation: Operation, answer: Any) -> list[tuple[str, bytes]]:
         """The server has carried out an operation of a source. Return what it has stored."""
@@ -70,6 +73,7 @@ class Broker:
         brought = words[-1]
         stored = [(brought[n].decode(), brought[n + 1]) for n in range(0, len(brought), 2)]
         if operation.code is Code.INGEST:
+            self.begun.add(partition)
             epoch, begins, ends = words[2], int(words[3] or words[4]), int(words[4])
             if epoch != self.epochs[partition] and not self._world.checks.losses:
                 self._fail(f"{operation!r} stores after claim {self.epochs[partition]}")
