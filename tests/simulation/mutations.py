@@ -246,15 +246,8 @@ MUTATIONS: dict[str, Mutation] = {
     "an id is not stored": _lua(
         "    call('SADD', set, unpack(ids, j", "    call('SMISMEMBER', set, unpack(ids, j", "sources"
     ),
-    "ids of a later span are forgotten": _lua(
-        "for n = latest - SHARES, latest + 1 do", "for n = latest - SHARES, latest do", "sources"
-    ),
     "what a source brings is entered in no registry": _lua(
         "        track_member(c, resource)\n", "", "sources"
-    ),
-    "a batch goes by where another one has brought the source": _core(
-        sources, "Ordered.operations",
-        "position = self._positions[partition]", "position = claim.positions[partition]", "sources",
     ),
     "a batch that failed is believed in": _core(
         sources, "Ordered.failed", "self._claim.in_doubt = True", "pass", "sources"
@@ -269,9 +262,6 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "silent partitions are moved on too far": _core(
         sources, "Claim.moves", 'b"%d" % self.done)', 'b"%d" % (self.done + 1))', "sources"
-    ),
-    "a claim that was refused is believed in": _core(
-        sources, "Sources.claim", "if answer[0] == _REFUSED:", "if False:", "sources"
     ),
     "an id that is known is brought again": _core(
         sources, "Unordered.skips", "if (partition, mark) in self._ids.known:", "if False:",

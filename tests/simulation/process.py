@@ -311,6 +311,8 @@ class SimProcess:
         self.known_ids: list[bytes] = []
         self.granted: list[Grant] = []
         self.claim: Claim | None = None
+        self.offset = 0
+        self.reading = 0
         self.errors: list[Exception] = []
         self.replies: list[tuple[Any, Any, Any]] = []
         self.many = Many(self)
@@ -582,11 +584,19 @@ class SimProcess:
         sources, broker = self.engine.sources, self.world.broker
         if self.claim is None or self.claim.in_doubt:
             self.claim = yield from sources.claim(TOPIC)
-        first = max(0, (self.claim.position or 0) - again)
-        numbers = range(first, first + count)
+            self.offset = self.claim.position or 0
+        # It reads on, whatever became of the messages before, as the broker's client does. Another
+        # thread is given messages that are not stored yet.
+        offset = (self.claim.position or 0) if self.reading else self.offset
+        numbers = range(max(0, offset - again), max(0, offset - again) + count)
+        self.offset = max(self.offset, numbers.stop)
         broker.produced = max(broker.produced, numbers.stop)
         self.world.seen["messages again"] += again > 0
-        yield from self._ingest(Ordered(self.claim), TOPIC, numbers, piece)
+        self.reading += 1
+        try:
+            yield from self._ingest(Ordered(self.claim), TOPIC, numbers, piece)
+        finally:
+            self.reading -= 1
 
     def settle(self) -> Flow[None]:
         """Move the topic on in all partitions, as `Source.settle` does."""
