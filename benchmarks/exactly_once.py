@@ -39,7 +39,7 @@ class Message(NamedTuple):
 
 
 class Views(Model, name="benchmark_views"):
-    """What is known about a key."""
+    """Data about a key."""
 
     key: ID[str]
     views: Sum[int] = Sum()

@@ -10,7 +10,7 @@ a counter from a file and write it back one higher; what it says in the end show
 excluded. Waiting: what eight processes send while somebody else holds the lock. All locks get
 redis-py clients of the same settings, on one server. Leases are a minute everywhere.
 
-Where whoever releases asks again at once, a lock that lets anybody in who comes is rarely handed
+If the one that releases asks again at once, a lock without an order is rarely handed
 over: one process gets it many times running while the others sleep. So hand-overs, grants to
 another process than the last, are counted as well, and contention is measured twice, the second
 time with contenders that do something else for a moment (``--pause``) between two turns. The
@@ -177,7 +177,7 @@ def contender(kind: str, path: str, seconds: float, pause: float, counter: str) 
             if pause:
                 time.sleep(pause)
         print(json.dumps([waits, granted, handed, written]), flush=True)
-        sys.stdin.readline()  # whoever ends takes time from those who still wait
+        sys.stdin.readline()  # a process that ends takes time from those that still wait
 
 
 def waiter(kind: str, path: str) -> None:

@@ -40,13 +40,13 @@ class Nothing(Measures):
     def add_stored(self, partials: int, size: int) -> None:
         """Do nothing."""
 
-    def end(self, partial: bytes | None, *, opened: bool = False) -> None:
+    def end(self, sessions: int, *, opened: int = 0) -> None:
         """Do nothing."""
 
-    def execution(self, class_name: str, seconds: float, *, failed: bool) -> None:
+    def execution(self, class_name: str, seconds: float, *, failed: bool, times: int = 1) -> None:
         """Do nothing."""
 
-    def observe(self, name: str, value: float) -> None:
+    def observe(self, name: str, value: float, times: int = 1) -> None:
         """Do nothing."""
 
 

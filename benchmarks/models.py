@@ -45,7 +45,7 @@ class Tally(Model, name="benchmark_tally"):
 
 
 class Bare:
-    """What a person would write: an object for each message."""
+    """A loop as a person would write it: an object for each message."""
 
     def __init__(self, key: str, count: int, element: str, high: int) -> None:
         self.key = key
@@ -60,7 +60,7 @@ class Bare:
         self.high = max(self.high, other.high)
 
 
-class Lab:
+class Workload:
     """A process, a client of the same server, and the messages in all their forms."""
 
     def __init__(self, process: Process, size: int) -> None:
@@ -83,9 +83,9 @@ class Lab:
         return self.process.collect(Tally, max_entries=2 * KEYS)
 
 
-def bare(lab: Lab) -> None:
+def bare(workload: Workload) -> None:
     entries: OrderedDict[str, Bare] = OrderedDict()
-    for message in lab.messages:
+    for message in workload.messages:
         entry = entries.get(message[0])
         if entry is None:
             entries[message[0]] = Bare(*message)
@@ -94,52 +94,52 @@ def bare(lab: Lab) -> None:
             entries.move_to_end(message[0])
 
 
-def add(lab: Lab, *, durable: bool = False) -> None:
-    records, messages = lab.collection(), iter(lab.messages)
+def add(workload: Workload, *, durable: bool = False) -> None:
+    records, messages = workload.collection(), iter(workload.messages)
     while batch := list(islice(messages, BATCH)):
-        with lab.process.batch(durable=durable):
+        with workload.process.batch(durable=durable):
             for key, count, element, high in batch:
                 records.add(key, count=count, elements=element, high=high)
 
 
-def add_many(lab: Lab, *, durable: bool = False) -> None:
-    records, rows = lab.collection(), iter(lab.rows)
+def add_many(workload: Workload, *, durable: bool = False) -> None:
+    records, rows = workload.collection(), iter(workload.rows)
     while batch := list(islice(rows, BATCH)):
-        with lab.process.batch(durable=durable):
+        with workload.process.batch(durable=durable):
             assert not records.add_many(batch)
 
 
-def add_table(lab: Lab, *, durable: bool = False) -> None:
-    records = lab.collection()
-    for table in lab.tables:
-        with lab.process.batch(durable=durable):
+def add_table(workload: Workload, *, durable: bool = False) -> None:
+    records = workload.collection()
+    for table in workload.tables:
+        with workload.process.batch(durable=durable):
             assert not records.add_table(table)
 
 
-def hincrby(lab: Lab) -> None:
-    messages = iter(lab.messages)
+def hincrby(workload: Workload) -> None:
+    messages = iter(workload.messages)
     while batch := list(islice(messages, BATCH)):
-        pipeline: redis.client.Pipeline = lab.client.pipeline(transaction=False)
+        pipeline: redis.client.Pipeline = workload.client.pipeline(transaction=False)
         for key, count, _, _ in batch:
             pipeline.hincrby("benchmark:" + key, "n", count)
         pipeline.execute()
 
 
 def measure(
-    lab: Lab,
+    workload: Workload,
     clock: Callable[[], float],
-    yardstick: Callable[[Lab], None],
-    contenders: dict[str, Callable[[Lab], None]],
+    yardstick: Callable[[Workload], None],
+    contenders: dict[str, Callable[[Workload], None]],
 ) -> None:
     """Print how much faster than the yardstick each contender is."""
     ratios: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         begun = clock()
-        yardstick(lab)
+        yardstick(workload)
         base = clock() - begun
         for name, contender in contenders.items():
             begun = clock()
-            contender(lab)
+            contender(workload)
             ratios[name].append(base / (clock() - begun))
     for name, values in ratios.items():
         spread = f"{min(values):.2f}-{max(values):.2f}"
@@ -149,17 +149,19 @@ def measure(
 def main() -> None:
     size = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     with Process("embedded://", namespace=f"benchmark-{time.time_ns()}") as process:
-        lab = Lab(process, size)
+        workload = Workload(process, size)
         print(f"{size:,} messages about {KEYS:,} keys; sum, union and maximum of each")
         contenders = {"add": add, "add_many": add_many, "add_table": add_table}
-        measure(lab, time.process_time, bare, {f"{n}, in memory": c for n, c in contenders.items()})
+        measure(
+            workload, time.process_time, bare, {f"{n}, in memory": c for n, c in contenders.items()}
+        )
         durable = {
-            "add, durable": lambda lab: add(lab, durable=True),
-            "add_many, durable": lambda lab: add_many(lab, durable=True),
-            "add_table, durable": lambda lab: add_table(lab, durable=True),
+            "add, durable": lambda workload: add(workload, durable=True),
+            "add_many, durable": lambda workload: add_many(workload, durable=True),
+            "add_table, durable": lambda workload: add_table(workload, durable=True),
         }
-        measure(lab, time.perf_counter, hincrby, durable)
-        lab.client.delete(*(f"benchmark:user{i}" for i in range(KEYS)))
+        measure(workload, time.perf_counter, hincrby, durable)
+        workload.client.delete(*(f"benchmark:user{i}" for i in range(KEYS)))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from chaos.proxy import Proxy
+from chaos.pool import Pool, Worker
+from chaos.proxy import CuttingProxy
 from phonon._core.heartbeat import DEAD_AFTER
-from phonon_demo.pool import Pool, Worker
 from phonon_demo.server import MortalServer
 
 #: Seconds between two strikes of a kind, on average; the first comes after half of that.
@@ -27,6 +27,39 @@ class Strikes:
     pauses: int = 0
     cuts: int = 0
     restarts: int = 0
+
+
+class Schedule:
+    """Calls functions at random moments.
+
+    Args:
+        chance: Chooses the moments.
+        kinds: The functions, each with the seconds between two calls, on average.
+        delay: Seconds before which nothing is called.
+    """
+
+    def __init__(
+        self,
+        chance: random.Random,
+        kinds: Sequence[tuple[float, Callable[[], None]]],
+        delay: float = 0.0,
+    ) -> None:
+        self._chance = chance
+        now = time.monotonic() + delay
+        self._due = [(now + mean / 2, mean, strike) for mean, strike in kinds]
+
+    def strike(self) -> None:
+        """Call the functions that are due."""
+        now = time.monotonic()
+        for i, (at, mean, strike) in enumerate(self._due):
+            if now >= at:
+                strike()
+                self._due[i] = now + self._chance.expovariate(1 / mean), mean, strike
+
+    @property
+    def next(self) -> float:
+        """When the next function is due, by the monotonic clock."""
+        return min(at for at, _, _ in self._due)
 
 
 class Killer:
@@ -48,7 +81,7 @@ class Killer:
         chance: random.Random,
         pool: Pool,
         heartbeat: float,
-        proxy: Proxy | None,
+        proxy: CuttingProxy | None,
         server: MortalServer | None,
     ) -> None:
         self.strikes = Strikes()
@@ -63,28 +96,23 @@ class Killer:
             kinds.append((CUTS, self._cut))
         if server is not None:
             kinds.append((RESTARTS, self._restart))
-        now = time.monotonic()
-        self._due = [(now + mean / 2, mean, strike) for mean, strike in kinds]
+        self._schedule = Schedule(chance, kinds)
 
     def is_paused(self, worker: Worker) -> bool:
         """Return whether a worker is paused, and would not answer."""
         return worker in self._paused
 
     def strike(self) -> None:
-        """Do what is due, the sooner the first."""
+        """End pauses that are over, and carry out the strikes that are due."""
         now = time.monotonic()
         for worker, until in list(self._paused.items()):
             if now >= until:
                 self._go_on(worker)
-        for i, (at, mean, strike) in enumerate(self._due):
-            if now >= at:
-                strike()
-                self._due[i] = now + self._chance.expovariate(1 / mean), mean, strike
+        self._schedule.strike()
 
     def pause(self) -> float:
         """Seconds until something is due."""
-        times = [*(at for at, _, _ in self._due), *self._paused.values()]
-        return max(0.0, min(times) - time.monotonic())
+        return max(0.0, min([self._schedule.next, *self._paused.values()]) - time.monotonic())
 
     def retire(self) -> None:
         """Let everybody go on who is paused."""

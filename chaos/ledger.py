@@ -2,15 +2,15 @@
 
 The broker does not know whether a message was stored that a dead worker has not acknowledged. So
 such a message is dealt again under a number of its own, and the old number may be in the database
-or not. Whatever else is there, or is not there, is an error.
+or not. Every other difference is an error.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from phonon_demo.check import compare
-from phonon_demo.jobs import Message, Totals
+from chaos.jobs import Message, Totals
+from phonon_demo.demo import differences
 
 
 class Verdict(NamedTuple):
@@ -84,7 +84,7 @@ class Ledger:
             foreign=foreign,
             unacknowledged=sum(not self._acknowledged[message[-1]] for message in present),
             keys=len(expected.keys() | figures.keys()),
-            differing=len(compare(expected, figures)),
+            differing=len(differences(expected, figures)),
         )
 
     def _is_of(self, key: str, number: int) -> bool:

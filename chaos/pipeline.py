@@ -1,36 +1,49 @@
 """``python -m chaos.pipeline``: from a broker to a table, while everything is struck.
 
 A producer, a broker, four workers and PostgreSQL. Workers are killed and paused until they are
-believed dead, so partitions are rebalanced and messages delivered again; their connections to the
-broker, to Phonon's server and to PostgreSQL are cut in the middle of whatever they say; PostgreSQL
-is shut down at once (``immediate``) and started again. In the end every
+believed dead, so partitions are rebalanced and messages delivered again; connections are cut on
+both sides; PostgreSQL is shut down at once (``immediate``) and started again. In the end every
 figure in the table has to be that of a plain loop over the produced messages. With one of the
 checks switched off (``--without``) it must not be, or the run shows nothing.
 """
 
 import contextlib
 import functools
+import itertools
 import random
+import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import sqlalchemy as sa
 
-from chaos.proxy import KafkaProxy, Proxy
+from chaos.killer import Schedule
+from chaos.pipeline_worker import StruckPlan
+from chaos.proxy import CuttingProxy, KafkaProxy
 from phonon import Process
-from phonon_demo import pipeline
-from phonon_demo.pipeline import HEARTBEAT, Broker, KafkaBroker, Plan, Pool, StreamBroker
+from phonon.sinks import SqlTable
+from phonon_demo.aggregations import FLIGHTS, Message
+from phonon_demo.brokers import Broker, KafkaBroker, StreamBroker
+from phonon_demo.demo import Table, add_up, differences, flights, read_table
+from phonon_demo.errors import WorkerError
+from phonon_demo.plan import GROUP
+from phonon_demo.pool import Pool, Worker, wait_until_stored
 from phonon_demo.postgres import PostgreSQL
-from phonon_demo.server import MortalServer
+from phonon_demo.server import MortalServer, onlooker
 from phonon_demo.signals import interruptible
 
+#: Seconds between two heartbeats, so that a dead worker is taken over from soon.
+HEARTBEAT = 0.25
+#: Keys in a worker's collection: fewer than there are, so that sessions end all the time.
+MAX_ENTRIES = 100
 #: Seconds between two strikes of a kind, on average.
 PAUSES, CUTS, RESTARTS = 4.0, 2.0, 15.0
 #: Between two kills, by source: a group of Kafka's needs four seconds to miss a member.
@@ -45,7 +58,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 5 * HEARTBEAT, 10 * HEARTBEAT
 
 @dataclass
 class Options:
-    """What to do.
+    """The options of a run.
 
     Attributes:
         source: ``"kafka"`` or ``"streams"``.
@@ -62,8 +75,8 @@ class Options:
     without: str = ""
 
 
-class Outcome(NamedTuple):
-    """What a run has come to.
+class PipelineResult(NamedTuple):
+    """The result of a run.
 
     Attributes:
         produced: Messages.
@@ -71,13 +84,12 @@ class Outcome(NamedTuple):
             enter their last ones.
         kills: Workers killed.
         pauses: Workers paused until they were believed dead.
-        cuts: Connections cut: to the broker, to Phonon's server, to PostgreSQL.
+        cuts: Connections cut, on both sides.
         restarts: How often PostgreSQL was shut down at once.
         keys: Rows.
         differing: Rows that are not what they ought to be.
-        surplus: Views in the table, less those produced.
+        surplus: Flights in the table, less those produced.
         parked: Batches that were given up on.
-        failures: What workers have said that failed.
         seconds: How long it took.
     """
 
@@ -91,16 +103,146 @@ class Outcome(NamedTuple):
     differing: int
     surplus: int
     parked: int
-    failures: list[str]
     seconds: float
 
     @property
     def exact(self) -> bool:
-        """Whether the table is right, and nothing else is wrong."""
-        return not (self.differing or self.parked or self.failures)
+        """Whether the table is right and no batch is parked."""
+        return not (self.differing or self.parked)
 
 
-def run(options: Options) -> Outcome:
+class StruckWorker(Worker):
+    """A worker that may be paused.
+
+    Args:
+                plan: Its settings.
+
+    """
+
+    def __init__(self, plan: StruckPlan) -> None:
+        super().__init__(plan, "chaos.pipeline_worker")
+        self.paused_until = 0.0
+        self._handled = Path(plan.handled)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether the worker lives and has handled messages."""
+        return self.is_alive and any(self._handled.glob(f"{self.popen.pid}-*"))
+
+    def pause(self, seconds: float) -> None:
+        """Stop it for some time."""
+        self.popen.send_signal(signal.SIGSTOP)
+        self.paused_until = time.monotonic() + seconds
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        self.paused_until = 0.0
+        self.popen.send_signal(signal.SIGCONT)
+
+
+class StruckPool(Pool):
+    """Workers, of which each that has died is replaced.
+
+    Args:
+                plan: Their settings.
+
+        count: How many there are.
+    """
+
+    workers: list[StruckWorker]  # type: ignore[assignment]  # all of them are
+
+    def __init__(self, plan: StruckPlan, count: int) -> None:
+        self._plan = plan
+        super().__init__([StruckWorker(plan) for _ in range(count)])
+
+    @property
+    def alive(self) -> list[Worker]:
+        """The workers, after each that has died was replaced.
+
+        Raises:
+            WorkerError: One has failed.
+        """
+        for i, worker in enumerate(self.workers):
+            if not worker.is_alive:
+                if worker.popen.returncode > 0:
+                    raise WorkerError(f"a worker {worker.fate}")
+                worker.kill()
+                self.workers[i] = StruckWorker(self._plan)
+        return list(self.workers)
+
+
+class Producer(threading.Thread):
+    """Sends flights at a pace, over and over, and adds them up.
+
+    Args:
+        broker: Takes the messages.
+        seed: Chooses the flight to begin with.
+
+    Attributes:
+        count: The number of messages sent.
+        expected: The rows that the table should have.
+    """
+
+    PIECE = 50
+
+    def __init__(self, broker: Broker, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.count = 0
+        self.expected: Table = {}
+        self._broker = broker
+        self._seed = seed
+        self._error: BaseException | None = None
+        self._is_over = threading.Event()
+
+    def run(self) -> None:
+        """Send messages until `finish` is called."""
+        stream = _messages(self._seed)
+        try:
+            while not self._is_over.wait(self.PIECE / RATE):
+                some = list(itertools.islice(stream, self.PIECE))
+                self._broker.produce(some)
+                add_up(FLIGHTS, self.expected, some)
+                self.count += len(some)
+        except BaseException as error:  # noqa: BLE001 - `finish` raises it
+            self._error = error
+
+    def finish(self) -> None:
+        """Stop."""
+        self._is_over.set()
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _messages(seed: int) -> Iterator[Message]:
+    with flights() as rows:
+        every = list(rows)
+    return itertools.islice(itertools.cycle(every), seed * 1000 % len(every), None)
+
+
+class UncheckedKafkaBroker(KafkaBroker):
+    """Knows what was stored by what the clients have committed."""
+
+    def stored(self, process: Process) -> int:
+        """Return how many messages were committed."""
+        from confluent_kafka import Consumer, TopicPartition  # noqa: PLC0415 - an extra
+
+        del process
+        consumer = Consumer({"bootstrap.servers": self.address, "group.id": GROUP, "log_level": 2})
+        partitions = [TopicPartition(self.topic, p) for p in range(self.PARTITIONS)]
+        try:
+            return sum(max(0, p.offset) for p in consumer.committed(partitions, timeout=5))
+        finally:
+            consumer.close()
+
+
+def _broker(options: Options, process: Process, url: str, topic: str) -> Broker:
+    if options.source == "streams":
+        return StreamBroker(process.client, url, topic)
+    return UncheckedKafkaBroker(topic) if options.without == "offsets" else KafkaBroker(topic)
+
+
+def run(options: Options) -> PipelineResult:
     """Let the pipeline work and be struck, and compare."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -109,96 +251,93 @@ def run(options: Options) -> Outcome:
         handled = folder / "handled"
         handled.mkdir()
         server = enter(MortalServer(folder))
-        proxy = enter(Proxy(folder / "p", server.socket))
+        proxy = enter(CuttingProxy(folder / "p", server.socket))
         postgres = enter(PostgreSQL())
-        database = enter(Proxy(folder / postgres.SOCKET, postgres.socket))
+        database = enter(CuttingProxy(folder / postgres.SOCKET, postgres.socket))
         engine = sa.create_engine(postgres.url)
         stack.callback(engine.dispose)
-        namespace, topic = f"chaos-{uuid.uuid4().hex[:8]}", f"views-{uuid.uuid4().hex[:8]}"
-        url = f"unix://{server.socket}?db=1"
-        process = enter(Process(url=url, namespace=namespace, recover_failed_processes=False))
-        broker: Broker = (
-            KafkaBroker(topic)
-            if options.source == "kafka"
-            else StreamBroker(process, f"unix://{server.socket}?db=1", topic)
-        )
+        sink = SqlTable(engine, FLIGHTS.table, FLIGHTS.model)
+        sink.create_table()
+        engine.dispose()  # its connections will not survive
+        topic = f"flights-{uuid.uuid4().hex[:8]}"
+        process = enter(onlooker(server.url, f"chaos-{uuid.uuid4().hex[:8]}"))
+        broker = _broker(options, process, server.url, topic)
         stack.callback(broker.close)
-        # Both speak to the same server, over connections that are cut at other times.
+        front: CuttingProxy | None = None
         if options.source == "kafka":
-            kafka = enter(KafkaProxy(broker.servers))
-            front: Proxy = kafka
-            servers = kafka.servers
-        else:
-            front = enter(Proxy(folder / "b", server.socket))
-            servers = f"unix://{front.path}?db=1"
-        plan = Plan(
+            front = kafka = enter(KafkaProxy(broker.address))
+        plan = StruckPlan(
+            aggregation="flights",
             url=f"unix://{proxy.path}?db=1",
-            namespace=namespace,
+            namespace=process.namespace,
             source=options.source,
-            broker=servers,
+            broker=kafka.servers if front else broker.address,
             topic=topic,
             database=postgres.url_in(folder),
+            max_entries=MAX_ENTRIES,
+            heartbeat=HEARTBEAT,
             without=options.without,
             linger=LINGER,
             handled=str(handled),
         )
-        pipeline.create_table(engine)
-        engine.dispose()  # its connections will not survive
-        producer = pipeline.Producer(broker, options.seed, RATE)
+        producer = Producer(broker, options.seed)
         begun = time.monotonic()
-        with Pool(plan, options.workers) as pool:
+        with StruckPool(plan, options.workers) as pool:
             producer.start()
             chaos = _Chaos(options, pool, (front, proxy, database), postgres)
             chaos.strike_until_done()
-            totals = producer.finish()
-            pipeline.wait_until_consumed(broker, process, plan, pool, totals.count)
-            failures = pool.leave()
-        expected, found = totals.rows(), pipeline.table_rows(engine)
-        return Outcome(
-            produced=totals.count,
-            handled=pipeline.handled_by_all(handled),
+            producer.finish()
+            wait_until_stored(broker, process, pool, producer.count)
+            pool.leave()
+        expected, found = producer.expected, read_table(engine, sink)
+        return PipelineResult(
+            produced=producer.count,
+            handled=sum(int(file.read_text() or 0) for file in handled.iterdir()),
             kills=chaos.kills,
             pauses=chaos.pauses,
             cuts=(chaos.cuts[0], chaos.cuts[1], chaos.cuts[2]),
             restarts=chaos.restarts,
             keys=len(expected),
-            differing=len(pipeline.compare(expected, found)),
-            surplus=sum(row[0] for row in found.values()) - totals.count,
+            differing=len(differences(expected, found)),
+            surplus=sum(row["flights"] for row in found.values()) - producer.count,
             parked=len(process.parked()),
-            failures=failures,
             seconds=time.monotonic() - begun,
         )
 
 
 class _Chaos:
     def __init__(
-        self, options: Options, pool: Pool, proxies: Sequence[Proxy], postgres: PostgreSQL
+        self,
+        options: Options,
+        pool: StruckPool,
+        proxies: Sequence[CuttingProxy | None],
+        postgres: PostgreSQL,
     ) -> None:
         self._options = options
         self._pool = pool
-        self._proxies = proxies
         self._postgres = postgres
         self._chance = random.Random(options.seed)  # noqa: S311 - a schedule, no secret
         self.kills = self.pauses = self.restarts = 0
         self.cuts = [0] * len(proxies)
-        self._kinds: list[tuple[float, Any]] = [
+        kinds: list[tuple[float, Callable[[], None]]] = [
             (KILLS[options.source], self._kill),
             (PAUSES, self._pause),
-            *((CUTS, functools.partial(self._cut, which)) for which in range(len(proxies))),
+            *(
+                (CUTS, functools.partial(self._cut, which, proxy))
+                for which, proxy in enumerate(proxies)
+                if proxy is not None
+            ),
             (RESTARTS, self._restart),
         ]
-        now = time.monotonic() + 2.0
-        self._due = [now + mean / 2 for mean, _ in self._kinds]
+        self._schedule = Schedule(self._chance, kinds, delay=2.0)
 
     def strike_until_done(self) -> None:
         """Strike at random moments, until there were enough kills."""
         while self.kills < self._options.kills:
-            self._pool.replace()
+            _ = self._pool.alive  # replaces the dead
             now = time.monotonic()
-            for i, (mean, strike) in enumerate(self._kinds):
-                if now >= self._due[i] and any(w.is_at_work for w in self._pool.workers):
-                    strike()
-                    self._due[i] = time.monotonic() + self._chance.expovariate(1 / mean)
+            if any(worker.is_at_work for worker in self._pool.workers):
+                self._schedule.strike()
             for worker in self._pool.workers:
                 if worker.paused_until and now >= worker.paused_until:
                     worker.go_on()
@@ -220,30 +359,29 @@ class _Chaos:
             self._chance.choice(running).pause(self._chance.uniform(SHORTEST_PAUSE, LONGEST_PAUSE))
             self.pauses += 1
 
-    def _cut(self, which: int) -> None:
-        self.cuts[which] += self._proxies[which].cut()
+    def _cut(self, which: int, proxy: CuttingProxy) -> None:
+        self.cuts[which] += proxy.cut()
 
     def _restart(self) -> None:
         self._postgres.restart()
         self.restarts += 1
 
 
-def report(options: Options, outcome: Outcome) -> str:
-    """Return what a run has come to, for people."""
-    repeated = outcome.handled - outcome.produced
-    o = outcome
+def report(options: Options, result: PipelineResult) -> str:
+    """Return the result of a run as text."""
+    repeated = result.handled - result.produced
+    o = result
     lines = [
         f"{o.produced:,} messages through {options.source}, {o.seconds:.0f} s",
         f"handled at least {o.handled:,} times, so {max(repeated, 0):,} again",
         f"{o.kills} workers killed, {o.pauses} paused until believed dead",
-        "connections cut: {:,} to the broker, {:,} to Phonon's server, {:,} to PostgreSQL".format(
-            *o.cuts
-        ),
+        "connections cut: {:,} to Kafka, {:,} to Phonon's server (and its streams), {:,} to "
+        "PostgreSQL".format(*o.cuts),
         f"PostgreSQL restarted {o.restarts} times",
         f"{o.differing} of {o.keys} rows differ from a plain loop, {o.parked} batches parked",
-        f"views in the table less those produced: {o.surplus:+,}",
+        f"flights in the table less those produced: {o.surplus:+,}",
     ]
-    return "\n".join([*lines, *outcome.failures])
+    return "\n".join(lines)
 
 
 @click.command()
@@ -255,9 +393,9 @@ def report(options: Options, outcome: Outcome) -> str:
 def main(source: str, kills: int, workers: int, seed: int, without: str | None) -> None:
     """Strike a pipeline from a broker to a table, and compare."""
     options = Options(source, kills, workers, seed, without or "")
-    outcome = run(options)
-    click.echo(report(options, outcome))
-    sys.exit(not outcome.exact)
+    result = run(options)
+    click.echo(report(options, result))
+    sys.exit(not result.exact)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ _LENGTH = struct.Struct(">i")
 Replies = Callable[[bytes], bytes]
 
 
-class Proxy:
+class CuttingProxy:
     """Listens on a socket; a context manager.
 
     Args:
@@ -93,7 +93,7 @@ class Proxy:
                     self._clients.discard(client)
 
 
-class KafkaProxy(Proxy):
+class KafkaProxy(CuttingProxy):
     """A proxy in front of a broker of Kafka's, which tells its clients where to connect to.
 
     Its answers name its host and port (metadata, and who coordinates a group). There the proxy puts

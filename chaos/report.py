@@ -11,10 +11,10 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from chaos.jobs import Message
 from chaos.killer import Strikes
 from chaos.ledger import Ledger, Verdict
-from phonon_demo.jobs import Message
-from phonon_demo.pool import Worker
+from chaos.pool import Worker
 
 #: Seconds between two lines of progress: on a terminal, where it is one line, and elsewhere.
 LIVE_INTERVAL, LINE_INTERVAL = 0.1, 5.0
@@ -110,8 +110,8 @@ class Watcher:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The outcome of a run.
+class RunResult:
+    """The result of a run.
 
     Attributes:
         seconds: How long it took.
@@ -149,49 +149,49 @@ class Outcome:
         return self.verdict.exact and not self.parked and not self.leftovers
 
 
-def show(outcome: Outcome) -> None:
-    """Print the outcome."""
+def show(result: RunResult) -> None:
+    """Print the result."""
     console = Console()
     table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name, value in _lines(outcome):
+    for name, value in _lines(result):
         table.add_row(Text(name), Text(value))
     console.print(table)
-    verdict = outcome.verdict
+    verdict = result.verdict
     equal = f"{verdict.keys - verdict.differing:,} of {verdict.keys:,} keys equal"
     console.print(Text(f"SQLite against a plain loop over the messages there: {equal}"))
-    for leftover in outcome.leftovers[:LISTED]:
+    for leftover in result.leftovers[:LISTED]:
         console.print(Text(f"left on the server: {leftover}"))
-    if outcome.exact:
+    if result.exact:
         console.print(Text("EXACT: nothing acknowledged was lost, nothing doubled", "bold green"))
     else:
         console.print(Text("NOT EXACT", "bold red"))
 
 
-def _lines(outcome: Outcome) -> Iterator[tuple[str, str]]:
-    strikes, verdict = outcome.strikes, outcome.verdict
+def _lines(result: RunResult) -> Iterator[tuple[str, str]]:
+    strikes, verdict = result.strikes, result.verdict
     counts = {
         "workers killed with SIGKILL": strikes.kills,
         "workers paused until believed dead": strikes.pauses,
         "connections cut": strikes.cuts,
         "server killed and started again": strikes.restarts,
-        "workers that died by themselves": outcome.died,
-        "messages dealt": outcome.dealt,
-        "  dealt again, their worker having died": outcome.redealt,
+        "workers that died by themselves": result.died,
+        "messages dealt": result.dealt,
+        "  dealt again, their worker having died": result.redealt,
         "messages acknowledged": verdict.acknowledged,
         "  lost": verdict.lost,
         "messages unacknowledged, but stored": verdict.unacknowledged,
         "messages doubled": verdict.doubled,
         "messages in the wrong row": verdict.foreign,
-        "sessions written": outcome.sessions,
-        "sessions taken over": outcome.taken_over,
-        "  batches executed in doing so": outcome.batches,
-        "zombies that went on under a new id": outcome.reborn,
-        "repeats skipped by token": outcome.repeats,
-        "batches parked": outcome.parked,
-        "leftovers on the server": len(outcome.leftovers),
+        "sessions written": result.sessions,
+        "sessions taken over": result.taken_over,
+        "  batches executed in doing so": result.batches,
+        "zombies that went on under a new id": result.reborn,
+        "repeats skipped by token": result.repeats,
+        "batches parked": result.parked,
+        "leftovers on the server": len(result.leftovers),
     }
     for name, count in counts.items():
         yield name, f"{count:,}"
-    yield "seconds", f"{outcome.seconds:.1f}"
+    yield "seconds", f"{result.seconds:.1f}"

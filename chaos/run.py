@@ -8,37 +8,34 @@ import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import redis
 
 from chaos import report as chaos_report
+from chaos import sink
+from chaos.jobs import Job, Message, Totals
 from chaos.killer import Killer
 from chaos.ledger import Ledger
-from chaos.numbered import Numbered
-from chaos.proxy import Proxy
-from chaos.report import Outcome, Watcher
+from chaos.pool import WINDOW, Pool, Worker
+from chaos.proxy import CuttingProxy
+from chaos.report import RunResult, Watcher
+from chaos.wire import WorkerSettings
 from phonon import Process
 from phonon.settings import Durability
-from phonon_demo import sink
-from phonon_demo.check import read
-from phonon_demo.deaths import INTERVAL, TIMEOUT
-from phonon_demo.demo import FLIGHTS
+from phonon_demo.demo import flights
 from phonon_demo.errors import WorkerError
-from phonon_demo.jobs import Job, Message
-from phonon_demo.pool import WINDOW, Pool, Worker
-from phonon_demo.rows import open_rows
 from phonon_demo.server import MortalServer, keys_of, onlooker
 from phonon_demo.signals import interruptible
-from phonon_demo.wire import Setup
 
+#: Seconds between two looks, and after which no takeover is to be expected any more.
+INTERVAL, TIMEOUT = 0.02, 60.0
 #: Messages that a worker is sent, stores and acknowledges together.
 LIST = 100
 #: Keys in a worker's cache: far fewer than there are, so that sessions end all the time.
 MAX_ENTRIES = 1000
-#: Seconds between two heartbeats. Who is silent for four of them is taken over from.
+#: Seconds between two heartbeats. A worker that is silent for four of them is taken over.
 HEARTBEAT = 0.25
 #: Seconds for which a new worker tries to reach a server that is being started again.
 PATIENCE = 15.0
@@ -74,17 +71,17 @@ def run(options: Options, job: Job | None = None) -> int:
         WorkerError: A worker has given up, or there is something that nobody takes over.
         Interrupted: By a signal.
     """
-    job = job or Numbered()
+    job = job or Job()
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(interruptible())
         folder = Path(enter(tempfile.TemporaryDirectory(prefix="phonon-chaos-")))
-        server = enter(MortalServer(folder))
-        proxy = enter(Proxy(folder / "p", server.socket))
-        process = enter(onlooker(f"unix://{server.socket}?db=1", NAMESPACE))
+        server = enter(MortalServer(folder, sync=True))
+        proxy = enter(CuttingProxy(folder / "p", server.socket))
+        process = enter(onlooker(server.url, NAMESPACE))
         path = str(folder / "chaos.sqlite3")
         database = enter(sink.create(path, job.table))
-        setup = Setup(
+        settings = WorkerSettings(
             job,
             f"unix://{proxy.path}?db=1",
             NAMESPACE,
@@ -96,10 +93,10 @@ def run(options: Options, job: Job | None = None) -> int:
             options.asyncio,
         )
         chaos = _Chaos(options, process)
-        chaos.work(setup, proxy if options.cut else None, server)
-        outcome = chaos.outcome(database, job)
-        chaos_report.show(outcome)
-        return 0 if outcome.exact else 1
+        chaos.work(settings, proxy if options.cut else None, server)
+        result = chaos.result(database, job)
+        chaos_report.show(result)
+        return 0 if result.exact else 1
 
 
 class _Chaos:
@@ -120,15 +117,17 @@ class _Chaos:
         self._redealt = 0
         self._seconds = 0.0
 
-    def work(self, setup: Setup, proxy: Proxy | None, server: MortalServer) -> None:
+    def work(
+        self, settings: WorkerSettings, proxy: CuttingProxy | None, server: MortalServer
+    ) -> None:
         """Strike while the workers work; then let them finish."""
         options = self._options
-        with self._watcher, Pool(setup, options.workers, self._watcher) as pool:
+        with self._watcher, Pool(settings, options.workers, self._watcher) as pool:
             self._pool = pool
             self._watcher.started(pool.workers)
             chance = random.Random(options.seed)  # noqa: S311 - a schedule, no secret
             mortal = server if options.restart_server else None
-            self._killer = Killer(chance, pool, setup.heartbeat, proxy, mortal)
+            self._killer = Killer(chance, pool, settings.heartbeat, proxy, mortal)
             self._watcher.strikes = self._killer.strikes
             begun = time.monotonic()
             try:
@@ -215,17 +214,17 @@ class _Chaos:
             return True
         return listed != len(living) + 1
 
-    def outcome(self, database: sqlite3.Connection, job: Job) -> Outcome:
+    def result(self, database: sqlite3.Connection, job: Job) -> RunResult:
         """Audit what is left in the database and on the server."""
         workers = self._pool.workers
         takeovers = [takeover for worker in workers for takeover in worker.takeovers]
-        return Outcome(
+        return RunResult(
             seconds=self._seconds,
             strikes=self._killer.strikes,
             died=self._watcher.deaths - self._killer.strikes.kills,
             dealt=len(self._ledger),
             redealt=self._redealt,
-            verdict=self._ledger.audit(read(database, job)),
+            verdict=self._ledger.audit(_read(database, job)),
             sessions=sink.sessions(database, job.table),
             taken_over=sum(takeover.sessions for takeover in takeovers),
             batches=sum(takeover.batches for takeover in takeovers),
@@ -262,10 +261,11 @@ def _members(client: Any, name: str) -> set[str]:
 
 
 def _flights() -> list[Message]:
-    """The messages: all of them, again and again."""
-    job = Numbered()
-    with (
-        resources.as_file(resources.files("phonon_demo") / FLIGHTS) as path,
-        open_rows(str(path), job.columns, job.message) as rows,
-    ):
-        return list(rows)
+    """Return the messages, as yet without numbers."""
+    with flights() as rows:
+        return [(key, *content) for key, content in rows]
+
+
+def _read(database: sqlite3.Connection, job: Job) -> Totals:
+    """Return what is in SQLite."""
+    return {key: job.figures(stored) for key, *stored in database.execute(job.table.select)}

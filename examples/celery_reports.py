@@ -15,7 +15,7 @@ FOLDER = Path(os.environ["FOLDER"])
 
 @app.task(acks_late=True, reject_on_worker_lost=True)
 def part(report: str, number: int, parties: int) -> None:
-    """Do a part. Whoever does the last one has the report published."""
+    """Do a part. The worker that does the last part has the report published."""
     with (FOLDER / "begun").open("a") as file:
         file.write(f"{number} {os.getpid()}\n")
     time.sleep(0.2)

@@ -21,7 +21,7 @@ phonon = setup(app)
 
 
 class Views(ConflictFreeUpdate):
-    """What is known about a page."""
+    """Figures of a page."""
 
     def execute(self) -> None:
         """Add the views to the page's row."""

@@ -22,7 +22,7 @@ app = FastAPI(lifespan=phonon.lifespan)
 
 
 class Requests(AsyncConflictFreeUpdate):
-    """What is known about a route."""
+    """Figures of a route."""
 
     async def execute(self) -> None:
         """Add the requests to the route's row."""

@@ -20,7 +20,7 @@ worker = Worker()  # made before the fork; each child connects by itself
 
 
 class Views(ConflictFreeUpdate):
-    """What is known about a page."""
+    """Figures of a page."""
 
     def execute(self) -> None:
         """Add the views to the page's row."""

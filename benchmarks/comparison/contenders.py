@@ -20,7 +20,7 @@ EMPTY = "#!lua name=bench\nredis.register_function('bench_empty', function() ret
 
 
 @dataclass
-class Lab:
+class Arena:
     """The server and the stream that contenders work with.
 
     Attributes:
@@ -84,11 +84,11 @@ class _Bare:
         self.high = max(self.high, other.high)
 
 
-def bare_loop(lab: Lab) -> Result:
+def bare_loop(arena: Arena) -> Result:
     """An object for each message, merged in an OrderedDict."""
     entries: OrderedDict[str, _Bare] = OrderedDict()
     with _timed() as seconds:
-        for message in lab.stream:
+        for message in arena.stream:
             entry = entries.get(message.key)
             if entry is None:
                 entries[message.key] = _Bare(message)
@@ -98,7 +98,7 @@ def bare_loop(lab: Lab) -> Result:
     return seconds(), {k: (e.count, frozenset(e.elements), e.high) for k, e in entries.items()}
 
 
-def bytewax(lab: Lab) -> Result:
+def bytewax(arena: Arena) -> Result:
     """A session window in one worker; nothing is durable."""
     from bytewax import operators  # noqa: PLC0415 - a peer, which need not be installed
     from bytewax.dataflow import Dataflow  # noqa: PLC0415 - as above
@@ -117,7 +117,7 @@ def bytewax(lab: Lab) -> Result:
 
     out: list[tuple[str, tuple[int, _Bare]]] = []
     flow = Dataflow("bench")
-    source = operators.input("in", flow, TestingSource(lab.stream, batch_size=BATCH))
+    source = operators.input("in", flow, TestingSource(arena.stream, batch_size=BATCH))
     keyed = operators.key_on("key", source, lambda message: message.key)
     windows = windowing.fold_window(
         "fold",
@@ -136,12 +136,12 @@ def bytewax(lab: Lab) -> Result:
     return seconds(), found
 
 
-def phonon_in_memory(lab: Lab) -> Result:
+def phonon_in_memory(arena: Arena) -> Result:
     """LruCache.set, nothing durable, memberships joined a thousand messages at a time."""
-    process = lab.process
-    cache: LruCache[Tally] = LruCache(max_entries=len(lab.stream))
+    process = arena.process
+    cache: LruCache[Tally] = LruCache(max_entries=len(arena.stream))
     with _timed() as seconds:
-        for batch in batches(lab.stream):
+        for batch in batches(arena.stream):
             with process.batch(durable=False):
                 for message in batch:
                     cache.set(message.key, Tally(process, message, init_cache=False))
@@ -152,61 +152,61 @@ def phonon_in_memory(lab: Lab) -> Result:
 # Durable
 
 
-def hincrby(lab: Lab) -> Result:
+def hincrby(arena: Arena) -> Result:
     """One pipelined HINCRBY a message: the sum alone."""
     with _timed() as seconds:
-        for batch in batches(lab.stream):
-            pipeline = lab.client.pipeline(transaction=False)
+        for batch in batches(arena.stream):
+            pipeline = arena.client.pipeline(transaction=False)
             for message in batch:
                 pipeline.hincrby(message.key, "n", message.times)
             pipeline.execute()
     return seconds(), None
 
 
-def merged_hincrby(lab: Lab) -> Result:
+def merged_hincrby(arena: Arena) -> Result:
     """Sums merged locally first, then one pipelined HINCRBY a key: the sum alone."""
     with _timed() as seconds:
-        for batch in batches(lab.stream):
+        for batch in batches(arena.stream):
             sums: dict[str, int] = {}
             for message in batch:
                 sums[message.key] = sums.get(message.key, 0) + message.times
-            pipeline = lab.client.pipeline(transaction=False)
+            pipeline = arena.client.pipeline(transaction=False)
             for key, n in sums.items():
                 pipeline.hincrby(key, "n", n)
             pipeline.execute()
     return seconds(), None
 
 
-def three_commands(lab: Lab) -> Result:
+def three_commands(arena: Arena) -> Result:
     """The same three facts: pipelined HINCRBY, SADD and ZADD GT."""
     with _timed() as seconds:
-        for batch in batches(lab.stream):
-            pipeline = lab.client.pipeline(transaction=False)
+        for batch in batches(arena.stream):
+            pipeline = arena.client.pipeline(transaction=False)
             for key, count, element, height in batch:
                 pipeline.hincrby("n:" + key, "n", count)
                 pipeline.sadd("s:" + key, element)
                 pipeline.zadd("high", {key: height}, gt=True)
             pipeline.execute()
-    return seconds(), _read_commands(lab)
+    return seconds(), _read_commands(arena)
 
 
-def _read_commands(lab: Lab) -> dict[str, Total]:
+def _read_commands(arena: Arena) -> dict[str, Total]:
     found: dict[str, Total] = {}
-    heights: Any = lab.client.zrange("high", 0, -1, withscores=True)
+    heights: Any = arena.client.zrange("high", 0, -1, withscores=True)
     for name, height in heights:
         key = name.decode()
-        elements: set[bytes] = lab.client.smembers("s:" + key)  # type: ignore[assignment]  # no await
-        count = int(lab.client.hget("n:" + key, "n") or 0)
+        elements: set[bytes] = arena.client.smembers("s:" + key)  # type: ignore[assignment]  # no await
+        count = int(arena.client.hget("n:" + key, "n") or 0)
         found[key] = count, frozenset(e.decode() for e in elements), int(height)
     return found
 
 
-def phonon_durable(lab: Lab) -> Result:
+def phonon_durable(arena: Arena) -> Result:
     """Process.batch of a thousand messages, all of it on the server when the block ends."""
-    process = lab.process
-    cache: LruCache[Tally] = LruCache(max_entries=len(lab.stream))
+    process = arena.process
+    cache: LruCache[Tally] = LruCache(max_entries=len(arena.stream))
     with _timed() as seconds:
-        for batch in batches(lab.stream):
+        for batch in batches(arena.stream):
             with process.batch():
                 for message in batch:
                     cache.set(message.key, Tally(process, message))
@@ -217,9 +217,9 @@ def phonon_durable(lab: Lab) -> Result:
 # Calls
 
 
-def bare_calls(lab: Lab) -> Result:
+def bare_calls(arena: Arena) -> Result:
     """An empty function, twice, a thousand times."""
-    call = lab.client.execute_command
+    call = arena.client.execute_command
     with _timed() as seconds:
         for _ in range(BATCH):
             call("FCALL", "bench_empty", 1, "key", "argument")
@@ -227,9 +227,9 @@ def bare_calls(lab: Lab) -> Result:
     return seconds(), None
 
 
-def references(lab: Lab) -> Result:
+def references(arena: Arena) -> Result:
     """create_reference and dereference, a thousand times."""
-    process = lab.process
+    process = arena.process
     with _timed() as seconds:
         for _ in range(BATCH):
             process.create_reference("resource").dereference()
@@ -240,9 +240,9 @@ def references(lab: Lab) -> Result:
 THREADS = 8
 
 
-def threaded_references(lab: Lab) -> Result:
+def threaded_references(arena: Arena) -> Result:
     """The same by eight threads, each on a resource of its own."""
-    process = lab.process
+    process = arena.process
 
     def work(i: int) -> None:
         for _ in range(BATCH // THREADS):
@@ -268,20 +268,20 @@ def lock_pairs(owner: Any, make: Maker) -> Result:
 SESSIONS = 10_000
 
 
-def pipelined_calls(lab: Lab) -> Result:
+def pipelined_calls(arena: Arena) -> Result:
     """An empty function twice a session, in pipelines of a thousand."""
     with _timed() as seconds:
         for first in range(0, 2 * SESSIONS, BATCH):
-            pipeline = lab.client.pipeline(transaction=False)
+            pipeline = arena.client.pipeline(transaction=False)
             for i in range(first, first + BATCH):
                 pipeline.execute_command("FCALL", "bench_empty", 1, f"key{i}", "argument")
             pipeline.execute()
     return seconds(), None
 
 
-def end_sessions(lab: Lab) -> Result:
+def end_sessions(arena: Arena) -> Result:
     """expire_all of ten thousand sessions, with nothing to write."""
-    process = lab.process
+    process = arena.process
     cache: LruCache[Any] = LruCache(max_entries=SESSIONS)
     with process.batch(durable=False):
         for i in range(SESSIONS):

@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from comparison import contenders, locks, stream, workers
-from comparison.contenders import Lab
+from comparison.contenders import Arena
 from comparison.stream import Message
 from phonon import Process, embedded
 
@@ -99,7 +99,7 @@ class Suite:
         client.config_set("appendonly", "no")
         client.function_load(contenders.EMPTY, replace=True)
         self._zipf = stream.zipf(messages, KEYS, seed=1)
-        self._lab = Lab(self._process, client, self._zipf)
+        self._lab = Arena(self._process, client, self._zipf)
         self.contenders: list[Contender] = []
         self.targets: list[Target] = []
         self._in_memory()
@@ -119,18 +119,18 @@ class Suite:
         group: str,
         name: str,
         loses: str,
-        work: Callable[[Lab], contenders.Result],
+        work: Callable[[Arena], contenders.Result],
         *,
         count: int | None = None,
         peer: str = "",
         messages: Sequence[Message] | None = None,
     ) -> Contender:
         given = self._zipf if messages is None else messages
-        lab = Lab(self._process, self._lab.client, given)
+        arena = Arena(self._process, self._lab.client, given)
 
         def run() -> tuple[float, int]:
-            lab.wipe()
-            seconds, found = work(lab)
+            arena.wipe()
+            seconds, found = work(arena)
             contenders.verify(name, given, found)
             return seconds, count or len(given)
 
@@ -220,8 +220,8 @@ class Suite:
 
     def _locks(self) -> None:
         def add(name: str, load: Callable[[], locks.Maker], peer: str = "") -> Contender:
-            def work(lab: Lab) -> contenders.Result:
-                owner = lab.process if load is locks.phonon else lab.client
+            def work(arena: Arena) -> contenders.Result:
+                owner = arena.process if load is locks.phonon else arena.client
                 return contenders.lock_pairs(owner, load())
 
             group = "locks nobody else wants, pairs/s"

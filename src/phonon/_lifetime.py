@@ -1,4 +1,4 @@
-"""The ends and forks of the interpreter, and what they mean for its processes."""
+"""Stops processes at the end of the interpreter, and renews them after a fork."""
 
 import atexit
 import logging
@@ -42,8 +42,8 @@ _watched: dict[str, int] = {}
 def is_to_be_forked() -> bool:
     """Return whether this is uWSGI's master, which has imported the program for its workers.
 
-    It forks in C, whatever other threads do: if one of them runs Python code at that moment, no
-    Python code runs in the worker ever again.
+    It forks in C, without regard to other threads: if one of them runs Python code at that moment,
+    no Python code runs in the worker ever again.
     """
     uwsgi = sys.modules.get("uwsgi")
     return uwsgi is not None and uwsgi.worker_id() == 0

@@ -104,8 +104,8 @@ class Admin(BaseAdmin):
     """Looks at a namespace, and acts on it, without becoming one of its processes.
 
     It has no heartbeat and no id, takes over nothing, needs none of the classes whose data it
-    shows, and changes nothing unless it is told to. Listings are read from the server in pages, as
-    they are iterated over; what changes meanwhile may or may not be in them.
+    shows, and changes nothing unless you call a method that does. Listings are read from the server
+    in pages, as they are iterated over; later changes may or may not be in them.
 
     Args:
         url: Where the server is; see `Process`. None: the environment variable ``PHONON_URL``, or
@@ -113,7 +113,7 @@ class Admin(BaseAdmin):
         client: A ``redis.Redis`` or ``redis.RedisCluster`` to use instead.
         namespace: The namespace.
         timeout: Seconds to go on asking a server that does not answer.
-        who: Who acts, for the log on the server. None: user, host and process.
+        who: The operator's name, for the log on the server. None: user, host and process.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -213,7 +213,7 @@ class Admin(BaseAdmin):
     ) -> list[SessionStatus]:
         """Return the oldest open sessions, the oldest first, without reading all of them.
 
-        Those that their processes have locked as well are not looked for to the end.
+        The search may miss sessions whose resources their processes have locked as well.
 
         Args:
             most: How many.
@@ -233,7 +233,7 @@ class Admin(BaseAdmin):
         """Iterate over the batches.
 
         Args:
-            state: In which state, or states; None for all of them.
+            state: The state, or several; None for all of them.
             prefix: How their resources' names begin.
 
         Raises:
@@ -251,7 +251,7 @@ class Admin(BaseAdmin):
         return sync_io.run(self._inspector.sources())
 
     def resource(self, name: str) -> ResourceStatus:
-        """Return all that is known of a resource.
+        """Return the members, the lock and the batches of a resource.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -263,7 +263,7 @@ class Admin(BaseAdmin):
 
         Args:
             resource: The resource.
-            token: Which batch, running or parked; None for the session that is open.
+            token: The token of a running or parked batch; None for the open session.
 
         Raises:
             BatchMissingError: There is no such batch.
@@ -282,10 +282,10 @@ class Admin(BaseAdmin):
         return sync_io.run(self._doctor.examine())
 
     def acts(self, most: int = 100) -> list[Act]:
-        """Return what operators have done in this namespace, the latest first.
+        """Return the acts of operators in this namespace, the latest first.
 
         Args:
-            most: How many at the most. The server remembers about 1,000 in each partition.
+            most: The most acts to return. The server remembers about 1,000 in each partition.
         """
         return sync_io.run(self._inspector.acts(most))
 
@@ -317,10 +317,10 @@ class Admin(BaseAdmin):
         return sync_io.run(self._acts.discard(resource, check_token(token)))
 
     def break_lock(self, name: str, token: int, *, semaphore: bool = False) -> str:
-        """Release a lock in its holder's place, and wake whoever is next.
+        """Release a lock in its holder's place, and wake the next waiter.
 
-        Its holder goes on believing in it until it checks: only a store that compares fencing
-        tokens is safe from it. To end a process that hangs is the better remedy.
+        The holder believes that it has the lock until it checks, so only a store that compares
+        fencing tokens is safe from it. If a process hangs, it is better to end that process.
 
         Args:
             name: The resource, or the semaphore.
@@ -331,14 +331,14 @@ class Admin(BaseAdmin):
             What was done, in words.
 
         Raises:
-            LockLostError: Nobody holds it under that token.
+            LockLostError: The lock is not held under that token.
         """
         check_name("name", name)
         steps = self._acts.break_lock(name, check_token(token), semaphore=semaphore)
         return sync_io.run(steps)
 
     def expire(self, process: str) -> str:
-        """Declare a process dead, so that survivors take over what it holds.
+        """Declare a process dead, so that survivors take it over.
 
         Returns:
             What was done, in words.
@@ -356,7 +356,7 @@ def _iterate(begin: Callable[[], Walk[T]]) -> Iterator[T]:
 
 
 def states_of(state: Any) -> tuple[BatchState, ...]:
-    """Return the states that are meant.
+    """Return the states that an argument names.
 
     Raises:
         ConfigurationError: There is no such state.

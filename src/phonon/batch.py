@@ -9,9 +9,10 @@ from inspect import GEN_CREATED, getgeneratorstate
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from phonon._core import codec
+from phonon._core.copies import UNREFERENCED
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
-from phonon._core.outbox import Ending
+from phonon._core.parcels import Ending
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 #: From so many updates on, those of one record that only the batch refers to are merged.
 MANY = 1024
-#: What `sys.getrefcount` says of an object that only the function that asks has.
-_UNREFERENCED = 2
 
 
 class Out(NamedTuple):
@@ -142,7 +141,7 @@ class BaseBatch:
             update = waiting.pop()
             first = firsts.setdefault((update.resource_id, type(update)), update)
             # One that the user has may still be changed.
-            if first is not update and sys.getrefcount(update) <= _UNREFERENCED:
+            if first is not update and sys.getrefcount(update) <= UNREFERENCED:
                 try:
                     first.refresh(update)
                 except Exception:  # noqa: BLE001 - merging raises again when the batch is executed
@@ -172,8 +171,7 @@ class BaseBatch:
         if self._depth == 0:
             self._engine.ensure_alive()  # type: ignore[attr-defined]  # of threads or tasks
             self._outer = self._engine.batch
-            self._engine.local.batch = self
-            self._engine.batches.add(self)
+            self._engine.open_batch(self)
             self._pid = os.getpid()
             self._opened = time.monotonic()
             self.is_open = True
@@ -192,8 +190,7 @@ class BaseBatch:
             What is to be sent; None if that is nothing.
         """
         self.is_open = False
-        self._engine.local.batch = self._outer
-        self._engine.batches.discard(self)
+        self._engine.close_batch(self, self._outer)
         joins, fresh, outs = self.joins, self.fresh, list(self._endings.values())
         self.joins, self.fresh, self._endings = {}, [], {}
         aside, self._aside = self._aside, []
@@ -364,10 +361,16 @@ def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
 
 
 def merge_updates(updates: Iterable[Any]) -> list[Any]:
-    """Merge updates of the same record and class; what does not merge stays by itself."""
+    """Merge updates of the same record and class; what does not merge stays by itself.
+
+    So does an update in a cache: other threads may merge into it, or take its data, meanwhile.
+    """
     firsts: dict[tuple[str, type], Any] = {}
     apart: list[Any] = []
     for update in updates:
+        if update._lock_ is not None:
+            apart.append(update)
+            continue
         first = firsts.setdefault((update.resource_id, type(update)), update)
         if first is not update:
             try:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
 from phonon._core.forks import notice
-from phonon._core.outbox import Ending
+from phonon._core.parcels import Ending
 from phonon._core.sessions import Sessions
 from phonon.batch import Out, end_all, has_begun, raise_together
 from phonon.errors import ConfigurationError
@@ -85,7 +85,7 @@ class BaseCache(Generic[U]):
                 result = True, self._insert(key, update)
             else:
                 try:
-                    direct = entry._lock_ is lock
+                    direct = entry._lock_ is lock and entry._direct_
                 except AttributeError:
                     direct = False  # no update of ours
                 if entry.absorb(update) if direct else _refresh(entry, update):

@@ -25,7 +25,7 @@ class BaseRecordCache(Limits, BaseCache[Any]):
         self._on_fork = on_fork
 
     def insert(self, key: Hashable, record: Any) -> Sequence[tuple[Hashable, Any]]:
-        """Add a record; the lock is held. Return what has left the cache."""
+        """Add a record; the lock is held. Return the records that have left the cache."""
         self._make_room()
         return self._insert(key, record)
 
@@ -39,20 +39,20 @@ class RecordCache(BaseRecordCache, LruCache[Any]):
     """The records of a collection, for threads."""
 
     def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
-        """End the sessions of what has left the cache. Returns what went wrong."""
+        """End the sessions of records that have left the cache. Returns the errors."""
         return self._end(out)
 
 
 class Collection(BaseCollection[P, M]):
     """Merges messages into records by key; keys without messages for the longest go first.
 
-    Made by `Process.collect`. A record that leaves the collection ends its session, and whoever is
-    the last to do so in that session runs the model's ``on_complete`` on what all processes have
-    gathered. All methods may be called from several threads. Which keys go first is told by a clock
+    Made by `Process.collect`. A record that leaves the collection ends its session. The last
+    process to end it runs the model's ``on_complete`` on the merged data of all processes. All
+    methods may be called from several threads. The order in which keys leave is that of a clock
     (second chance), which comes close to the order of use and costs a message nothing.
 
-    Inside `Process.batch` all is on the server when the block ends; outside of one, when the method
-    returns. Inside ``batch(durable=False)`` it stays here until the session ends.
+    Inside `Process.batch` all data is on the server when the block ends; outside of a block, when
+    the method returns. Inside ``batch(durable=False)`` it stays here until the session ends.
 
     Example:
         >>> from phonon.fields import ID, Sum
@@ -88,7 +88,7 @@ class Collection(BaseCollection[P, M]):
             ConnectionLostError: The server does not answer. The data is kept and stored once, when
                 the server is back: do not hand the message back to its broker.
             BacklogFullError: Too much is unfinished; this was not taken in.
-            Exception: What ending an evicted record's session raised; the message was merged.
+            Exception: The error of ending an evicted record's session; the message was merged.
         """
         raise NotImplementedError  # each instance has its own, which is compiled
 
@@ -147,9 +147,9 @@ class Collection(BaseCollection[P, M]):
         """Merge a record that shows one message; its ``on_complete`` may be given arguments.
 
         Args:
-            record: One that you have made, as in ``PageViews("ada", views=1)``.
-            arguments: What ``on_complete`` is given if this process completes the session, the
-                last ones that came.
+            record: A record that you have made, as in ``PageViews("ada", views=1)``.
+            arguments: The arguments of ``on_complete`` if this process completes the session; the
+                last ones count.
             named: The same by name.
 
         Raises:
@@ -164,7 +164,7 @@ class Collection(BaseCollection[P, M]):
         raise_together("ending sessions failed", self._cache.end(out))
 
     def read(self, key: Any) -> M | None:
-        """Return what all processes have stored of a key in the session that is open.
+        """Return the data that all processes have stored of a key in its open session.
 
         Returns:
             The record; None if nothing is stored.
@@ -177,7 +177,7 @@ class Collection(BaseCollection[P, M]):
 
         Raises:
             KeyError: The key is not here.
-            Exception: What ending the session raised.
+            Exception: The error of ending the session.
         """
         self._cache.expire(key)
 
@@ -185,12 +185,12 @@ class Collection(BaseCollection[P, M]):
         """End all sessions here, many at a time.
 
         Raises:
-            ExceptionGroup: What ending some of them raised; the others have been ended.
+            ExceptionGroup: The errors of ending some of them; the others have been ended.
         """
         self._cache.expire_all()
 
     def _finish(self, record: Any, out: Sequence[tuple[Hashable, Any]], alone: bool) -> None:
-        """Store a message outside of a batch, and end the sessions of what it has displaced."""
+        """Store a message outside of a batch, and end the sessions of records that it displaced."""
         errors: list[Exception] = []
         if alone:
             errors += errors_only(self._engine.run(self._storing(record)))  # type: ignore[attr-defined]  # of threads

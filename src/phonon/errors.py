@@ -3,21 +3,21 @@
 ::
 
     PhononError
-    ├── ConfigurationError (ValueError)      an argument or a URL that cannot be meant
-    ├── InvalidMessageError (ValueError)     a message that its model does not take
+    ├── ConfigurationError (ValueError)      an invalid argument or URL
+    ├── InvalidMessageError (ValueError)     a message that its model refuses
     ├── NotStorableError (TypeError)         a value that cannot be sent to the server
     ├── UndecodableError                     stored data that cannot be read back
     ├── ServerError                          the server answered with an error
     │   ├── ServerTooOldError                it lacks Redis Functions
     │   ├── AuthenticationError              it refused the user name or password
-    │   └── ForeignKeyError                  one of our keys holds somebody else's type
+    │   └── ForeignKeyError                  a key of Phonon's holds a value of another type
     ├── ServerUnreachableError (ConnectionError)   no server answered
     │   └── ConnectionLostError              it stopped answering in the middle of a call
     ├── EmbeddedServerError                  the bundled server could not be started
-    ├── AlreadyLockedError                   a lock is held by somebody else
-    │   └── DeadlockError (RuntimeError)     by this very thread, which would wait for itself
-    ├── LockLostError                        a lock that was ours is ours no longer
-    ├── BacklogFullError                     too much is left undone to take in more
+    ├── AlreadyLockedError                   another holder has the lock
+    │   └── DeadlockError (RuntimeError)     the holder is this very thread
+    ├── LockLostError                        a lock is no longer held
+    ├── BacklogFullError                     too much work is unfinished to take in more
     ├── BatchLostError                       a batch was executed here, and taken over meanwhile
     ├── BatchRunningError                    a parked batch cannot run while another one does
     ├── BatchMissingError (LookupError)      there is no such parked batch
@@ -44,7 +44,7 @@ class PhononError(Exception):
 
 
 class ConfigurationError(PhononError, ValueError):
-    """An argument, an environment variable or a URL cannot be meant as it stands."""
+    """An argument, an environment variable or a URL is invalid."""
 
 
 class UnstableNameWarning(UserWarning):
@@ -52,14 +52,14 @@ class UnstableNameWarning(UserWarning):
 
 
 class InvalidMessageError(PhononError, ValueError):
-    """A message has no ID, a field that its model does not have, or a value that it does not take.
+    """A message has no ID, an unknown field, or a value of the wrong type.
 
     Nothing of the message was merged.
 
     Attributes:
         model: The model's qualified name.
         field: The field's name.
-        value: What the message has there.
+        value: The field's value in the message.
     """
 
     def __init__(self, message: str, model: str = "", field: str = "", value: Any = None) -> None:
@@ -106,12 +106,12 @@ class EmbeddedServerError(PhononError):
 
 
 class AlreadyLockedError(PhononError, LockError):
-    """A lock is held by somebody else, and waiting was not wanted or took too long.
+    """Another holder has the lock, and waiting was not wanted or took too long.
 
     Code that was written for redis-py's locks catches it as its `LockError`.
 
     Attributes:
-        holder: Who holds it, a `phonon.lock.LockHolder`, as far as it is known.
+        holder: The holder, a `phonon.lock.LockHolder`, if it is known.
     """
 
     def __init__(self, message: str, holder: Any = None) -> None:
@@ -131,9 +131,9 @@ class LockLostError(PhononError, LockNotOwnedError, RuntimeError):
 
 
 class BacklogFullError(PhononError):
-    """Too much is left undone, because the database or the server is in trouble.
+    """Too much work is unfinished, because the database or the server is in trouble.
 
-    What was refused was not taken in: hand it back to wherever it came from.
+    The update was not taken in: hand its message back to the broker.
     """
 
 
@@ -142,12 +142,12 @@ class BatchLostError(PhononError):
 
     This process was silent for too long and was declared dead. The new owner executes the batch
     under the same token: a database that checks the token has it once, any other may have it
-    twice. It is not raised, since nobody can undo what was executed, but logged and handed to the
+    twice. It is not raised, because executed batches cannot be undone, but logged and handed to the
     process's ``on_error``.
 
     Attributes:
-        resource: Whose batch.
-        token: Which.
+        resource: The batch's resource.
+        token: The batch's token.
     """
 
     def __init__(self, message: str, resource: str = "", token: int = 0) -> None:
@@ -171,19 +171,19 @@ class ProcessMissingError(PhononError, LookupError):
 class DeclaredDeadError(PhononError):
     """The process was silent for too long and counts as dead; survivors take over.
 
-    The process itself notices, goes on under a new id, and repeats what was refused. So this is
+    The process itself notices, goes on under a new id, and repeats the refused calls. So this is
     logged and handed to the process's ``on_error``, and raised only where an object is bound to
     the old id.
     """
 
 
 class ServerStateLostError(PhononError):
-    """The server has come back without its data; see the message for what that concerns.
+    """The server has come back without its data; the message names the data.
 
     It is logged and handed to the process's ``on_error``. Local data is kept.
 
     Attributes:
-        calls: How many calls that had been answered are gone; 0 if that is not known.
+        calls: The number of answered calls that are gone; 0 if it is not known.
     """
 
     def __init__(self, message: str, calls: int = 0) -> None:
@@ -192,7 +192,7 @@ class ServerStateLostError(PhononError):
 
 
 class SourceLostError(PhononError):
-    """A source that was claimed here is read by another consumer now, or stands somewhere else.
+    """A source that was claimed here is read by another consumer now, or has another position.
 
     Nothing of the batch was stored that was not stored before. If the source is still this
     consumer's, claim it again, go to its position, and read on from there.
@@ -209,11 +209,11 @@ class SourceLostError(PhononError):
 class AlreadyStoredError(PhononError):
     """Messages of the batch were stored before, by another delivery of them.
 
-    What they had been merged with was not stored either. Handle the same messages again: this
-    process now knows what is stored, and skips that.
+    The messages merged with them were not stored either. Handle the same messages again: this
+    process now knows the stored ones, and skips them.
 
     Attributes:
-        ids: Of the messages.
+        ids: The ids of the stored messages.
     """
 
     def __init__(self, message: str, ids: tuple[bytes, ...] = ()) -> None:

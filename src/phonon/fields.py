@@ -1,4 +1,4 @@
-"""The fields of models: each says what is kept of its values, and how it is merged.
+"""The fields of models: each defines the state of its values, and how states merge.
 
 A field is an annotation, or the value of an attribute, or both (then it has a default for type
 checkers, so that messages need not have it)::

@@ -66,7 +66,7 @@ class LockHolder(NamedTuple):
 
 
 class _OnLost:
-    """The user's ``on_lost`` with its lock; the log names both if it raises."""
+    """The user's ``on_lost`` with its lock; the log names both if the function raises."""
 
     def __init__(self, lock: "BaseLock") -> None:
         self._lock = lock
@@ -129,7 +129,7 @@ class BaseLock:
         check_api(type(self), process_is_async=is_async, is_async=self._is_async)
 
     def _check_decorated(self, function: Callable[..., Any]) -> None:
-        """Refuse what a decorator cannot hold the lock around.
+        """Refuse a function that a decorator cannot hold the lock around.
 
         Raises:
             ConfigurationError: It is no function, or its body runs after the call has returned.
@@ -190,8 +190,8 @@ class BaseLock:
     def owned(self) -> bool:
         """Return whether this object holds the lock: without asking, and never for too long.
 
-        False as well once the lease, counted from before it was asked for, is over, or others may
-        have declared this process dead.
+        Also False once the lease is over, counted from before the request for it, or once others
+        may have declared this process dead.
         """
         notice()
         grant = self._grant
@@ -214,7 +214,7 @@ class BaseLock:
         taken = yield from self._acquiring(seconds, owner)
         if taken is None:
             return True
-        # A caller that has gone, perhaps while its error was prepared, is told nothing.
+        # A caller that has gone, perhaps while its error was prepared, gets no answer.
         if (yield CALLER_GONE):
             return False
         refusal = yield from self._refusal(taken, seconds)
@@ -406,13 +406,13 @@ class BaseLock:
     # Losing
 
     def _found_lost(self, grant: Grant) -> None:
-        """Tell the user here and now: a caller that gets the error has been told before."""
+        """Report the loss here and now: `on_lost` is called before a caller gets the error."""
         grant.lost = True
         grant.on_lost(grant)
         self._engine.leases.lose((grant,))
 
     def _tell_loss(self, told: Iterator[int], grant: Grant) -> None:
-        """Report a loss once, however many find it at the same time."""
+        """Report a loss once, even if several threads find it at the same time."""
         if next(told):
             return
         reports = self._engine.reports
@@ -429,8 +429,8 @@ class BaseLock:
         return LockLostError(
             f"the lock on {self.lock_key!r} (token {_token_of(grant)}) was lost before it was "
             f"released: its lease of {seconds:g} s ran out, the server lost it, its process was "
-            "stopped, or it was taken over; what it protected may have been changed by another "
-            "holder since"
+            "stopped, or it was taken over; another holder may have changed the protected data "
+            "since"
         )
 
     # Looking
@@ -552,13 +552,12 @@ class Lock(BaseLock):
     def extend(self, additional_time: float | None = None, replace_ttl: bool = False) -> bool:
         """Make the lock's own lease longer, for a time in which it cannot be renewed.
 
-        It is never made shorter, so that a message which the network delivers late can take
-        nothing away. A lock without a lease of its own lasts as long as its process's, and is only
-        checked.
+        It is never made shorter, so that a call which the network delivers late cannot shorten it.
+        A lock without a lease of its own lasts as long as its process's, and is only checked.
 
         Args:
-            additional_time: Seconds to add to what is left of it. None: start it anew.
-            replace_ttl: Whether they take the place of what is left, if that is less.
+            additional_time: Seconds to add to its remaining time. None: start it anew.
+            replace_ttl: Whether they replace the remaining time, if that is less.
 
         Returns:
             True.
@@ -666,7 +665,7 @@ class BaseSemaphore(BaseLock):
 
 
 class Semaphore(BaseSemaphore, Lock):
-    """A number of places, across processes and threads: so many hold it at the same time.
+    """A number of places, across processes and threads, to be held at the same time.
 
     Made by `Process.semaphore`. Waiters are served in order of arrival. The place of a process
     that dies is free again when it is declared dead.
@@ -674,7 +673,7 @@ class Semaphore(BaseSemaphore, Lock):
     Args:
         process: The process that wants a place.
         name: The semaphore's name, any text. It has nothing to do with a resource of that name.
-        places: How many may hold it at the same time; the same for all who use it.
+        places: The number of places; all processes must name the same number.
         options: As of a `Lock`, but for ``shared``.
 
     Example:

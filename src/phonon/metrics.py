@@ -18,14 +18,14 @@ __all__ = ["METRICS", "Metric", "PrometheusCollector", "instrument", "read"]
 
 
 class Metric(NamedTuple):
-    """What one metric is called, and says.
+    """The name and the meaning of one metric.
 
     Attributes:
         name: In Prometheus, with unit and without ``_total``.
         otel: In OpenTelemetry.
         kind: ``"counter"``, ``"gauge"`` or ``"histogram"``.
         unit: As OpenTelemetry writes it.
-        text: What it says.
+        text: Its description.
         labels: The names of its labels.
         read: Returns its values by their labels' values, given the process's parts.
     """
@@ -242,7 +242,7 @@ def read(process: "BaseProcess") -> dict[str, Any]:
 
 
 class PrometheusCollector:
-    """Tells Prometheus what processes have counted.
+    """Exports the counters of processes to Prometheus.
 
     Args:
         processes: The processes of this interpreter. One that has stopped keeps its last figures.
@@ -314,7 +314,7 @@ def _added(buckets: list[tuple[str, int]], histogram: Any) -> list[tuple[str, in
 
 
 def instrument(*processes: "BaseProcess", meter_provider: Any = None) -> None:
-    """Tell OpenTelemetry what processes count, through its API.
+    """Export the counters of processes to OpenTelemetry, through its API.
 
     Without an SDK in the program this does nothing. Call it once, with all processes.
 

@@ -12,7 +12,7 @@ from phonon._models.field import Field
 from phonon._models.record import ModelRecord, make_record_class
 from phonon.errors import ConfigurationError
 
-#: What a model has of its own, so that no field can be called so.
+#: The attributes of `Model` itself, whose names no field can have.
 _RESERVED = frozenset(
     {"completes_many", "fields", "from_states", "no_arguments", "on_complete", "on_complete_many",
      "source", "token", "upgrade"}
@@ -23,12 +23,12 @@ _RESERVED = frozenset(
 class Model:
     """A record whose fields say how they are merged: subclass it, and annotate the fields.
 
-    The first field is the `ID <phonon.fields.ID>`, the record's key. Messages about it come to
-    `Process.collect`, in any process and any order; when the session ends, `on_complete` gets what
-    all of them have come to. It is called in one process, once, unless it raises or the process
-    dies, as `Update.execute` is.
+    The first field is the `ID <phonon.fields.ID>`, the record's key. Messages about it are added to
+    the collection that `Process.collect` returns, in any process and any order; when the session
+    ends, `on_complete` gets the merged record. It is called in one process, once, unless it raises
+    or the process dies, as `Update.execute` is.
 
-    Instances are records: they show by attribute what their messages come to. One that you make,
+    Instances are records, whose attributes show the merged messages. A record that you make,
     ``PageViews("ada", views=1)``, shows one message.
 
     Args:
@@ -143,14 +143,14 @@ class Model:
 
     @classmethod
     def upgrade(cls, old: dict[str, Any], version: int) -> dict[str, Any]:
-        """Return what an earlier version of the class has stored as this version stores it.
+        """Convert data that an earlier version of the class has stored.
 
         Args:
-            old: What is kept of each field, by name; yours to change. A field may be missing.
-            version: Which version has stored it.
+            old: The state of each field, by name; yours to change. A field may be missing.
+            version: The version that has stored it.
 
         Returns:
-            What is kept of the fields of this version. What is missing counts as no value.
+            The states of this version's fields. A missing field has no value.
         """
         raise NotImplementedError(f"{cls.__qualname__} must define upgrade(old, version)")
 
@@ -188,7 +188,7 @@ class Model:
 
     @classmethod
     def no_arguments(cls) -> tuple[None, ...]:
-        """Return what stands for the arguments of `on_complete`, where nobody has given any."""
+        """Return the arguments of `on_complete` where none were given: all None."""
         parameters = list(inspect.signature(cls.on_complete).parameters.values())[1:]
         return (None,) * sum(
             p.default is p.empty and p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}
@@ -197,11 +197,11 @@ class Model:
 
     @classmethod
     def from_states(cls, identifier: Any, states: Mapping[str, Any], token: int | None) -> Self:
-        """Return the record that shows what is kept of its fields, which stays as it is.
+        """Return the record that shows the states of its fields, which are not changed.
 
         Args:
             identifier: The record's key.
-            states: What is kept, by field.
+            states: The states, by field.
             token: The batch's token.
         """
         record = cls.__new__(cls)
@@ -308,7 +308,7 @@ def _field(cls: type[Model], name: str, annotation: Any) -> Field[Any, Any] | No
 
 
 def _evaluated(cls: type[Model], name: str, annotation: str) -> Any:
-    """Return what an annotation means that is text, as all are behind ``from __future__``."""
+    """Return the type that an annotation names; annotations may be text."""
     module = inspect.getmodule(cls)
     names = {**vars(module or typing), **vars(cls)}
     try:

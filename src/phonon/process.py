@@ -1,4 +1,4 @@
-"""A process: an identity, a heartbeat, and what it holds."""
+"""A process: an identity, a heartbeat, memberships, locks and sessions."""
 
 import threading
 import time
@@ -49,7 +49,7 @@ M = TypeVar("M")
 
 #: The default, which an address as the first argument leaves in force.
 SESSION_LENGTH = 900.0
-#: Seconds between two looks at what is unfinished; they grow.
+#: Seconds between two looks at unfinished work; they grow.
 FIRST_PAUSE = 0.005
 
 
@@ -90,7 +90,7 @@ class BaseProcess:
     def registry_key(self) -> str:
         """The key of the sorted set of resources that this process may be responsible for.
 
-        There is one for each partition, and this one stands for all of them; see `get_registry`.
+        Each partition has such a key, and this one stands for all of them; see `get_registry`.
         """
         identity = self.engine.identity
         return _text(_registry_prefix(identity) + identity.id)
@@ -103,7 +103,8 @@ class BaseProcess:
     def on(self, name: str, function: Callable[[Event], object]) -> None:
         """Have a function called with each event of a kind, from any thread.
 
-        What it raises is logged, and harms nothing. A forked child has the same listeners.
+        An error that the function raises is logged and has no other effect. A forked child has the
+        same listeners.
 
         Args:
             name: ``"parked"``, ``"takeover"``, ``"lock_lost"``, ``"batch_lost"``,
@@ -140,7 +141,7 @@ class BaseProcess:
         deadline = engine.identity.clock() + engine.driver.retry_timeout
         pause = FIRST_PAUSE
         while outbox.is_unfinished:
-            # Wait for the server to answer; then what it could not answer before goes at once.
+            # Wait for the server to answer; then unanswered calls go at once.
             yield from read(engine.identity.in_namespace("processes"))
             yield FLUSH
             yield from outbox.catch_up()
@@ -151,8 +152,8 @@ class BaseProcess:
             if not errors and outbox.is_unfinished:
                 errors.append(
                     ConnectionLostError(
-                        f"{engine.address} did not answer all of what was kept: it goes on in the "
-                        "background; call flush() again to see it done"
+                        f"{engine.address} did not answer all unfinished calls: they go on in the "
+                        "background; call flush() again to wait for them"
                     )
                 )
             break
@@ -212,18 +213,18 @@ class BaseProcess:
 
 
 class Process(BaseProcess):
-    """One participant: everything is created through it.
+    """A participant, which makes references, locks, collections and batches.
 
-    Several may live in one interpreter; each counts for itself. It connects when it is made, and
-    beats from then on in a daemon thread. Use it in a ``with`` block, or call `stop`: both end the
-    sessions it still holds. A process that ends without (``kill -9``) is declared dead after four
-    heartbeat intervals without a heartbeat, and the others take over what it held and finish
-    what it had begun. One that was only paused for so long goes on under a new id: it keeps what
-    is local, and has lost its locks and the batches that it was executing.
+    One interpreter may have several processes, each of which counts for itself. A process connects
+    when it is made, and then sends heartbeats from a daemon thread. Use it in a ``with`` block, or
+    call `stop`: both end its open sessions. A process that ends without that (``kill -9``) is
+    declared dead after four heartbeat intervals without a heartbeat; the others then take over its
+    resources and finish its batches. A process that was only paused for so long goes on under a new
+    id: it keeps its local data, and has lost its locks and the batches that it was executing.
 
-    After ``os.fork`` the child's copy becomes a process of its own, with a new id, that holds
-    nothing; what the parent had made stays the parent's. Workers of ``multiprocessing`` and of
-    Celery stop theirs when they end.
+    After ``os.fork`` the child's copy becomes another process, with a new id, that holds nothing;
+    the parent keeps its memberships and locks. Workers of ``multiprocessing`` and of Celery stop
+    their processes when they end.
 
     Args:
         session_length: Has no effect: a membership lasts as long as its process's lease, which the
@@ -234,32 +235,34 @@ class Process(BaseProcess):
         db: The server's database.
         heartbeat_interval: Seconds between two heartbeats.
         recover_failed_processes: Whether this process executes the batches of dead ones: when
-            it starts, and after every heartbeat. All processes release what dead ones held.
+            it starts, and after every heartbeat. All processes release the locks and memberships of
+            dead ones.
         hosts: Nodes of a cluster, ``"host:port"`` each, instead of ``host`` and ``port``.
         url: Where the server is, instead of those: ``redis://``, ``rediss://``, ``unix://``,
             ``redis+cluster://``, ``redis+sentinel://`` or ``embedded://``.
         client: A ``redis.Redis`` or ``redis.RedisCluster`` to use, instead of those.
         namespace: Processes of different namespaces do not see each other. Any text.
-        partitions: Into how many partitions the namespace is split, 1 to 16384. Its first process
-            decides; None adopts the number, or 16. More let a large cluster share the work evenly.
+        partitions: The number of partitions of the namespace, 1 to 16384. Its first process fixes
+            it; None adopts that number, or 16. More partitions let a large cluster share the work
+            evenly.
         serializer: How partials are encoded; the same in all processes.
-        retry: What happens to a batch whose ``execute`` fails.
+        retry: When a batch whose ``execute`` fails is tried again, and when it is parked.
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`. The call itself is kept, and goes on in the background.
-        durability: How safe data must be on the server before a call that stores it returns.
-        on_error: Called, from any thread, with every background error, which no caller gets: a
+        durability: The confirmation that a call which stores data waits for.
+        on_error: Called, from any thread, with every error that has no caller to be raised to: a
             `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`, or one
             that ``execute`` raised in the background. All of them are logged as well.
         executor: Threads that run ``execute`` where several sessions end together, in place of the
             calling one, so that slow writes overlap. A resource's batches stay in order. It is
             yours to shut down, after `stop`; a forked child does without. A thread that ends a
-            session waits for it, so do not end any in these threads themselves.
-        max_backlog: How much may be left undone, because ``execute`` fails or the server does not
-            answer, before no new updates are taken in.
+            session waits for these threads, so do not end sessions in them.
+        max_backlog: The most unfinished sessions and calls, because ``execute`` fails or the server
+            does not answer, with which new updates are taken in.
         overflow: Whether a new update then waits for room, for `BLOCKING_TIMEOUT` at the most
             (``"block"``), or raises a `BacklogFullError` at once (``"raise"``).
 
-    If no argument says where the server is, the environment variable ``PHONON_URL`` does, or it is
+    If no argument names the server, its URL is the environment variable ``PHONON_URL``, or
     ``redis://localhost:6379/1``.
 
     Raises:
@@ -423,10 +426,10 @@ class Process(BaseProcess):
         Args:
             resource: The resource's name, any text.
             block: Whether the reference's locks wait by default.
-            parties: How many different processes are to hold the resource, where that is known:
-                no process is told that it is the last before so many have come, so that the first
-                one to finish is not taken for the last while others have not begun. A process
-                that has died counts as one that has left. The same for all.
+            parties: The number of different processes that are to hold the resource, if it is
+                known: no process is the last before so many have joined, so that the first one to
+                finish is not taken for the last while others have not begun. A process that has
+                died counts as one that has left. All processes must name the same number.
 
         Raises:
             ConfigurationError: An argument is invalid.
@@ -481,11 +484,11 @@ class Process(BaseProcess):
         on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
         timeout: float | None = None,
     ) -> "phonon.lock.Semaphore":
-        """Return a semaphore, for a ``with`` block: so many hold it at the same time.
+        """Return a semaphore, for a ``with`` block: a number of places to be held at the same time.
 
         Args:
             name: Its name, any text.
-            places: How many may hold it; the same for all who use it.
+            places: The number of places; all processes must name the same number.
             block: Whether to wait if all places are taken.
             lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the semaphore, from any thread, once a place is found to be lost.
@@ -516,10 +519,10 @@ class Process(BaseProcess):
             idle: Seconds without a message after which this process leaves a key's session.
             longest: Seconds after which it ends the session although messages keep coming.
             largest: The number of messages from this process after which it ends the session.
-            ignore_unknown: Whether to pass over what the model does not know in a message.
-            sink: Where its records are written to, in place of the model's ``on_complete``; see
-                `phonon.sinks`. It is that of all of the model's records in this interpreter, also
-                of those that are taken over from processes that have died.
+            ignore_unknown: Whether to pass over a message's fields that the model does not have.
+            sink: The sink that its records are written to, in place of the model's ``on_complete``;
+                see `phonon.sinks`. All of the model's records in this interpreter are written to
+                it, also those that are taken over from processes that have died.
 
         Raises:
             ConfigurationError: An argument is invalid, or the model never completes.
@@ -542,9 +545,9 @@ class Process(BaseProcess):
         it in a rebalance and does not know it yet.
 
         Args:
-            name: Its name, any text: topic and partition, and what else tells it from others.
-            position: Move it there, to have messages stored again, or some passed over. None: it
-                goes on where it is.
+            name: A name that no other source has: topic and partition, for example.
+            position: A position to move the source to, so that messages are stored again, or passed
+                over. None: it goes on at its position.
 
         Returns:
             The source: ask it for its `position`, seek there, and give it batches of messages.
@@ -579,19 +582,19 @@ class Process(BaseProcess):
         message_id: Callable[[Any], Any] | None = None,
         window: float = WINDOW,
     ) -> Batch:
-        """Collect what this thread does, and send it together when the ``with`` block ends.
+        """Collect the calls of this thread, and send them together when the ``with`` block ends.
 
         References created, updates made and sessions ended inside the block are merged per key
         and travel in one exchange, so that a batch of messages costs hardly more than one. After
         the block everything set inside it is on the server, and the messages can be acknowledged.
         If the block's body raises, nothing that was set inside is stored, and caches are as they
-        were before: hand all messages back to their broker. Only what the body has sent by itself
-        stays: locks, modifications, `Reference.dereference`, `stop`, what another thread has
-        stored or ended meanwhile, and sessions from before the block that a cache has ended.
+        were before: hand all messages back to their broker. Only these effects of the body stay:
+        locks, modifications, `Reference.dereference`, `stop`, data that another thread has stored
+        or ended meanwhile, and the ends of sessions from before the block that a cache has ended.
 
-        If leaving the block raises, what could not be stored is kept and goes with the next batch
-        or with `flush`: acknowledge the messages when that has returned. Do not hand them back to
-        the broker as well, or they count twice.
+        If leaving the block raises, data that could not be stored is kept and goes with the next
+        batch or with `flush`: acknowledge the messages when that has returned. Do not hand them
+        back to the broker as well, or they count twice.
 
         Args:
             durable: Whether updates made with ``init_cache=False`` are stored as well. If not,
@@ -599,10 +602,11 @@ class Process(BaseProcess):
                 travel together.
             messages: With ``dedupe``: the messages. Loop over the batch, and make the updates of
                 each message there.
-            dedupe: Whose ids the messages have: the name of a queue, say. A message whose id was
-                stored is not stored again. If the block raises, nothing of it is stored. Leaving
-                the block raises `AlreadyStoredError` if another delivery of a message was stored
-                that this process did not know of: handle the same messages again.
+            dedupe: The scope of the messages' ids: the name of a queue, for example. A message
+                whose id was stored is not stored again. If the block raises, nothing of it is
+                stored. Leaving the block raises `AlreadyStoredError` if another delivery of a
+                message was stored that this process did not know of: handle the same messages
+                again.
             message_id: Returns a message's id: a str, bytes or int. None: its attribute, or method,
                 ``id``, its key ``"MessageId"``, or the first item of a tuple.
             window: Seconds for which ids are remembered on the server.
@@ -617,10 +621,10 @@ class Process(BaseProcess):
         return batch
 
     def flush(self) -> None:
-        """Store what a batch could not store because the server was gone.
+        """Store the data that a batch could not store because the server was gone.
 
         Raises:
-            ConnectionLostError: It still is.
+            ConnectionLostError: The server is still gone.
         """
         raise_together("not everything could be stored", self._errors(self._flush()))
 
@@ -658,7 +662,7 @@ class Process(BaseProcess):
         return found
 
     def parked(self) -> list[Parked]:
-        """Return the batches that were given up on after so many failed attempts, of all processes.
+        """Return the batches of all processes that were parked after too many failed attempts.
 
         They stay until they are replayed or discarded. Meanwhile their resources go on.
         """
@@ -687,7 +691,7 @@ class Process(BaseProcess):
             BatchRunningError: Another batch of the resource is being executed.
             UnknownClassError: Its class is not imported here. It stays parked.
             UndecodableError: It cannot be read. It stays parked.
-            Exception: What ``execute`` raised.
+            Exception: The error of ``execute``.
         """
         raise_together("the batch failed again", self._errors(self._replay(resource, token)))
 
@@ -703,11 +707,11 @@ class Process(BaseProcess):
         """End the sessions that this process still holds, release its locks, and disappear.
 
         A second call does nothing; anything else raises `ProcessStoppedError` afterwards. Inside
-        `batch` the block ends here. Let other threads finish their blocks first.
+        `batch` this ends the block. Let other threads finish their blocks first.
 
         Raises:
             Exception: Some sessions could not be ended; several errors come as an ExceptionGroup.
-                What is on the server is left to the survivors.
+                Survivors take over the data on the server.
         """
         notice()  # a forked child ends its own copy, which has a lock of its own
         _lifetime.forget(self)

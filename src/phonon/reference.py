@@ -1,11 +1,12 @@
-"""References: who uses a resource, who modified it, who was the last."""
+"""References: the users of a resource, its modifications, and the last one to leave."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from phonon._core.flows import CALLER_GONE, Branch, Flow, Outcome, call, never_run
+from phonon._core.members import Members
 from phonon._core.members import ProcessInfo as Holder
-from phonon._core.outbox import Ending, SessionResult
+from phonon._core.parcels import Ending, SessionResult
 from phonon.errors import ConfigurationError
 from phonon.lock import Lock
 from phonon.settings import (
@@ -54,10 +55,10 @@ class BaseReference:
 
     def joining(self) -> Flow[None]:
         """Become a member, or make sure that the process is one."""
+        members: Members = self._engine.members
         if self.parties is None:
-            yield from self._engine.members.join(self.resource_key)
-        else:
-            yield from self._engine.members.meet(self.resource_key, self.parties)
+            return members.join(self.resource_key)
+        return members.meet(self.resource_key, self.parties)
 
     def _count(self) -> Flow[int]:
         count: int = yield from self._engine.members.count(self.resource_key)
@@ -66,7 +67,7 @@ class BaseReference:
     def _wait(self, timeout: float | None) -> Flow[bool]:
         if self.parties is None:
             raise ConfigurationError(
-                f"nobody said how many processes are to hold {self.resource_key!r}: "
+                f"the number of processes that are to hold {self.resource_key!r} is unknown: "
                 "create_reference(..., parties=n)"
             )
         seconds = self._process.BLOCKING_TIMEOUT if timeout is None else timeout
@@ -130,19 +131,23 @@ class BaseReference:
 
     def _leaving(self, callback: Callable[[], Any] | None, batch: Any) -> Flow[bool]:
         members, resource = self._engine.members, self.resource_key
-        # What an open batch was to join must not be joined after this.
+        # An open batch must not join the resource after this.
         if batch is not None and batch.take_join(resource):
             yield from members.join(resource)
         # An update of ours may have data that is nowhere else yet.
         opener = members.held.get(resource)
         parcel = opener() if opener is not None else None
         ending = Ending(resource, parcel, self.force_expiry, callback is not None)
-        (result,) = yield from self._engine.outbox.end((ending,))
+        outbox = self._engine.outbox
+        if parcel is None:
+            result = yield from outbox.leave(ending)
+        else:
+            (result,) = yield from outbox.end((ending,))
         _check(result)
         last = result.last
         if not last and not result.left:
             # A leave before this one, whose caller has gone, has had its answer: it was the last.
-            yield from self._engine.outbox.settling()
+            yield from outbox.settling()
         gone = yield CALLER_GONE
         # A leave whose caller had gone was the last of an earlier session.
         if not gone and resource in members.undelivered_results:
@@ -176,7 +181,7 @@ class BaseReference:
 
 
 def _check(result: SessionResult) -> None:
-    """Raise what kept the session from ending, and interrupts. An error of ``execute`` is logged.
+    """Raise errors that kept the session from ending, and interrupts. Log errors of ``execute``.
 
     Its batch is kept and tried again; the process has left the resource all the same.
     """
@@ -190,19 +195,19 @@ class Reference(BaseReference):
 
     Made by `Process.create_reference`. A process is a member once, however often and from however
     many threads it creates the reference: all these objects stand for the same membership, and
-    the first `dereference` ends it. Threads that are to count separately take a `Process` each.
+    the first `dereference` ends it. To count threads separately, give each a `Process`.
 
     Args:
         process: The process that is a member.
         resource: The name of the resource, any text.
         block: Whether `lock` waits by default.
-        parties: How many different processes the session is to have, if that is known: until so
-            many have come, no process is the last.
+        parties: The number of different processes that the session is to have, if it is known: no
+            process is the last before so many have joined.
 
     Attributes:
         resource_key: The name of the resource.
-        force_expiry: If true, `dereference` executes what has come together so far, although
-            others still hold the resource.
+        force_expiry: If true, `dereference` executes all data stored so far, although others still
+            hold the resource.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -262,7 +267,7 @@ class Reference(BaseReference):
         self._engine.run(self.joining())
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all others are done: as many as were announced have come, and have left.
+        """Wait until the announced number of processes have joined, and all others have left.
 
         Only for a reference made with ``parties``. Afterwards this process is the only one that
         still holds the resource, and its `dereference` the last one.
@@ -271,7 +276,7 @@ class Reference(BaseReference):
             timeout: Seconds to wait at the most. None: `Process.BLOCKING_TIMEOUT`.
 
         Returns:
-            Whether they are. False if it took too long.
+            Whether all others have left. False if that took too long.
 
         Raises:
             ConfigurationError: It was made without ``parties``.

@@ -48,8 +48,8 @@ class Registry:
 
         Args:
             model: The record.
-            args: What ``on_complete`` is given once the data is safe: a broker's message to finish,
-                say. It is called for each message that this process has registered.
+            args: The arguments of ``on_complete`` once the data is safe: a broker's message to
+                finish, say. It is called for each message that this process has registered.
             kwargs: The same by name.
 
         Raises:

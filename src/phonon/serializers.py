@@ -1,6 +1,6 @@
 """Serializers turn values into the bytes that the server keeps, and back.
 
-``ExactSerializer`` writes MessagePack: natively what MessagePack has (None, bool, int up to 64
+``ExactSerializer`` writes MessagePack: the native types of MessagePack (None, bool, int up to 64
 bits, float, str, bytes, list, dict), and the types of this table as a list whose first element, its
 head, is an extension without a body. Every other type is refused: it would come back as another::
 
@@ -166,7 +166,7 @@ def _spell(value: Any) -> list[Any]:
 
 
 class _Writer:
-    """A msgpack Packer that notices when it wrote what will not come back as it was."""
+    """A msgpack Packer that notices values which would not come back unchanged."""
 
     # msgpack asks no hook about bytearray, memoryview, ExtType and Timestamp, but writes what would
     # come back as another type. Each of them leaves one of these bytes in the data.
@@ -270,7 +270,7 @@ def _refusal(value: Any, where: str, error: Exception) -> NotStorableError:
         if step is None:
             walk.pop()
         elif len(walk) - 1 > _DEEPEST:  # not a level later: a list may hold itself twice
-            fault = f"{walk[4][0]}…: what holds itself or is nested too deep"
+            fault = f"{walk[4][0]}…: a value that holds itself or is nested too deep"
             break
         elif type(part) not in _ATOMS:
             try:
@@ -328,8 +328,9 @@ class ExactSerializer:
     and are refused: enums, named tuples, numpy's floats. A dict's keys may be of any type that is
     hashable and in the table; a ZoneInfo comes back as ``ZoneInfo(key)``; 500 levels may be nested.
 
-    Reading runs no code, imports nothing and takes memory in proportion to the data, whatever it
-    is; but who may write to the server can choose keys that collide in a dict, which takes time.
+    Reading runs no code, imports nothing and takes memory in proportion to the data, also for
+    hostile data. A user who may write to the server can choose keys that collide in a dict, which
+    takes time.
 
     Example:
         >>> serializer = ExactSerializer()
@@ -361,7 +362,7 @@ class ExactSerializer:
         return data
 
     def loads(self, data: bytes) -> Any:
-        """Reads what ``dumps`` wrote, see ``Serializer``."""
+        """Read the output of ``dumps``, see ``Serializer``."""
         try:
             if len(data) > self._SCANNED:
                 # Nested lists that each claim the length of all data would get the memory before
@@ -385,7 +386,8 @@ class SignedPickleSerializer:
     Warning:
         Unpickling runs code that the data chooses. Anyone who knows the key and can write to the
         server runs any program in every process with this serializer: keep the key off the server
-        and out of logs. Without it, they can still put back what was signed earlier or elsewhere.
+        and out of logs. Without it, they can still put back data that was signed earlier or
+        elsewhere.
 
     Args:
         key: At least 16 secret bytes, the same in all processes; of a str, its UTF-8.
@@ -417,12 +419,12 @@ class SignedPickleSerializer:
         except Exception as error:
             raise NotStorableError(
                 f"{where}: a value of type {_name(type(value))} cannot be pickled "
-                f"({type(error).__name__}: {error}); store what it is made of instead"
+                f"({type(error).__name__}: {error}); store its parts instead"
             ) from error
         return hmac.digest(self._key, pickled, "sha256") + pickled
 
     def loads(self, data: bytes) -> Any:
-        """Reads what ``dumps`` wrote with the same key, see ``Serializer``."""
+        """Read the output of ``dumps`` with the same key, see ``Serializer``."""
         signature, pickled = data[:32], data[32:]
         if not hmac.compare_digest(signature, hmac.digest(self._key, pickled, "sha256")):
             raise UndecodableError(

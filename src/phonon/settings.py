@@ -1,4 +1,4 @@
-"""Settings of a process, and the checks of what users pass as arguments."""
+"""Settings of a process, and the checks of users' arguments."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def check_position(value: Any) -> None:
 
 
 def check_seconds(argument: str, value: Any) -> float:
-    """Refuse what is no positive, finite number of seconds.
+    """Refuse a value that is no positive, finite number of seconds.
 
     Raises:
         ConfigurationError: It is not.
@@ -79,7 +79,7 @@ def check_seconds(argument: str, value: Any) -> float:
 
 
 def check_timeout(argument: str, value: Any) -> float:
-    """Refuse what is no number of seconds to wait; infinity is one.
+    """Refuse a value that is no number of seconds to wait; infinity is one.
 
     Raises:
         ConfigurationError: It is not.
@@ -98,7 +98,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_flag(argument: str, value: Any) -> bool:
-    """Refuse what is neither true nor false: a number of seconds, say, in a flag's place.
+    """Refuse a value that is neither true nor false: a number of seconds in a flag's place.
 
     Raises:
         ConfigurationError: It is neither.
@@ -165,7 +165,7 @@ def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
 
 
 def check_whole(argument: str, value: Any) -> int:
-    """Refuse what is no whole number.
+    """Refuse a value that is no whole number.
 
     Raises:
         ConfigurationError: It is not.
@@ -232,7 +232,7 @@ def check_api(kind: type, *, process_is_async: bool, is_async: bool) -> None:
 
 
 def check_callable(argument: str, value: Any, *, is_async: bool) -> None:
-    """Refuse what cannot be called back. None is fine.
+    """Refuse a callback that cannot be called. None is fine.
 
     Args:
         argument: The argument's name, for the message.

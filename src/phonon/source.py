@@ -1,4 +1,4 @@
-"""Sources of messages: batches of them are stored together with what says that they are."""
+"""Sources of messages: a batch is stored together with its offsets or ids."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -34,7 +34,7 @@ class _Watched(list[Any]):
         self._takes = takes
 
     def append(self, update: Any) -> None:
-        """Add a new update, unless what its message brings here is stored already."""
+        """Add a new update, unless its message is stored already here."""
         if self._takes(update):
             super().append(update)
 
@@ -44,7 +44,7 @@ class BaseMessages(BaseBatch, Generic[M]):
 
     Args:
         engine: The process's.
-        progress: What the batch is stored with.
+        progress: The offsets or ids that are stored with the batch.
         messages: The messages.
         mark: Returns a message's offset, or its id.
     """
@@ -61,7 +61,7 @@ class BaseMessages(BaseBatch, Generic[M]):
         self._messages = messages
         self._mark = mark
         self._has_begun = False
-        #: Whether all that the messages have brought is on the server: what goes wrong after that,
+        #: Whether all data of the messages is on the server: an error after that,
         #: such as executing a session that has ended, is not theirs.
         self.is_stored = False
         #: Whether the block has ended as it should, so that the last message is complete.
@@ -72,7 +72,7 @@ class BaseMessages(BaseBatch, Generic[M]):
             self.fresh = _Watched((), self._takes)
 
     def passes_over(self, resource: str) -> bool:
-        """Return whether what the message in hand brings to a resource is stored already."""
+        """Return whether the message in hand is stored already for a resource."""
         if not self._has_begun:
             raise self._outside()
         partition, _ = self._engine.members.place(resource)
@@ -81,7 +81,7 @@ class BaseMessages(BaseBatch, Generic[M]):
     def ends_for_others(self, update: Any, failed: Callable[[], None]) -> bool:
         """End a session when the block ends that another thread ends while the block is open.
 
-        To end it at once would store what belongs to messages without what says that they are.
+        To end it at once would store data of messages without their offsets or ids.
 
         Returns:
             Whether that is so. If not, the block has ended meanwhile.
@@ -97,7 +97,7 @@ class BaseMessages(BaseBatch, Generic[M]):
             self.add(update)
 
     def add(self, update: Any) -> None:
-        """Store what the update has unsent when the block ends."""
+        """Store the update's unsent data when the block ends."""
         if update._batch_ is not self:
             update._batch_ = self
             list.append(self.fresh, update)
@@ -157,7 +157,7 @@ class BaseMessages(BaseBatch, Generic[M]):
         return room <= 0
 
     def _piece(self) -> Flow[list[BaseException]]:
-        """Return the flow that stores what has come together so far."""
+        """Return the flow that stores the data collected so far."""
         fresh, self.fresh = list(self.fresh), self.fresh[:0]
         self.fresh = _Watched((), self._takes) if self.asks else []
         self._measure_at = MOST_RECORDS
@@ -166,7 +166,7 @@ class BaseMessages(BaseBatch, Generic[M]):
     # The end
 
     def _ends(self, error: BaseException | None) -> None:
-        """The block ends. If it raised, all that it has brought is dropped: the broker has it."""
+        """End the block. If it raised, drop its data: the broker still has the messages."""
         if self._depth == 1:
             self._complete = error is None
 
@@ -175,8 +175,7 @@ class BaseMessages(BaseBatch, Generic[M]):
         outs = [self._endings.pop(key) for key in list(self._endings)]
         fresh, joins = list(self.fresh), self.joins
         self.fresh, self.joins = [], {}
-        self._engine.local.batch = self._outer
-        self._engine.batches.discard(self)
+        self._engine.close_batch(self, self._outer)
         self._return_aside()
         if not self._complete:
             drop(self, fresh)
@@ -199,7 +198,7 @@ class MessagesClosing:
         fresh: Updates to store.
         joins: Resources to join.
         outs: Updates whose sessions are to end.
-        stores: Whether there is anything to store, be it only how far the source is.
+        stores: Whether there is anything to store, be it only the source's position.
     """
 
     def __init__(
@@ -234,7 +233,7 @@ class MessagesClosing:
         return errors
 
     def interrupted(self) -> None:
-        """Drop all, if nothing was begun. What was begun goes on in the background."""
+        """Drop all, if nothing was begun; calls that were begun go on in the background."""
         self._batch._progress.failed()  # noqa: SLF001 - its other half
         if not has_begun(self.flow):
             drop(self._batch, self._fresh)
@@ -243,7 +242,7 @@ class MessagesClosing:
 
 
 def drop(batch: BaseBatch, updates: Iterable[Any]) -> None:
-    """Drop what updates have unsent: the broker delivers its messages again."""
+    """Drop the updates' unsent data: the broker delivers its messages again."""
     for update in updates:
         if update._batch_ is batch:
             update._batch_ = None
@@ -273,7 +272,7 @@ def _storing(
 
 
 class Messages(BaseMessages[M], Batch):
-    """A batch of messages that is stored with what says that it is, or not at all.
+    """A batch of messages that is stored with its offsets or ids, or not at all.
 
     Loop over it inside of its ``with`` block, and make the updates of each message there: messages
     that are stored are passed over. When the block ends, everything is on the server, and the
@@ -326,14 +325,14 @@ class BaseSource:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether something went wrong, so that it has to be claimed again."""
+        """Whether an error occurred, so that the source has to be claimed again."""
         return self._claim.in_doubt
 
     def position(self) -> int | None:
-        """Return the first offset that is not stored everywhere: where to read on from.
+        """Return the first offset that is not stored everywhere, from which to read on.
 
         Returns:
-            None if nothing was ever stored: begin where you like.
+            None if nothing was ever stored: begin anywhere.
 
         Raises:
             SourceLostError: Something went wrong: call `claim` first.
@@ -362,9 +361,9 @@ class Source(BaseSource):
     """An ordered source of messages, like a partition of a Kafka topic, that this process reads.
 
     The offset up to which its messages are stored is kept in Phonon, in the same atomic step as
-    what they have brought. So a message that is delivered again is passed over, and offsets need
-    not be committed anywhere else. Nobody else can store messages of the source from the moment
-    when it was claimed.
+    their data. So a message that is delivered again is passed over, and offsets need not be
+    committed anywhere else. From the moment when the source is claimed no other process can store
+    its messages.
 
     Made by `Process.source`.
 
@@ -379,7 +378,7 @@ class Source(BaseSource):
     _process: "Process"
 
     def batch(self, messages: Iterable[M], offset: Callable[[M], int] | None = None) -> Messages[M]:
-        """Collect what messages bring, and store it with how far the source is.
+        """Collect the data of messages, and store it with the source's position.
 
         Args:
             messages: In growing order of offsets. Those that are stored are passed over.
@@ -397,7 +396,8 @@ class Source(BaseSource):
         """Claim the source again: after an error, or when the broker has assigned it again.
 
         Args:
-            position: Move it there, to have messages stored again, or some passed over.
+            position: A position to move the source to, so that messages are stored again, or passed
+                over.
 
         Raises:
             SourceLostError: Another consumer was faster.
@@ -407,7 +407,7 @@ class Source(BaseSource):
         self._claim = engine.run(engine.sources.claim(self.name, position))
 
     def settle(self) -> None:
-        """Store in all partitions how far the source is: when it falls silent, or is handed over.
+        """Store the source's position in all partitions: when it falls silent, or is handed over.
 
         Batches do so about once a second. Without this the next reader may go a little further back
         than it has to.
@@ -428,7 +428,7 @@ class Source(BaseSource):
         raise_together("not everything was stored", errors_only(errors))
 
     def forget(self) -> None:
-        """Delete what is stored about the source: it is new when it is claimed again."""
+        """Delete the source's position: it is new when it is claimed again."""
         engine = self._process.engine
         engine.run(engine.sources.drop(self._claim))
 

@@ -29,7 +29,8 @@ def instrument(*processes: "BaseProcess", tracer_provider: Any = None) -> None:
     """Make a span of each execution, with links to the spans in which its updates were made.
 
     Known are the updates that were made in this process, within a span, since `instrument` was
-    called: what other processes have merged has no link, and nor has a message of a collection of
+    called: messages that other processes have merged have no link, and nor has a message of a
+        collection of
     models. A retry has the same links. The span is made when `execute` has ended, so spans made in
     there are not its children. Without an SDK in the program nothing is recorded.
 
@@ -115,7 +116,7 @@ class _Tracing:
                 self._known[resource] = rest
             elif error is None:
                 self._known.pop(resource, None)
-        # Whatever an exporter raises, the record was executed.
+        # The record was executed, also if an exporter raises.
         with contextlib.suppress(Exception):
             # A span in which several messages came has one link.
             once = {(span.trace_id, span.span_id): span for span in spans}

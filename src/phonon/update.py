@@ -3,16 +3,17 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from phonon._core import classes, codec
-from phonon._core.copies import DEEP, FLAT, PLAIN, copied
+from phonon._core.copies import DEEP, FLAT, PLAIN, UNSHARED, copied
 from phonon._core.detached import DetachedEngine, detached
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import CALLER_GONE, Flow
 from phonon._core.forks import SAME, notice
 from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION, LocalUpdate, prefix_of
-from phonon._core.outbox import Ending
+from phonon._core.parcels import Ending
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError
 from phonon.reference import Reference
@@ -184,14 +185,17 @@ class Update(LocalUpdate):
                 kind = type(value)
                 if kind in PLAIN:
                     continue
-                changeable = changeable or (kind is not tuple and kind is not frozenset)
                 if kind not in FLAT:
+                    changeable = True
                     plain = False
                     continue
                 for item in value:
                     if type(item) not in PLAIN:
                         plain = False
                         break
+                if kind is list or kind is set:
+                    # One that nobody else has need not be copied.
+                    changeable = changeable or not plain or getrefcount(value) > UNSHARED
         if not plain:
             self._check_(engine, spec, doc)
         if changeable:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from chaos import run as chaos
+from chaos.jobs import Job
 from chaos.ledger import Ledger, Verdict
-from phonon_demo.jobs import Job
 from support import saboteurs
 
 MINUTE = 60

@@ -35,7 +35,7 @@ class Violation(AssertionError):  # noqa: N818 - of a guarantee
     """A guarantee is violated."""
 
 
-class State:
+class Snapshot:
     """All that is on the server, key by key."""
 
     def __init__(self, looked: list[Any]) -> None:
@@ -117,6 +117,7 @@ class Checks:
         self.executed: Counter[int] = Counter()
         self.truth: dict[int, tuple[Any, Operation]] = {}
         self.history: dict[int, list[Any]] = defaultdict(list)
+        self._singles: dict[int, list[Operation]] = {}
         self.fresh: set[Any] = set()
         self.stored: set[bytes] = set()
         self.acked: dict[bytes, str] = {}
@@ -151,7 +152,23 @@ class Checks:
         for item in items:
             self.acked[item] = p.name
 
+    def singles(self, operation: Operation) -> list[Operation]:
+        """Return an operation for each change of one, the same ones each time."""
+        if operation.count == 1:
+            return [operation]
+        if id(operation) not in self._singles:
+            self.seen["many changes in one operation"] += 1
+            self._singles[id(operation)] = [
+                Operation(operation.partition, words) for words in operation.changes()
+            ]
+        return self._singles[id(operation)]
+
     def told(self, p: "SimProcess", operation: Operation, answer: Any) -> None:
+        answers = [answer] * operation.count if answer is REBORN else operation.each(answer)
+        for single, its in zip(self.singles(operation), answers, strict=True):
+            self._told(p, single, its)
+
+    def _told(self, p: "SimProcess", operation: Operation, answer: Any) -> None:
         code = operation.code
         self.seen[f"told {code.name}"] += 1
         if answer is REBORN:
@@ -312,12 +329,13 @@ class Checks:
         members = {r: set(m) for r, m in self.members.items()}
         reaps = any(operation.code is Code.REAP for operation in call.operations)
         last_on = {}
-        for place, operation in enumerate(call.operations):
+        carried = [single for operation in call.operations for single in self.singles(operation)]
+        for place, operation in enumerate(carried):
             if operation.code in _INGESTS:
                 last_on.update(dict.fromkeys(operation.words[-1][::2], place))
             elif len(operation.words) > 1:
                 last_on[operation.words[1]] = place
-        for place, (operation, answer) in enumerate(zip(call.operations, answers, strict=True)):
+        for place, (operation, answer) in enumerate(zip(carried, answers, strict=True)):
             code = operation.code
             self.event += 1
             kind = (
@@ -413,10 +431,10 @@ class Checks:
 
     # What must be true after every call
 
-    def state(self) -> State:
-        return State(self._world.server.look())
+    def state(self) -> Snapshot:
+        return Snapshot(self._world.server.look())
 
-    def check(self) -> State:
+    def check(self) -> Snapshot:
         state = self.state()
         resources = self._world.resources
         copies: Counter[bytes] = Counter()
@@ -444,7 +462,7 @@ class Checks:
         self.owners = {r: run[b"owner"] for r, run in state.running.items()}
         return state
 
-    def _applied_once(self, state: State, resource: str, copies: Counter[bytes]) -> None:
+    def _applied_once(self, state: Snapshot, resource: str, copies: Counter[bytes]) -> None:
         running = state.running.get(resource)
         for token, items in self.applied[resource].items():
             for item in items:
@@ -456,7 +474,7 @@ class Checks:
                 ):
                     self.fail(f"G4: {item!r} was applied under {token}, and is still to come")
 
-    def _no_ghost(self, state: State) -> None:
+    def _no_ghost(self, state: Snapshot) -> None:
         if self.ghost is None:
             return
         (pid, resource), self.ghost = self.ghost, None

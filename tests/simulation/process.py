@@ -22,7 +22,7 @@ from phonon._core.flows import (
 )
 from phonon._core.identity import Identity
 from phonon._core.leases import Grant, LockRequest
-from phonon._core.outbox import Ending
+from phonon._core.parcels import Ending
 from phonon._core.retry import RetryPolicy
 from phonon._core.sources import Claim, Ordered, Progress, Unordered
 from phonon._protocol import operations
@@ -441,8 +441,10 @@ class SimProcess:
 
     def deliver(self, operation: Operation, answer: Any) -> None:
         """Give an operation its answer."""
-        if type(answer) is list and answer[0] == Reply.FAILED:
-            answer = ServerError(f"simulated answered: {answer[1].decode()}")
+        if type(answer) is list and operation.count > 1:
+            answer = list(map(_explained, answer))
+        else:
+            answer = _explained(answer)
         self.world.checks.told(self, operation, answer)
         if operation.owner is not None:
             operation.owner.answer(operation.index, answer)
@@ -659,3 +661,9 @@ class SimProcess:
 
 _NOTHING: Any = object()
 log = logging.getLogger("phonon")
+
+
+def _explained(answer: Any) -> Any:
+    if type(answer) is list and answer[0] == Reply.FAILED:
+        return ServerError(f"simulated answered: {answer[1].decode()}")
+    return answer

@@ -88,8 +88,9 @@ def unfinished(p: SimProcess) -> list[str]:
         found.append("a rebirth is due")
     if p.engine.takeover._dead or p.engine.takeover.former:
         found.append(f"takeover: {p.engine.takeover._dead} {p.engine.takeover.former}")
-    if p.engine.executor.busy:
-        found.append(f"executor: {p.engine.executor.busy}")
+    batches = [key for hand in p.engine.executor.hands for key in hand.batches]
+    if batches:
+        found.append(f"executor: {batches}")
     return found
 
 

@@ -55,6 +55,7 @@ REACHED = {
     "INGEST_NEW SEEN": 60,
     "messages again": 40,
     "sink applies": 100,
+    "many changes in one operation": 20,
 }
 
 

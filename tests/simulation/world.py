@@ -26,6 +26,7 @@ from simulation.process import (
     SimProcess,
 )
 from simulation.server import START, SimServer
+from support.world import sequence_of
 
 #: A move: its name, and what it is about.
 Move = tuple[Any, ...]
@@ -215,7 +216,7 @@ class World:
 
     @staticmethod
     def _key(partition: int, call: Call) -> Any:
-        return call.process, partition, call.sequence, call.number, call.arguments[4]
+        return call.process, partition, call.sequence, call.number, call.arguments[3]
 
     def _apply(self, words: tuple[bytes, ...], partition: int, call: Call) -> Any:
         reply = self.server.call(words)
@@ -586,8 +587,8 @@ class World:
                 if lane.state is State.FENCED:
                     continue
                 key = self.partitions.prefixes[partition] + b"lane:" + lane.process
-                known = self.server.expect(b"HGET", key, b"sequence")
-                gone = lane.answered - int(known or 0)
+                known = self.server.expect(b"HMGET", key, b"state", b"fenced")
+                gone = lane.answered - sequence_of(known)
                 if gone > 0 and not p.identity.suspected:
                     self.checks.expected[p.name] = gone
 

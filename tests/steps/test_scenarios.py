@@ -4,6 +4,7 @@ After each call all keys are compared with the model and the guarantees are chec
 schedules; at the end of each order everything is executed and nothing is left.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,6 +117,15 @@ def interleavings(lengths: list[int]) -> Iterator[list[int]]:
                 yield [who, *order]
 
 
+def different(scripts: list[list[Step]]) -> Iterator[list[int]]:
+    """All orders, but for those in which two processes with the same script change places."""
+    pairs = itertools.combinations(range(len(scripts)), 2)
+    twins = [(a, b) for a, b in pairs if scripts[a] == scripts[b] and [kill_first] not in scripts]
+    for order in interleavings([len(script) for script in scripts]):
+        if all(order.index(a) < order.index(b) for a, b in twins):
+            yield order
+
+
 def play(lab: Lab, scripts: list[list[Step]], order: list[int]) -> None:
     fresh(lab)
     world = World(lab, len(scripts))
@@ -138,7 +148,7 @@ def play(lab: Lab, scripts: list[list[Step]], order: list[int]) -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_all_orders(lab: Lab, name: str) -> None:
     scripts = SCENARIOS[name]
-    orders = list(interleavings([len(script) for script in scripts]))
+    orders = list(different(scripts))
     for order in orders:
         try:
             play(lab, scripts, order)

@@ -45,17 +45,17 @@ def test_a_full_server_refuses_and_says_so_and_still_frees(own: Lab) -> None:
 def test_each_command_that_is_forbidden_is_named(own: Lab) -> None:
     commands = library.default().commands
     assert {"HSET", "ZADD", "RPUSH"} <= set(commands)
-    assert own.ask("rights", "BLPOP") == []
+    assert own.ask("rights", "BLMPOP") == []
     admin = own.client
     socket = admin.connection_pool.connection_kwargs["path"]
-    for command in [*commands, "BLPOP"]:
+    for command in [*commands, "BLMPOP"]:
         forbidden = f"-{command.lower()}"
         admin.execute_command(  # type: ignore[no-untyped-call]
             "ACL", "SETUSER", "u", "reset", "on", ">p", "~*", "&*", "+@all", forbidden
         )
         with redis.Redis(unix_socket_path=socket, db=1, username="u", password="p") as client:  # noqa: S106
             own.client = client
-            assert own.ask("rights", "BLPOP") == [command.encode()]
+            assert own.ask("rights", "BLMPOP") == [command.encode()]
     own.client = admin
     assert own.dump() == {}
 

@@ -28,7 +28,7 @@ class AsyncEntry(AsyncUpdate):
 
 
 class AsyncActor:
-    """What an `AsyncMember` can be told to do."""
+    """The actions of an `AsyncMember`."""
 
     def __init__(self, process: AsyncProcess) -> None:
         self._process = process
@@ -73,5 +73,5 @@ async def _serve() -> None:
 
 
 def main() -> None:
-    """What the interpreter runs that an `AsyncMember` starts."""
+    """Run in the interpreter that an `AsyncMember` starts."""
     asyncio.run(_serve())

@@ -81,7 +81,7 @@ class Api(NamedTuple):
 
 
 async def got(result: Any) -> Any:
-    """What a method has returned, awaited if it belongs to the asyncio API."""
+    """Return the result of a method, awaited if it belongs to the asyncio API."""
     return await result if inspect.isawaitable(result) else result
 
 

@@ -123,7 +123,7 @@ def send(operations: Sequence[Operation], *, first: bool = False) -> Flow[list[A
 
 
 def calls_of(server: Redis) -> int:
-    """How many functions the server has run."""
+    """Return the number of functions that the server has run."""
     with server.client() as client:
         stats = client.info("commandstats")
         return sum(

@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries: a tenth in `make test`, all of them in `make test-all`."""
+"""The number of hypothesis's examples: a tenth in `make test`, all in `make test-all`."""
 
 import os
 

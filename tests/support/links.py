@@ -98,7 +98,7 @@ class Link:
 class Lagging:
     """A primary, a replica that hears of everything a moment later, and a replica of that one.
 
-    Clients reach whoever is the primary by one port. The last replica confirms what the second
+    Clients reach the current primary by one port. The last replica confirms what the second
     server stores once that is the primary.
 
     Args:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -42,14 +42,14 @@ class Line(NamedTuple):
 
 
 class Journal:
-    """What all processes of a test have executed, in the order in which they did."""
+    """The sessions that all processes of a test have executed, in order."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / "journal"
 
     def lines(self, record: str | None = None) -> list[Line]:
-        """What has been executed; of one record, if it is named."""
+        """Return the executed sessions; of one record, if it is named."""
         if not self.path.exists():
             return []
         whole = self.path.read_text().rpartition("\n")[0]  # a line may be under way
@@ -57,7 +57,7 @@ class Journal:
         return [line for line in lines if record in (None, line.record)]
 
     def applied(self) -> dict[str, dict[str, int]]:
-        """What is in a database that skips a token which is not greater than the last one."""
+        """Return the rows of a database that skips tokens which are not greater than the last."""
         last: dict[str, int] = {}
         sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for line in self.lines():
@@ -67,7 +67,7 @@ class Journal:
         return {record: dict(total) for record, total in sums.items()}
 
     def begun(self, record: str) -> bool:
-        """Whether somebody has begun to execute a record that waits for `open`."""
+        """Return whether a process has begun to execute a record that waits for `open`."""
         return (self.folder / f"begun-{record}").exists()
 
     def open(self, record: str) -> None:
@@ -129,7 +129,7 @@ def learn(name: str) -> type[Entry]:
 
 
 class Actor:
-    """What a `Member` can be told to do."""
+    """The actions of a `Member`."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.errors: list[list[Any]] = []
@@ -154,7 +154,7 @@ class Actor:
         return self.process.id
 
     def told(self) -> list[list[Any]]:
-        """What ``on_error`` was called with: type, text, resource and token."""
+        """Return the errors that ``on_error`` got: type, text, resource and token."""
         return self.errors
 
     def put(self, record: str, n: int = 1, kind: str = "Entry") -> None:
@@ -218,7 +218,7 @@ class Actor:
 
 
 class Refused(Exception):  # noqa: N818 - the other side's error is inside
-    """What a member was told to do has raised."""
+    """An action of a member has raised."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(f"{kind}: {text}")
@@ -348,9 +348,9 @@ def _requests() -> Iterator[tuple[int, str, list[Any]]]:
         yield number, action, args
 
 
-def main() -> None:
-    """What the interpreter runs that a `Member` starts."""
-    actor = Actor(json.loads(sys.argv[1]))
+def main(make_actor: Callable[[dict[str, Any]], Any] = Actor) -> None:
+    """Run in the interpreter that a `Member` starts."""
+    actor = make_actor(json.loads(sys.argv[1]))
     writing = threading.Lock()
 
     def act(number: int, action: str, args: list[Any]) -> None:

@@ -1,12 +1,8 @@
-"""A process of its own that takes locks on demand, to be paused and killed."""
+"""A process of its own with one lock, to be paused and killed: a `Member` that has nothing else."""
 
 import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,106 +11,83 @@ import pytest
 from phonon import Process
 from phonon.errors import PhononError
 from phonon.lock import Lock
+from support import member
+from support.member import PATIENCE, Journal, Member
 from support.world import Redis
 
 #: A heartbeat for tests that wait for a death: it takes four.
-QUICK = 0.1
-TESTS = str(Path(__file__).parents[1])
-CODE = f"import sys; sys.path.insert(0, {TESTS!r}); from support import others; others.main()"
+QUICK = 0.25
 
 
-class Other:
-    """Another process, with one lock.
+class LockActor:
+    """The actions of an `Other`."""
 
-    Args:
-        url: Its server.
-        namespace: Its namespace.
-        lock: Arguments of `Process.lock`; with ``places``, of `Process.semaphore`.
-        options: Arguments of `Process`.
-    """
-
-    def __init__(self, url: str, namespace: str, lock: dict[str, Any], **options: Any) -> None:
-        options = {"url": url, "namespace": namespace, "heartbeat_interval": QUICK, **options}
-        self.popen = subprocess.Popen(
-            [sys.executable, "-c", CODE, json.dumps(options), json.dumps(lock)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._told: list[str] = []
+        self._lost: list[str] = []
+        name, arguments = options.pop("lock")
+        self._process = Process(
+            **options, on_error=lambda error: self._told.append(type(error).__name__)
         )
-        self.id = self.answer()
+        kind = self._process.semaphore if "places" in arguments else self._process.lock
+        self._lock: Lock = kind(
+            name, **arguments, on_lost=lambda lock: self._lost.append(lock.name)
+        )
 
-    def send(self, method: str, **arguments: Any) -> None:
+    def id(self) -> str:
+        return self._process.id
+
+    def told(self) -> list[str]:
+        """The errors that ``on_error`` was called with."""
+        return self._told
+
+    def lost(self) -> list[str]:
+        """The locks that ``on_lost`` was called with."""
+        return self._lost
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        """Call a method of the lock, or read an attribute; the name of the error if it raises."""
+        found = getattr(self._lock, name)
+        try:
+            return found(**arguments) if callable(found) else found
+        except PhononError as error:
+            return type(error).__name__
+
+
+class Other(Member):
+    """Another process, with one lock."""
+
+    program = "from support import others; others.main()"
+
+    def send(self, method: str, **arguments: Any) -> "Future[Any]":
         """Have it call a method of its lock, or read an attribute."""
-        assert self.popen.stdin is not None
-        self.popen.stdin.write(json.dumps([method, arguments]) + "\n")
-        self.popen.stdin.flush()
-
-    def answer(self) -> Any:
-        """What came of it; the name of the error if it raised."""
-        assert self.popen.stdout is not None
-        return json.loads(self.popen.stdout.readline())
+        return self.begin("call", method, arguments)
 
     def ask(self, method: str, **arguments: Any) -> Any:
-        self.send(method, **arguments)
-        return self.answer()
-
-    def pause(self) -> None:
-        os.kill(self.popen.pid, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        os.kill(self.popen.pid, signal.SIGCONT)
-
-    def kill(self) -> None:
-        self.popen.kill()
-        self.popen.communicate()
+        """The same, and return the result; the name of the error if it raised."""
+        if method in ("told", "lost"):
+            return self.do(method)
+        return self.send(method, **arguments).result(PATIENCE)
 
 
 Others = Callable[..., Other]
 
 
 @pytest.fixture
-def other(server: Redis, namespace: str) -> Iterator[Others]:
+def other(server: Redis, namespace: str, tmp_path: Path) -> Iterator[Others]:
     """Makes such processes, and kills those that are left."""
     with contextlib.ExitStack() as stack:
 
-        def make(lock_key: str = "x", *, on: Redis = server, **lock: Any) -> Other:
-            process = lock.pop("process", {})
-            made = Other(on.url, namespace, {"lock_key": lock_key, **lock}, **process)
-            stack.callback(made.kill)
+        def make(name: str = "x", *, on: Redis = server, **lock: Any) -> Other:
+            options = {"url": on.url, "namespace": namespace, "heartbeat_interval": QUICK}
+            options |= lock.pop("process", {})
+            made = Other(Journal(tmp_path), {**options, "lock": [name, lock]})
+            stack.callback(made.close)
             return made
 
         yield make
 
 
 def main() -> None:
-    """What runs there."""
-    told: list[str] = []
-    lost: list[str] = []
-
-    def lost_it(lock: Lock) -> None:
-        lost.append(lock.name)
-
-    options, arguments = map(json.loads, sys.argv[1:])
-    process = Process(**options, on_error=lambda error: told.append(type(error).__name__))
-    print(json.dumps(process.id), flush=True)  # noqa: T201 - read by the test
-    lock: Lock
-    if "places" in arguments:
-        name = arguments.pop("lock_key")
-        lock = process.semaphore(name, **arguments, on_lost=lost_it)
-    else:
-        lock = process.lock(**arguments, on_lost=lost_it)
-    for line in sys.stdin:
-        method, values = json.loads(line)
-        result: Any
-        if method == "told":
-            result = told
-        elif method == "lost":
-            result = lost
-        else:
-            result = getattr(lock, method)
-            if callable(result):
-                try:
-                    result = result(**values)
-                except PhononError as error:
-                    result = type(error).__name__
-        print(json.dumps(result), flush=True)  # noqa: T201 - read by the test
+    """Run in the interpreter that an `Other` starts."""
+    member.main(LockActor)

@@ -12,7 +12,7 @@ TOKEN = "a-token-that-nobody-guesses"  # noqa: S105 - a test's
 
 
 class Answer:
-    """What the page has answered."""
+    """An answer of the page."""
 
     def __init__(self, status: int, headers: Any, body: bytes) -> None:
         self.status = status

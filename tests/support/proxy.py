@@ -33,7 +33,7 @@ PUSH = b">"[0]
 
 
 class Fault(enum.Enum):
-    """What becomes of a request. The connection is cut in all cases."""
+    """The fate of a request. The connection is cut in all cases."""
 
     LOST_REQUEST = "the server never sees it"
     LOST_REPLY = "the server does it, and its answer is lost"
@@ -53,7 +53,7 @@ class Cut(Exception):  # noqa: N818 - it is what is wanted
 
 
 def end_of(data: bytes | bytearray, start: int = 0) -> int | None:
-    """Where the value that begins at ``start`` ends, or None if it has not all arrived."""
+    """Return the end of the value that begins at ``start``, or None if it has not all arrived."""
     line = data.find(b"\r\n", start)
     if line < 0:
         return None
@@ -88,7 +88,7 @@ def step_of(request: bytes) -> str:
         return command.decode().lower()
     function = rest[0].decode().partition("_")[2].partition("_")[2]
     if function in ("apply", "apply_free"):
-        operations = msgpack.unpackb(rest[-2], raw=True)
+        operations = msgpack.unpackb(rest[-1], raw=True)
         return Code(operations[0]).name.lower() if operations else "empty"
     return function
 
@@ -230,7 +230,7 @@ class Proxy:
 
     @property
     def connections(self) -> int:
-        """How many connections there are."""
+        """Return the number of connections."""
         return len(self._clients)
 
     def close(self) -> None:

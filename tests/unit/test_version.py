@@ -16,4 +16,4 @@ def test_the_version_is_that_of_the_distribution() -> None:
 def test_the_demo_has_the_same_version_and_needs_it() -> None:
     project = tomllib.loads((ROOT / "demo" / "pyproject.toml").read_text())["project"]
     assert project["version"] == phonon.__version__
-    assert project["dependencies"] == [f"phonon[embedded,cli]>={phonon.__version__}"]
+    assert project["dependencies"][0] == f"phonon[embedded,cli,sql]>={phonon.__version__}"

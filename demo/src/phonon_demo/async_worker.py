@@ -2,94 +2,111 @@
 
 import asyncio
 import contextlib
+import json
 import signal
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import redis.asyncio
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+
 from phonon.aio import AsyncLruCache, AsyncProcess, AsyncUpdate
-from phonon.errors import ServerUnreachableError
-from phonon_demo import twins  # noqa: F401 - before a batch of theirs is taken over
-from phonon_demo.sink import Sink
-from phonon_demo.wire import Ready, Setup
-from phonon_demo.worker import REPORT_INTERVAL, Counter, Link, Stop, options
+from phonon.aio.sinks import AsyncSqlTable
+from phonon.errors import AlreadyStoredError
+from phonon_demo.aggregations import AGGREGATIONS
+from phonon_demo.plan import GROUP, Plan
+from phonon_demo.updates import FlightUpdate, flight
+from phonon_demo.worker import BATCH, main, say
+
+Handle = Callable[[dict[bytes, bytes]], Awaitable[object]]
 
 
-class _Inbox:
-    """What the program sends, to be awaited.
+class AsyncFlightUpdate(FlightUpdate, AsyncUpdate, name="phonon_demo_async_flights"):
+    """The flights of one aircraft. A thread writes them."""
 
-    Args:
-        link: The connection to it.
-        stop: What is told of signals.
-    """
-
-    def __init__(self, link: Link, stop: Stop) -> None:
-        self._link = link
-        self._stop = stop
-        self._news = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._leave, number)
-
-    def _leave(self, number: int) -> None:
-        self._stop(number, None)
-        self._news.set()
-
-    async def receive(self) -> Any:
-        """Wait for the program; see `Link.receive`."""
-        self._news.clear()
-        if self._stop.number is None:
-            self._loop.add_reader(self._link.fileno(), self._news.set)
-            try:
-                await self._news.wait()
-            finally:
-                self._loop.remove_reader(self._link.fileno())
-        return self._link.receive()  # it is there, or a signal is, which this raises
+    @classmethod
+    async def execute_many(cls, updates: Sequence[Any]) -> None:  # type: ignore[override]  # as of an AsyncUpdate
+        """Add sessions to their rows."""
+        await asyncio.to_thread(super().execute_many, updates)
 
 
-async def work(link: Link, setup: Setup, stop: Stop) -> None:
-    """Handle messages until there are no more."""
-    counter = Counter(link)
-    inbox = _Inbox(link, stop)
-    Sink.current = Sink(setup.database, setup.job.table, counter.written)
-    with contextlib.closing(Sink.current):
-        async with await _connect(setup, counter) as process:
-            merge, expire_all = _merging(process, setup)
-            link.send(Ready(process.id))
-            while (messages := await inbox.receive()) is not None:
-                async with process.batch():
-                    for message in messages:
-                        await merge(message)
-                # Only now are they all on the server, and safe: a broker would be told here.
-                counter.acknowledge(len(messages))
-            await expire_all()
-            await process.stop()
-            counter.report(done=True)
+class CountedTable(AsyncSqlTable):
+    """A table that counts the records written to it."""
+
+    written = 0
+
+    async def write(self, records: Sequence[Any]) -> None:
+        """Write records, and count them."""
+        await super().write(records)
+        self.written += len(records)
 
 
-def _merging(
-    process: AsyncProcess, setup: Setup
-) -> tuple[Callable[[Any], Awaitable[object]], Callable[[], Awaitable[None]]]:
-    """Return what merges a message, and what ends all sessions, both to be awaited."""
-    job: Any = setup.job  # its updates are those of phonon.aio
-    if job.model is not None and not setup.updates:
-        records: Any = process.collect(job.model, setup.max_entries)
-        return lambda message: records.add(*job.row(message)), records.expire_all
-    cache: AsyncLruCache[AsyncUpdate] = AsyncLruCache(setup.max_entries)
-    return lambda message: cache.set(message[0], job.update(process, message)), cache.expire_all
+async def work(plan: Plan) -> None:
+    """Read, merge and write until a signal comes."""
+    aggregation = AGGREGATIONS[plan.aggregation]
+    engine = create_async_engine(plan.database.replace("sqlite://", "sqlite+aiosqlite://"))
+    sink: Any = CountedTable(engine, aggregation.table, aggregation.model)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with AsyncProcess(
+        url=plan.url, namespace=plan.namespace, heartbeat_interval=plan.heartbeat
+    ) as process:
+        sessions: Any
+        if plan.updates:
+            sink = FlightUpdate
+            sink.engine = sa.create_engine(plan.database)
+            sessions = AsyncLruCache(plan.max_entries)
+
+            async def handle(fields: dict[bytes, bytes]) -> None:
+                name, doc = fields[b"key"].decode(), flight(json.loads(fields[b"value"]))
+                await sessions.set(name, AsyncFlightUpdate(process, name, doc=doc))
+        else:
+            sessions = process.collect(aggregation.model, plan.max_entries, sink=sink)
+
+            async def handle(fields: dict[bytes, bytes]) -> None:
+                values = aggregation.values(json.loads(fields[b"value"]))
+                await sessions.add(fields[b"key"].decode(), *values)
+
+        say(process.id)
+        await read(plan, stop, process, handle)
+        await sessions.expire_all()
+    await engine.dispose()
+    say(json.dumps({"sessions": sink.written}))
 
 
-async def _connect(setup: Setup, counter: Counter) -> AsyncProcess:
-    give_up = time.monotonic() + setup.patience
-    while True:
-        try:
-            return await AsyncProcess(**options(setup, counter)).start()
-        except ServerUnreachableError:
-            if time.monotonic() >= give_up:
-                raise
-            await asyncio.sleep(REPORT_INTERVAL)
+async def read(plan: Plan, stop: asyncio.Event, process: AsyncProcess, handle: Handle) -> None:
+    """Hand each entry of the stream to a function, and store what it has made of them, once."""
+    scope, idle_ms = f"stream/{GROUP}/{plan.topic}", int(4000 * plan.heartbeat)
+    async with redis.asyncio.Redis.from_url(plan.broker) as client:
+        with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: another worker has made it
+            await client.xgroup_create(plan.topic, GROUP, id="0", mkstream=True)
+        while not stop.is_set():
+            # First the entries that a dead worker was given and has not acknowledged.
+            _, entries, *_ = await client.xautoclaim(
+                plan.topic, GROUP, process.id, idle_ms, count=BATCH
+            )
+            if not entries:
+                found = await client.xreadgroup(
+                    GROUP, process.id, {plan.topic: ">"}, count=BATCH, block=100
+                )
+                streams = found.items() if isinstance(found, dict) else found
+                entries = [entry for _, some in streams for entry in some]
+            if entries and await store(process, scope, entries, handle):
+                await client.xack(plan.topic, GROUP, *(id_ for id_, _ in entries))
 
 
-def run(link: Link, setup: Setup, stop: Stop) -> None:
-    """Do the work in an event loop of its own."""
-    asyncio.run(work(link, setup, stop))
+async def store(process: AsyncProcess, scope: str, entries: list[Any], handle: Handle) -> bool:
+    """Store entries, each once. Return whether all of them are stored."""
+    try:
+        async with process.batch(entries, dedupe=scope) as batch:
+            async for _, fields in batch:
+                await handle(fields)
+    except AlreadyStoredError:  # a worker that was believed dead has stored some of them
+        return False  # they are claimed again, and then it is known which
+    return True
+
+
+if __name__ == "__main__":
+    main(lambda plan: asyncio.run(work(plan)), Plan)

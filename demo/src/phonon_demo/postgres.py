@@ -1,4 +1,4 @@
-"""A PostgreSQL server of one's own, from a wheel. It also starts for root."""
+"""A private PostgreSQL server, from a wheel. It also starts for root."""
 
 import contextlib
 import os

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
-from urllib.parse import quote
 
 import redis
 
@@ -19,22 +18,9 @@ STOP_TIMEOUT = 10.0
 _SELDOM = 24 * 3600.0
 
 
-@contextlib.contextmanager
-def private_server(folder: Path) -> Iterator[str]:
-    """The URL of an embedded server that nobody else uses.
-
-    Args:
-        folder: A private folder, to be removed afterwards.
-    """
-    try:
-        yield f"embedded://{quote(str(folder))}"
-    finally:
-        _wait_until_stopped(folder)
-
-
 def _wait_until_stopped(folder: Path) -> None:
-    # It goes when its last user has left; until then it writes into the folder. See the table
-    # in phonon.embedded.supervisor for the lock that says so.
+    # It stops when its last user has left; until then it writes into the folder. The table in
+    # phonon.embedded.supervisor explains the lock that shows it.
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(folder / "phonon-server", os.O_RDONLY)
         try:
@@ -46,14 +32,14 @@ def _wait_until_stopped(folder: Path) -> None:
 class MortalServer:
     """An embedded server that nobody else uses and that can be killed; a context manager.
 
-    What it has answered to is in its append-only file, on the disk.
-
     Args:
         folder: A private folder, to be removed afterwards.
+        sync: Whether all that it has answered to is on the disk.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, sync: bool = False) -> None:
         self._folder = folder
+        self._sync = sync
         self._hold: embedded.EmbeddedServer | None = None
         self._pid = 0
 
@@ -65,6 +51,11 @@ class MortalServer:
         if self._hold is not None:
             self._hold.close()
         _wait_until_stopped(self._folder)
+
+    @property
+    def url(self) -> str:
+        """Its URL."""
+        return f"unix://{self.socket}?db=1"
 
     @property
     def socket(self) -> str:
@@ -84,7 +75,8 @@ class MortalServer:
             old.close()
         with redis.Redis(unix_socket_path=self.socket) as client:
             self._pid = int(client.info("server")["process_id"])
-            client.config_set("appendfsync", "always")
+            if self._sync:
+                client.config_set("appendfsync", "always")
 
 
 def onlooker(url: str, namespace: str) -> Process:

@@ -16,7 +16,7 @@ class Interrupted(CommandInterrupt):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}; the workers have left")
+        super().__init__(f"ended by {signal.Signals(number).name}; the workers have ended too")
         self.status = 128 + number
 
 

@@ -1,252 +1,127 @@
-"""A worker, an OS process of its own. This is what a user's program looks like.
+"""A worker, an OS process of its own. This is what a program that uses Phonon looks like.
 
-It takes messages, merges them in a cache, and acknowledges them once they are on the server. On
-SIGTERM and SIGINT it finishes the list in hand, ends its sessions and leaves.
-Started by `phonon_demo.pool` as ``python -m phonon_demo.worker <file descriptor>``.
+It reads messages, merges them in a collection, and writes one record for each key and session. On
+SIGTERM and SIGINT it stores the batch in hand, ends its sessions and leaves.
+`phonon_demo.pool` starts it as ``python -m phonon_demo.worker <plan>``.
 """
 
-import contextlib
-import logging
+import json
+import os
 import signal
-import sqlite3
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from phonon import Collection, LruCache, PhononError, Process, Update
-from phonon._core.takeover import TAKEN_OVER
-from phonon.errors import DeclaredDeadError, ServerUnreachableError
-from phonon_demo.sink import Sink
-from phonon_demo.wire import Failed, Log, Progress, Ready, Setup, TookOver
+import sqlalchemy as sa
 
-#: Seconds between two reports while sessions are written.
-REPORT_INTERVAL = 0.1
+from phonon import LruCache, Process
+from phonon.sinks import SqlTable
+from phonon_demo.aggregations import AGGREGATIONS
+from phonon_demo.plan import GROUP, Plan
 
+P = TypeVar("P", bound=Plan)
 
-class ParentGone(Exception):  # noqa: N818 - this is how a worker is told to stop
-    """The program has closed the connection: it was interrupted, or it is dead."""
+#: Messages that are stored together.
+BATCH = 500
+#: A function that handles a message, given its key and its value.
+Handle = Callable[[Any, Any], object]
 
 
-class Stopped(BaseException):
-    """A signal wants the worker to leave, and it has nothing in hand."""
+class CountedTable(SqlTable):
+    """A table that counts the records written to it."""
+
+    written = 0
+
+    def write(self, records: Sequence[Any]) -> None:
+        """Write records, and count them."""
+        super().write(records)
+        self.written += len(records)
 
 
-class Stop:
-    """The handler of signals that want the worker to leave.
+def work(plan: Plan) -> None:
+    """Read, merge and write until a signal comes."""
+    aggregation = AGGREGATIONS[plan.aggregation]
+    engine = sa.create_engine(plan.database)
+    sink: Any = CountedTable(engine, aggregation.table, aggregation.model)
+    with Process(
+        url=plan.url, namespace=plan.namespace, heartbeat_interval=plan.heartbeat
+    ) as process:
+        handle: Handle
+        if plan.updates:
+            from phonon_demo.updates import FlightUpdate, flight  # noqa: PLC0415 - the older way
 
-    An exception that is raised just anywhere would leave things half done. So this one is raised
-    only while the worker waits for messages; otherwise it is the next attempt to wait that raises.
+            sink = FlightUpdate
+            sink.engine = engine
+            updates: LruCache[FlightUpdate] = LruCache(plan.max_entries)
+            sessions: Any = updates
 
-    Attributes:
-        number: The signal that has come; None as yet.
-    """
+            def handle(key: Any, value: Any) -> None:
+                name, doc = key.decode(), flight(json.loads(value))
+                updates.set(name, FlightUpdate(process, name, doc=doc))
+        else:
+            records: Any = process.collect(aggregation.model, plan.max_entries, sink=sink)
+            sessions = records
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._waiting = False
+            def handle(key: Any, value: Any) -> None:
+                records.add(key.decode(), *aggregation.values(json.loads(value)))
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take note of a signal."""
-        del frame
-        self.number = number
-        if self._waiting:
-            self._waiting = False
-            raise Stopped
-
-    def __enter__(self) -> None:
-        self._waiting = True
-        if self.number is not None:
-            self._waiting = False
-            raise Stopped
-
-    def __exit__(self, *_: object) -> None:
-        self._waiting = False
-
-
-class Link:
-    """The connection to the program.
-
-    Args:
-        connection: The connection.
-        stop: What ends the waiting.
-    """
-
-    def __init__(self, connection: "Connection[Any, Any]", stop: Stop) -> None:
-        self._connection = connection
-        self._stop = stop
-        self._lock = threading.Lock()  # other threads log
-
-    def send(self, message: Ready | Progress | TookOver | Log | Failed) -> None:
-        """Tell the program."""
-        try:
-            with self._lock:
-                self._connection.send(message)
-        except OSError as error:
-            raise ParentGone from error
-
-    def fileno(self) -> int:
-        """The descriptor on which the program is heard."""
-        return self._connection.fileno()
-
-    def receive(self) -> Any:
-        """Wait for the program.
-
-        Raises:
-            ParentGone: It is there no more.
-            Stopped: By a signal.
-        """
-        try:
-            with self._stop:
-                return self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise ParentGone from error
+        say(process.id)
+        read(plan, process, sessions, handle)
+    engine.dispose()
+    say(json.dumps({"sessions": sink.written}))
 
 
-class _LogToProgram(logging.Handler):
-    """The terminal belongs to the program, which may have a live display on it."""
+def read(plan: Plan, process: Process, sessions: Any, handle: Handle) -> None:
+    """Hand each message to a function, and store what it has made of them, each message once."""
+    if plan.source == "kafka":
+        from phonon.sources.kafka import KafkaSource  # noqa: PLC0415 - an extra
 
-    def __init__(self, link: Link) -> None:
-        super().__init__(logging.WARNING)
-        self._link = link
+        KafkaSource(
+            process, kafka_config(plan), plan.topic,
+            batch_size=BATCH, poll_timeout=0.1, sessions=sessions,
+        ).run(lambda message: handle(message.key(), message.value()))  # fmt: skip
+        return
+    from phonon.sources.streams import StreamSource  # noqa: PLC0415 - only if it is wanted
 
-    def emit(self, record: logging.LogRecord) -> None:
-        message: Log | TookOver = Log(record.getMessage())
-        if record.msg == TAKEN_OVER and isinstance(record.args, tuple):
-            _, sessions, dead, batches = record.args
-            message = TookOver(str(dead), int(str(sessions)), int(str(batches)))
-        with contextlib.suppress(ParentGone):
-            self._link.send(message)
-
-
-class Counter:
-    """Tells the program how far this worker is."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._reported = time.monotonic()
-        self.lists = self.messages = self.reborn = 0
-
-    def acknowledge(self, messages: int) -> None:
-        """All of a list is on the server."""
-        self.lists += 1
-        self.messages += messages
-        self.report()
-
-    def written(self) -> None:
-        """A session was written; say so now and then."""
-        if time.monotonic() - self._reported > REPORT_INTERVAL:
-            # Nobody may be there any more; what has come together is written all the same.
-            with contextlib.suppress(ParentGone):
-                self.report()
-
-    def trouble(self, error: Exception) -> None:
-        """Something went wrong that there is no caller to raise it to."""
-        self.reborn += isinstance(error, DeclaredDeadError)
-
-    def report(self, *, done: bool = False) -> None:
-        """Tell the program."""
-        self._reported = time.monotonic()
-        sink = Sink.current
-        self._link.send(
-            Progress(self.lists, self.messages, sink.writes, sink.repeats, self.reborn, done)
-        )
+    StreamSource(
+        process, plan.topic, GROUP,
+        batch_size=BATCH, poll_timeout=0.1, claim_idle=4 * plan.heartbeat, sessions=sessions,
+    ).run(lambda entry: handle(entry.fields[b"key"], entry.fields[b"value"]))  # fmt: skip
 
 
-def work(link: Link, setup: Setup) -> None:
-    """Handle messages until there are no more."""
-    job = setup.job
-    counter = Counter(link)
-    Sink.current = Sink(setup.database, job.table, counter.written)
-    with (
-        contextlib.closing(Sink.current),
-        _connect(setup, counter) as process,
-    ):
-        merge, expire_all = _merging(process, setup)
-        link.send(Ready(process.id))
-        while (messages := link.receive()) is not None:
-            with process.batch():
-                for message in messages:
-                    merge(message)
-            # Only now are they all on the server, and safe: a broker would be told here.
-            counter.acknowledge(len(messages))
-        expire_all()
-        process.stop()
-        counter.report(done=True)
-
-
-def _merging(process: Process, setup: Setup) -> tuple[Callable[[Any], object], Callable[[], None]]:
-    """Return what merges a message, and what ends all sessions."""
-    job = setup.job
-    if job.model is not None and not setup.updates:
-        records: Collection[..., Any] = process.collect(job.model, setup.max_entries)
-        return lambda message: records.add(*job.row(message)), records.expire_all
-    cache: LruCache[Update] = LruCache(setup.max_entries)
-    return lambda message: cache.set(message[0], job.update(process, message)), cache.expire_all
-
-
-def options(setup: Setup, counter: Counter) -> dict[str, Any]:
-    """What its process is to be like."""
+def kafka_config(plan: Plan) -> dict[str, Any]:
+    """Return the client's configuration: a dead member of the group is missed soon."""
     return {
-        "url": setup.url,
-        "namespace": setup.namespace,
-        "heartbeat_interval": setup.heartbeat,
-        "durability": setup.durability,
-        "on_error": counter.trouble,
+        "bootstrap.servers": plan.broker,
+        "group.id": GROUP,
+        "auto.offset.reset": "earliest",
+        "session.timeout.ms": 4000,
+        "heartbeat.interval.ms": 200,
+        "log_level": 2,
     }
 
 
-def _connect(setup: Setup, counter: Counter) -> Process:
-    give_up = time.monotonic() + setup.patience
-    while True:
-        try:
-            return Process(**options(setup, counter))
-        except ServerUnreachableError:
-            if time.monotonic() >= give_up:
-                raise
-            time.sleep(REPORT_INTERVAL)
+def say(line: str) -> None:
+    """Tell the program that has started this worker."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
-def failure(error: BaseException) -> Failed:
-    """What to tell the program about an error."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]  # they tend to be all alike
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, PhononError | sqlite3.Error):
-        return Failed(text)
-    return Failed(text, "".join(traceback.format_exception(error)))
+def end_with_the_parent() -> None:
+    """End soon after the program that has started this worker: it may have been killed."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main() -> None:
-    """Do what the program at the other end of the connection says."""
-    stop = Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    link = Link(Connection(int(sys.argv[1])), stop)
-    log = logging.getLogger("phonon")
-    log.addHandler(_LogToProgram(link))
-    log.propagate = False
-    try:
-        setup: Setup = link.receive()
-        if setup.asyncio:
-            from phonon_demo.async_worker import run  # noqa: PLC0415 - imports this file
-
-            run(link, setup, stop)
-        else:
-            work(link, setup)
-    except ParentGone:
-        sys.exit(1)
-    except Stopped:  # its sessions have ended
-        sys.exit(128 + (stop.number or 0))
-    except Exception as error:  # noqa: BLE001 - the program says it, whatever it is
-        with contextlib.suppress(ParentGone):
-            link.send(failure(error))
-        sys.exit(1)
+def main(work: Callable[[P], None], plan: type[P]) -> None:
+    """Work by the plan on the command line."""
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    work(plan(**json.loads(sys.argv[1])))
 
 
 if __name__ == "__main__":
-    main()
+    main(work, Plan)

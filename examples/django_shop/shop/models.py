@@ -14,4 +14,4 @@ class PageViews(Counted):
 
 
 class Views(Upsert, model=PageViews, key="page"):
-    """What is known about a page: numbers that are added to its row."""
+    """Figures of a page, which are added to its row."""

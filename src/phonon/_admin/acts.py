@@ -26,7 +26,7 @@ class Acts:
 
     Args:
         namespace: Where.
-        inspector: Reads what is there.
+        inspector: Reads the namespace.
         who: Who does it, for the log.
     """
 
@@ -134,8 +134,8 @@ class Acts:
         answer = yield from self._do(partition, "admin_unlock", *words)
         if answer[0] == b"missing":
             raise LockLostError(
-                f"nobody holds {name!r} under token {token}: it was released, or taken anew, since "
-                "that was read; phonon locks shows who holds it now"
+                f"{name!r} is not held under token {token}: it was released, or acquired again, "
+                "since the token was read; phonon locks shows its holder"
             )
         process = text(answer[1]).rpartition("/")[0]
         return (
@@ -145,7 +145,7 @@ class Acts:
         )
 
     def expire(self, process: str) -> Steps[str]:
-        """Mark a process as dead, so that survivors take over what it holds.
+        """Mark a process as dead, so that survivors take it over.
 
         Raises:
             ProcessMissingError: There is no such process.

@@ -34,7 +34,7 @@ def read_partial(partial: bytes) -> Partial:
         if type(content) is not list or len(content) != CONTENT_LENGTH:
             return _unreadable(name, serializer, size, "it does not hold an update's content")
         _id, database, collection, spec, doc, state = content
-    except Exception as error:  # noqa: BLE001 - whatever is stored there must be possible to look at
+    except Exception as error:  # noqa: BLE001 - an operator must be able to see any stored data
         return _unreadable(name, serializer, size, f"{type(error).__name__}: {error}")
     state = state if isinstance(state, dict) else {}
     return Partial(

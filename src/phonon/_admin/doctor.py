@@ -1,4 +1,4 @@
-"""What is wrong with a server, a namespace and a host, and what to do about it."""
+"""Finds the problems of a server, a namespace and a host, and names the remedies."""
 
 import resource
 import time
@@ -32,13 +32,13 @@ PINGS = 7
 
 
 class Finding(NamedTuple):
-    """What one look has found.
+    """The result of one look.
 
     Attributes:
         level: ``"ok"``, ``"note"`` or ``"problem"``.
-        subject: What was looked at, in a word or two.
-        text: What was found.
-        remedy: What to do; empty if that is nothing.
+        subject: The subject of the check, in a word or two.
+        text: The result.
+        remedy: The remedy; empty if none is needed.
     """
 
     level: Level
@@ -52,7 +52,7 @@ class Doctor:
 
     Args:
         namespace: The namespace.
-        inspector: Reads what it holds.
+        inspector: Reads its content.
     """
 
     def __init__(self, namespace: Namespace, inspector: Inspector) -> None:
@@ -60,7 +60,7 @@ class Doctor:
         self._inspector = inspector
 
     def examine(self) -> Steps[list[Finding]]:
-        """Return what was found.
+        """Return the findings.
 
         Raises:
             PhononError: The server does not answer.
@@ -124,7 +124,7 @@ class Doctor:
                 "note",
                 "permissions",
                 f"this user may not run all that a worker needs: {missing}",
-                "that is as it should be for one who only looks; for a worker's user see "
+                "that is right for a user who only reads; for a worker's user see "
                 "docs/operations.md",
             )
         ]
@@ -218,7 +218,7 @@ def _server(facts: dict[str, str]) -> Iterator[Finding]:
             "memory",
             f"{used / most:.0%} of maxmemory are in use; when it is full, new data is refused and "
             "kept by the workers",
-            "raise maxmemory, or find what fills it: phonon sessions, phonon batches",
+            "raise maxmemory, or look for large sessions: phonon sessions, phonon batches",
         )
     else:
         share = f", {used / most:.0%} of maxmemory" if most else "; maxmemory is not set"
@@ -241,8 +241,8 @@ def _persistence(facts: dict[str, str]) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "persistence",
-            "appendonly is no: a restart of the server loses what its last snapshot has not; "
-            "Phonon notices, and can tell only what is gone",
+            "appendonly is no: a restart of the server loses all writes since its last "
+            "snapshot; Phonon notices that, and cannot restore them",
             "CONFIG SET appendonly yes, and in the server's file; see docs/operations.md",
         )
     else:
@@ -301,7 +301,7 @@ def _batches(found: list[BatchStatus], processes: list[ProcessStatus]) -> Iterat
         )
     for state, subject, remedy in (
         ("waiting-for-survivor", "orphans", "start a worker that executes batches"),
-        ("retrying", "retries", "their error says what fails: phonon batches --state retrying"),
+        ("retrying", "retries", "their errors name the cause: phonon batches --state retrying"),
     ):
         some = [batch for batch in found if batch.state == state]
         if some:

@@ -1,4 +1,4 @@
-"""Reads what a namespace holds: processes, locks, sessions, batches and sources."""
+"""Reads the content of a namespace: processes, locks, sessions, batches and sources."""
 
 import heapq
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ PIECE = 64
 
 
 class Inspector:
-    """Reads what a namespace holds, in pages.
+    """Reads the content of a namespace, in pages.
 
     Args:
         namespace: Is asked.
@@ -329,7 +329,7 @@ class Inspector:
     # The log of acts
 
     def acts(self, most: int) -> Steps[list[Act]]:
-        """Return what operators have done, the latest first."""
+        """Return the acts of operators, the latest first."""
         space = self._namespace
         yield from space.roster()
         asked = [space.read(None, "admin_acts", b"%d" % most)]
@@ -340,7 +340,7 @@ class Inspector:
         return sorted(found, key=lambda act: -act.at)[:most]
 
 
-#: Of a walk: the process that an entry was found with, and what the server says of it.
+#: Rows of a walk: the process that has the entry, and the server's row about it.
 Rows = list[tuple[bytes, Row]]
 
 

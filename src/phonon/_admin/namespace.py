@@ -74,7 +74,7 @@ class Namespace:
         prefix = (
             self.partitions.prefix if partition is None else self.partitions.prefixes[partition]
         )
-        # A user who may do nothing but look has the permission for this command alone.
+        # A user who may only read has the permission for no other command.
         words = (b"FCALL_RO", self.library.function(function), b"1", prefix, *arguments)
         return Request(prefix, words)
 
@@ -94,7 +94,7 @@ class Namespace:
 
         Returns:
             Seconds since the epoch by the server's clock; and by process id: microseconds, or 0 if
-            it was declared dead, and what it has said of itself.
+            it was declared dead, its card, and its report.
         """
         found: dict[bytes, tuple[int, bytes, bytes]] = {}
         cursor, now = b"0", 0.0
@@ -127,7 +127,7 @@ class Namespace:
 
 
 def unpacked(data: bytes) -> dict[str, Any]:
-    """Return what a process has said of itself; nothing if that cannot be read."""
+    """Return a process's card or report; nothing if it cannot be read."""
     try:
         found = msgpack.unpackb(data, strict_map_key=False)
     except Exception:  # noqa: BLE001 - msgpack raises many; an operator sees the others all the same

@@ -1,10 +1,10 @@
-"""What an `Admin` answers with, as JSON has it."""
+"""The records of an `Admin`, as JSON values."""
 
 from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it; what JSON has not is shown as Python shows it."""
+    """Return a value as JSON has it; other values are shown as Python shows them."""
     if hasattr(value, "_asdict"):
         return {name: plain(part) for name, part in value._asdict().items()}
     if isinstance(value, dict):

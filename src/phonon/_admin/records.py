@@ -3,9 +3,9 @@
 from typing import Any, Literal, NamedTuple
 
 #: A live process beats in time; a late one has missed its deadline, and nobody has marked it yet;
-#: a dead one was marked, and survivors take over what it held.
+#: a dead one was marked, and survivors take over its resources.
 ProcessState = Literal["alive", "late", "dead"]
-#: How a lock is taken, or what is waited for.
+#: The mode in which a lock is held or waited for.
 LockMode = Literal["exclusive", "shared", "semaphore"]
 #: ``waiting-for-class`` waits for a process that has imported its class, and
 #: ``waiting-for-survivor`` for one that executes what dead processes have left.
@@ -27,14 +27,14 @@ class ProcessStatus(NamedTuple):
         memberships: How many resources it is a member of.
         locks: How many resources it has locked, or waits for.
         batches: How many batches it executes, or is going to retry.
-        left: What a survivor that executes no batches has left of it.
+        left: The number of its resources that a survivor which executes no batches has left.
         oldest_batch: Since when it has the oldest of those batches, seconds since the epoch; None
             if it has none.
         calls: How many calls its lanes have carried.
         backlog: How much is unfinished in its outbox; None if it has not said.
         executes: Whether it executes batches of dead processes, and those that wait for a class.
         classes: The names of the classes that it can execute.
-        counters: What it has counted since it started; see `phonon.metrics`.
+        counters: Its counters since it started; see `phonon.metrics`.
     """
 
     id: str
@@ -86,7 +86,7 @@ class LockWaiter(NamedTuple):
         process: The id of its process.
         host: The name of its host; empty if that is not known.
         pid: Its number in its operating system; 0 if that is not known.
-        mode: What it waits for.
+        mode: The mode that it waits for.
     """
 
     process: str
@@ -100,7 +100,7 @@ class LockStatus(NamedTuple):
 
     Attributes:
         name: The resource, or the semaphore.
-        mode: How it is taken, or what the first in line waits for.
+        mode: The mode in which it is held, or for which the first in line waits.
         holders: Those that have it; in a listing 16 at the most.
         holding: How many have it.
         waiters: Those that wait, in order; in a listing 16 at the most.
@@ -148,7 +148,7 @@ class BatchStatus(NamedTuple):
         class_name: The class that it waits for; empty unless that is its state.
         attempts: How often its execution has failed.
         crashes: How many processes have died while they executed it.
-        error: What the last attempt raised; empty if none has.
+        error: The error of the last attempt; empty if none has failed.
         next_attempt: When it is tried again, seconds since the epoch; None if that is not due.
         since: When its session ended, or when it was parked.
         age: Seconds since then.
@@ -177,7 +177,7 @@ class SourceStatus(NamedTuple):
     Attributes:
         name: Its name.
         process: The id of the process that reads it.
-        kind: What is checked: ``"ordered"`` has offsets, ``"ids"`` has ids.
+        kind: The check: ``"ordered"`` has offsets, ``"ids"`` has ids.
         position: Where an ordered one stands, as text.
         lag: How many messages are waiting behind that; None if that is not known.
     """
@@ -199,8 +199,8 @@ class Partial(NamedTuple):
         id: The record's id.
         database: The record's database.
         collection: The record's collection.
-        spec: What its ``spec`` is.
-        doc: What its ``doc`` is.
+        spec: Its ``spec``.
+        doc: Its ``doc``.
         state: The attributes of its own, by name.
         error: Why it could not be read, or its content not be shown; empty if it was.
     """

@@ -26,7 +26,7 @@ Row = Sequence[Any]
 
 
 def add_holdings(mine: list[int], row: Sequence[int]) -> None:
-    """Add what a partition knows of a process to what others do."""
+    """Add a partition's figures of a process to those of other partitions."""
     locks, memberships, batches, left, _, oldest, calls, _ = row
     for i, number in enumerate((locks, memberships, batches, left)):
         mine[i] += number
@@ -38,7 +38,7 @@ def add_holdings(mine: list[int], row: Sequence[int]) -> None:
 def process_status(
     pid: bytes, now: float, said: tuple[int, bytes, bytes], held: Sequence[int]
 ) -> ProcessStatus:
-    """Return a process, given what it has said of itself and what it holds."""
+    """Return a process, given its report and its holdings."""
     deadline, card_bytes, report_bytes = said
     card, report = unpacked(card_bytes), unpacked(report_bytes)
     interval = float(card.get("interval", 0))

@@ -29,7 +29,7 @@ def register(
         cls: The class.
         name: Its name on the server. None: its qualified name.
         aliases: Former names, under which there may still be data.
-        version: The version of what it stores. What earlier ones have stored is upgraded.
+        version: The version of its stored data. Data of earlier versions is upgraded.
 
     Raises:
         ConfigurationError: Another class has that name, and is still in use; or an argument is

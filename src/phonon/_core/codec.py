@@ -79,13 +79,18 @@ _states: "weakref.WeakKeyDictionary[type[Any], set[tuple[str, ...]]]" = weakref.
 # Encoding
 
 
-def pack(update: Storable, serializer: Serializer) -> bytes:
+def pack(update: Storable, serializer: Serializer, state: dict[str, Any] | None = None) -> bytes:
     """Return an update's content as a partial.
+
+    Args:
+        update: The update.
+        serializer: Encodes the content.
+        state: What its `state` returns; None if it has not been asked yet.
 
     Raises:
         NotStorableError: A value has a type that cannot be stored; the message names the attribute.
     """
-    content = dump(update, serializer)
+    content = dump(update, serializer, state)
     length = len(content)
     header = update._headers_.get(serializer.name) or _header(type(update), serializer)
     if length < len(_BIN8):  # msgpack's bin 8, 16 and 32
@@ -104,12 +109,10 @@ def too_large(update: Storable, size: int, most: int) -> NotStorableError:
     )
 
 
-def dump(update: Storable, serializer: Serializer) -> bytes:
-    """Return an update's content, encoded by the serializer."""
-    try:
-        state = update.state()
-    except StopIteration as error:
-        raise stopped(update, "state", error) from error
+def dump(update: Storable, serializer: Serializer, state: dict[str, Any] | None = None) -> bytes:
+    """Return an update's content, encoded by the serializer; see `pack`."""
+    if state is None:
+        state = state_of(update)
     content = [update._id, update.database, update.collection, update.spec, update.doc, state]  # noqa: SLF001 - its public name
     try:
         data: object = serializer.dumps(content)

@@ -1,10 +1,9 @@
 """Merging partials of a session that goes on, so that a busy one neither grows nor ends slowly.
 
 The process whose `append` was the last of a number merges the collected partials: it reads
-partials, merges them, and replaces them if they are still there. Nothing is lost at any point, by
-any process's
-death: until the one step that replaces them, the partials are as they were. The step may be refused
-(the session has ended, another process was faster) without harm.
+partials, merges them, and replaces them if they are still there. No process's death loses anything
+at any point: until the one step that replaces them, the partials are as they were. The step may be
+refused (the session has ended, another process was faster) without harm.
 """
 
 import hashlib
@@ -28,15 +27,14 @@ def window(count: int) -> int:
     """Return how many of the last partials to look at, when there are so many.
 
     Most often that is all of them. Where partials have piled up that no process here can merge, it
-    is now and then many and mostly few: to look at all of them each time would be more work each
-        time.
+    is now and then many and mostly few: to look at all of them would be more work each time.
     """
     times = count // COMPACT_AT
     return COMPACT_AT * (times & -times)
 
 
 def digest(partials: Iterable[bytes]) -> str:
-    """Return what the server compares: the partials are still the same."""
+    """Return the digest by which the server sees that the partials are still the same."""
     total = hashlib.sha1(usedforsecurity=False)
     for partial in partials:
         total.update(b"%d:" % len(partial))

@@ -28,7 +28,7 @@ class Parked(NamedTuple):
     Attributes:
         resource: The resource that it belongs to.
         token: Its number, for `Process.replay` and `Process.discard`.
-        error: What its last attempt raised: type and text.
+        error: The error of its last attempt: type and text.
         attempts: How often it was tried.
         owner: The id of the process that tried last.
         since: When its session ended, seconds since the epoch by the server's clock.
@@ -76,7 +76,7 @@ class DeadLetters:
     Args:
         identity: Who looks.
         members: Knows where resources are.
-        executor: Executes what is replayed.
+        executor: Executes replayed batches.
         codec: Reads partials.
     """
 
@@ -149,7 +149,7 @@ class DeadLetters:
         """Execute a batch after all, under a new token.
 
         Returns:
-            What went wrong while it was executed.
+            The errors of its execution.
 
         Raises:
             BatchMissingError: There is no such batch.
@@ -164,21 +164,27 @@ class DeadLetters:
         if not first:
             raise missing(resource, token)
         self._codec.check(resource, first[0], self.key(resource, token))
-        with self._executor.expects((name,)):
-            answer = yield from single(operations.replay(partition, name, stored))
-        if answer == _MISSING:
-            raise missing(resource, token)
-        if answer == _RUNNING:
-            raise BatchRunningError(
-                f"another batch of {resource!r} is being executed: replay {token} when it is done"
-            )
         errors: list[BaseException] = []
-        if answer is REBORN:
-            return errors
-        run = Run(*answer)
-        if run.content is not False:  # else a survivor has taken it over, and executes it
-            batch = RunningBatch(partition, name, run, resource=resource, errors=errors)
-            yield from self._executor.execute([batch])
+        with self._executor.hand() as hand:
+            hand.expected = (name,)
+            answer = yield from single(operations.replay(partition, name, stored))
+            if answer == _MISSING:
+                raise missing(resource, token)
+            if answer == _RUNNING:
+                raise BatchRunningError(
+                    f"another batch of {resource!r} is being executed: replay {token} when it is "
+                    "done"
+                )
+            if answer is not REBORN and answer[-1] is not False:
+                # Else a survivor has taken it over, and executes it.
+                run = Run(*answer)
+                hand.add(
+                    RunningBatch(
+                        partition, name, run, run.content, resource=resource, errors=errors
+                    )
+                )
+            hand.expected = ()
+            yield from self._executor.execute(hand)
         return errors
 
     def discard(self, resource: str, token: int) -> Flow[None]:

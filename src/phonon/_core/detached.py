@@ -1,6 +1,6 @@
 """Stands in for a process where a unit test makes an update without one.
 
-Such an update merges and executes. Nothing of it can be stored, so whatever would need a server
+Such an update merges and executes. It cannot be stored, so a method that needs a server
 raises an error that says what to do.
 """
 
@@ -36,6 +36,7 @@ class DetachedEngine:
         self.prefixes: dict[tuple[str, str], str] = {}
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.batches: frozenset[Any] = frozenset()
+        self.durable_batches = self.batches
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
 
     @property
@@ -65,8 +66,8 @@ class DetachedProcess:
 
 def _refusal() -> ConfigurationError:
     return ConfigurationError(
-        "this update was made without a process: merge() and execute() work, what needs the "
-        "server does not; give a Process as the first argument"
+        "this update was made without a process: merge() and execute() work, methods that "
+        "need the server do not; give a Process as the first argument"
     )
 
 

@@ -25,7 +25,8 @@ from phonon._core.heartbeat import DEAD_AFTER, Heartbeat
 from phonon._core.identity import Identity
 from phonon._core.leases import Leases
 from phonon._core.members import Members
-from phonon._core.outbox import Ending, Outbox, Overflow
+from phonon._core.outbox import Outbox, Overflow
+from phonon._core.parcels import Ending
 from phonon._core.presence import Presence
 from phonon._core.rebirth import Rebirth
 from phonon._core.reports import Event, Reports
@@ -67,7 +68,7 @@ class SessionCache(Protocol):
     """A cache that holds updates of a process."""
 
     def endings_for(self, engine: "Engine") -> list[tuple[Ending, Callable[[], object]]]:
-        """Remove the updates of that process; return how they end, and what to call on failure."""
+        """Remove the updates of that process; return their endings, and a function for failures."""
 
     def forget_for(self, engine: "Engine") -> None:
         """Drop the updates of that process: they are the parent's."""
@@ -91,12 +92,12 @@ class Engine:
     """The parts of one process.
 
     Args:
-        options: What the process was told.
+        options: The options of the process.
         public: Returns the public object, or None if nobody has it any more.
         library: Names the server's functions.
         make_driver: Makes the driver, given the identity whose lanes it sends.
         make_codec: Makes the codec, given the engine.
-        on_error: The user's function for errors that nobody else is told.
+        on_error: The user's function for background errors.
         address: Where the server is, for messages.
         client: The redis-py client.
 
@@ -105,6 +106,7 @@ class Engine:
         caches: The caches that hold updates of this process.
         prefixes: The beginnings of resource names, by database and collection.
         batches: The open batches; each thread or task has its own in ``local``.
+        durable_batches: Those that store what is merged while they are open.
         is_async: Whether its calls are awaited.
         most_bytes: How long a partial may be, which the server has to take in one piece.
         messages: Counts the updates that are made.
@@ -236,6 +238,7 @@ class Engine:
         #: Told each update that is made, where messages are traced; a forked child does not.
         self.trace: Callable[[Any], object] | None = None
         self.batches: set[Any] = set()
+        self.durable_batches: set[Any] = set()
         self.stripes = [threading.RLock() for _ in range(STRIPES)]
 
     def tell(self, function: Callable[..., object], *arguments: object) -> None:
@@ -272,7 +275,7 @@ class Engine:
             yield from self.heartbeat.work()
         finally:
             # It may have died of a bug, or its task was cancelled: the next call starts another.
-            # What a forked child drops is the parent's heartbeat, which goes on there.
+            # A forked child drops its copy of the parent's heartbeat, which goes on there.
             if os.getpid() == pid:
                 self._started = self.heartbeat.stopping
                 if not self._started and self.public() is not None:
@@ -346,7 +349,7 @@ class Engine:
 
     @property
     def generation(self) -> object:
-        """Another object in a forked child: what belongs to the parent shows."""
+        """Another object in a forked child, by which the parent's objects are recognized."""
         return self.identity.generation
 
     @property
@@ -362,10 +365,23 @@ class Engine:
         batch = getattr(self.local, "batch", None)
         return batch if batch in self.batches else None
 
+    def open_batch(self, batch: Any) -> None:
+        """Have this thread or task collect in a batch."""
+        self.local.batch = batch
+        self.batches.add(batch)
+        if batch.durable:
+            self.durable_batches.add(batch)
+
+    def close_batch(self, batch: Any, outer: Any) -> None:
+        """Collect in a batch no more, but in the one around it, if there is one."""
+        self.local.batch = outer
+        self.batches.discard(batch)
+        self.durable_batches.discard(batch)
+
     # The end
 
     def stopping(self) -> Flow[list[BaseException]]:
-        """End all sessions, release all locks, execute what is due, and disappear.
+        """End all sessions, release all locks, execute due batches, and disappear.
 
         Returns:
             What went wrong.
@@ -384,12 +400,12 @@ class Engine:
                 if result.errors:
                     failed()
             yield from self.takeover.work()
-            # The heartbeat may have started one since: what it takes over is to be executed.
+            # The heartbeat may have started a takeover since, whose batches are to be executed.
             yield from self._await_workers("takeover")
             yield from self._settle()
             errors += yield from self.leases.release_all()
             errors += yield from self._leave_all()
-            # What has failed just now is not tried again at once: it is left to the survivors.
+            # A batch that has failed just now is not tried again at once: survivors take it over.
             errors += yield from self.outbox.retry(math.inf, begun)
             yield from self._close_lanes()
         except PhononError as error:
@@ -465,7 +481,7 @@ class Engine:
                 yield from self._await_workers("takeover")
                 yield from self._leave_all()
                 yield from self.outbox.retry(math.inf)
-        # A heartbeat after the end would look after what is gone.
+        # A heartbeat after the end would renew a process that is gone.
         yield from self._stop_workers("heartbeat")
         # If anything is left, survivors take it.
         closed = all(answer == int(Reply.CLOSED) for answer in answers)
@@ -516,7 +532,7 @@ class ThreadEngine(Engine):
                 self.start_heart()
 
     def ensure_alive(self) -> None:
-        """Start what a fork, or a bug in a thread, has ended.
+        """Start workers that a fork, or a bug in a thread, has ended.
 
         Raises:
             ProcessStoppedError: `stop` was called.
@@ -546,7 +562,7 @@ class ThreadEngine(Engine):
 
 
 class _TaskLocal:
-    """What each task has of its own, and shares with the tasks that it starts."""
+    """The state of a task, which it shares with the tasks that it starts."""
 
     def __init__(self) -> None:
         self._batch: ContextVar[Any] = ContextVar("phonon_batch", default=None)

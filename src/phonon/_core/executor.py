@@ -1,16 +1,16 @@
 """Executing batches: fetch, merge, run the user's code, report to the server; in lists."""
 
-import contextlib
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from phonon._core import classes, compaction
 from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, never_run, read
 from phonon._core.identity import Identity
+from phonon._core.parcels import groups
 from phonon._core.reports import Event, Reports
 from phonon._core.retry import RetryPolicy
 from phonon._core.shown import shown
@@ -92,7 +92,7 @@ class RunningBatch:
         resource: Whose.
         name: The server's name of it.
         partition: Where it is.
-        run: What the server has answered.
+        run: What the server has answered; its content is in ``partials``.
         local: The update whose session ended here, if there is one.
         errors: Where what went wrong is noted; of the session that ended with this batch.
         background: Whether no caller waits for these errors.
@@ -127,6 +127,7 @@ class RunningBatch:
         partition: int,
         name: bytes,
         run: Run,
+        partials: list[bytes],
         *,
         resource: str = "",
         local: Any = None,
@@ -142,7 +143,7 @@ class RunningBatch:
         self.local = local
         self.errors: list[BaseException] = [] if errors is None else errors
         self.background = background
-        self.partials: list[bytes] = run.content or []
+        self.partials = partials
         self.records: Sequence[Record] = ()
         self.at = 0
         self.job: Job | None = None
@@ -154,19 +155,42 @@ class RunningBatch:
         """The token as users see it."""
         return self.run.token * TOKENS
 
-    @property
-    def key(self) -> tuple[bytes, int]:
-        """Return the key of the batch among all batches of this process."""
-        return self.name, self.run.token
 
+class Hand:
+    """The batches that one flow has in hand, and those that an answer may bring it.
 
-def _no_batches() -> "weakref.WeakValueDictionary[tuple[bytes, int], RunningBatch]":
-    """Return where batches are while a flow has them.
+    Executors know hands weakly: a signal handler's exception may end the flow at any point of it.
+    Then its batches are not busy any more, and the heartbeat finds that this process has forgotten
+    them.
 
-    Weakly: a signal handler's exception may end the flow at any point of it. Then the batch is not
-    busy any more, and the heartbeat finds that this process has forgotten it.
+    Attributes:
+        batches: By resource and token. Another attempt at them is not begun.
+        expected: The resources of operations under way that a batch may come with. An answer may
+            lie here, unseen, while others of the same `Send` are still to come.
+        concluding: The resources of batches that are being reported: others may come behind them.
     """
-    return weakref.WeakValueDictionary()
+
+    __slots__ = ("__weakref__", "batches", "concluding", "expected")
+
+    def __init__(self) -> None:
+        self.batches: dict[tuple[bytes, int], RunningBatch] = {}
+        self.expected: Collection[bytes] = ()
+        self.concluding: Collection[bytes] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # An exception that is kept somewhere keeps the flow's frame, and this.
+        self.batches, self.expected, self.concluding = {}, (), ()
+
+    def add(self, batch: RunningBatch) -> None:
+        """Have another batch in hand."""
+        self.batches[batch.name, batch.run.token] = batch
+
+    def drop(self, batch: RunningBatch) -> None:
+        """Have a batch in hand no more."""
+        self.batches.pop((batch.name, batch.run.token), None)
 
 
 class Executor:
@@ -178,11 +202,6 @@ class Executor:
         policy: What to do with what failed.
         reports: Told about failures.
         schedule: Called with a batch that failed and is to be tried again in so many seconds.
-
-    Attributes:
-        busy: The batches that are being executed: another attempt at them is not begun.
-        expected: How many operations are under way that a batch of a resource may come with. An
-            answer may lie here, unseen, while others of the same `Send` are still to come.
     """
 
     def __init__(
@@ -198,36 +217,39 @@ class Executor:
         self._policy = policy
         self._reports = reports
         self._schedule = schedule
-        self.busy = _no_batches()
-        self.expected: Counter[bytes] = Counter()
+        self.begin()
 
     def begin(self) -> None:
         """Execute nothing: in a forked child."""
-        self.busy = _no_batches()
-        self.expected = Counter()
+        self._hands: weakref.WeakValueDictionary[int, Hand] = weakref.WeakValueDictionary()
 
-    @contextlib.contextmanager
-    def expects(self, names: Iterable[bytes]) -> Iterator[None]:
-        """Take no batch of these resources for a forgotten one meanwhile."""
-        expected, names = self.expected, list(names)
-        try:
-            expected.update(names)  # inside: an interrupt behind it must not leave them for ever
-            yield
-        finally:
-            for name in names:
-                self.expect_no_more(name)
+    def hand(self) -> Hand:
+        """Return a hand for a flow, empty."""
+        hand = Hand()
+        self._hands[id(hand)] = hand
+        return hand
 
-    def expect_no_more(self, name: bytes) -> None:
-        """Note that an operation is not under way any more: it was counted in `expected`."""
-        expected = self.expected
-        expected[name] -= 1
-        if expected[name] <= 0:
-            del expected[name]
+    @property
+    def hands(self) -> list[Hand]:
+        """Return the hands of all flows."""
+        # A list of references is one step, which no other thread comes in between.
+        found = [reference() for reference in self._hands.valuerefs()]
+        return [hand for hand in found if hand is not None]
+
+    def has(self, name: bytes, token: int) -> bool:
+        """Return whether a flow has a batch in hand."""
+        return any((name, token) in hand.batches for hand in self.hands)
+
+    def expects(self, name: bytes) -> bool:
+        """Return whether an answer that is under way may bring a batch of a resource."""
+        return any(name in hand.expected or name in hand.concluding for hand in self.hands)
+
+    def count_background(self) -> int:
+        """Return how many batches are being executed that no caller waits for."""
+        return sum(b.background for hand in self.hands for b in list(hand.batches.values()))
 
     def execute(
-        self,
-        batches: Sequence[RunningBatch],
-        more: Callable[[list[Operation]], Iterator[object] | None] | None = None,
+        self, hand: Hand, more: Callable[[list[Operation]], Iterator[object] | None] | None = None
     ) -> Flow[list[Any]]:
         """Execute batches of ours, and those that come up behind them.
 
@@ -235,7 +257,7 @@ class Executor:
         dies in between leaves it to a survivor, under the same token.
 
         Args:
-            batches: Of different resources.
+            hand: The batches.
             more: Adds operations to a list, to be sent together with the first completions, or
                 returns what adds them while it is sent.
 
@@ -243,34 +265,30 @@ class Executor:
             The answers to those operations.
         """
         answers: list[Any] = []
-        waiting = list(batches)
-        for batch in waiting:
-            self.busy[batch.key] = batch
-        try:
-            while waiting:
-                yield from self._prepare([b for b in waiting if not b.records and b.error is None])
-                yield from self._run_some(waiting)
-                done = [batch for batch in waiting if batch.job is None]
-                waiting = [batch for batch in waiting if batch.job is not None]
-                sent = [operation for batch in done for operation in self._conclusions(batch)]
-                own, making = len(sent), None
-                if more is not None:
-                    making, more = more(sent), None
-                with self.expects(batch.name for batch in done):
-                    got = (yield Send(sent, more=making)) if sent or making else []
-                    answers += got[own:]
-                    told = iter(got)
-                    for batch in done:
-                        # First: if it is to be tried again, that may be due before we are done
-                        # here, and what is busy is not tried.
-                        self.busy.pop(batch.key, None)
-                        following = self._concluded(batch, self._conclusion_of(batch, told))
-                        if following is not None:
-                            self.busy[following.key] = following
-                            waiting.append(following)
-        finally:
+        while hand.batches:
+            waiting = list(hand.batches.values())
+            yield from self._prepare([b for b in waiting if not b.records and b.error is None])
+            yield from self._run_some(waiting)
+            sent, reported = self._conclusions([b for b in waiting if b.job is None])
+            own, making = len(sent), None
+            if more is not None:
+                making, more = more(sent), None
+            hand.concluding = {batch.name for some in reported for batch in some}
+            got = (yield Send(sent, more=making)) if sent or making else []
+            answers += got[own:]
+            for operation, some, answer in zip(sent, reported, got, strict=False):
+                for batch, told in zip(some, operation.each(answer), strict=True):
+                    # First: if it is to be tried again, that may be due before we are done here,
+                    # and what is in hand is not tried.
+                    hand.drop(batch)
+                    following = self._concluded(batch, told)
+                    if following is not None:
+                        hand.add(following)
             for batch in waiting:
-                self.busy.pop(batch.key, None)
+                if batch.error is _TAKEN_OVER or isinstance(batch.error, _NotFetchedError):
+                    hand.drop(batch)
+                    self._not_executed(batch, batch.error)
+            hand.concluding = ()
         if more is not None:
             sent = []
             making = more(sent)
@@ -282,6 +300,7 @@ class Executor:
 
     def _prepare(self, batches: Iterable[RunningBatch]) -> Flow[None]:
         """Fetch what did not come along, and merge."""
+        sizes: Counter[int] = Counter()
         for batch in batches:
             if batch.run.crashes > self._policy.crashes:
                 batch.error = PhononError(
@@ -291,7 +310,7 @@ class Executor:
             if len(batch.partials) < batch.run.size and not (yield from self._fetch(batch)):
                 batch.error = _TAKEN_OVER
                 continue
-            self._identity.measures.observe("batch_partials", batch.run.size)
+            sizes[batch.run.size] += 1
             try:
                 try:
                     batch.records = self._records_of(batch)
@@ -302,6 +321,8 @@ class Executor:
             except BaseException as error:  # noqa: BLE001 - the user's merge: the batch has failed
                 batch.error = error
             batch.partials = []
+        for size, times in sizes.items():
+            self._identity.measures.observe("batch_partials", size, times)
 
     def _records_of(self, batch: RunningBatch) -> Sequence[Record]:
         if batch.kept is None:
@@ -356,9 +377,13 @@ class Executor:
         ended = [b for b in batches if b.job is not None and b.job.outcome is not None]
         # In the caller's thread they run one after the other: each is given its share of the time.
         seconds = (clock() - begun) / max(1, len(ended))
+        counts: Counter[tuple[type, bool]] = Counter()
         for batch in ended:
             assert batch.job is not None  # noqa: S101 - for the type checker
-            self._end_job(batch, batch.job, seconds)
+            self._end_job(batch, batch.job, seconds, counts)
+        for (cls, failed), times in counts.items():
+            name = classes.known_name(cls)
+            self._identity.measures.execution(name, seconds, failed=failed, times=times)
 
     def _begin_jobs(self, batches: Sequence[RunningBatch]) -> None:
         together: dict[Any, list[tuple[RunningBatch, Any]]] = {}
@@ -378,7 +403,9 @@ class Executor:
                 for batch, _ in some:
                     batch.job = job
 
-    def _end_job(self, batch: RunningBatch, job: Job, seconds: float) -> None:
+    def _end_job(
+        self, batch: RunningBatch, job: Job, seconds: float, counts: Counter[tuple[type, bool]]
+    ) -> None:
         record = batch.records[batch.at]
         outcome = job.outcome
         assert outcome is not None  # noqa: S101 - for the type checker
@@ -397,10 +424,10 @@ class Executor:
         executed: Any = record  # what it has executed is in each of them
         cls = type(executed.instance)
         record.finish()
-        measures = self._identity.measures
-        measures.execution(classes.known_name(cls), seconds, failed=error is not None)
-        if measures.on_execution is not None:
-            measures.on_execution(batch.resource, cls, seconds, error)
+        counts[cls, error is not None] += 1
+        told = self._identity.measures.on_execution
+        if told is not None:
+            told(batch.resource, cls, seconds, error)
         batch.job = None
         batch.at += 1
         if error is not None:
@@ -410,34 +437,48 @@ class Executor:
 
     # After
 
-    def _conclusions(self, batch: RunningBatch) -> list[Operation]:
-        """Return the operation that reports a batch, if there is anything to report."""
-        error, place = batch.error, (batch.partition, batch.name, batch.run.token)
-        if error is None:
-            return [operations.complete(*place)]
-        if error is _TAKEN_OVER or isinstance(error, _NotFetchedError):
-            return []
+    def _conclusions(
+        self, batches: Iterable[RunningBatch]
+    ) -> tuple[list[Operation], list[Sequence[RunningBatch]]]:
+        """Return the operations that report batches, and of which batches each of them is."""
+        executed: list[RunningBatch] = []
+        sent: list[Operation] = []
+        reported: list[Sequence[RunningBatch]] = []
+        for batch in batches:
+            error = batch.error
+            if error is None:
+                executed.append(batch)
+            elif error is not _TAKEN_OVER and not isinstance(error, _NotFetchedError):
+                sent.append(self._failure(batch, error))
+                reported.append((batch,))
+        places = [(batch.partition, batch.name) for batch in executed]
+        for partition, some, names in groups(executed, places):
+            tokens = [batch.run.token for batch in some]
+            sent.append(operations.complete_many(partition, names, tokens))
+            reported.append(some)
+        return sent, reported
+
+    def _failure(self, batch: RunningBatch, error: BaseException) -> Operation:
+        """Return the operation that reports a batch that has failed."""
+        place = batch.partition, batch.name, batch.run.token
         if isinstance(error, UnknownClassError):
-            return [operations.hand_off(*place, operations.class_queue(error.class_name))]
+            return operations.hand_off(*place, operations.class_queue(error.class_name))
         attempts = self._policy.attempts
         if isinstance(error, UndecodableError) or batch.run.crashes > self._policy.crashes:
             attempts = 0  # it will not become readable
         batch.pause = self._policy.pause(batch.run.attempts + 1)
-        return [operations.fail(*place, _text_of(error), int(batch.pause * 1000), attempts)]
+        return operations.fail(*place, _text_of(error), int(batch.pause * 1000), attempts)
 
-    @staticmethod
-    def _conclusion_of(batch: RunningBatch, told: Any) -> Any:
-        if batch.error is _TAKEN_OVER:
-            return _LOST
-        return batch.error if isinstance(batch.error, _NotFetchedError) else next(told)
+    def _not_executed(self, batch: RunningBatch, error: BaseException) -> None:
+        """See to a batch that was not executed, by no fault of its own."""
+        if isinstance(error, _NotFetchedError):
+            self._failed(batch, error.cause, self._policy.pause(1))
 
     def _concluded(self, batch: RunningBatch, answer: Any) -> RunningBatch | None:
         """See to what a batch came to; returns the one that comes up behind it."""
         if isinstance(answer, Exception) or answer is REBORN:
             # Nothing is lost: the batch is still ours, and is reported once more.
             error = batch.error or (answer if isinstance(answer, Exception) else None)
-            if isinstance(error, _NotFetchedError):
-                error = error.cause
             if error is not None:
                 self._failed(batch, error, self._policy.pause(1))
             return None
@@ -452,10 +493,12 @@ class Executor:
             else:
                 self._failed(batch, batch.error, retry)
         if code == _AGAIN:
+            run = Run(*answer)
             return RunningBatch(
                 batch.partition,
                 batch.name,
-                Run(*answer),
+                run,
+                run.content or [],
                 resource=batch.resource,
                 local=batch.local,
                 errors=batch.errors,
@@ -464,8 +507,6 @@ class Executor:
         return None
 
     def _lost(self, batch: RunningBatch) -> None:
-        if batch.error is _TAKEN_OVER:
-            return
         resource, token = batch.resource, batch.token
         if batch.error is not None:
             batch.errors.append(batch.error)

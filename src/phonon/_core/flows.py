@@ -1,4 +1,4 @@
-"""Effects: what a flow asks of its driver.
+"""Effects: the requests of a flow to its driver.
 
 A *flow* is a generator that holds one conversation. It yields effects and is sent their results, so
 that one text of it serves threads, asyncio and the simulation.
@@ -39,8 +39,9 @@ class Job:
     """Something of the user's to run.
 
     Attributes:
-        function: What to run; a coroutine function, or what returns something to await, in asyncio.
-        outcome: What became of it; None as long as it has not ended.
+        function: The function to run; in asyncio also a coroutine function, or one that returns an
+            awaitable.
+        outcome: Its outcome; None as long as it has not ended.
         running: The driver's handle, once it has begun.
         is_callers: Whether it runs in the caller's thread, although there is an executor.
     """
@@ -65,7 +66,7 @@ class Send(NamedTuple):
     `REBORN` for one that is not repeated under another identity.
 
     Attributes:
-        operations: What to send.
+        operations: The operations to send.
         first: Whether they go before those that wait for the former self to be reaped.
         more: Appends further operations to the list, a group at a time. A driver may send a group
             while the next one is made, so that the server and this process work side by side.
@@ -84,8 +85,8 @@ class Read(NamedTuple):
     """Call functions outside of lanes, in one exchange. The result is a reply or error for each.
 
     Attributes:
-        requests: What to call.
-        patience: Seconds to go on repeating what is not answered; None for `retry_timeout`.
+        requests: The calls.
+        patience: Seconds to go on repeating unanswered calls; None for `retry_timeout`.
     """
 
     requests: Sequence[Request]
@@ -209,8 +210,8 @@ def never_run(value: Any) -> TypeError | None:
     """
     if isinstance(value, map | filter):
         return TypeError(
-            f"what was returned is a {type(value).__name__} object, and its function was never "
-            "called: use a for loop"
+            f"a {type(value).__name__} object was returned, whose function was never called: use a "
+            "for loop"
         )
     return None
 
@@ -232,7 +233,7 @@ class FlowRun:
 
     Attributes:
         effects: The effect that it waits for, as its only element; empty before it begins.
-        ticket: What waits for the answers, if the effect is a `Send`.
+        ticket: The ticket for the answers, if the effect is a `Send`.
         caller_gone: Whether nobody waits for its result any more.
         has_sent: Whether the lanes got anything of it.
         running: The driver's handle, where it goes on by itself.
@@ -267,7 +268,7 @@ class FlowRun:
         """Send the flow the result of its effect, and keep its next one.
 
         Nothing comes between the flow's step and the keeping of what it yields: a signal handler
-        that raises there would leave a flow of which nobody knows what it waits for.
+        that raises there would leave a flow whose effect is lost.
 
         Raises:
             BaseException: What the flow raises.

@@ -2,8 +2,8 @@
 
 `os.fork` runs the functions that `os.register_at_fork` was given. A fork in C does not: uWSGI's, or
 that of any library which a program is embedded in. Then two processes would go on under one
-identity, with one sequence of numbers and the same connections. So whatever begins something of the
-user's asks `SAME` first, which costs about as much as reading an attribute.
+identity, with one sequence of numbers and the same connections. So every function that begins
+something for the user asks `SAME` first, which costs about as much as reading an attribute.
 """
 
 import mmap
@@ -57,7 +57,7 @@ def call_in_child(function: Callable[[], object]) -> None:
 
 
 def notice() -> None:
-    """Be a forked child: call what has to be called in one. A second call does nothing."""
+    """Be a forked child: call the hooks of one. A second call does nothing."""
     if SAME[0]:
         return
     for function in _in_child:

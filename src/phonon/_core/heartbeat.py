@@ -41,15 +41,15 @@ class Heartbeat:
 
     Args:
         identity: Who it is.
-        rebirth: What to do when it was declared dead.
-        takeover: What to do about others that were.
+        rebirth: Called when it was declared dead.
+        takeover: Called for other processes that were.
         outbox: Takes up batches that their executor has forgotten.
         leases: Locks with leases of their own.
         interval: Seconds between two beats.
         recovers: Whether the process executes the batches of dead ones.
         is_wanted: Tells whether anybody still has the process. If not it stops beating, and
-            survivors take over what it held.
-        report: Returns what operators are told of the process.
+            survivors take it over.
+        report: Returns the facts that operators see about the process.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Heartbeat:
             self.signal.set()
 
     def work(self) -> Flow[None]:
-        """Beat until the process stops, whatever goes wrong.
+        """Beat until the process stops, also after errors.
 
         A process that has stopped beating is taken for dead while it works.
         """
@@ -175,7 +175,7 @@ class Heartbeat:
     def _has_lost(self, known: list[_Known], found: list[Any]) -> bool:
         """Return whether the server knows less of a lane than it has answered.
 
-        All lanes are compared, so that the loss of each is told.
+        All lanes are compared, so that each loss is reported.
         """
         lanes, has_lost = self._identity.lanes, False
         for (lane, answered, stamp), answer in zip(known, found, strict=True):
@@ -196,7 +196,7 @@ class Heartbeat:
         return has_lost
 
     def _compare(self, found: list[Any]) -> None:
-        """Take up what the server says is ours, and nothing here knows of."""
+        """Take up batches and locks that the server names as ours, and that are unknown here."""
         for partition, answer in enumerate(found):
             if isinstance(answer, Exception):
                 continue
@@ -216,7 +216,7 @@ class Heartbeat:
 
         A rollback of the server may have taken a listing. The lanes are read before the processes,
         and one is an orphan only when it was found twice, and for longer than a lease: until then
-        its process may not know, and believes that it holds what it held.
+        its process may not know, and believes that it still holds its resources.
         """
         identity = self._identity
         surveys = yield Read(identity.everywhere("survey"), self._interval)

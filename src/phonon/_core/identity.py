@@ -23,7 +23,7 @@ REMEMBERED = 6.5 * 24 * 3600.0
 #: much without its noticing; see JUMP in processes.lua.
 MARGIN = 1 / 8
 #: Commands that are sent beside those of the function library.
-ALSO_SENT = (b"BLPOP",)
+ALSO_SENT = (b"BLMPOP",)
 
 
 class Identity:
@@ -42,14 +42,14 @@ class Identity:
         id: The id as the server knows it.
         first_id: The id before any rebirth; known parties are counted by it.
         former: Ids under which this process was declared dead.
-        generation: Another object in a forked child: what belongs to the parent shows.
+        generation: Another object in a forked child, by which the parent's objects are recognized.
         listing: The number of the listing, which heartbeats carry.
         epoch: Names the server's data.
         lanes: The lanes, by partition. A rebirth puts another list in its place.
         lives_until: Until when, by the clock, nobody can have declared this process dead.
         losses: The error of each lane that was found to have lost calls, to be told at the rebirth.
         suspected: Whether a lane or a heartbeat was refused: a rebirth is due.
-        measures: What is counted.
+        measures: The counters.
         waiters: Who waits for mail, or is about to, and in which partition.
     """
 

@@ -32,7 +32,7 @@ RENEWALS = 4
 IDLE = 10.0
 
 _GRANTED, _WAIT = int(Reply.GRANTED), int(Reply.WAIT)
-#: What comes of an attempt whose caller has gone: nobody looks at it.
+#: The result of an attempt whose caller has gone, which is not used.
 _ABANDONED = Taken(_WAIT, -1, b"", 0, b"")
 
 
@@ -62,7 +62,7 @@ class Grant:
     """One acquisition that was granted, until it is released.
 
     Attributes:
-        request: What was granted.
+        request: The request that was granted.
         holder: The server's name of it.
         token: Its fencing token.
         generation: Whose process it is: a forked child has another one.
@@ -155,7 +155,7 @@ class Leases:
     def __len__(self) -> int:
         return len(self._all)
 
-    # What is held
+        # Locks that are held
 
     def _add(self, grant: Grant) -> None:
         with self._lock:
@@ -204,7 +204,7 @@ class Leases:
         If the caller goes, nothing is taken and nobody stays in line.
 
         Args:
-            request: What is wanted.
+            request: The request.
             seconds: How long to wait at the most; None not to wait.
             owner: The thread or task that wants it.
             on_lost: Called once the grant is found to be lost.
@@ -247,11 +247,12 @@ class Leases:
                 asked = identity.clock()
                 left = deadline - asked if seconds is not None else 0.0
                 lease_ms = 0 if request.lease is None else math.ceil(request.lease * 1000)
-                answer = yield from single(
-                    operations.lock(
-                        *place, holder, queue=left > 0, lease_ms=lease_ms, thread=request.thread
-                    )
+                operation = operations.lock(
+                    *place, holder, queue=left > 0, lease_ms=lease_ms, thread=request.thread
                 )
+                (answer,) = yield Send((operation,))
+                if isinstance(answer, Exception):
+                    raise answer
                 if answer is REBORN or operations.process_of(holder) != identity.name:
                     continue
                 if (yield CALLER_GONE):
@@ -280,8 +281,8 @@ class Leases:
         if (yield CALLER_GONE):
             return _ABANDONED
         raise ProcessStoppedError(
-            f"process {identity.name} was stopped, so nobody waits for {request.key!r}: make a "
-            "new Process"
+            f"process {identity.name} was stopped, and waits no longer for {request.key!r}: make "
+            "a new Process"
         )
 
     def _new_holder(self, request: LockRequest, asking: list[Holder], *, waits: bool) -> Holder:
@@ -325,7 +326,7 @@ class Leases:
         return bool(answer == int(Reply.RELEASED))
 
     def release_all(self) -> Flow[list[Exception]]:
-        """Give all locks back, in one exchange. Returns what went wrong."""
+        """Give all locks back, in one exchange. Returns the errors."""
         grants = self.everywhere()
         for grant in grants:
             self._remove(grant)
@@ -356,7 +357,7 @@ class Leases:
         return True
 
     def start_work(self) -> None:
-        """Renew in the background what has to be renewed: the heart does not wait for lanes."""
+        """Renew locks in the background: the heartbeat does not wait for lanes."""
         pace = self.soonest()
         if not self.stopping and (self._has_differences or pace < math.inf):
             self.start_worker()
@@ -369,7 +370,7 @@ class Leases:
             self.signal.set()
 
     def work(self) -> Flow[None]:
-        """Renew what has a lease of its own, and settle what the server and we do not agree on."""
+        """Renew locks with leases of their own, and settle differences with the server."""
         clock = self._identity.clock
         self.is_working = True
         last = clock()
@@ -439,11 +440,11 @@ class Leases:
         self._identity.measures.add("lost_locks", len(lost))
         for grant in lost:
             grant.lost = True
-            # What the user does then may take time, and use this process.
+            # The user's function may take time, and use this process.
             self._tell(partial(grant.on_lost, grant))
 
     def lose_former(self) -> None:
-        """Lose what was granted to a former identity."""
+        """Lose the grants of a former identity."""
         name = self._identity.name
         self.lose([g for g in self.everywhere() if operations.process_of(g.holder) != name])
 
@@ -456,7 +457,7 @@ class Leases:
 
     @property
     def _has_differences(self) -> bool:
-        """Whether the server knows of locks that are unknown here, or not of some that are."""
+        """Whether the server and this process disagree about which locks the process has."""
         return bool(self._unknown or self._doubtful)
 
     def compare(self, partition: int, names: Sequence[bytes], gone: Sequence[bytes] = ()) -> None:

@@ -185,10 +185,11 @@ class LocalUpdate:
     def _take_(self, engine: Engine, *, keep: bool) -> tuple[bytes | None, Any]:
         if not (self._unsent_ or self.has_unsent()):
             return None, None
-        partial = codec.pack(self, engine.codec.serializer)
+        state = codec.state_of(self)
+        partial = codec.pack(self, engine.codec.serializer, state)
         if len(partial) > engine.most_bytes:
             raise codec.too_large(self, len(partial), engine.most_bytes)
-        kept = self._content_() if keep else None
+        kept = self._content_(state) if keep else None
         try:
             self._empty_()
         except BaseException:
@@ -198,19 +199,17 @@ class LocalUpdate:
             raise
         return partial, kept
 
-    def _content_(self) -> Any:
+    def _content_(self, state: dict[str, Any]) -> Any:
         """Return a copy of the content; None if only the serializer can make one."""
-        spec, doc, state = copied(self.spec), copied(self.doc), {}
+        spec, doc = copied(self.spec), copied(self.doc)
         if spec is DEEP or doc is DEEP:
             return None
-        if self._has_state_:
-            state = codec.state_of(self)
-            for name, value in state.items():
-                if type(value) not in PLAIN:
-                    value = state[name] = copied(value)  # noqa: PLW2901 - its copy
-                    if value is DEEP:
-                        return None
-        return spec, doc, state
+        kept = {}
+        for name, value in state.items():
+            own = kept[name] = value if type(value) in PLAIN else copied(value)
+            if own is DEEP:
+                return None
+        return spec, doc, kept
 
     def put_back(self, partial: bytes) -> None:
         """Take a partial back that the server refused: it is unsent again."""
@@ -281,7 +280,7 @@ class LocalUpdate:
             self._touched_ = now
             batch.replace(other, self)
             return False
-        if batch is None and self._engine_.batches:
+        if batch is None and self._engine_.durable_batches:
             return self._absorb_slowly_(other, now)  # neither is in the batch that may be open
         result: object = self.merge(other)  # type: ignore[func-returns-value]  # it should not
         if result is not None:
@@ -302,8 +301,6 @@ class LocalUpdate:
             ForkedError: It is the parent process's.
         """
         self._own_engine_()
-        if not self._direct_:
-            return
         entered = False
         while not entered:
             current = self._current_lock_()

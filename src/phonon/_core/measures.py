@@ -1,4 +1,4 @@
-"""What a process counts, all the time: once for a list, not for each of its elements."""
+"""The counters of a process. A list is counted once, not for each of its elements."""
 
 import itertools
 import threading
@@ -32,10 +32,10 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, times: int = 1) -> None:
         """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
 
 
 class Measures:
@@ -81,7 +81,7 @@ class Measures:
 
     @property
     def made(self) -> int:
-        """How many messages were taken in: updates that were made, and what collections took."""
+        """The number of messages: updates that were made, and rows that collections took."""
         made: Any = self.messages.__reduce__()[1]  # its only state
         return int(made[0]) + self.folded
 
@@ -98,37 +98,36 @@ class Measures:
                 self.stored += partials
                 self.stored_bytes += size
 
-    def end(self, partial: bytes | None, *, opened: bool = False) -> None:
-        """Count a session that was ended, and the partial that went with that.
+    def end(self, sessions: int, *, opened: int = 0) -> None:
+        """Count sessions that were ended, and how many of them the same operation has opened."""
+        if sessions:
+            with self._lock:
+                self.ended += sessions
+                self.opened += opened
 
-        Args:
-            partial: Its last data, if there was any.
-            opened: Whether the same operation has opened it.
-        """
+    def execution(self, class_name: str, seconds: float, *, failed: bool, times: int = 1) -> None:
+        """Count executions that took so long each."""
         with self._lock:
-            self.ended += 1
-            self.opened += opened
-            if partial:
-                self.stored += 1
-                self.stored_bytes += len(partial)
+            self.executed[class_name, "failed" if failed else "ok"] += times
+            known = self.seconds.get(class_name)
+            if known is None:
+                known = self.seconds[class_name] = Histogram(SECONDS)
+            known.observe(seconds, times)
+        self._tell("seconds", seconds, class_name, times)
 
-    def execution(self, class_name: str, seconds: float, *, failed: bool) -> None:
-        """Count an execution."""
-        with self._lock:
-            self.executed[class_name, "failed" if failed else "ok"] += 1
-            self.seconds.setdefault(class_name, Histogram(SECONDS)).observe(seconds)
-        if self.on_observe is not None:
-            self.on_observe("seconds", seconds, class_name)
-
-    def observe(self, name: str, value: float) -> None:
+    def observe(self, name: str, value: float, times: int = 1) -> None:
         """Count a value of a histogram that has no classes."""
         with self._lock:
-            getattr(self, name).observe(value)
+            getattr(self, name).observe(value, times)
+        self._tell(name, value, "", times)
+
+    def _tell(self, name: str, value: float, class_name: str, times: int) -> None:
         if self.on_observe is not None:
-            self.on_observe(name, value, "")
+            for _ in range(times):
+                self.on_observe(name, value, class_name)
 
     def figures(self) -> dict[str, int]:
-        """Return what operators are told with each heartbeat."""
+        """Return the figures that each heartbeat publishes for operators."""
         with self._lock:
             executed = sum(self.executed.values())
             failed = sum(n for (_, outcome), n in self.executed.items() if outcome == "failed")

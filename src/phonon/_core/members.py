@@ -103,42 +103,30 @@ class Members:
         Raises:
             PhononError: The server does not answer, or refuses.
         """
-        yield from self.join_all((resource,))
-
-    def join_all(self, resources: Sequence[str]) -> Flow[None]:
-        """Become a member of many resources, in one exchange.
-
-        Raises:
-            PhononError: The server refused some; the first of its errors.
-        """
-        yield from self._enter(resources, [operations.join(*self.place(r)) for r in resources])
+        yield from self._enter(resource, operations.join(*self.place(resource)))
 
     def meet(self, resource: str, parties: int) -> Flow[None]:
         """Join a session of known parties."""
         partition, name = self.place(resource)
         first = self._identity.first_id
-        yield from self._enter((resource,), [operations.meet(partition, name, parties, first)])
+        yield from self._enter(resource, operations.meet(partition, name, parties, first))
 
     def modify(self, resource: str) -> Flow[None]:
         """Count that this process modified the resource; it becomes a member."""
-        yield from self._enter((resource,), [operations.modify(*self.place(resource))])
+        yield from self._enter(resource, operations.modify(*self.place(resource)))
 
     def restore(self, resource: str, modifications: dict[bytes, int]) -> Flow[None]:
         """Become a member again after a callback has failed, as before it was called."""
         partition, name = self.place(resource)
-        yield from self._enter((resource,), [operations.restore(partition, name, modifications)])
+        yield from self._enter(resource, operations.restore(partition, name, modifications))
 
-    def _enter(self, resources: Sequence[str], sent: Sequence[Operation]) -> Flow[None]:
-        entries = self.entering(resources)
-        answers = yield Send(sent)
-        error = None
-        for resource, entry, answer in zip(resources, entries, answers, strict=True):
-            failed = isinstance(answer, Exception)
-            self.entered(resource, entry, failed=failed)
-            if failed:
-                error = error or answer
-        if error is not None:
-            raise error
+    def _enter(self, resource: str, operation: Operation) -> Flow[None]:
+        entry = self.enter(resource)
+        (answer,) = yield Send((operation,))
+        failed = isinstance(answer, Exception)
+        self.entered(resource, entry, failed=failed)
+        if failed:
+            raise answer
 
     def is_sure(self, resource: str) -> bool:
         """Return whether a resource is held, and no answer about that is still to come."""

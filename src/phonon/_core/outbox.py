@@ -13,14 +13,23 @@ import logging
 import math
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
-from phonon._core.executor import Executor, RunningBatch
+from phonon._core.executor import Executor, Hand, RunningBatch
 from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Sleep, Wait
 from phonon._core.identity import Identity
 from phonon._core.members import ABSENT, Entry, Members, modifications_of
+from phonon._core.parcels import (
+    Ending,
+    Group,
+    Parcel,
+    SessionResult,
+    groups,
+    one_each,
+    pieces,
+    while_sending,
+)
 from phonon._core.reports import Reports
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply, Run
@@ -33,8 +42,6 @@ log = logging.getLogger("phonon")
 Overflow = Literal["block", "raise"]
 #: Sessions ended, or batches executed, together: a bound on what is held in memory.
 CHUNK = 1000
-#: Operations that are sent while others are made.
-GROUP = 128
 #: Seconds after which the worker looks by itself.
 IDLE = 60.0
 #: Seconds between two attempts to send what was not answered.
@@ -43,72 +50,39 @@ AGAIN = 0.25
 SETTLING = 0.5
 LOOK = 0.005
 
-T = TypeVar("T")
-
 _HELD, _RUN, _STORED = int(Reply.HELD), int(Reply.RUN), int(Reply.STORED)
 
 
-class Parcel(Protocol):
-    """Local data on its way to the server: all that the core knows of an update."""
-
-    #: The resource.
-    resource_id: str
-
-    @property
-    def forced(self) -> bool:
-        """Return whether the session ends without waiting for other processes."""
-
-    def take(self) -> bytes | None:
-        """Move out what is unsent, as one partial; None if there is nothing."""
-
-    def take_last(self) -> tuple[bytes | None, Any]:
-        """Do what `take` does; return its content as well, if that need not be decoded."""
-
-    def put_back(self, partial: bytes) -> None:
-        """Take a partial back that the server refused: it is unsent again."""
-
-
-class Ending(NamedTuple):
-    """A session to be ended here.
+class _Appends(NamedTuple):
+    """Partials that travel as one operation.
 
     Attributes:
-        resource: Which.
-        parcel: The last data, and what executes the batch if it falls to us.
-        force: Execute what has come together so far although others hold the resource.
-        modifications: Whether the session's modifications are wanted.
+        parcels: Where they come from.
+        partials: The partials.
+        entries: What `Members.enter` has returned for each.
     """
 
-    resource: str
-    parcel: Any = None
-    force: bool = False
-    modifications: bool = False
+    parcels: Sequence[Any]
+    partials: Sequence[bytes]
+    entries: Sequence[Entry | None]
 
 
-class SessionResult:
-    """The result of ending a session.
+class _Leaves(NamedTuple):
+    """Leaves that travel as one operation, field by field.
 
     Attributes:
-        last: Whether this process was the last member.
-        left: How many members are left.
-        modifications: By process id, if they were asked for.
-        errors: What went wrong: the data was not sent, or ``execute`` raised.
-        sent: Whether the data is on the server.
+        operation: The operation.
+        pairs: Each ending with its result.
+        partials: The last data of each, or b"".
+        kept: The same, undecoded, where the update has kept it.
+        held: What `Members.leaving` has returned for each.
     """
 
-    __slots__ = ("errors", "last", "left", "modifications", "sent")
-
-    def __init__(self) -> None:
-        self.last = False
-        self.left = 0
-        self.modifications: dict[str, int] = {}
-        self.errors: list[BaseException] = []
-        self.sent = False
-
-
-#: A leave that is sent: its ending, the data with it, that undecoded, what was held before, and
-#: its result.
-_Leaving = tuple[Operation, Ending, bytes | None, Any, Any, SessionResult]
-_NOTHING = (None, None)
+    operation: Operation
+    pairs: Sequence[tuple[Ending, SessionResult]]
+    partials: Sequence[bytes]
+    kept: Sequence[Any]
+    held: Sequence[Any]
 
 
 class Due(NamedTuple):
@@ -283,81 +257,124 @@ class Outbox:
         members = self._members
         errors: list[BaseException] = []
         sent: list[Operation] = []
-        stored: list[tuple[str, Entry | None, Parcel, bytes]] = []
+        stored: list[_Appends] = []
         joined = [resource for resource in joins if not members.is_sure(resource)]
-        entries: list[Entry | None] = []
+        joining: list[tuple[Sequence[str], Sequence[Entry | None]]] = []
 
         def make() -> Iterator[None]:
-            for group in _groups(
-                parcels, [parcel.resource_id for parcel in parcels], members.place
-            ):
-                self._appends(group, sent, stored, errors)
+            for group in groups(parcels, [members.place(p.resource_id) for p in parcels]):
+                self._append(group, sent, stored, errors)
                 yield
-            for resource in joined:
-                entries.append(members.enter(resource))
-                sent.append(operations.join(*members.place(resource)))
+            for partition, some, names in groups(joined, map(members.place, joined)):
+                joining.append((some, members.entering(some)))
+                sent.append(operations.join_many(partition, names))
+                yield
 
-        making = _while_sending(make(), len(parcels) + len(joined))
+        making = while_sending(make(), len(parcels) + len(joined))
         if not (sent or making):
             return errors
         answers = yield Send(sent, more=making)
-        many: list[tuple[Operation, int]] = []
-        for (resource, entry, parcel, partial), operation, answer in zip(
-            stored, sent, answers, strict=False
+        many: list[tuple[int, bytes, int]] = []
+        size = count = 0
+        for appends, operation, answer in zip(stored, sent, answers, strict=False):
+            told = operation.each(answer)
+            failed = 0
+            if told.count(_STORED) < len(told):
+                failed = self._not_all_stored(appends, operation, told, errors, many)
+            elif any(appends.entries):
+                self._entered([p.resource_id for p in appends.parcels], appends.entries, told)
+            size += sum(map(len, appends.partials))
+            count += len(told) - failed
+        behind = len(stored)
+        for (resources, entries), operation, answer in zip(
+            joining, sent[behind:], answers[behind:], strict=True
         ):
-            if answer == _STORED:
-                if entry is not None:
-                    members.entered(resource, entry, failed=False)
-            elif isinstance(answer, Exception):
-                parcel.put_back(partial)
-                self.unstored.append(parcel)
-                errors.append(answer)
-                members.entered(resource, entry, failed=True)
-            else:
-                many.append((operation, answer))
-                members.entered(resource, entry, failed=False)
-        for resource, entry, answer in zip(joined, entries, answers[len(stored) :], strict=False):
-            failed = isinstance(answer, Exception)
-            members.entered(resource, entry, failed=failed)
-            if failed:
-                errors.append(answer)
+            told = operation.each(answer)
+            self._entered(resources, entries, told)
+            errors += [error for error in told if isinstance(error, Exception)]
         if errors:
             self.look()
-        size = sum([len(partial) for *_, partial in stored])
-        self._identity.measures.add_stored(max(0, len(stored) - len(errors)), size)
+        self._identity.measures.add_stored(count, size)
         if many:
             yield from self._compact(many)
         return errors
 
-    def _appends(
+    def _append(
         self,
-        group: Sequence[tuple[Parcel, str, int, bytes]],
+        group: Group,
         sent: list[Operation],
-        stored: list[tuple[str, Entry | None, Parcel, bytes]],
+        stored: list[_Appends],
         errors: list[BaseException],
     ) -> None:
-        """Take what updates have unsent, and make the operations that store it."""
+        """Take what updates have unsent, and make the operation that stores it."""
         held, enter = self._members.held, self._members.enter
-        for parcel, resource, partition, name in group:
-            try:
-                partial = parcel.take()
-            except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
-                errors.append(error)
-                continue
-            if partial is None:
-                continue
-            entry = enter(resource)
-            if held[resource] is None:
-                held[resource] = weakref.ref(parcel)
-            stored.append((resource, entry, parcel, partial))
-            sent.append(operations.append(partition, name, partial))
+        taken: list[Any] = []
+        names: list[bytes] = []
+        partials: list[bytes] = []
+        try:
+            for parcel, name in zip(group.items, group.names, strict=True):
+                try:
+                    partial = parcel.take()
+                except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
+                    errors.append(error)
+                    continue
+                if partial is not None:
+                    taken.append(parcel)
+                    partials.append(partial)
+                    names.append(name)
+        except BaseException:
+            for parcel, partial in zip(taken, partials, strict=False):
+                parcel.put_back(partial)
+            raise
+        for piece in pieces(partials) if taken else ():
+            entries = []
+            for parcel in taken[piece]:
+                resource = parcel.resource_id
+                entries.append(enter(resource))
+                # Another thread may have left it in between.
+                if held.get(resource, ABSENT) is None:
+                    held[resource] = weakref.ref(parcel)
+            stored.append(_Appends(taken[piece], partials[piece], entries))
+            sent.append(operations.append_many(group.partition, names[piece], partials[piece]))
 
-    def _compact(self, many: Sequence[tuple[Operation, int]]) -> Flow[None]:
+    def _entered(
+        self, resources: Sequence[str], entries: Sequence[Entry | None], told: Sequence[Any]
+    ) -> None:
+        entered = self._members.entered
+        for resource, entry, answer in zip(resources, entries, told, strict=True):
+            if entry is not None:
+                entered(resource, entry, failed=isinstance(answer, Exception))
+
+    def _not_all_stored(
+        self,
+        appends: _Appends,
+        operation: Operation,
+        told: Sequence[Any],
+        errors: list[BaseException],
+        many: list[tuple[int, bytes, int]],
+    ) -> int:
+        """See to answers of which some say more than that all is well. Return how many failed."""
+        failed = 0
+        resources = [parcel.resource_id for parcel in appends.parcels]
+        self._entered(resources, appends.entries, told)
+        for words, parcel, partial, answer in zip(
+            operation.changes(), appends.parcels, appends.partials, told, strict=True
+        ):
+            if isinstance(answer, Exception):
+                parcel.put_back(partial)
+                self.unstored.append(parcel)
+                failed += 1
+                errors += () if answer in errors else (answer,)
+            elif answer != _STORED:
+                many.append((operation.partition, words[1], answer))
+        return failed
+
+    def _compact(self, many: Sequence[tuple[int, bytes, int]]) -> Flow[None]:
         """Merge some partials of sessions that go on. The data is stored: it fails no call."""
         executor = self.executor
-        for operation, count in many if executor is not None else ():
+        for partition, name, count in many if executor is not None else ():
             assert executor is not None  # noqa: S101 - for the type checker
-            yield Branch(executor.compact(operation.partition, operation.resource, count))
+            yield Branch(executor.compact(partition, name, count))
 
     def end(self, endings: Sequence[Ending]) -> Flow[list[SessionResult]]:
         """End sessions: store the last data, leave, and execute the batches that fall to us.
@@ -372,140 +389,166 @@ class Outbox:
         """
         executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
-        if len(endings) == 1:
-            return [(yield from self._end_one(endings[0], executor))]
-        results: list[SessionResult] = []
-        batches: list[RunningBatch] = []
-        many: list[tuple[Operation, int]] = []
-        for first in range(0, len(endings), CHUNK):
-            about: list[_Leaving] = []
-            some = endings[first : first + CHUNK]
-            fresh = [SessionResult() for _ in some]
-            results += fresh
-            resources = [ending.resource for ending in some]
-            pairs = list(zip(some, fresh, strict=True))
-            groups = list(_groups(pairs, resources, self._members.place))
-            # They are made when they are sent, not before batches are executed: a join in between
-            # would be held here, and undone there.
-            leaves = functools.partial(self._leaves, groups, about)
-            with executor.expects(name for group in groups for _, _, _, name in group):
-                answers = yield from executor.execute(batches, leaves)
-                batches = []
-                for leaving, answer in zip(about, answers, strict=False):
-                    batch = self._left(leaving, answer, many)
-                    if batch is not None:
-                        executor.busy[batch.key] = batch
-                        batches.append(batch)
-        yield from executor.execute(batches)
-        yield from self._compact(many)
+        results = [SessionResult() for _ in endings]
+        pairs = list(zip(endings, results, strict=True))
+        many: list[tuple[int, bytes, int]] = []
+        place = self._members.place
+        with executor.hand() as hand:
+            for first in range(0, len(pairs), CHUNK):
+                about: list[_Leaves] = []
+                some = pairs[first : first + CHUNK]
+                grouped = groups(some, [place(ending.resource) for ending, _ in some])
+                hand.expected = {name for group in grouped for name in group.names}
+                # They are made when they are sent, not before batches are executed: a join in
+                # between would be held here, and undone there.
+                leaves = functools.partial(self._leaves, grouped, about)
+                answers = yield from executor.execute(hand, leaves)
+                for group, answer in zip(about, answers, strict=False):
+                    self._left(group, answer, hand, many)
+                hand.expected = ()
+            yield from executor.execute(hand)
+        if many:
+            yield from self._compact(many)
         self.look()
         return results
 
-    def _end_one(self, ending: Ending, executor: Executor) -> Flow[SessionResult]:
-        """Do what `end` does, without lists: this is what `Reference.dereference` waits for."""
-        result, resource = SessionResult(), ending.resource
-        partition, name = self._members.place(resource)
-        about: list[_Leaving] = []
-        sent: list[Operation] = []
-        group = (((ending, result), resource, partition, name),)
-        deque(self._make_leaves((group,), about, sent), 0)
-        if not sent:
-            self.look()
-            return result
-        many: list[tuple[Operation, int]] = []
-        try:
-            executor.expected[name] += 1
-            (answer,) = yield Send(sent)
-            batch = self._left(about[0], answer, many)
-            if batch is not None:
-                executor.busy[batch.key] = batch
-        finally:
-            executor.expect_no_more(name)
-        if batch is not None:
-            yield from executor.execute((batch,))
+    def leave(self, ending: Ending) -> Flow[SessionResult]:
+        """Do what `end` does for one resource of which no data is here, and no more than that.
+
+        `Reference.dereference` waits for it.
+        """
+        executor, members = self.executor, self._members
+        assert executor is not None  # noqa: S101 - for the type checker
+        result = SessionResult()
+        many: list[tuple[int, bytes, int]] = []
+        resource = ending.resource
+        partition, name = members.place(resource)
+        flags = operations.FORCE * ending.force + operations.MODIFICATIONS * ending.modifications
+        operation = operations.leave(partition, name, b"", flags)
+        was_held = members.leaving(resource)
+        if was_held is not ABSENT:
+            operation.held = (name,)
+        leaves = _Leaves(operation, ((ending, result),), (b"",), (None,), (was_held,))
+        with executor.hand() as hand:
+            hand.expected = (name,)
+            (answer,) = yield Send((operation,))
+            self._left(leaves, answer, hand, many)
+            hand.expected = ()
+            done = not hand.batches
+            yield from () if done else executor.execute(hand)
         if many:
             yield from self._compact(many)
-        if self.full or batch is not None or result.errors:
+        if not done or result.errors or self.full:
             self.look()
         return result
 
-    def _left(
-        self, leaving: _Leaving, answer: Any, many: list[tuple[Operation, int]]
-    ) -> RunningBatch | None:
-        """See to the answer to a leave. Return the batch that falls to us, if there is one."""
-        operation, ending, data, kept, was_held, result = leaving
-        if isinstance(answer, Exception):
-            self._not_left(ending, data, was_held)
-            result.errors.append(answer)
-            return None
-        result.sent = True
-        measures = self._identity.measures
-        measures.end(data, opened=was_held is ABSENT)
-        if measures.on_left is not None and answer[0] != _RUN:
-            measures.on_left(ending.resource)
-        result.left = answer[1]
-        result.last = answer[0] != _HELD and bool(answer[2])
-        if answer[0] == _RUN:
-            run = Run(*answer)
-            if run.modifications is not None:
-                result.modifications = modifications_of(run.modifications)
-            if run.content is not False:
-                return RunningBatch(
-                    operation.partition,
-                    operation.resource,
-                    run,
-                    resource=ending.resource,
-                    local=ending.parcel,
-                    errors=result.errors,
-                    # The very bytes that were sent: nobody else has added any.
-                    kept=kept if run.size == 1 and run.content[:1] == [data] else None,
-                )
-        elif answer[0] == _HELD:
-            if answer[3]:
-                many.append((operation, answer[3]))
-        elif len(answer) > 3:  # noqa: PLR2004 - the session's modifications
-            result.modifications = modifications_of(answer[3] or None)
-            if len(answer) > 4:  # noqa: PLR2004 - it is time to merge some
-                many.append((operation, answer[4]))
-        return None
-
     def _leaves(
-        self,
-        groups: Sequence[Sequence[tuple[tuple[Ending, SessionResult], str, int, bytes]]],
-        about: list[_Leaving],
-        sent: list[Operation],
-    ) -> Iterator[None] | None:
-        return _while_sending(self._make_leaves(groups, about, sent), sum(map(len, groups)))
+        self, grouped: Sequence[Group], about: list[_Leaves], sent: list[Operation]
+    ) -> Iterator[object] | None:
+        make: Callable[[Group], object] = functools.partial(self._leave, about, sent)
+        making = map(make, grouped)
+        return while_sending(making, sum([len(group.names) for group in grouped]))
 
-    def _make_leaves(
-        self,
-        groups: Sequence[Sequence[tuple[tuple[Ending, SessionResult], str, int, bytes]]],
-        about: list[_Leaving],
-        sent: list[Operation],
-    ) -> Iterator[None]:
+    def _leave(self, about: list[_Leaves], sent: list[Operation], group: Group) -> None:
+        """Take the last data of sessions, and make the operation that ends them."""
         leaving = self._members.leaving
-        for group in groups:
-            for (ending, result), resource, partition, name in group:
-                parcel = ending.parcel
-                try:
-                    data, kept = parcel.take_last() if parcel is not None else _NOTHING
-                except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
-                    result.errors.append(error)
-                    continue
-                was_held = leaving(resource)
-                flags = operations.FORCE * ending.force
-                flags += operations.MODIFICATIONS * ending.modifications
-                operation = operations.leave(partition, name, data or b"", flags)
-                operation.held = was_held is not ABSENT
-                about.append((operation, ending, data, kept, was_held, result))
-                sent.append(operation)
-            yield
+        pairs: list[tuple[Ending, SessionResult]] = []
+        names: list[bytes] = []
+        partials: list[bytes] = []
+        kept: list[Any] = []
+        held: list[Any] = []
+        try:
+            for pair, name in zip(group.items, group.names, strict=True):
+                ending = pair[0]
+                data = content = None
+                if ending.parcel is not None:
+                    try:
+                        data, content = ending.parcel.take_last()
+                    except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
+                        pair[1].errors.append(error)
+                        continue
+                pairs.append(pair)
+                partials.append(data or b"")
+                kept.append(content)
+                names.append(name)
+                held.append(leaving(ending.resource))
+        except BaseException:
+            for (ending, _), data, was_held in zip(pairs, partials, held, strict=False):
+                self._not_left(ending, data, was_held)
+            raise
+        for piece in pieces(partials) if pairs else ():
+            some = pairs[piece]
+            flags = [
+                operations.FORCE * ending.force + operations.MODIFICATIONS * ending.modifications
+                for ending, _ in some
+            ]
+            operation = operations.leave_many(group.partition, names[piece], flags, partials[piece])
+            places = zip(names[piece], held[piece], strict=True)
+            operation.held = [name for name, was_held in places if was_held is not ABSENT]
+            about.append(_Leaves(operation, some, partials[piece], kept[piece], held[piece]))
+            sent.append(operation)
 
-    def _not_left(self, ending: Ending, data: bytes | None, was_held: Any) -> None:
+    def _left(
+        self, leaves: _Leaves, answer: Any, hand: Hand, many: list[tuple[int, bytes, int]]
+    ) -> None:
+        """See to the answers to leaves: what has failed, and the batches that fall to us."""
+        operation = leaves.operation
+        partition, names = operation.partition, operation.words[1::4]
+        measures = self._identity.measures
+        ended = opened = stored = size = 0
+        for (ending, result), name, data, kept, was_held, told in zip(
+            leaves.pairs, names, leaves.partials, leaves.kept, leaves.held, operation.each(answer),
+            strict=True,
+        ):  # fmt: skip
+            if isinstance(told, Exception):
+                self._not_left(ending, data, was_held)
+                result.errors.append(told)
+                continue
+            ended += 1
+            opened += was_held is ABSENT
+            stored += bool(data)
+            size += len(data)
+            code = told[0]
+            result.sent = True
+            result.left = told[1]
+            result.last = code != _HELD and bool(told[2])
+            if code == _RUN:
+                run = Run(*told)
+                if run.modifications is not None:
+                    result.modifications = modifications_of(run.modifications)
+                if run.content is not False:
+                    # True: the very bytes that were sent. Nobody else has added any.
+                    alone = run.content is True
+                    hand.add(
+                        RunningBatch(
+                            partition,
+                            name,
+                            run,
+                            [data] if alone else run.content,
+                            resource=ending.resource,
+                            local=ending.parcel,
+                            errors=result.errors,
+                            kept=kept if alone else None,
+                        )
+                    )
+                continue
+            if measures.on_left is not None:
+                measures.on_left(ending.resource)
+            if code == _HELD:
+                if told[3]:
+                    many.append((partition, name, told[3]))
+            elif len(told) > 3:  # noqa: PLR2004 - the session's modifications
+                result.modifications = modifications_of(told[3] or None)
+                if len(told) > 4:  # noqa: PLR2004 - it is time to merge some
+                    many.append((partition, name, told[4]))
+        measures.end(ended, opened=opened)
+        measures.add_stored(stored, size)
+
+    def _not_left(self, ending: Ending, data: bytes, was_held: Any) -> None:
         """The server refused: the data is local again, and the session goes on."""
         if was_held is not ABSENT:
             self._members.held.setdefault(ending.resource, was_held)
-        if data is not None:
+        if data:
             ending.parcel.put_back(data)
             self.unended.append(ending)
 
@@ -525,7 +568,7 @@ class Outbox:
 
     def take_over(self, partition: int, name: bytes, token: int, seconds: float) -> None:
         """Execute a batch that was taken over, or that its executor has forgotten."""
-        if (name, token) in self.busy or (name, token) in self._resuming:
+        if self._is_busy(name, token) or (name, token) in self._resuming:
             return
         known = self._due.get((name, token))
         local = known.local if known else None
@@ -535,22 +578,20 @@ class Outbox:
     def knows(self, name: bytes, token: int) -> bool:
         """Return whether a batch is being executed here, or waits for it."""
         key = name, token
-        if key in self._due or key in self.busy or key in self._resuming:
+        if key in self._due or key in self._resuming or self._is_busy(name, token):
             return True
-        return self.executor is not None and name in self.executor.expected
+        return self.executor is not None and self.executor.expects(name)
 
     @property
     def taken_over(self) -> int:
         """Return how many batches are due, or being executed, in the background."""
         now = self._clock()
         waiting = sum(due.at <= now for due in list(self._due.values()))
-        running = sum(batch.background for batch in list(self.busy.values()))
+        running = 0 if self.executor is None else self.executor.count_background()
         return waiting + len(self._resuming) + running
 
-    @property
-    def busy(self) -> MutableMapping[tuple[bytes, int], RunningBatch]:
-        """The batches that are being executed."""
-        return self.executor.busy if self.executor is not None else {}
+    def _is_busy(self, name: bytes, token: int) -> bool:
+        return self.executor is not None and self.executor.has(name, token)
 
     def _enter(
         self, at: float, partition: int, name: bytes, token: int, local: Any, failed: bool
@@ -622,40 +663,47 @@ class Outbox:
         failed = sum(due.failed for due in dues)
         self._retrying += failed  # they are undone until it is known what came of this attempt
         try:
-            batches = yield from self._take_up(dues, executor, errors)
-            yield from executor.execute(batches)
+            with executor.hand() as hand:
+                yield from self._take_up(dues, executor, hand, errors)
+                yield from executor.execute(hand)
         finally:
             self._retrying -= failed
         self.look()
         return errors
 
     def _take_up(
-        self, dues: Sequence[Due], executor: Executor, errors: list[BaseException]
-    ) -> Flow[list[RunningBatch]]:
-        """Return those batches that are still ours, with their content."""
-        batches = []
+        self, dues: Sequence[Due], executor: Executor, hand: Hand, errors: list[BaseException]
+    ) -> Flow[None]:
+        """Take those batches in hand that are still ours, with their content."""
         taken = [(due.name, due.token) for due in dues]
         try:
             dues = [due for due in dues if not self._lies_here(due, executor)]
-            answers = yield Send([operations.resume(d.partition, d.name, d.token) for d in dues])
-            for due, answer in zip(dues, answers, strict=True):
-                if isinstance(answer, Exception) or answer is REBORN:
-                    at = self._clock() + 1.0
-                    self._enter(at, due.partition, due.name, due.token, due.local, due.failed)
-                elif isinstance(answer, list) and answer[-1] is not False:
-                    batch = RunningBatch(
-                        due.partition,
-                        due.name,
-                        Run(*answer),
-                        local=due.local,
-                        errors=errors,
-                        background=True,
-                    )
-                    executor.busy[batch.key] = batch
-                    batches.append(batch)
+            grouped = groups(dues, [(due.partition, due.name) for due in dues])
+            sent = [
+                operations.resume_many(partition, names, [due.token for due in some])
+                for partition, some, names in grouped
+            ]
+            answers = yield Send(sent)
+            for group, operation, answer in zip(grouped, sent, answers, strict=True):
+                for due, told in zip(group.items, operation.each(answer), strict=True):
+                    if isinstance(told, Exception) or told is REBORN:
+                        at = self._clock() + 1.0
+                        self._enter(at, due.partition, due.name, due.token, due.local, due.failed)
+                    elif isinstance(told, list) and told[-1] is not False:
+                        run = Run(*told)
+                        hand.add(
+                            RunningBatch(
+                                due.partition,
+                                due.name,
+                                run,
+                                run.content,
+                                local=due.local,
+                                errors=errors,
+                                background=True,
+                            )
+                        )
         finally:
             self._resuming.difference_update(taken)
-        return batches
 
     def _lies_here(self, due: Due, executor: Executor) -> bool:
         """Return whether another flow has the batch, or may have: then it is not resumed now.
@@ -663,9 +711,9 @@ class Outbox:
         After a rebirth the former self's batches are taken over. The answer that started one of
         them may lie in a flow that still waits for its other answers, and will execute it.
         """
-        if (due.name, due.token) in self.busy:
+        if executor.has(due.name, due.token):
             return True
-        if due.name not in executor.expected:
+        if not executor.expects(due.name):
             return False
         at = self._clock() + AGAIN
         self._enter(at, due.partition, due.name, due.token, due.local, due.failed)
@@ -718,7 +766,7 @@ class Outbox:
             self._continue(run)
         if self.unended:
             unended, self.unended = self.unended, []
-            outcome = yield Branch(self.end(_one_each(unended)))
+            outcome = yield Branch(self.end(one_each(unended)))
             for result in outcome.value or ():
                 for error in result.errors:
                     # It may be refused for long, and is tried again all the time.
@@ -748,36 +796,3 @@ class Outbox:
         finally:
             if self._continued.get(run) is me:
                 del self._continued[run]
-
-
-def _groups(
-    items: Sequence[T], resources: Sequence[str], place: Callable[[str], tuple[int, bytes]]
-) -> Iterator[list[tuple[T, str, int, bytes]]]:
-    """Return items with their resources and places, those of a partition together, in groups."""
-    partitions: dict[int, list[tuple[T, str, int, bytes]]] = {}
-    for item, resource in zip(items, resources, strict=True):
-        partition, name = place(resource)
-        known = partitions.get(partition)
-        if known is None:
-            known = partitions[partition] = []
-        known.append((item, resource, partition, name))
-    group: list[tuple[T, str, int, bytes]] = []
-    for some in partitions.values():
-        group += some
-        if len(group) >= GROUP:
-            yield group
-            group = []
-    yield group
-
-
-def _while_sending(making: Iterator[None], count: int) -> Iterator[None] | None:
-    """Return what makes so many operations; None if they are few, and made now."""
-    if count >= 2 * GROUP:
-        return making
-    deque(making, 0)
-    return None
-
-
-def _one_each(endings: Sequence[Ending]) -> list[Ending]:
-    """Return one ending for each update and resource."""
-    return list({(ending.resource, id(ending.parcel)): ending for ending in endings}.values())

@@ -18,7 +18,7 @@ class Presence:
         backlog: Returns how much is unfinished.
 
     Attributes:
-        counters: Returns what is counted, by name.
+        counters: Returns the counters, by name.
         sources: Returns of each source that the process reads its name, its kind, its position as
             text, and its lag in messages or None.
     """
@@ -33,10 +33,10 @@ class Presence:
         self.sources: Callable[[], Sequence[tuple[str, str, str, int | None]]] = tuple
 
     def report(self) -> bytes:
-        """Return what operators are told."""
+        """Return the facts that operators see."""
         try:
             return self._report()
-        except Exception:  # noqa: BLE001 - no heartbeat must fail for what it tells of itself
+        except Exception:  # noqa: BLE001 - a heartbeat must not fail because of its report
             return b""
 
     def _report(self) -> bytes:

@@ -2,13 +2,11 @@
 
 1. List the new identity and open its lanes.
 2. Fence the old lanes that have a call unanswered. Merely to look at them is not enough: a late
-copy
-   may be carried out after the look. The answers say of each operation whether it was carried out,
-   under whatever identity it was ever sent. One that was has its remembered answer; one that was
-   not never will be.
-3. Under the new identity: join what is held; reap the old self; and only behind that send again
-what
-   is to go on, or a leave is told that its own former self is still there.
+   copy may be carried out after the look. The answers say of each operation whether it was carried
+   out, under any identity. If it was, its remembered answer is the result. If not, it never will
+   be.
+3. Under the new identity: join the resources that are held; reap the old self; and only behind that
+   send the operations that go on, or a leave would find its own former self among the members.
 """
 
 import logging
@@ -37,7 +35,7 @@ log = logging.getLogger("phonon")
 #: Operations in the name of an identity, which are not repeated under another one.
 _PERSONAL = frozenset(map(int, (Code.LOCK, Code.UNLOCK, Code.RENEW, Code.AWAIT, Code.FORGET)))
 
-_LEAVE, _REAP, _CLOSE = int(Code.LEAVE), int(Code.REAP), int(Code.CLOSE)
+_REAP, _CLOSE = int(Code.REAP), int(Code.CLOSE)
 
 
 class _Record(NamedTuple):
@@ -50,11 +48,11 @@ class _Record(NamedTuple):
 
 
 class Rebirth:
-    """Gives a process a new identity. What is local is kept.
+    """Gives a process a new identity. Local data is kept.
 
     Args:
         identity: Who it is.
-        members: What it holds.
+        members: Its memberships.
         leases: Its locks, which are lost.
         takeover: Reaps the former self.
         reports: Told why.
@@ -134,8 +132,7 @@ class Rebirth:
                 elif operation.words[0] in _PERSONAL or operation.words[0] == _CLOSE:
                     told.append((operation, REBORN))
                 else:
-                    if operation.words[0] == _LEAVE and operation.held:
-                        left.append(operation.resource)
+                    left += operation.held
                     new.enqueue(operation, first=operation.ahead or operation.words[0] == _REAP)
         reaped = identity.former if suspicious else [old]
         self._takeover.add_former(reaped, self._members.joins(left))
@@ -188,8 +185,8 @@ class Rebirth:
         lost = sum(lost_calls.values())
         what = f"the last {lost} calls" if lost else "data"
         return ServerStateLostError(
-            f"{self._address} has lost {what} of process {who}. What was stored there and not yet "
-            "written to the database is lost, unless it is restored from a backup; what was "
+            f"{self._address} has lost {what} of process {who}. Data that was stored there and not "
+            "yet written to the database is lost, unless it is restored from a backup; batches "
             "executed since may be executed again. The process goes on as "
             f"{self._identity.name}, renews its {len(self._members.held)} memberships, and has "
             f"lost its {len(self._leases)} locks. A server with appendonly yes, or "
@@ -204,7 +201,7 @@ def _all_of(lane: Lane) -> list[Operation]:
 
 
 def _take_all(lane: Lane) -> list[Operation]:
-    """Remove and return what a lane has, in order."""
+    """Remove and return a lane's operations, in order."""
     found = list(lane.call.operations) if lane.call is not None else []
     lane.call = None
     for queue in (lane.queue, lane.deferred):
@@ -237,7 +234,8 @@ def _fate(
             answers = msgpack.unpackb(record.answers, raw=True, strict_map_key=False)
             if place < len(answers):
                 add_contents(answers, None)
-                return _without_content(answers[place])
+                told = [_without_content(a) for a in answers[place : place + operation.count]]
+                return told if operation.count > 1 else told[0]
     if unknown:
         return ConnectionLostError(
             f"{operation!r} was not answered for more than a week, and the server does not "

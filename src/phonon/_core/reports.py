@@ -1,4 +1,4 @@
-"""Reports: errors that no caller is there to be raised to, and what is worth a line in the log."""
+"""Reports background errors and events: to the log, to ``on_error`` and to listeners."""
 
 import logging
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Event(NamedTuple):
         name: What: ``"parked"`` (a batch was given up on), ``"takeover"`` (this process has taken
             over from a dead one), ``"lock_lost"``, ``"batch_lost"`` (executed here, and taken over
             meanwhile), ``"declared_dead"``, ``"state_lost"`` (the server came back without its
-            data), or ``"error"``: another error that no caller was there for.
+            data), or ``"error"``: another background error.
         text: The same in words, as it is logged.
         resource: Which resource it is about; empty if it is about none.
         token: The batch's token, or 0.
@@ -63,7 +63,7 @@ class Reports:
 
     Args:
         on_error: The user's function, if there is one.
-        run: Runs it; an asyncio process awaits what it returns.
+        run: Runs it; an asyncio process awaits its result.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Reports:
             self.call(self.on_error, error)
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Call a function of the user's. What it raises is logged and harms nothing."""
+        """Call a function of the user's. An error is logged and has no other effect."""
         try:
             self._run(function, *arguments)
         except Exception:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 from phonon._core.flows import Branch, Flow, Signal, Wait
-from phonon._core.outbox import Ending, Outbox
+from phonon._core.outbox import Outbox
+from phonon._core.parcels import Ending
 from phonon._core.reports import Reports
 
 log = logging.getLogger("phonon")

@@ -1,4 +1,4 @@
-"""Sources of messages: what a batch of them is stored with, so that a repeated one changes nothing.
+"""Sources of messages: offsets and ids are stored with a batch, so that a repeat changes nothing.
 
 An ordered source has a position in each partition of the namespace. It is written by the operation
 that stores the data, and only if the source stands where this reader believes it does and nobody
@@ -21,7 +21,7 @@ from phonon._core.executor import Executor
 from phonon._core.flows import Branch, Flow, Read, Send, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
-from phonon._core.outbox import Parcel
+from phonon._core.parcels import Parcel
 from phonon._core.reports import Reports
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply
@@ -95,7 +95,7 @@ class Claim:
         return any(p is not None and p < self.done for p in self.positions)
 
     def moves(self) -> list[Operation]:
-        """Return the operations that move all partitions on to what is done."""
+        """Return the operations that move all partitions on to the position that is done."""
         self.moved_on = time.monotonic()
         return [
             operations.ingest(
@@ -126,7 +126,7 @@ class Progress(Protocol):
         """Go on to a message. Return whether it has to be handled at all."""
 
     def skips(self, partition: int) -> bool:
-        """Return whether what the message brings to a partition is in already."""
+        """Return whether a partition has the message's data already."""
 
     def preparing(self) -> list[Operation]:
         """Return operations that have to be carried out before anything is stored."""
@@ -141,7 +141,7 @@ class Progress(Protocol):
         """Note that the server refused. Return the error that says so."""
 
     def failed(self) -> None:
-        """Note that it is not known what was carried out."""
+        """Note that it is not known which operations were carried out."""
 
     def finished(self) -> None:
         """Note that everything up to the message in hand was stored."""
@@ -280,7 +280,7 @@ class Unordered:
     """A batch's progress on a source with ids.
 
     Args:
-        ids: What is known of its ids.
+        ids: Its known ids.
     """
 
     asks = True
@@ -340,27 +340,27 @@ class Unordered:
         seen = answer[1]
         self._ids.learn(operation.partition, seen)
         return AlreadyStoredError(
-            f"{len(seen)} of the batch's messages were stored before by another delivery, and what "
-            "they were merged with was not stored now: handle the same messages again (this "
-            "process skips what is stored from now on), or leave them to the broker to deliver",
+            f"{len(seen)} of the batch's messages were stored before by another delivery, and the "
+            "messages merged with them were not stored now: handle the same messages again (this "
+            "process skips the stored ones from now on), or leave them to the broker to deliver",
             tuple(seen),
         )
 
     def failed(self) -> None:
-        """What was carried out is found out when the messages come again."""
+        """Which operations were carried out shows when the messages come again."""
 
     def finished(self) -> None:
         """There is nothing to move on."""
 
 
 class Sources:
-    """Claims sources, and stores what they bring.
+    """Claims sources, and stores their messages' data.
 
     Args:
         identity: Who this process is.
-        members: What it holds.
+        members: Its memberships.
         executor: Merges partials of long sessions.
-        reports: Told what had to be put aside.
+        reports: Reports data that had to be put aside.
     """
 
     def __init__(
@@ -374,7 +374,7 @@ class Sources:
         self._ids: dict[tuple[str, float], Ids] = {}
 
     def ids(self, scope: str, window: float) -> Ids:
-        """Return what is known here of the ids of a scope."""
+        """Return the known ids of a scope."""
         return self._ids.setdefault((scope, window), Ids(scope, window))
 
     def claim(self, name: str, position: int | None = None) -> Flow[Claim]:
@@ -408,7 +408,7 @@ class Sources:
         return claim
 
     def listed(self) -> list[tuple[str, str, str, int | None]]:
-        """Return what operators are told of the sources that this process reads."""
+        """Return the facts that operators see about the sources that this process reads."""
         claims = [claim for claim in list(self._claims) if not claim.in_doubt]
         return [
             *((claim.name, "ordered", str(claim.position), claim.lag) for claim in claims),
@@ -439,14 +439,14 @@ class Sources:
                 raise claim.lost("was claimed by another consumer")
 
     def ingest(self, progress: Progress, parcels: Sequence[Parcel]) -> Flow[list[BaseException]]:
-        """Store what messages have brought, and that they have been.
+        """Store the data of messages together with their offsets or ids.
 
         Args:
-            progress: What is stored with it.
+            progress: The offsets or ids to store.
             parcels: The updates, of different resources or classes.
 
         Returns:
-            What went wrong. The data is dropped then: the broker has it.
+            The errors. The data is dropped then: the broker has it.
         """
         errors: list[BaseException] = []
         items: dict[int, list[bytes]] = {}
@@ -538,8 +538,8 @@ class Sources:
             text = error.decode("utf-8", "replace")
             self._reports.report_error(
                 ForeignKeyError(
-                    f"what a message has brought for {items[2 * place]!r} in partition {partition} "
-                    f"could not be stored, and was parked: {text}; see Process.parked()"
+                    f"a message's data for {items[2 * place]!r} in partition {partition} could not "
+                    f"be stored, and was parked: {text}; see Process.parked()"
                 )
             )
 

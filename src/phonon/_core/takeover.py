@@ -1,4 +1,4 @@
-"""Takeover: reaping what dead processes have left, and what this one's former identities have."""
+"""Takeover: reaping dead processes, and this one's former identities."""
 
 import logging
 import random
@@ -31,7 +31,7 @@ PAUSE = 0.01
 #: Memberships renewed in one exchange.
 MOST_JOINS = 4096
 
-#: What is logged when a dead process has left something; see `phonon_demo.report`.
+#: The line in the log about a takeover; `chaos.worker` reads its arguments.
 TAKEN_OVER = (
     "process %s has taken over %d resources of process %s, which was declared dead, and %d batches"
 )
@@ -230,7 +230,7 @@ class Takeover:
         return (yield from self._reap_in(partitions, dead, taken, recovers=True))
 
     def _release(self, dead: bytes, taken: _Taken) -> Flow[list[int]]:
-        """Release what a dead process held, but for what there is to execute.
+        """Release all that a dead process held, except for its batches.
 
         Returns:
             The partitions in which there is something: it is fenced, so there will be no others.
@@ -241,7 +241,7 @@ class Takeover:
         return self._released[dead]
 
     def _wait_for_capacity(self, me: bytes) -> Flow[float]:
-        """Wait until what was taken over is nearly executed. Return the seconds that this took.
+        """Wait until the batches taken over are nearly executed. Return the seconds that this took.
 
         Meanwhile other dead processes are released: their locks do not wait for the user's code.
         """

@@ -1,6 +1,6 @@
--- For operators: what a partition holds, in pages, and the few things that are done to it by hand.
+-- For operators: the content of a partition, in pages, and the few acts that change it by hand.
 -- Reads are bounded in work, not only in number: a page ends after so many commands, wherever it is.
--- An act writes what it did into a capped stream, in the same step.
+-- An act is logged in a capped stream, in the same step.
 
 -- In a scope of its own: a chunk of Lua has 200 local variables at the most.
 do
@@ -142,11 +142,11 @@ read('admin_holdings', function(T, args)
     local batch, left = fmt(BATCH_SCORE), fmt(LEFT_SCORE)
     local member = call('ZRANGEBYSCORE', registry, 0, '(' .. batch, 'WITHSCORES', 'LIMIT', 0, 1)
     local running = call('ZRANGEBYSCORE', registry, batch, '(' .. left, 'WITHSCORES', 'LIMIT', 0, 1)
-    local lane = call('HMGET', T .. 'lane:' .. pid, 'sequence', 'fenced')
+    local _, fenced, _, sequence = lane_of(T .. 'lane:' .. pid)
     add(answer, call('ZCOUNT', registry, '-inf', '(0'), call('ZCOUNT', registry, 0, '(' .. batch),
       call('ZCOUNT', registry, batch, '(' .. left), call('ZCOUNT', registry, left, '+inf'),
       tonumber(member[2] or 0), running[2] and tonumber(running[2]) - BATCH_SCORE or 0,
-      tonumber(lane[1] or 0), lane[2] and 1 or 0)
+      sequence or 0, fenced and 1 or 0)
   end
   return answer
 end)

@@ -1,7 +1,10 @@
 -- One call of a lane: replay detection, then the operations in turn, then the books.
 --
--- apply(T, process, number of the lane, sequence, stamp of the answer before, operations, digest)
+-- apply(T, process, stamp of the answer before, '<number of the lane> <sequence> <digest>', operations)
 -- answers { packed answers, stamp [, packed contents of those that are RUN or AGAIN] }
+--
+-- The stamp is the lane's state, see lane_of. So one comparison tells that a call is the next one, and
+-- one field says so to the call behind it.
 --
 -- Refused are, as errors: PHONONFENCED, PHONONSTALE (an older call, nothing happens), PHONONLOST
 -- (the server lost writes of this lane, or took others in their place), each with the last sequence.
@@ -29,10 +32,11 @@ local function starts_batch(answer)
   return type(answer) == 'table' and (answer[1] == RUN or answer[1] == AGAIN)
 end
 
-local function repeat_call(c, lane, sequence, words, packed, stamp)
+local function repeat_call(c, lane, words, stamp)
   -- WAIT and WAITAOF wait for what their own connection wrote last. A repeat may come over another
   -- connection than the call did, so it writes as well, for its confirmation to mean something.
-  call('HSET', lane, 'sequence', sequence)
+  call('HSET', lane, 'state', stamp)
+  local packed = call('HGET', lane, 'answers')
   local contents, at, any = {}, 1, false
   if #words > 0 then
     for _, answer in ipairs(cmsgpack.unpack(packed)) do
@@ -61,11 +65,13 @@ local function zadd(registry, flag, pairs_)
 end
 
 local function write_registry(c, registry)
-  local new, anew, gone = {}, {}, {}
+  local new, anew, gone
   for resource, class in pairs(c.registry) do
     if not class then
+      gone = gone or {}
       gone[#gone + 1] = resource
     elseif class == MEMBER then
+      new = new or {}
       new[#new + 1] = ms_text(c)
       new[#new + 1] = resource
     else
@@ -75,44 +81,52 @@ local function write_registry(c, registry)
       elseif class == BATCH then
         score = BATCH_SCORE + score
       end
+      anew = anew or {}
       anew[#anew + 1] = fmt(score)
       anew[#anew + 1] = resource
     end
   end
-  zadd(registry, 'NX', new)
-  zadd(registry, nil, anew)
-  for j = 1, #gone, MOST_VALUES do
+  if new then
+    zadd(registry, 'NX', new)
+  end
+  if anew then
+    zadd(registry, nil, anew)
+  end
+  for j = 1, gone and #gone or 0, MOST_VALUES do
     call('ZREM', registry, unpack(gone, j, math.min(j + MOST_VALUES - 1, #gone)))
   end
 end
 
-local function apply(keys, args)
-  call = redis.call
-  local T, pid, number, sequence = keys[1], args[1], args[2], tonumber(args[3])
-  local lane = T .. 'lane:' .. pid
-  local known = call('HMGET', lane, 'sequence', 'number', 'stamp', 'digest', 'fenced')
-  local last = tonumber(known[1] or 0)
-  if known[5] then
+-- A call that is not the next one: a repeat, which is answered again, or one that is refused.
+local function not_the_next(T, pid, lane, args)
+  local state, fenced, known, last, digest = lane_of(lane)
+  if fenced then
     return redis.error_reply('PHONONFENCED ' .. fmt(last))
   end
-  if known[2] ~= number or sequence > last + 1 then
-    return redis.error_reply('PHONONLOST ' .. (known[2] == number and fmt(last) or '0'))
+  local number, sequence, of = string.match(args[3], '^(%d+) (%d+) (%d+)$')
+  sequence = tonumber(sequence)
+  if known ~= number then
+    return redis.error_reply('PHONONLOST 0')
   end
   if sequence < last then
     return redis.error_reply('PHONONSTALE ' .. fmt(last))
   end
-  local words = cmsgpack.unpack(args[5])
-  local c = { T = T, pid = pid, registry = {}, bytes = 0 }
-  if sequence == last then
-    -- An empty call asks what became of a refused one with its number.
-    if #words > 0 and known[4] ~= args[6] then
-      return redis.error_reply('PHONONLOST ' .. fmt(last))
-    end
-    return repeat_call(c, lane, args[3], words, call('HGET', lane, 'answers'), known[3] or '')
+  local words = cmsgpack.unpack(args[4])
+  -- An empty call asks what became of a refused one with its number.
+  if sequence == last and (digest == of or #words == 0) then
+    return repeat_call({ T = T, pid = pid, bytes = 0 }, lane, words, state)
   end
-  if (known[3] or '') ~= args[4] then
-    return redis.error_reply('PHONONLOST ' .. fmt(last))
+  return redis.error_reply('PHONONLOST ' .. fmt(last))
+end
+
+local function apply(keys, args)
+  call = redis.call
+  local T, pid = keys[1], args[1]
+  local lane = T .. 'lane:' .. pid
+  if call('HGET', lane, 'state') ~= args[2] then
+    return not_the_next(T, pid, lane, args)
   end
+  local words = cmsgpack.unpack(args[4])
   local registry = T .. 'registry:' .. pid
   if #words > 0 then -- an empty call touches no registry
     local proof = redis.pcall('ZCARD', registry) -- of its type, before anything is written
@@ -120,6 +134,7 @@ local function apply(keys, args)
       return redis.error_reply(text_of(proof, T, { pid }))
     end
   end
+  local c = { T = T, pid = pid, registry = {}, bytes = 0 }
   local answers, contents, at, count = {}, nil, 1, 0
   while at <= #words do
     local step = operations[words[at]]
@@ -140,7 +155,7 @@ local function apply(keys, args)
   end
   write_registry(c, registry)
   local packed = cmsgpack.pack(answers)
-  local stamp = stamp_of(c)
+  local stamp = args[3] .. ' ' .. stamp_of(c)
   if c.closed then
     call('DEL', lane, T .. 'mailbox:' .. pid)
     call('SREM', T .. 'lanes', pid)
@@ -151,7 +166,7 @@ local function apply(keys, args)
     if c.token then
       call('SET', T .. 'token', fmt(c.token))
     end
-    call('HSET', lane, 'sequence', args[3], 'answers', packed, 'stamp', stamp, 'digest', args[6])
+    call('HSET', lane, 'state', stamp, 'answers', packed)
   end
   if contents then
     return { packed, stamp, cmsgpack.pack(contents) }

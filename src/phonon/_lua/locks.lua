@@ -20,9 +20,10 @@ local function places_of(holder)
   return tonumber(string.match(holder, 's(%d+)$'))
 end
 
-local function free(c, resource, holder)
+-- lasts: the holder is known to have no lease of its own.
+local function free(c, resource, holder, lasts)
   local T = c.T
-  if call('EXISTS', T .. 'leases:' .. resource) == 1 then
+  if not lasts and call('EXISTS', T .. 'leases:' .. resource) == 1 then
     call('ZREM', T .. 'leases:' .. resource, holder)
   end
   if is_shared(holder) then
@@ -34,7 +35,7 @@ local function free(c, resource, holder)
   return false
 end
 
--- Free what was taken with a lease of its own that is over.
+-- Free a lock whose own lease is over.
 local function drop_expired(c, resource)
   local leases = c.T .. 'leases:' .. resource
   if call('EXISTS', leases) == 1 then
@@ -254,18 +255,24 @@ end)
 -- answers RELEASED | NOT_HELD: the lock was not this holder's (any more)
 operation(UNLOCK, 3, function(c, o, i)
   local resource, holder, T = o[i + 1], o[i + 2], c.T
-  local others = call('EXISTS', T .. 'shared:' .. resource, T .. 'queue:' .. resource,
-    T .. 'leases:' .. resource) > 0 -- most often nobody is there
+  local shared, queue, leases = T .. 'shared:' .. resource, T .. 'queue:' .. resource, T .. 'leases:' .. resource
+  -- Most often nobody is there, and nothing but the lock is ours.
+  local alone = call('EXISTS', shared, queue, leases, T .. 'members:' .. resource, T .. 'running:' .. resource) == 0
+  local others = not alone and call('EXISTS', shared, queue, leases) > 0
   if others then
     prove_lock(c, resource)
     drop_expired(c, resource)
     quit_queue(c, resource, holder)
   end
-  local mine = free(c, resource, holder)
+  local mine = free(c, resource, holder, not others)
   if others then
     wake_next(c, resource)
   end
-  settle(c, resource)
+  if alone and mine then
+    untrack(c, resource)
+  else
+    settle(c, resource)
+  end
   return mine and RELEASED or NOT_HELD
 end)
 

@@ -88,6 +88,19 @@ local function next_token(c)
   return token
 end
 
+-- A lane, as its last call has left it: its state, which is fenced once the process is dead; and of
+-- that the number of the lane, the sequence of the call, and the digest of its operations. The state is
+-- '<number>' at first, and then '<number> <sequence> <digest> <time>'.
+local function lane_of(lane)
+  local known = call('HMGET', lane, 'state', 'fenced')
+  local state = known[1] or known[2]
+  if not state then
+    return nil
+  end
+  local number, sequence, digest = string.match(state, '^(%d+) ?(%d*) ?(%d*)')
+  return state, not known[1], number, tonumber(sequence) or 0, digest
+end
+
 local function process_of(holder)
   return string.match(holder, '^(.*)/') or holder
 end

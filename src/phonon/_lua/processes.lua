@@ -27,7 +27,7 @@ plain('list', function(N, args)
   return { epoch_of(N, true), call('HGET', N .. 'listings', pid), tonumber(call('GET', N .. 'partitions')) }
 end)
 
--- The dead are handed out to those that beat, so many to each; whoever is done with them beats again.
+-- The dead are handed out to those that beat, so many to each; a survivor that is done with them beats again.
 -- At first each dead one is handed to one survivor alone, which is mostly enough; after some time to two,
 -- then to four: they share the work, and a survivor that dies itself keeps nobody from it. Not to all at
 -- once: where the survivors are slow since there are many dead, that would make them slower.
@@ -127,7 +127,7 @@ plain('unlist', function(N, args)
   return was
 end)
 
--- expire(process): mark a process as dead, so that survivors take over what it has left.
+-- expire(process): mark a process as dead, so that survivors take it over.
 plain('expire', function(N, args)
   call('ZADD', N .. 'processes', 'XX', 0, args[1])
   return 1
@@ -157,14 +157,14 @@ plain('open', function(T, args)
   if partitions ~= args[2] then
     return { '', tonumber(partitions) }
   end
-  local number = call('HGET', lane, 'number')
-  if not number then
+  local state, fenced, number = lane_of(lane)
+  if not state then
     local c = { T = T }
     number = fmt(next_token(c))
     call('SET', T .. 'token', number)
-    call('HSET', lane, 'number', number, 'sequence', 0, 'partitions', args[2])
+    call('HSET', lane, 'state', number, 'partitions', args[2])
     call('SADD', T .. 'lanes', args[1])
-  elseif call('HEXISTS', lane, 'fenced') == 1 then
+  elseif fenced then
     number = ''
   end
   return { number, tonumber(partitions) }
@@ -173,9 +173,11 @@ end)
 -- fence(process): nothing of this id is carried out here any more.
 -- answers { sequence or -1 if nothing is known of the lane, answers, digest, number of the lane }
 plain('fence', function(T, args)
-  local lane = call('HMGET', T .. 'lane:' .. args[1], 'sequence', 'answers', 'digest', 'number')
+  local lane = T .. 'lane:' .. args[1]
+  local _, _, number, sequence, digest = lane_of(lane)
+  local answers = call('HGET', lane, 'answers')
   fence(T, args[1])
-  return { tonumber(lane[1] or -1), lane[2] or '', lane[3] or '', lane[4] or '' }
+  return { sequence or -1, answers or '', digest or '', number or '' }
 end)
 
 -- verify(process, before ms, page): what the server knows of a lane, the class queues that wait, and
@@ -184,7 +186,7 @@ end)
 --           { resource, ... }, { resource that it neither holds nor waits for, ... } }
 read('verify', function(T, args)
   local pid = args[1]
-  local lane = call('HMGET', T .. 'lane:' .. pid, 'sequence', 'number', 'stamp', 'fenced')
+  local state, fenced, number, sequence = lane_of(T .. 'lane:' .. pid)
   local registry, batches = T .. 'registry:' .. pid, {}
   local at, size = args[3] * 64, 64
   for _, resource in ipairs(call('ZRANGEBYSCORE', registry, fmt(BATCH_SCORE), fmt(BATCH_SCORE + args[2]),
@@ -205,7 +207,7 @@ read('verify', function(T, args)
       gone[#gone + 1] = resource
     end
   end
-  return { tonumber(lane[1] or -1), lane[2] or '', lane[3] or '', lane[4] and 1 or 0,
+  return { sequence or -1, number or '', state ~= number and state or '', fenced and 1 or 0,
     call('SMEMBERS', T .. 'handed'), batches, locks, gone }
 end)
 

@@ -1,19 +1,19 @@
--- Taking over what a dead process has left in a partition.
+-- Taking over a dead process's locks, memberships and batches in a partition.
 
 -- Nothing of this process is carried out here any more. A lane that was never used, or is not there,
 -- needs no marker: nothing but `open` makes one, under another number.
 local function fence(T, pid)
   local lane = T .. 'lane:' .. pid
-  local sequence = call('HGET', lane, 'sequence')
-  if not sequence then
-    return
-  end
-  if sequence == '0' then
+  local state, fenced, _, sequence = lane_of(lane)
+  if sequence == 0 then
     call('DEL', lane)
-    return
+  elseif state then
+    if not fenced then
+      call('HSET', lane, 'fenced', state)
+      call('HDEL', lane, 'state') -- so no call finds it as it expects it
+    end
+    call('PEXPIRE', lane, WEEK_MS)
   end
-  call('HSET', lane, 'fenced', 1)
-  call('PEXPIRE', lane, WEEK_MS)
 end
 
 -- Take one resource over. died: it is a process that died, not a class queue. Answers whether there is

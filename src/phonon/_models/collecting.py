@@ -1,4 +1,4 @@
-"""Collections of a model's records: what threads and tasks share, which is all but the waiting."""
+"""The base of collections of a model's records: everything but the waiting."""
 
 import math
 import time
@@ -25,7 +25,7 @@ PIECE = 1000
 TOGETHER = 10_000
 #: Partials read at a time.
 _PAGE = 1000
-#: How often what was read has to be read again because it changed meanwhile, at the most.
+#: The most attempts to read data that changes meanwhile.
 _ATTEMPTS = 5
 
 
@@ -41,7 +41,7 @@ class Rejected(NamedTuple):
     error: InvalidMessageError
 
 
-#: What `BaseCollection._ready` returns: where to fold, and what has left the collection.
+#: The result of `BaseCollection._ready`: where to fold, and the records that left.
 _Ready = tuple[ModelRecord, Sequence[tuple[Hashable, Any]]]
 
 
@@ -108,8 +108,8 @@ class BaseCollection(Generic[P, M]):
         idle: Seconds without a message after which the session ends here; None: it does not.
         longest: Seconds after which the session ends although messages keep coming.
         largest: The number of messages from this process after which it does.
-        ignore_unknown: Whether what the model does not know in a message is passed over.
-        sink: Where the model's records are written to, in place of its ``on_complete``.
+        ignore_unknown: Whether a message's fields that the model does not have are passed over.
+        sink: The sink of the model's records, in place of its ``on_complete``.
     """
 
     def __init__(
@@ -182,9 +182,9 @@ class BaseCollection(Generic[P, M]):
         return key in self._cache
 
     def get(self, key: Any) -> M | None:
-        """Return the record of what is here of a key and not on the server yet; None of nothing.
+        """Return a key's data that is not on the server yet, as a record; None if there is none.
 
-        Inside a batch that is what the batch has gathered. It does not count as a message.
+        Inside a batch it is the data of the batch. The call does not count as a message.
         """
         cache = self._cache
         with cache._lock:  # noqa: SLF001 - a cache of ours
@@ -241,7 +241,7 @@ class BaseCollection(Generic[P, M]):
     # What compiled code calls now and then. The lock is held.
 
     def _ready(self, key: Any, record: Any, batch: Any, target: Any) -> _Ready:
-        """Return the record that a message is to be folded into, and what has left the collection.
+        """Return the record to fold a message into, and the records that left the collection.
 
         Args:
             key: The message's.
@@ -256,9 +256,9 @@ class BaseCollection(Generic[P, M]):
             if batch is not None and target is None:
                 record._is_left_to_others_(self._engine, init_cache=False)
         theirs = record._batch_
-        if theirs is not None and theirs is not target and theirs.is_open:
-            # Another thread's batch is storing it. Its end says nothing to our caller, who is to
-            # know that all is stored: this message is stored by itself.
+        if theirs is not None and theirs is not target:
+            # Another thread's batch is storing it, or gathers for that. Its end says nothing to our
+            # caller, who is to know that all is stored: this message is stored by itself.
             record = self._new(key)
         if target is not None:
             target.add(record)
@@ -266,7 +266,7 @@ class BaseCollection(Generic[P, M]):
         return record, out
 
     def _passes_over(self, batch: Any, key: Any) -> bool:
-        """Return whether what a message brings is stored already; see `phonon.source`."""
+        """Return whether a message is stored already; see `phonon.source`."""
         resource = f"{prefix_of(self._engine, DATABASE, self._collection)}{key}"
         return bool(batch.passes_over(resource))
 
@@ -284,7 +284,7 @@ class BaseCollection(Generic[P, M]):
         raise NotImplementedError
 
     def _grown(self, key: Any, record: ModelRecord) -> None:
-        """Have a session end that has become as large as it may."""
+        """End a session that has reached its largest size."""
         if not record.is_due:
             record.is_due = True
             self._engine.sessions.watch(self._cache.known, key, 0.0)
@@ -292,11 +292,11 @@ class BaseCollection(Generic[P, M]):
     # Flows
 
     def _storing(self, record: ModelRecord) -> Flow[list[BaseException]]:
-        """Store what was folded outside of a batch."""
+        """Store a message that was folded outside of a batch."""
         return record.storing(self._engine)
 
     def _reading(self, key: Any) -> Flow[M | None]:
-        """Read what all processes have stored of a key in the session that is open."""
+        """Read the data that all processes have stored of a key in its open session."""
         engine = self._engine
         resource = f"{prefix_of(engine, DATABASE, self._collection)}{key}"
         partials = yield from self._partials(resource)
@@ -344,7 +344,7 @@ class BaseCollection(Generic[P, M]):
 
         Args:
             record: Its record.
-            out: What has left the collection for it.
+            out: The records that have left the collection for it.
             alone: Whether no batch stores it.
         """
         raise NotImplementedError
@@ -367,7 +367,7 @@ class BaseCollection(Generic[P, M]):
         return reduce(table, self._compiled, ignore_unknown=self.ignore_unknown)
 
     def _put_columns(self, reduced: Reduced) -> list[tuple[Hashable, Any]]:
-        """Merge columns in the open batch. Returns what has left the collection."""
+        """Merge columns in the open batch. Returns the records that have left the collection."""
         columns = reduced.columns
         names = tuple(columns)
         put = self._fold_columns.get(names)
@@ -401,7 +401,7 @@ class BaseCollection(Generic[P, M]):
     def _put_rows(
         self, rows: Sequence[Any], first: int, rejected: list[Rejected]
     ) -> list[tuple[Hashable, Any]]:
-        """Merge rows in the open batch. Returns what has left the collection."""
+        """Merge rows in the open batch. Returns the records that have left the collection."""
         out: list[tuple[Hashable, Any]] = []
         batch = self._engine.batch
         target = batch if batch is not None and batch.durable else None

@@ -15,7 +15,7 @@ class Reduced(NamedTuple):
     """A table, reduced to one row a key.
 
     Attributes:
-        columns: The values by field: the IDs first, then what is folded of each other field.
+        columns: The values by field: the IDs first, then the folded values of each other field.
         rejected: The rows that the model does not take, by number, and why.
         rows: All rows as dicts, where a table cannot be reduced; the others are empty then.
         taken: How many rows the columns come of.
@@ -94,7 +94,7 @@ def _frame(table: Any, polars: Any) -> Any:
 
 
 class _Reducer(NamedTuple):
-    """A polars expression, and what makes a field's contribution of its values."""
+    """A polars expression, and a function that makes a field's contribution of its values."""
 
     expression: Any
     convert: Callable[[Any], Any] | None = None
@@ -151,7 +151,7 @@ def _greatest(field: Field[Any, Any], column: Any) -> _Reducer | None:
 
 
 def _checked(field: Field[Any, Any]) -> Callable[[Any], Any] | None:
-    """Return what brings a float into the form in which it is kept."""
+    """Return the expression that brings a float into the form in which it is kept."""
     if field.value_type is not float:
         return None
     return lambda value: None if value is None else field.check(value)

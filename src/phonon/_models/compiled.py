@@ -1,4 +1,4 @@
-"""The code of a model: functions that check a message and fold it into what has come together.
+"""The code of a model: functions that check a message and fold it into the merged state.
 
 A message costs neither an object nor a call for each of its values: a model's fields are known, so
 the function that a person would write for it is written here, once for each model, and compiled.
@@ -17,7 +17,7 @@ _STEP = "    "
 
 
 class Compiled:
-    """The compiled code of a model, and what it needs of its fields.
+    """The compiled code of a model, and the parts of its fields that the code uses.
 
     Args:
         model: The model's qualified name, for messages.
@@ -70,7 +70,7 @@ class Compiled:
             doc[name] = self.fields[name].seal(state)
 
     def fault_of(self, doc: Any) -> str:
-        """Return what is wrong with a decoded doc; empty if it is one of this model's."""
+        """Return the fault of a decoded doc; empty if it is one of this model's."""
         if type(doc) is not dict:
             return "its fields are no dict"
         for name, state in doc.items():
@@ -81,7 +81,7 @@ class Compiled:
                     "whose fields change has another version="
                 )
             if not field.is_state(state):
-                return f"its field {name!r} does not hold what a {type(field).__name__} keeps"
+                return f"its field {name!r} does not hold the state of a {type(field).__name__}"
         return ""
 
     # Messages
@@ -217,7 +217,7 @@ class Compiled:
         Args:
             name: Its name.
             template: Its source, with ``@PARAMETERS``, ``@ID`` and lines that stand for blocks.
-            namespace: What its free names mean.
+            namespace: The values of its free names.
         """
         source = self.source(template)
         file = f"<{name} of {self.model}>"

@@ -1,8 +1,8 @@
 """Exact sums, so that it makes no difference in which order numbers are added up.
 
-Floats do not add up associatively: 0.1 + 0.2 + 0.3 depends on the brackets. A sum is kept as what
-floats can hold of it and what is left over, the rest of the rest and so on (a floating-point
-expansion, J. R. Shewchuk 1997), of which `math.fsum` yields the first term, correctly rounded. The
+Floats do not add up associatively: 0.1 + 0.2 + 0.3 depends on the brackets. A sum is kept as the
+nearest float, the float nearest to the rest, and so on (a floating-point expansion, J. R. Shewchuk
+1997), of which `math.fsum` yields the first term, correctly rounded. The
 terms depend on the exact sum only.
 """
 
@@ -76,7 +76,7 @@ def sealed(total: Total) -> Total:
 
 
 def number(total: Total) -> int | float:
-    """Return what a sum comes to: an int, or the float that is nearest."""
+    """Return the value of a sum: an int, or the nearest float."""
     if type(total) is not list:
         return total  # type: ignore[return-value]  # an int
     if -_WHOLE <= total[0] <= _WHOLE:

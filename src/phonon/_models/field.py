@@ -11,10 +11,10 @@ W = TypeVar("W")
 
 
 class Field(Generic[R, W]):
-    """A field of a model: what is kept of its values, and how two of these are merged.
+    """A field of a model: the state of its values, and how two states are merged.
 
-    What is kept is called the field's state: plain data that can be stored. A record without a
-    state of a field has had no value for it, which is as good as `zero`. Merging is associative and
+    A field's state is plain data that can be stored. A record without a state of a field has had no
+    value for it, which is equivalent to `zero`. Merging is associative and
     commutative, so that it makes no difference where values meet, and in which order.
 
     Args:
@@ -30,7 +30,7 @@ class Field(Generic[R, W]):
     kind: ClassVar[str] = ""
     #: Whether its values go by the time stamp of the message.
     is_stamped: ClassVar[bool] = False
-    #: What a message without a value for it counts as; None: it has none.
+    #: The value of a message that has none for the field; None: none.
     default: ClassVar[Any] = None
     #: In which containers a record shows its values; (): it shows something else than these.
     shows: ClassVar[tuple[type, ...] | None] = None
@@ -65,7 +65,7 @@ class Field(Generic[R, W]):
             )
 
     def annotate_plainly(self, annotation: Any) -> None:
-        """Take the type of the values from what records show, as in ``tags: list[str]``."""
+        """Take the type of the values from that which records show, as in ``tags: list[str]``."""
         if self.shows is not None and typing.get_origin(annotation) in self.shows:
             annotation = typing.get_args(annotation)[0]
         if self.shows != ():
@@ -96,7 +96,7 @@ class Field(Generic[R, W]):
         def __get__(self, instance: object, owner: Any) -> R: ...
 
     def __get__(self, instance: Any, owner: Any) -> Any:
-        """Return the field from its class, and what has come together from a record."""
+        """Return the field from its class, and the merged value from a record."""
         if instance is None:
             return self
         return instance.__dict__[self.name]
@@ -104,8 +104,8 @@ class Field(Generic[R, W]):
     def __set__(self, instance: Any, value: W) -> None:
         """Refuse: a record is made of messages."""
         raise AttributeError(
-            f"{self.model}.{self.name} cannot be set to {value!r}: a record shows what its "
-            "messages come to; add another message instead"
+            f"{self.model}.{self.name} cannot be set to {value!r}: a record shows the "
+            "result of its messages; add another message instead"
         )
 
     # What is kept. None stands for the neutral element.
@@ -120,7 +120,7 @@ class Field(Generic[R, W]):
 
         Raises:
             TypeError: It has another type.
-            ValueError: It is none that can be kept.
+            ValueError: It cannot be kept.
         """
         return self._values.check(value)
 
@@ -133,7 +133,7 @@ class Field(Generic[R, W]):
         raise NotImplementedError
 
     def merge(self, one: Any, other: Any, /) -> Any:
-        """Return what two states, which are used up, come to."""
+        """Return the merged form of two states, which are used up."""
         raise NotImplementedError
 
     def seal(self, state: Any) -> Any:
@@ -141,7 +141,7 @@ class Field(Generic[R, W]):
         return state
 
     def read(self, state: Any) -> Any:
-        """Return what users see of a state, which stays as it is; None is the neutral element."""
+        """Return the value that users see of a state, which is not changed; None is neutral."""
         raise NotImplementedError
 
     def is_state(self, state: Any) -> bool:

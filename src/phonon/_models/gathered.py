@@ -1,4 +1,4 @@
-"""Fields that gather values: lists, sets, how many different ones, and what users define."""
+"""Fields that gather values: lists, sets, estimates of their number, and users' own."""
 
 import copy
 import hashlib
@@ -36,10 +36,10 @@ class ID(Field[T, T], Generic[T]):
 
 
 class ListAppend(Field[list[T], Any], Generic[T]):
-    """All values, those that are equal as often as they came, in ascending order.
+    """All values, with repetitions, in ascending order.
 
-    In the order in which they came they could not be: that is another one in each process. Messages
-    have one value or a list of them.
+    Their order of arrival is not kept, because it differs between processes. Messages have one
+    value or a list of them.
     """
 
     kind = "list_append"
@@ -240,11 +240,11 @@ def _tau(x: float) -> float:
 
 
 class Custom(Field[T, T], Generic[T]):
-    """A field of your own. Its values and what is kept are of one type, which can be stored.
+    """A field of your own. Its values and its state are of one type, which can be stored.
 
     Args:
-        merge: Returns what two values come to; associative and commutative. It must not change
-            them. `phonon.testing.assert_mergeable` finds out whether it is.
+        merge: Returns the merged form of two values; associative and commutative. It must not
+            change them. `phonon.testing.assert_mergeable` finds out whether it is.
         zero: The neutral element: merged with it, any value stays as it is.
         data_type: The type of the values, where no annotation says it.
 

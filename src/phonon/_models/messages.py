@@ -8,7 +8,7 @@ from typing import Any
 def mapping_of(message: Any) -> Mapping[str, Any] | None:
     """Return a message's values by name; None if it is of no type that has any.
 
-    None of these libraries is imported: their instances tell by themselves what they are.
+    None of these libraries is imported: their instances are recognized by their attributes.
     """
     kind = type(message)
     found = _getters.get(kind)

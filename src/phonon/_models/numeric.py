@@ -68,7 +68,7 @@ class Sum(Field[N, N], Generic[N]):
 
 
 class Diff(Sum[N], Generic[N]):
-    """Takes away: 0 minus the sum of the values, wherever they meet."""
+    """Subtracts: 0 minus the sum of the values."""
 
     kind = "diff"
 
@@ -197,8 +197,8 @@ class Summary:
         min: The least; None of no values.
         max: The greatest; None of no values.
         mean: Their arithmetic mean; None of no values.
-        variance: That of the values themselves, not of a population that they are a sample of;
-            None of no values.
+        variance: The variance of the values themselves, not of a population that they are a sample
+            of; None of no values.
     """
 
     count: int = 0
@@ -225,7 +225,7 @@ class Stats(Field[Summary, float], Generic[N]):
     """Count, sum, least, greatest, mean and variance, of exact sums of values and squares.
 
     Chan's parallel form of Welford's algorithm rounds at each merge, so that the result depends on
-    who met whom. Here nothing is rounded before it is read.
+    the order of merges. Here nothing is rounded before it is read.
     """
 
     kind = "stats"

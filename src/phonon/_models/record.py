@@ -1,4 +1,4 @@
-"""The update that stands behind a model: what has come together for one key, in this process.
+"""The update behind a model: the merged data of one key in this process.
 
 Its ``doc`` has the states of the model's fields by name. So it is stored, taken over, put back,
 merged and executed like any other update.
@@ -40,7 +40,7 @@ class ModelRecord(Update):
     messages: int
     is_due: bool
     is_used: bool
-    #: What ``on_complete`` is given, in programs that were written for the original.
+    #: The argument of ``on_complete`` in programs that were written for the original.
     arguments_: tuple[tuple[Any, ...], dict[str, Any]] | None
 
     def merge(self, other: Self) -> None:
@@ -55,7 +55,7 @@ class ModelRecord(Update):
 
     @classmethod
     def execute_many(cls, updates: Sequence[Self]) -> Any:
-        """Run the model's ``on_complete_many``, or give its sink what there is."""
+        """Run the model's ``on_complete_many``, or give the records to its sink."""
         shown = [update.shown() for update in updates]
         if cls.sink is None:
             return _failed(cls.model.on_complete_many(shown), shown, updates)
@@ -76,7 +76,7 @@ class ModelRecord(Update):
 
     @classmethod
     def lacks_(cls) -> str:
-        """Return what is missing in this interpreter to execute records; empty if nothing is."""
+        """Return the missing part that executing records needs; empty if none is missing."""
         model = getattr(cls, "model", None)
         if model is None or cls.sink is not None or model.completes_many():
             return ""
@@ -122,10 +122,10 @@ class ModelRecord(Update):
         return [*content[:4], doc, content[5]]
 
     def fault_(self) -> str:
-        """Return what is wrong with decoded content; empty if it is a record of this model."""
+        """Return the fault of decoded content; empty if it is a record of this model."""
         identifier = self.compiled.id
         if not identifier.is_state(self._id):
-            return f"its ID is not what {self.compiled.model}.{identifier.name} takes"
+            return f"its ID is not of the type of {self.compiled.model}.{identifier.name}"
         return self.compiled.fault_of(self.doc)
 
 
@@ -156,7 +156,7 @@ async def _awaited(result: Any, shown: Sequence[Any], updates: Sequence[Any]) ->
 
 
 def _failed(result: Any, shown: Sequence[Any], updates: Sequence[Any]) -> Any:
-    """Return the updates of records that failed, with their errors, of what the user returned."""
+    """Return updates of failed records, and their errors, from the user's return value."""
     if not isinstance(result, Iterable):
         return result
     update_of = {id(record): update for record, update in zip(shown, updates, strict=True)}

@@ -1,4 +1,4 @@
-"""The types of values: what a message may carry, and an order in which any two values have a place.
+"""The types of values in messages, and an order that has a place for any two values.
 
 A model's annotations are compiled into `ValueType` objects once, so that a message costs one
 comparison of types for each of its values.
@@ -30,7 +30,7 @@ class ValueType:
     """A type that values must have.
 
     Args:
-        annotation: What the model says: ``int``, ``str | None``, ``list[str]``, ``Any``.
+        annotation: The model's annotation: ``int``, ``str | None``, ``list[str]``, ``Any``.
 
     Attributes:
         annotation: The same.
@@ -76,7 +76,7 @@ class ValueType:
         return type(found) is type(value)
 
 
-#: What a check returns that has nothing to do with a value.
+#: Returned by a check that does not apply to a value.
 _NO: Any = object()
 
 
@@ -195,7 +195,7 @@ def storable(value: Any) -> Any:
     try:
         return _SERIALIZER.loads(_SERIALIZER.dumps(value))
     except NotStorableError as error:
-        raise TypeError(f"takes what can be stored: {error}") from None
+        raise TypeError(f"takes values that can be stored: {error}") from None
 
 
 # Order

@@ -61,14 +61,25 @@ class Call:
 
     Attributes:
         operations: What it carries.
+        number: The number of the lane that it belongs to.
         sequence: Its number.
+        digest: Of its operations.
         frees: Whether a server that is out of memory still has to run it.
-        arguments: Process, number of the lane, sequence, stamp, operations, digest.
+        arguments: Process, stamp, number of the lane with sequence and digest, operations.
         error: Why the server refused the call, if this is the empty one that asks about it.
         taken: Whether its operations have been removed from the lane's queue.
     """
 
-    __slots__ = ("arguments", "digest", "error", "frees", "operations", "sequence", "taken")
+    __slots__ = (
+        "arguments",
+        "digest",
+        "error",
+        "frees",
+        "number",
+        "operations",
+        "sequence",
+        "taken",
+    )
 
     def __init__(
         self,
@@ -82,7 +93,11 @@ class Call:
         self.sequence = sequence
         self.error = error
         self.taken = error is not None
-        if error is None:
+        if error is not None:
+            body, self.frees = _EMPTY, True
+        elif len(operations) == 1:
+            body, self.frees = _pack(operations[0].words), operations[0].frees
+        else:
             words: list[Any] = []
             frees = True
             for operation in operations:
@@ -90,27 +105,19 @@ class Call:
                 frees = frees and operation.frees
             body = _pack(words)
             self.frees = frees
-        else:
-            body, self.frees = _EMPTY, True
-        self.digest = b"%d" % zlib.crc32(body)
+        self.number = number = lane.number
+        self.digest = digest = b"%d" % zlib.crc32(body)
         self.arguments = (
             lane.process,
-            lane.number,
-            b"%d" % sequence,
-            stamp,
+            stamp or number,
+            b"%b %d %b" % (number, sequence, digest),
             body,
-            self.digest,
         )
 
     @property
     def process(self) -> bytes:
         """The identity under which it was made."""
         return self.arguments[0]
-
-    @property
-    def number(self) -> bytes:
-        """The number of the lane that it belongs to."""
-        return self.arguments[1]
 
 
 class _Position:
@@ -120,7 +127,7 @@ class _Position:
         sequence: The number of the last call that was answered.
         stamp: The stamp of that answer.
         again: Operations of a refused call that the next one carries.
-        operations: How many operations were answered before.
+        operations: How many changes were answered before.
         once: The call that follows, and the position behind it, as soon as there are any.
     """
 
@@ -191,7 +198,7 @@ class Lane:
 
     @property
     def answered_operations(self) -> int:
-        """How many operations the calls carried that were answered."""
+        """How many changes the calls carried that were answered."""
         return self._at().operations
 
     @property
@@ -217,8 +224,8 @@ class Lane:
 
     def _at(self) -> _Position:
         position = self._position
-        while (following := position.once.get("next")) is not None:
-            position = self._position = following
+        while "next" in position.once:
+            position = self._position = position.once["next"]
         return position
 
     @property
@@ -274,7 +281,9 @@ class Lane:
         """
         if self._fenced:
             return None
-        position = self._at()
+        position = self._position
+        if "next" in position.once:
+            position = self._at()
         once = position.once
         call: Call | None = once.get("call")
         if call is None:
@@ -294,7 +303,7 @@ class Lane:
     def _choose(self, again: Sequence[Operation]) -> list[Operation]:
         """Return the operations of the next call. They stay in the queue until it is made."""
         queued = _first(self.queue, MOST_OPERATIONS - len(again))
-        if not again and len(queued) <= 1:
+        if len(queued) <= 1 and not again:
             return queued
         operations = list(again)
         size = sum([operation.size for operation in again])
@@ -310,10 +319,12 @@ class Lane:
     def _take(self, call: Call) -> None:
         """Remove the operations of a call from the queue. To do it again does no harm."""
         remove = self.queue.remove
-        for place, operation in enumerate(call.operations):
+        place = 0
+        for operation in call.operations:
             sent = operation.sent
             if sent is None or sent[0] is not call:
                 operation.sent = (call, place, sent)
+            place += operation.count
             try:  # noqa: SIM105 - the alternative costs as much as all the rest
                 remove(operation)  # the first one, as a rule
             except ValueError:
@@ -357,19 +368,25 @@ class Lane:
 
         Returns:
             Each operation of the call with its answer: what the server packed, a batch's content
-            appended to it, or the error with which the server refused the call. Then the operations
-            that have to be sent again, because a full server would have run them by themselves.
+            appended to it, or the error with which the server refused the call; a list of answers
+            for many changes. Then the operations that have to be sent again, because a full server
+            would have run them by themselves.
         """
         answers: list[Any] = msgpack.unpackb(reply[0], raw=True, strict_map_key=False)
         if call.error is not None and not answers:
             return _refused(call, call.error)
-        if len(reply) == 2 and call.error is None:  # noqa: PLR2004 - no contents: no batch starts
+        if len(reply) > 2 or call.error is not None:  # noqa: PLR2004 - the third part: a batch starts
+            add_contents(answers, reply[2] if len(reply) > 2 else None)  # noqa: PLR2004 - as above
+        if len(answers) == 1:
+            return [(call.operations[0], answers[0])], []
+        if len(answers) == len(call.operations):
             return list(zip(call.operations, answers, strict=True)), []
-        add_contents(answers, reply[2] if len(reply) > 2 else None)  # noqa: PLR2004 - the third part
-        told = list(zip(call.operations, answers, strict=True))
-        for operation, answer in told:
-            if answer.__class__ is list and answer[-1] is True:
-                answer[-1] = [operation.words[3]]  # nothing but the partial that was sent
+        told: list[tuple[Operation, Any]] = []
+        at = 0
+        for operation in call.operations:
+            behind = at + operation.count
+            told.append((operation, answers[at:behind] if operation.count > 1 else answers[at]))
+            at = behind
         return told, []
 
     def advance(self, call: Call, stamp: bytes, again: Sequence[Operation] = ()) -> None:
@@ -380,9 +397,15 @@ class Lane:
             stamp: The stamp of the answer.
             again: What `read` has returned as to be sent again.
         """
-        position = self._at()
+        position = self._position
+        if "next" in position.once:
+            position = self._at()
         if position.sequence + 1 == call.sequence:
-            answered = position.operations + len(call.operations) - len(again)
+            carried = call.operations
+            count = carried[0].count if len(carried) == 1 else sum([o.count for o in carried])
+            answered = position.operations + count
+            if again:
+                answered -= sum([operation.count for operation in again])
             self._position = position.once.setdefault(
                 "next", _Position(call.sequence, stamp, again, answered)
             )

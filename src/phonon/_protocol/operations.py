@@ -74,34 +74,46 @@ _JOIN, _APPEND, _LEAVE, _COMPLETE = (
 )
 
 
+#: Of a call's bytes, each of many changes has this share at the least, so that 256 are a call.
+_SHARE = 2048
+
+
 class Operation:
-    """One change, on its way to the server.
+    """One change, or many of a kind, on the way to the server.
+
+    Many of a kind travel together, as one object: the server carries them out one by one and
+    answers each, and none of them is ever sent without the others.
 
     Args:
         partition: Where its resource is.
-        words: Code, the server's name of the resource, and what else the operation takes.
+        words: Code, the server's name of the resource, and what else the operation takes; of many,
+            one after the other.
         size: About how many bytes it has.
+        count: How many changes it is.
 
     Attributes:
         owner: What waits for the answer; the driver's business.
         index: Its place among those that the owner sent together.
         sent: The calls that it was ever part of, latest first, as ``(call, place, earlier)``.
-        held: Of a leave, whether its process was a member: it is one again before the leave is
-            repeated under another identity.
+        held: Of a leave, the resources that its process was a member of: it is one again before the
+            leave is repeated under another identity.
         ahead: Whether it goes before those that wait for the former self to be reaped, also when it
             is repeated under another identity.
     """
 
-    __slots__ = ("ahead", "held", "index", "owner", "partition", "sent", "size", "words")
+    __slots__ = ("ahead", "count", "held", "index", "owner", "partition", "sent", "size", "words")
 
-    def __init__(self, partition: int, words: Sequence[Any], size: int = 64) -> None:
+    def __init__(
+        self, partition: int, words: Sequence[Any], size: int = 64, count: int = 1
+    ) -> None:
         self.partition = partition
         self.words = words
         self.size = size
+        self.count = count
         self.owner: Any = None
         self.index = 0
         self.sent: tuple[Any, int, Any] | None = None
-        self.held = False
+        self.held: Sequence[bytes] = ()
         self.ahead = False
 
     def __repr__(self) -> str:
@@ -118,6 +130,17 @@ class Operation:
         name: bytes = self.words[1]
         return name
 
+    def changes(self) -> list[Sequence[Any]]:
+        """Return the words of each change."""
+        width = len(self.words) // self.count
+        return [self.words[at : at + width] for at in range(0, len(self.words), width)]
+
+    def each(self, answer: Any) -> Sequence[Any]:
+        """Return the answers to the changes; an error is the answer to each of them."""
+        if self.count == 1:
+            return (answer,)
+        return [answer] * self.count if isinstance(answer, Exception) else answer
+
     @property
     def frees(self) -> bool:
         """Return whether a server that is out of memory still has to run it."""
@@ -133,6 +156,42 @@ def join(partition: int, resource: bytes) -> Operation:
 def append(partition: int, resource: bytes, partial: bytes) -> Operation:
     """Become a member and store a partial."""
     return Operation(partition, (_APPEND, resource, partial), len(partial) + 64)
+
+
+def _many(partition: int, code: int, columns: Sequence[Sequence[Any]], size: int = 0) -> Operation:
+    """Return many changes of a kind, given what each of them takes."""
+    count, width = len(columns[0]), len(columns) + 1
+    words: list[Any] = [code] * (count * width)
+    for place, column in enumerate(columns, 1):
+        words[place::width] = column
+    return Operation(partition, words, max(size + 64 * count, _SHARE * count), count)
+
+
+def join_many(partition: int, resources: Sequence[bytes]) -> Operation:
+    """Become a member of many resources."""
+    return _many(partition, _JOIN, (resources,))
+
+
+def append_many(partition: int, resources: Sequence[bytes], partials: Sequence[bytes]) -> Operation:
+    """Become a member of many resources, and store a partial of each."""
+    return _many(partition, _APPEND, (resources, partials), sum(map(len, partials)))
+
+
+def leave_many(
+    partition: int, resources: Sequence[bytes], flags: Sequence[int], partials: Sequence[bytes]
+) -> Operation:
+    """Do what `leave` does, for many resources."""
+    return _many(partition, _LEAVE, (resources, flags, partials), sum(map(len, partials)))
+
+
+def complete_many(partition: int, resources: Sequence[bytes], tokens: Sequence[int]) -> Operation:
+    """Drop many batches that were executed."""
+    return _many(partition, _COMPLETE, (resources, tokens))
+
+
+def resume_many(partition: int, resources: Sequence[bytes], tokens: Sequence[int]) -> Operation:
+    """Take many batches of one's own up again."""
+    return _many(partition, int(Code.RESUME), (resources, tokens))
 
 
 def leave(partition: int, resource: bytes, partial: bytes = b"", flags: int = 0) -> Operation:

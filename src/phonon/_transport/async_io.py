@@ -317,7 +317,7 @@ class AsyncNode(Node):
 
 
 async def run(steps: Steps[T]) -> T:
-    """Carry steps out, in this task, and return what they return."""
+    """Carry steps out, in this task, and return their result."""
     result: Any = None
     failure: BaseException | None = None
     while True:
@@ -406,7 +406,7 @@ async def _connect(share: Share, deadline: float) -> Channel | None:
     return None
 
 
-# What connections are made with
+# The client backend
 
 
 def _node(client: Any) -> Node:
@@ -461,7 +461,7 @@ async def _close(client: Any) -> None:
 
 
 def backend(loop: asyncio.AbstractEventLoop) -> connect.ClientBackend:
-    """Return what makes clients and nodes with redis.asyncio, in an event loop."""
+    """Return the backend of redis.asyncio for an event loop."""
     return connect.ClientBackend(
         package="redis.asyncio",
         client=_client,

@@ -178,10 +178,10 @@ class AsyncDriver:
         server: Where calls go.
         library: Names the server's functions.
         identity: Whose lanes they go through.
-        retry_timeout: Seconds after which a caller is told that there is no answer.
+        retry_timeout: Seconds after which a caller without an answer gets an error.
         explain: Turns an error of the server's into one that names the remedy.
         max_concurrent: How much of the user's code runs at the same time.
-        slice: Seconds of user code after which an `Execute` returns with what is done.
+        slice: Seconds of user code after which an `Execute` returns with the results so far.
 
     Attributes:
         on_detached: Told a flow whose caller has gone, and which goes on by itself.
@@ -240,7 +240,7 @@ class AsyncDriver:
                 goes on in the background.
             ConfigurationError: Another event loop runs.
             ForkedError: This is a forked child.
-            BaseException: What the flow raises.
+            BaseException: The error of the flow.
         """
         run = FlowRun(flow, name)
         try:
@@ -252,12 +252,12 @@ class AsyncDriver:
             raise
 
     def resume(self, run: FlowRun) -> Any:
-        """Return what a flow whose caller had gone has returned.
+        """Return the result of a flow whose caller had gone.
 
         It goes on by itself; if it has not ended yet its task is returned.
 
         Raises:
-            BaseException: What the flow has raised.
+            BaseException: The error of the flow, if it has raised one.
         """
         task: asyncio.Task[Any] | None = run.running
         if task is None:
@@ -305,6 +305,8 @@ class AsyncDriver:
                 run.has_sent = True
             elif effect.__class__ is Done:
                 return effect.value
+            elif effect is CALLER_GONE:
+                reply = run.caller_gone
             else:
                 reply = await self._perform(run, cast("AnyEffect", effect))
             run.advance(reply)
@@ -369,7 +371,7 @@ class AsyncDriver:
         return cast("list[Any]", ticket.answers)
 
     def _kick(self, lane: Lane) -> None:
-        """Have the pump of a lane's node send what it has."""
+        """Wake the pump of a lane's node, so that it sends the lane's calls."""
         self._busy[lane] = None
         node = self._node_of(lane)
         if node not in self._pumps:
@@ -386,7 +388,7 @@ class AsyncDriver:
         self._pumps[node] = pump
 
     async def _pump(self, node: Node) -> None:
-        """Send what the lanes of a node have, until they have nothing."""
+        """Send the calls of a node's lanes, until there are none."""
         pause = FIRST_PAUSE
         try:
             while calls := self._collect(node):
@@ -508,8 +510,6 @@ class AsyncDriver:
             return await self._read(effect)
         if isinstance(effect, Execute):
             return await self._execute(effect.jobs)
-        if effect is CALLER_GONE:
-            return run.caller_gone
         if isinstance(effect, Branch):
             return await self._branch(effect)
         if effect is FLUSH:
@@ -590,10 +590,11 @@ class AsyncDriver:
         mail.groups[future] = group
         if group not in self._readers:
             self._readers[group] = self._start(self._read_mail(group), "phonon-mail", Context())
+        timer = self.loop.call_later(effect.seconds, _resolve, future, False)  # noqa: FBT003 - the value
         try:
-            await asyncio.wait([future], timeout=effect.seconds)
-            return future.done()
+            return bool(await future)
         finally:
+            timer.cancel()
             if mail.waiting.get(effect.waiter) is future:
                 del mail.waiting[effect.waiter]
             del mail.groups[future]
@@ -611,8 +612,8 @@ class AsyncDriver:
                     log.warning("mail cannot be read: %s", error)
                     await asyncio.sleep(READ_MAIL)
                     continue
-                if found is not None:
-                    self._mail.hand_out(waiter_of(found[1]))
+                for element in found:
+                    self._mail.hand_out(waiter_of(element))
         finally:
             self._readers.pop(group, None)
 
@@ -671,7 +672,7 @@ class AsyncDriver:
             task.exception()  # told where the result is asked for
 
     async def close(self) -> None:
-        """Cancel what still runs, and wait for its end."""
+        """Cancel the tasks that still run, and wait for their end."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -725,7 +726,7 @@ class _Mail:
 
 
 async def _outcome_of(function: Callable[[], Any]) -> Outcome:
-    """Run the user's code: what is not ``async`` in a thread, so that the event loop goes on."""
+    """Run the user's code; a thread runs functions that are not ``async``."""
     if iscoroutinefunction(function):
         outcome = Outcome(function())
     else:

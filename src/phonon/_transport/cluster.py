@@ -130,7 +130,7 @@ class ClusterServer(Server):
         asked = {i: self.node_of(requests[i].key) for i in indices}
         failure = yield from super()._attempt(requests, indices, replies, limit, confirm)
         suspects = {node for i, node in asked.items() if replies[i] is UNANSWERED}
-        # Who sent us on is the one that knows: the others hear of it later.
+        # The node that redirected us knows the new owner; the others hear of it later.
         moved = {
             self._slot(requests[i].key): there
             for i, node in asked.items()
@@ -182,7 +182,7 @@ class ClusterServer(Server):
         """Ask nodes, one after the other, until one knows the whole map.
 
         Returns:
-            What went wrong, if none knew anything.
+            The errors, if no node answered.
         """
         failure: BaseException | None = RedisConnectionError("none of its nodes has slots")
         most = 0
@@ -206,7 +206,7 @@ class ClusterServer(Server):
 
     def _map(self, asked: Node, slots: Sequence[Any]) -> list[Node]:
         """Turn the answer of ``CLUSTER SLOTS`` into a list of nodes by slot."""
-        # Whoever is asked for a slot that nobody has says so, or knows better.
+        # A node that is asked for a slot without an owner says so, or knows the owner.
         owners = [asked] * REDIS_CLUSTER_HASH_SLOTS
         for first, last, *nodes in slots:
             # The replicas too: they are asked for the map when the primaries are gone.

@@ -79,7 +79,7 @@ class SharedConnection:
 
 
 class _Opened:
-    """A server, its client, and what has to be closed with them, the last first."""
+    """A server, its client, and the objects to close with them, the last first."""
 
     def __init__(self) -> None:
         self.server: Server | None = None
@@ -272,7 +272,7 @@ def _known(cluster: Any) -> list[tuple[str, int]]:
 
 
 def _instead(client: Any) -> str:
-    """Return what was given in place of a client, and what to give."""
+    """Describe an argument that is no client, and name the right one."""
     if isinstance(client, str):
         return "not a str: give a URL as url="
     if isinstance(client, type):
@@ -410,7 +410,7 @@ def _sentinel_client(address: Address, backend: ClientBackend, opened: _Opened) 
 
 
 def _check_sentinels(nodes: list[Node], address: Address) -> Steps[None]:
-    """Name the fault of sentinels, or of what we want from them, which redis-py does not."""
+    """Name the fault of sentinels, or of the service name, which redis-py does not."""
     known: set[str] = set()
     failure: BaseException | None = None
     for node in nodes:

@@ -24,7 +24,8 @@ REFUSALS = frozenset({"PHONONFENCED", "PHONONLOST", "PHONONSTALE"})
 UNANSWERED: Any = object()
 
 _FAILED = int(Reply.FAILED)
-_APPEND, _LEAVE = int(Code.APPEND), int(Code.LEAVE)
+_LEAVE = int(Code.LEAVE)
+_STORING = frozenset(map(int, (Code.APPEND, Code.INGEST, Code.INGEST_NEW)))
 
 Explain = Callable[[ResponseError], Exception]
 
@@ -54,7 +55,7 @@ def exchange(
     it back would have its contents come again, under a higher token.
     """
     most = server.most_bytes
-    if any([len(call.arguments[-2]) > most for call in calls]):  # noqa: C419 - it is faster
+    if any([len(call.arguments[-1]) > most for call in calls]):  # noqa: C419 - it is faster
         return (yield from _without_large(server, requests, calls, patience))
     durability = server.durability
     confirm = durability is not None and any(map(_stores, calls))
@@ -77,7 +78,7 @@ def _without_large(
     most = server.most_bytes
     replies: list[Answer] = []
     for call in calls:
-        size = len(call.arguments[-2])
+        size = len(call.arguments[-1])
         text = f"a call of {size:,} bytes, and it takes {most:,}: see its proto-max-bulk-len"
         replies.append(ResponseError(text) if size > most else UNANSWERED)
     small = [i for i, reply in enumerate(replies) if reply is UNANSWERED]
@@ -92,7 +93,7 @@ def _without_large(
 def _stores(call: Call) -> bool:
     for operation in call.operations:
         words = operation.words
-        if words[0] == _APPEND or (words[0] == _LEAVE and words[3]):
+        if words[0] in _STORING or (words[0] == _LEAVE and any(words[3::4])):
             return True
     return False
 
@@ -148,6 +149,14 @@ class Ticket:
     def enqueue(self, identity: LaneOwner) -> None:
         """Put what is in no lane yet into the lanes."""
         operations, answers = self.send.operations, self.answers
+        if len(operations) == 1 and not self._placed and not self.places:
+            (operation,) = operations
+            operation.owner, operation.index = self, 0
+            lanes = identity.lanes
+            self.put(lanes, lanes[operation.partition], operations)
+            self._placed = 1
+            self.catch_up(identity)
+            return
         answers.extend([UNANSWERED] * (len(operations) - len(answers)))  # it may have grown
         first, self._placed = self._placed, 0
         # All before the first are there, unless an exception has come in between.
@@ -209,8 +218,9 @@ class Ticket:
 
 def request_of(library: Library, partitions: Partitions, lane: Lane, call: Call) -> Request:
     """Return the request that a call is sent as."""
-    name = "apply_free" if call.frees else "apply"
-    return library.request(name, partitions.prefixes[lane.partition], *call.arguments)
+    prefix = partitions.prefixes[lane.partition]
+    name = library.function("apply_free" if call.frees else "apply")
+    return Request(prefix, (b"FCALL", name, b"1", prefix, *call.arguments))
 
 
 class Receiver:
@@ -266,9 +276,13 @@ class Receiver:
             owner = operation.owner
             if owner is None:
                 continue
-            if answer.__class__ is list and answer[0] == _FAILED:
-                text = answer[1].decode(ENCODING, "replace")
-                answer = self.explain(ResponseError(text))  # noqa: PLW2901 - the answer, as it is told
+            if answer.__class__ is list:
+                if operation.count == 1:
+                    answer = self._explained(answer)  # noqa: PLW2901 - the answer, as it is told
+                else:
+                    for place, each in enumerate(answer):
+                        if each.__class__ is list:
+                            answer[place] = self._explained(each)
             answers = owner.answers
             if answers[operation.index] is UNANSWERED:
                 answers[operation.index] = answer
@@ -277,6 +291,12 @@ class Receiver:
                 touched.append(ticket)
         for ticket in touched:
             ticket.tell()
+
+    def _explained(self, answer: list[Any]) -> Any:
+        """Return an answer as it is told: an error, if the operation has failed."""
+        if answer[0] != _FAILED:
+            return answer
+        return self.explain(ResponseError(answer[1].decode(ENCODING, "replace")))
 
 
 def mailbox(partitions: Partitions, lane: Lane) -> bytes:

@@ -88,7 +88,7 @@ def lost(address: str, error: BaseException | None) -> ConnectionLostError:
     """Return the error for a server that stopped answering in the middle of a call."""
     return ConnectionLostError(
         f"{address} does not answer ({error or 'not ready'}); "
-        "nothing local is lost, and what was under way goes on when the server is back"
+        "nothing local is lost, and calls under way go on when the server is back"
     )
 
 

@@ -85,7 +85,7 @@ class Server:
             looks as if it were gone.
     """
 
-    #: Whether one ``BLPOP`` may name lists of several partitions.
+    #: Whether one ``BLMPOP`` may name lists of several partitions.
     colocated = True
 
     def __init__(
@@ -117,7 +117,7 @@ class Server:
             AuthenticationError: The server wants other credentials.
             ServerTooOldError: It has no Functions.
             ConfigurationError: It is a node of a cluster, a sentinel or a replica, or cannot
-                confirm what ``durability`` demands.
+                confirm the calls, as ``durability`` demands.
         """
         try:
             yield from self._prepare(self._node, check_mode=True)
@@ -165,21 +165,22 @@ class Server:
             pause = min(pause * 2, self.longest_pause)
             limit = max(give_up - time.monotonic(), SHORTEST_TIMEOUT)
 
-    def wait(self, keys: Sequence[bytes], timeout: float) -> Steps[tuple[bytes, bytes] | None]:
-        """Wait for an element in lists and take it, on a connection of its own.
+    def wait(self, keys: Sequence[bytes], timeout: float) -> Steps[list[bytes]]:
+        """Wait for elements in lists and take what is in one, on a connection of its own.
 
         Args:
             keys: The lists; in a cluster all of one slot.
             timeout: Seconds.
 
         Returns:
-            The list and the element; None if none came in time, or the server is gone.
+            The elements; none if none came in time, or the server is gone.
 
         Raises:
             ServerError: The server refuses to wait.
         """
         node = self.node_of(keys[0])
-        words = (b"BLPOP", *keys, b"%.3f" % max(timeout, 0.001))
+        seconds, count = b"%.3f" % max(timeout, 0.001), b"%d" % len(keys)
+        words = (b"BLMPOP", seconds, count, *keys, b"LEFT", b"COUNT", _MOST_ELEMENTS)
         share = Share(node, [words], timeout + WAIT_GRACE, alone=True)
         yield RoundTrip([share])
         reply = share.replies[0] if share.replies else None
@@ -188,10 +189,11 @@ class Server:
             if isinstance(reply, ResponseError):
                 self._note(node, reply)
             yield Pause(min(timeout, WAIT_PAUSE))
-            return None
+            return []
         if isinstance(reply, ResponseError):
             raise self.explain(reply, keys)
-        return None if reply is None else (reply[0], reply[1])
+        elements: list[bytes] = [] if reply is None else reply[1]
+        return elements
 
     def close(self) -> Steps[None]:
         """Close the connections; a wait in another thread ends."""
@@ -250,7 +252,7 @@ class Server:
     ) -> Share:
         timeout = node.reply_timeout if limit is None else min(node.reply_timeout, limit)
         if confirm and self.durability is not None:
-            # Alone: whoever comes behind it on the same connection would wait for the disk too.
+            # Alone: a call behind it on the same connection would wait for the disk too.
             commands = [*commands, self.durability.command]
             timeout += self.durability.timeout + CONFIRM_GRACE
             return Share(node, commands, timeout, alone=True)
@@ -347,7 +349,7 @@ class Server:
     def _prepare(self, node: Node, *, check_mode: bool) -> Steps[None]:
         """Check one server, and load the library there."""
         info, *limits = yield from self._commands(node, (b"INFO",), *_LIMITS)
-        # A user who may not ask is no reason not to start: what is wrong shows in what fails.
+        # Start although the user may not ask: a missing permission shows in the call that fails.
         facts = _facts(info) if isinstance(info, bytes) else {}
         self.most_bytes = min(self.most_bytes, *map(_limit, limits))
         if check_mode:
@@ -388,7 +390,7 @@ class Server:
             )
 
     def _check_durability(self, node: Node, facts: dict[str, str]) -> Steps[None]:
-        """Check that the server can confirm what is demanded."""
+        """Check that the server can give the demanded confirmation."""
         if self.durability is None:
             return
         reason = None
@@ -413,24 +415,26 @@ class Server:
         )
 
 
-#: What bounds the length of a word, and the length without an answer to that: the defaults.
+#: The settings that bound the length of a word, with their defaults.
 _LIMITS = (
     (b"CONFIG", b"GET", b"proto-max-bulk-len"),
     (b"CONFIG", b"GET", b"client-query-buffer-limit"),
 )
 _MOST_BYTES = 512 * 1024 * 1024
+#: Elements of a list that a wait takes at once.
+_MOST_ELEMENTS = b"100"
 #: Bytes of a request beside the longest value.
 _AROUND = 4096
 
 
 def _limit(answer: Any) -> int:
-    """Return what a server says about a limit; the default if it may not be asked, or has none."""
+    """Return a limit of a server; the default if it may not be asked, or has none."""
     if isinstance(answer, list) and len(answer) > 1 and answer[1].isdigit() and int(answer[1]):
         return int(answer[1]) - _AROUND
     return _MOST_BYTES
 
 
 def _facts(info: bytes) -> dict[str, str]:
-    """Return what ``INFO`` says."""
+    """Return the answer to ``INFO``."""
     lines: Iterable[str] = re.split(r"\r?\n", info.decode(errors="replace"))
     return dict(line.split(":", 1) for line in lines if ":" in line)

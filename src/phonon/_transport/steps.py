@@ -17,7 +17,7 @@ GONE = (RedisConnectionError, RedisTimeoutError, OSError)
 #: Seconds to wait for a connection, or for an answer, unless the client has a limit of its own.
 SOCKET_TIMEOUT = 5.0
 
-#: Connections are ours, so they do not repeat, decode or receive what was not asked for.
+#: Connections are ours, so they do not repeat calls, decode answers or receive pushes.
 _OUR_WAY: dict[str, Any] = {"protocol": 2, "decode_responses": False, "health_check_interval": 0}
 #: Options of a pool that a connection does not need, or that push messages into it.
 _NOT_OURS = (
@@ -41,7 +41,7 @@ class Node(ABC):
 
     Args:
         connection_class: The client's class of connections.
-        options: What the client makes its connections with.
+        options: The options of the client's connections.
         service: The service that the address stands for, if sentinels are asked for it.
 
     Attributes:

@@ -3,7 +3,7 @@
 redis-py makes a connection (TLS, log-in, sentinels); from then on the socket is ours, with a
 deadline for each exchange. A connection is in its node's idle list only while no answer is due on
 it: it is taken out before anything is sent and put back after the last answer, so an exception that
-a signal handler raises, at whatever bytecode, leaves it out, and its answers are never read by
+a signal handler raises, at any bytecode, leaves it out, and its answers are never read by
 another caller.
 """
 
@@ -11,6 +11,8 @@ import contextlib
 import os
 import select
 import socket
+import struct
+import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -56,7 +58,7 @@ class Connection:
         deadline: The time, by ``time.monotonic``, until which to connect.
     """
 
-    __slots__ = ("__weakref__", "_real", "closed", "pid", "reader", "sock")
+    __slots__ = ("__weakref__", "_real", "_timeout", "closed", "pid", "reader", "sock")
 
     def __init__(self, node: Node, deadline: float) -> None:
         self.closed = False
@@ -65,7 +67,7 @@ class Connection:
         left = max(deadline - time.monotonic(), 0.001)
         for name in ("socket_timeout", "socket_connect_timeout"):
             options[name] = min(options[name], left)
-        # Kept: it closes the socket when nobody refers to us, as after an untimely interrupt.
+        # Kept: it closes the socket when this object is dropped, as after an untimely interrupt.
         self._real: Any = node.connection_class(**options)
         try:
             self._real.connect()
@@ -73,12 +75,17 @@ class Connection:
             self.close()
             raise
         self.sock: socket.socket = self._real._sock  # noqa: SLF001 - redis-py has no other name for it
-        self.sock.settimeout(node.reply_timeout)
+        self._timeout = _kernel_timeout(self.sock, node.reply_timeout)
+        self.rest()
         self.reader = Reader(
             protocolError=RedisConnectionError,
             replyError=ResponseError,
             notEnoughData=_NOT_ENOUGH,
         )
+
+    def rest(self) -> None:
+        """Wait for a reply's time from now on, as a connection does that has no deadline."""
+        self.sock.settimeout(self._timeout)
 
     def send(self, data: bytes, deadline: float) -> None:
         """Send commands.
@@ -121,6 +128,24 @@ class Connection:
         """Close it. In a forked child this does not disturb the parent."""
         self.closed = True
         self._real.disconnect()
+
+
+def _kernel_timeout(sock: socket.socket, seconds: float) -> float | None:
+    """Have the kernel watch the time, if it can: a timeout of Python's polls before each call.
+
+    Returns:
+        The timeout that Python has to watch.
+    """
+    # OpenSSL would wait again, and so would an event loop behind a socket that was patched in.
+    if type(sock).__module__ != "socket" or sys.platform == "win32":
+        return seconds
+    timeval = struct.pack("@ll", *divmod(int(seconds * 1_000_000), 1_000_000))
+    try:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+    except OSError:
+        return seconds  # its timeval is another one
+    return None
 
 
 def _left(deadline: float) -> float:
@@ -170,7 +195,7 @@ class SyncNode(Node):
     def give_back(self, connection: Connection) -> None:
         """Put back a connection on which no answer is due."""
         self._alone.discard(connection)
-        connection.sock.settimeout(self.reply_timeout)
+        connection.rest()
         self.idle.append(connection)
         if self.closed:
             self.retire()
@@ -181,7 +206,7 @@ class SyncNode(Node):
         self._alone.discard(connection)
 
     def retire(self) -> None:
-        """Close the idle connections. Those in use are told the same that we were."""
+        """Close the idle connections. Those in use find out by themselves."""
         while (connection := self._pop()) is not None:
             connection.close()
 
@@ -222,16 +247,16 @@ def exchange_now(server: Server, request: Request) -> Any:
 
     Args:
         server: Where.
-        request: What.
+        request: The request.
 
     Returns:
         The answer. None if anything is out of the ordinary, so that whether the request was
         carried out is unknown: `Server.exchange` repeats it, byte for byte, and sees to the rest.
         It does not wait for `Durability`.
     """
-    if len(request.words[-2]) > server.most_bytes:
+    if len(request.words[-1]) > server.most_bytes:
         return None
-    node = cast("SyncNode", server.node_of(request.key))
+    node: SyncNode = server.node_of(request.key)  # type: ignore[assignment]  # all of ours are
     connection = None
     try:
         connection = node.idle.pop()
@@ -246,7 +271,7 @@ def exchange_now(server: Server, request: Request) -> Any:
         reply = reader.gets()
         if reply is _NOT_ENOUGH:
             reply = connection.read(time.monotonic() + node.reply_timeout)
-            connection.sock.settimeout(node.reply_timeout)
+            connection.rest()
     except IndexError:
         return None
     except GONE:
@@ -335,7 +360,7 @@ def take_off(node: Node) -> Flight | None:
 
 
 def run(steps: Steps[T]) -> T:
-    """Carry steps out, in this thread, and return what they return."""
+    """Carry steps out, in this thread, and return their result."""
     result: Any = None
     failure: BaseException | None = None
     while True:
@@ -420,7 +445,7 @@ def _told(error: BaseException, share: Share) -> BaseException:
     return error
 
 
-# What connections are made with
+# The client backend
 
 
 def _node(client: Any) -> Node:

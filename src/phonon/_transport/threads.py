@@ -12,6 +12,7 @@ others from doing the same work. A claim of an outer frame of one's own thread, 
 an exception has ended, is taken over.
 """
 
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -348,7 +349,7 @@ class ThreadDriver:
             effect = effects[0]
             if effect.__class__ is Send:
                 try:
-                    reply = self._send(run, effect)
+                    reply: Any = self._send(run, effect)
                 except ConnectionLostError as error:
                     if not run.background:
                         raise
@@ -357,6 +358,8 @@ class ThreadDriver:
                 run.has_sent = True
             elif effect.__class__ is Done:
                 return effect.value
+            elif effect is CALLER_GONE:
+                reply = run.caller_gone
             else:
                 reply = self._perform(run, cast("AnyEffect", effect))
             run.advance(reply)
@@ -632,8 +635,6 @@ class ThreadDriver:
             return self._branch(effect)
         if effect is FLUSH:
             return self.flush()
-        if effect is CALLER_GONE:
-            return run.caller_gone
         raise TypeError(f"a flow has yielded {effect!r}, which is no effect")
 
     def _branch(self, effect: Branch) -> Outcome:
@@ -720,17 +721,20 @@ class ThreadDriver:
             mail.wake_one(group)
 
     def _read_mail(self, group: int | None, seconds: float) -> None:
-        """Read one mail, and hand it to the thread that it is for."""
+        """Read mail, and hand it to the threads that it is for."""
         lanes = self.identity.lanes
         chosen = lanes if group is None else [lanes[group]]
         keys = [mailbox(self.identity.partitions, lane) for lane in chosen]
+        unread = self._mail.unread
         try:
-            found = sync_io.run(self.server.wait(keys, seconds))
+            if not unread:
+                unread += sync_io.run(self.server.wait(keys, seconds))
         except ServerUnreachableError:
-            found = None
             time.sleep(min(seconds, LOOK_AGAIN))
-        if found is not None:
-            self._mail.hand_out(waiter_of(found[1]))
+        # What an interrupt leaves in it, the next one that reads hands out.
+        with contextlib.suppress(IndexError):
+            while True:
+                self._mail.hand_out(waiter_of(unread.popleft()))
 
     # The rest
 
@@ -773,6 +777,8 @@ class _Mail:
         self.groups: dict[Bell, int | None] = {}
         #: Threads that are woken by their mail, and not only to read.
         self.told: dict[Bell, None] = {}
+        #: Mail that was taken from the server, and not handed out yet.
+        self.unread: deque[bytes] = deque()
         self._early: OrderedDict[str, float] = OrderedDict()
 
     def hand_out(self, waiter: str) -> None:

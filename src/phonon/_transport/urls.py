@@ -54,7 +54,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 _READERS: dict[str, Any] = dict(URL_QUERY_ARGUMENT_PARSERS)
-#: Options that are objects in redis-py, or that set what we see to.
+#: Options that are objects in redis-py, or that Phonon sets itself.
 _NOT_IN_A_URL = frozenset(
     {
         "command_packer",

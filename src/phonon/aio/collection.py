@@ -21,14 +21,14 @@ class AsyncRecordCache(BaseRecordCache, AsyncLruCache[Any]):
     """The records of a collection, for tasks."""
 
     async def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
-        """End the sessions of what has left the cache. Returns what went wrong."""
+        """End the sessions of records that have left the cache. Returns the errors."""
         return await self._end(out)
 
 
 class AsyncCollection(BaseCollection[P, M]):
     """Merges messages into records by key; see `Collection`. Made by `AsyncProcess.collect`.
 
-    The model's ``on_complete`` may be a coroutine function; one that is not runs in a thread.
+    The model's ``on_complete`` may be a coroutine function; an ordinary function runs in a thread.
 
     Example:
         >>> import asyncio
@@ -64,7 +64,7 @@ class AsyncCollection(BaseCollection[P, M]):
             ConnectionLostError: The server does not answer. The data is kept and stored once, when
                 the server is back: do not hand the message back to its broker.
             BacklogFullError: Too much is unfinished; this was not taken in.
-            Exception: What ending an evicted record's session raised; the message was merged.
+            Exception: The error of ending an evicted record's session; the message was merged.
         """
         if self._engine.outbox.full:
             await self._room()
@@ -118,7 +118,7 @@ class AsyncCollection(BaseCollection[P, M]):
         raise_together("ending sessions failed", await self._cache.end(out))
 
     async def read(self, key: Any) -> M | None:
-        """Return what all processes have stored of a key; see `Collection.read`."""
+        """Return the data that all processes have stored of a key; see `Collection.read`."""
         found: M | None = await self._engine.run(self._reading(key))  # type: ignore[attr-defined]  # of tasks
         return found
 

@@ -11,7 +11,7 @@ async def leave(error: BaseException | None, work: Awaitable[object]) -> None:
     """Await the end of a block. A cancelled task is not held up for long by that.
 
     Args:
-        error: What the block raised.
+        error: The error of the block.
         work: The work to be done.
     """
     if not isinstance(error, asyncio.CancelledError):

@@ -150,7 +150,7 @@ class AsyncSemaphore(BaseSemaphore, AsyncLock):
     Args:
         process: The process that wants a place.
         name: The semaphore's name, any text. It has nothing to do with a resource of that name.
-        places: How many may hold it at the same time; the same for all who use it.
+        places: The number of places; all processes must name the same number.
         block: Whether to wait if all places are taken.
         lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
         on_lost: As of an `AsyncLock`.

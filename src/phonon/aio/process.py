@@ -47,38 +47,38 @@ class AsyncProcess(BaseProcess):
     """One participant, for programs with an event loop; see `Process`.
 
     Use it in an ``async with`` block, or await `start` and `stop`. It belongs to the event loop in
-    which it was started: its heartbeat, and all else that it does in the background, are tasks of
-    that loop, which end with `stop`. Other processes, of this program or others, with or without
+    which it was started: its heartbeat and its other background work are tasks of that loop, which
+    end with `stop`. Other processes, of this program or others, with or without
     an event loop, may use the same resources.
 
-    A call that is cancelled is as safe as one whose answer was lost: what has to be carried on is
-    carried on in the background. After ``os.fork`` the child cannot use it.
+    A call that is cancelled is as safe as one whose answer was lost: it is finished in the
+    background. After ``os.fork`` the child cannot use it.
 
     Args:
         session_length: As of a `Process`, as are the next ones.
         host: The server's host.
         port: The server's port.
         db: The server's database.
-        heartbeat_interval: Seconds between two heartbeats. Code that keeps the event loop from
-            running for four of them makes others believe that this process is dead.
+        heartbeat_interval: Seconds between two heartbeats. Code that blocks the event loop for four
+            of them makes others declare this process dead.
         recover_failed_processes: Whether this process executes the batches of dead ones.
         hosts: Nodes of a cluster, ``"host:port"`` each, instead of ``host`` and ``port``.
         url: Where the server is, instead of those.
         client: A ``redis.asyncio.Redis`` or ``redis.asyncio.RedisCluster`` of the same event loop
             to use, instead of those.
         namespace: Processes of different namespaces do not see each other. Any text.
-        partitions: Into how many partitions the namespace is split, if this is its first process.
+        partitions: The number of partitions, if this is the namespace's first process.
         serializer: How partials are encoded; the same in all processes.
-        retry: What happens to a batch whose ``execute`` fails.
+        retry: When a batch whose ``execute`` fails is tried again, and when it is parked.
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`.
-        durability: How safe data must be on the server before a call that stores it returns.
-        on_error: Called with every background error, which no caller gets, and awaited if it
+        durability: The confirmation that a call which stores data waits for.
+        on_error: Called with every error that has no caller to be raised to, and awaited if it
             returns something to await.
-        max_concurrent: How many ``execute`` run at the same time, each in a task of its own. A
+        max_concurrent: The most ``execute`` calls at the same time, each in a task of its own. A
             resource's batches stay in order.
-        max_backlog: How much may be left undone, because ``execute`` fails or the server does not
-            answer, before no new updates are taken in.
+        max_backlog: The most unfinished sessions and calls, because ``execute`` fails or the server
+            does not answer, with which new updates are taken in.
         overflow: Whether `AsyncLruCache.set` then waits for room, for `BLOCKING_TIMEOUT` at the
             most (``"block"``), or raises a `BacklogFullError` at once (``"raise"``).
 
@@ -289,10 +289,10 @@ class AsyncProcess(BaseProcess):
         raise_together("stopping left something undone", errors_only(errors))
 
     def begin_after_fork(self) -> None:
-        """Hold nothing: the child has no event loop to go on with, and refuses every call."""
+        """Hold nothing: the child has no event loop, and refuses every call."""
         self.engine.after_fork_in_child()
 
-    # What is made through it
+        # Objects of the process
 
     async def create_reference(
         self, resource: str, block: bool = True, parties: int | None = None
@@ -366,8 +366,8 @@ class AsyncProcess(BaseProcess):
             idle: Seconds without a message after which this process leaves a key's session.
             longest: Seconds after which it ends the session although messages keep coming.
             largest: The number of messages from this process after which it ends the session.
-            ignore_unknown: Whether to pass over what the model does not know in a message.
-            sink: Where its records are written to, in place of the model's ``on_complete``.
+            ignore_unknown: Whether to pass over a message's fields that the model does not have.
+            sink: The sink that its records are written to, in place of the model's ``on_complete``.
 
         Raises:
             ConfigurationError: An argument is invalid, or the model never completes.
@@ -406,15 +406,15 @@ class AsyncProcess(BaseProcess):
         message_id: Callable[[Any], Any] | None = None,
         window: float = WINDOW,
     ) -> AsyncBatch:
-        """Collect what this task does, and the tasks that it starts, and send it together.
+        """Collect the calls of this task and of the tasks that it starts, and send them together.
 
-        It is sent when the ``async with`` block ends; see `Process.batch`. Tasks that are started
-        in the block and outlive it send by themselves what they do afterwards.
+        They are sent when the ``async with`` block ends; see `Process.batch`. Tasks that are
+        started in the block and outlive it send their later calls by themselves.
 
         Args:
             durable: Whether updates made with ``init_cache=False`` are stored as well.
             messages: With ``dedupe``: the messages, for ``async for``.
-            dedupe: Whose ids the messages have.
+            dedupe: The scope of the messages' ids.
             message_id: Returns a message's id.
             window: Seconds for which ids are remembered on the server.
         """

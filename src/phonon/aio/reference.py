@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 class AsyncReference(BaseReference):
     """A process's membership in a resource; see `Reference`.
 
-    Made by `AsyncProcess.create_reference`. Tasks that are to count separately take an
-    `AsyncProcess` each.
+    Made by `AsyncProcess.create_reference`. To count tasks separately, give each an `AsyncProcess`.
 
     Args:
         process: The process that is a member.
         resource: The name of the resource, any text.
         block: Whether `lock` waits by default.
-        parties: How many different processes the session is to have, if that is known: until so
-            many have come, no process is the last.
+        parties: The number of different processes that the session is to have, if it is known: no
+            process is the last before so many have joined.
 
     Raises:
         ConfigurationError: An argument is invalid.

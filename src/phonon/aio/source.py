@@ -17,7 +17,7 @@ M = TypeVar("M")
 
 
 class AsyncMessages(BaseMessages[M], AsyncBatch):
-    """A batch of messages that is stored with what says that it is; see `phonon.source.Messages`.
+    """A batch of messages that is stored with its offsets or ids; see `phonon.source.Messages`.
 
     Loop over it with ``async for``, inside of its ``async with`` block.
     """
@@ -59,7 +59,7 @@ class AsyncSource(BaseSource):
     def batch(
         self, messages: Iterable[M], offset: Callable[[M], int] | None = None
     ) -> AsyncMessages[M]:
-        """Collect what messages bring, and store it with how far the source is.
+        """Collect the data of messages, and store it with the source's position.
 
         See `phonon.source.Source.batch`.
         """
@@ -84,6 +84,6 @@ class AsyncSource(BaseSource):
         raise_together("not everything was stored", errors_only(errors))
 
     async def forget(self) -> None:
-        """Delete what is stored about the source: it is new when it is claimed again."""
+        """Delete the source's position: it is new when it is claimed again."""
         engine = self._process.engine
         await engine.run(engine.sources.drop(self._claim))

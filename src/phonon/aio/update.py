@@ -27,8 +27,8 @@ class AsyncUpdate(Update):
     and do not hand the message back to its broker. Inside `AsyncProcess.batch` the data is stored
     when the block ends.
 
-    Its batches are executed by processes with an event loop. Another one that inherits such a
-    batch leaves it to them.
+    Its batches are executed by processes with an event loop. A process without one that takes over
+    such a batch leaves it to them.
 
     Args:
         process: The process it belongs to. None, for a unit test of `merge` and `execute`.
@@ -106,7 +106,7 @@ class AsyncUpdate(Update):
         return self._init_cache_ is not None
 
     async def open_now(self) -> None:
-        """Do what the constructor would have done, had it been able to wait."""
+        """Do the part of the constructor that has to wait."""
         init_cache = self._init_cache_
         if init_cache is None:
             return
@@ -143,9 +143,9 @@ class AsyncUpdate(Update):
     async def execute(self) -> None:
         """Write the merged record to the database; see `Update.execute`.
 
-        It runs in a task of its own; `AsyncProcess` says how many do at a time. If the call that
-        ended the session is cancelled, it goes on nevertheless: if it may take too long, limit
-        that here.
+        It runs in a task of its own; `AsyncProcess(max_concurrent=)` limits their number. If the
+        call that ended the session is cancelled, it goes on nevertheless: if it may take too long,
+        limit that here.
         """
         if not self.executes_many():
             raise NotImplementedError(f"{type(self).__qualname__} must define execute()")

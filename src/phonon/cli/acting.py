@@ -88,7 +88,7 @@ def unlock(name: str, token: int | None, semaphore: bool, yes: bool, **where: An
     with target(where).open() as admin:
         lock = admin.lock(name, semaphore=semaphore)
         if lock is None or not lock.holders:
-            raise click.UsageError(f"nobody holds {name}")
+            raise click.UsageError(f"{name} is not held")
         grants = [g for g in lock.holders if token in (None, g.token)]
         if len(grants) > 1:
             raise click.UsageError(
@@ -98,8 +98,8 @@ def unlock(name: str, token: int | None, semaphore: bool, yes: bool, **where: An
             (grant,) = grants
             confirm(
                 f"Release {name}, which {grant.process} at {tables.place(grant.host, grant.pid)} "
-                f"has held since {tables.moment(grant.since)}? It goes on believing that it holds "
-                "it until it checks.",
+                f"has held since {tables.moment(grant.since)}? The holder believes that it has the "
+                "lock until it checks.",
                 yes=yes,
             )
             token = grant.token
@@ -111,7 +111,7 @@ def unlock(name: str, token: int | None, semaphore: bool, yes: bool, **where: An
 @yes_option
 @target_options
 def expire(process: str, yes: bool, **where: Any) -> None:
-    """Declare PROCESS dead, so that survivors take over what it holds.
+    """Declare PROCESS dead, so that survivors take it over.
 
     PROCESS is its id, or the beginning of it.
     """

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import click
-import rich  # noqa: F401 - part of the extra: what is missing is said before a command begins
+import rich  # noqa: F401 - part of the extra: a missing package is reported before a command begins
 
 from phonon.cli.errors import one_line_errors
 from phonon.cli.init import init

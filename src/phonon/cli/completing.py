@@ -9,7 +9,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 from phonon.cli.options import Target
 from phonon.errors import PhononError
 
-#: Seconds that somebody who presses the tabulator waits.
+#: Seconds to wait for the server when the user presses Tab.
 PATIENCE = 1.0
 #: Completions that are worth listing.
 MOST = 50

@@ -1,4 +1,4 @@
-"""The command ``doctor``: what is wrong, and what to do about it."""
+"""The command ``doctor``: problems and their remedies."""
 
 import sys
 from typing import Any
@@ -13,11 +13,11 @@ MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM
 
 
 @click.command()
-@click.option("--quiet", is_flag=True, help="Only what is not as it should be.")
+@click.option("--quiet", is_flag=True, help="Only problems and notes.")
 @target_options
 @json_option
 def doctor(quiet: bool, as_json: bool, **where: Any) -> None:
-    """Check the server, the namespace and this host, and name the remedy for what is wrong.
+    """Check the server, the namespace and this host, and name the remedy for each problem.
 
     The exit status is 1 if there is a problem.
     """

@@ -33,7 +33,7 @@ limit_option = click.option(
 @json_option
 @watch_option
 def ps(as_json: bool, watch: float | None, **where: Any) -> None:
-    """List the processes: where they run, whether they beat, what they hold."""
+    """List the processes: host, state, and the number of their resources."""
     with target(where).open() as admin:
 
         def look() -> tuple[list[Any], RenderableType]:
@@ -69,7 +69,7 @@ def locks(
                 return found, tables.locks(found)
             lock = admin.lock(name, semaphore=semaphore)
             if lock is None:
-                return [], f"{name} is not locked, and nobody waits for it"
+                return [], f"{name} is not locked, and has no waiters"
             return [lock], tables.lock(lock)
 
         show(look, as_json=as_json, watch=watch)
@@ -140,7 +140,7 @@ def batches(
     with target(where).open() as admin:
 
         def look() -> tuple[list[Any], RenderableType]:
-            # Dead letters first: they wait for whoever reads this.
+            # Dead letters first: they wait for an operator.
             wanted = states or STATES
             others = [state for state in wanted if state != "parked"]
             walks = [admin.batches("parked", prefix)] if "parked" in wanted else []
@@ -172,7 +172,7 @@ def sources(as_json: bool, watch: float | None, **where: Any) -> None:
 @target_options
 @json_option
 def log(limit: int, as_json: bool, **where: Any) -> None:
-    """List what operators have done here: replayed, discarded, unlocked, expired."""
+    """List the acts of operators: replayed, discarded, unlocked, expired."""
     with target(where).open() as admin:
         found = admin.acts(limit)
         show(lambda: (found, tables.acts(found)), as_json=as_json, watch=None)

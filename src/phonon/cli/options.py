@@ -83,7 +83,7 @@ watch_option = click.option(
     flag_value=WATCH,
     type=click.FloatRange(min=0.1),
     metavar="[SECONDS]",
-    help="Look again every so many seconds, 2 by default, until Ctrl-C.",
+    help="Look again every 2 seconds, or as many as are given, until Ctrl-C.",
 )
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 prefix_option = click.option(
@@ -109,7 +109,7 @@ def show(
     as_json: bool,
     watch: float | None,
 ) -> list[Any]:
-    """Print what a look finds, once or again and again.
+    """Print the result of a look, once or again and again.
 
     Args:
         look: Returns entries, and how they are shown to people.
@@ -142,7 +142,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask before something is done that cannot be undone.
 
     Raises:
-        click.Abort: The answer is no, or nobody is there to be asked: ``--yes`` helps.
+        click.Abort: The answer is no, or there is no terminal to ask at: ``--yes`` helps.
     """
     if yes:
         return

@@ -38,7 +38,7 @@ def show_command(resource: str, token: int | None, limit: int, as_json: bool, **
     with target(where).open() as admin:
         found = admin.resource(resource)
         if token is None and not found.partials and found.batches:
-            token = found.batches[0].token  # no session is open: this is what is asked for
+            token = found.batches[0].token  # no session is open, so the batch is shown
         partials = list(itertools.islice(admin.content(resource, token), limit))
     if as_json:
         print_json([{**plain(found), "content": plain(partials)}])

@@ -214,7 +214,7 @@ def sources(found: Sequence[SourceStatus]) -> Table:
 
 
 def acts(found: Sequence[Act]) -> Table:
-    """Return a table of what operators have done."""
+    """Return a table of the acts of operators."""
     table = _table(counted(len(found), "act"), "when", "who", "act", "what", "token>", "detail")
     for act in found:
         table.add_row(

@@ -1,4 +1,4 @@
-"""The command ``top``: a live screen of what the namespace does, by process."""
+"""The command ``top``: a live screen of the namespace's activity, by process."""
 
 import itertools
 import time
@@ -35,7 +35,7 @@ class Rates:
 
 
 class Screen:
-    """Looks, and remembers what it saw, for rates.
+    """Looks, and remembers the figures, for rates.
 
     Args:
         admin: Looks.
@@ -147,7 +147,7 @@ def _head(totals: dict[str, Any], parked: list[BatchStatus]) -> Text:
 @target_options
 @json_option
 def top(interval: float, once: bool, as_json: bool, **where: Any) -> None:
-    """Watch throughput, sessions, merge ratio, backlog and what waits longest, by process."""
+    """Watch throughput, sessions, merge ratio, backlog and the longest wait, by process."""
     with target(where).open() as admin:
         screen = Screen(admin)
         if once:

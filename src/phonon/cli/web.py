@@ -44,7 +44,7 @@ def web(
     open_: bool,
     **where: Any,
 ) -> None:
-    """Serve a page that shows what `phonon top` and the others show, live.
+    """Serve a page that shows the figures of `phonon top` and the other commands, live.
 
     It listens on this host alone unless --host says otherwise, and is read-only unless --act is
     given. It has no users and no TLS: put a proxy in front of it where others can reach it.
@@ -60,20 +60,24 @@ def web(
         token = token or secrets.token_urlsafe(24)
     names = ("localhost", "127.0.0.1", "[::1]", host, *hostname)
     app = create_app(
-        place.url, namespace=place.namespace, token=token, hosts=tuple(dict.fromkeys(names))
+        place.url,
+        namespace=place.namespace,
+        token=token,
+        hosts=tuple(dict.fromkeys(names)),
+        timeout=place.timeout,
     )
     with place.open():
         pass  # a server that is not there is said now, not in a browser
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     socket = config.bind_socket()
-    socket.listen()  # whoever reads the address may ask at once
+    socket.listen()  # a reader of the address may connect at once
     shown = f"http://{_bracketed(host)}:{socket.getsockname()[1]}/"
     click.echo(f"Phonon's page: {shown}")
     if act:
         click.echo(f"token for acts: {token}")
     if not _is_loopback(host):
-        click.echo("everybody who can reach this host can read it", err=True)
+        click.echo("anyone who can reach this host can read it", err=True)
     if open_:
         webbrowser.open(shown)
     server.run([socket])

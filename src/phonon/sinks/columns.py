@@ -1,9 +1,9 @@
 """Columns of a table for the fields of a model.
 
-Integers, and what is compared by size, is merged by the database. Of everything else the record's
-state is kept in one binary column, merged by the model's own code, and shown in a column for people
-and queries: what is merged by the database in its own way (floating point, decimals of a fixed
-scale, texts by a collation, time zones) would not come to what the model says.
+The database merges integers, and values that are compared by size. The state of all other fields is
+kept in one binary column, merged by the model's own code, and shown in a column for people and
+queries: a database's own way of merging (floating point, decimals of a fixed scale, texts by a
+collation, time zones) would give another result than the model.
 """
 
 import copy
@@ -24,7 +24,7 @@ TOKEN, STATE = "token", "phonon_state"
 
 _ADDED = frozenset({"sum", "diff", "count"})
 _COMPARED = {"max": True, "timestamp": True, "min": False}
-#: What goes into a child table: whether its rows have a count.
+#: The kinds of field that may have a child table: whether its rows have a count.
 _CHILDREN = {"counter": True, "set_append": False}
 #: A key of MySQL has a length.
 _KEY_LENGTH = 255
@@ -82,7 +82,7 @@ class Plain(NamedTuple):
 
     Attributes:
         field: The field.
-        zero: What a record without values has.
+        zero: The value of a record without messages.
     """
 
     field: Any
@@ -102,7 +102,7 @@ class Plain(NamedTuple):
 
 
 class Layout:
-    """How a model is laid out in tables.
+    """The layout of a model in tables.
 
     Args:
         model: The model.
@@ -179,7 +179,7 @@ class Layout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether one statement does it all."""
+        """Whether one statement writes a whole record."""
         return not (self.kept or self.children)
 
     def key_of(self, record: Any) -> Any:
@@ -187,7 +187,7 @@ class Layout:
         return getattr(record, self.id)
 
     def plain_row(self, record: Any) -> dict[str, Any]:
-        """Return key, token and what the database merges of a record."""
+        """Return a record's key, token and the fields that the database merges."""
         row = {name: getattr(record, name) for name in self.plain}
         return {self.id: self.key_of(record), TOKEN: record.token, **row}
 
@@ -197,7 +197,7 @@ class Layout:
         return {self.id: self.key_of(record), TOKEN: 0, **row}
 
     def kept_row(self, record: Any, stored: bytes | None) -> dict[str, Any]:
-        """Return the state of a record merged with the stored one, and what it shows."""
+        """Return the state of a record merged with the stored one, and its shown values."""
         states = record.__dict__["_states_"]
         old = _serializer.loads(bytes(stored)) if stored else {}
         merged: dict[str, Any] = {}
@@ -218,7 +218,7 @@ class Layout:
         return row
 
     def child_rows(self, name: str, record: Any) -> list[dict[str, Any]]:
-        """Return what a record adds to a child table."""
+        """Return the rows that a record adds to a child table."""
         value, key = getattr(record, name), self.key_of(record)
         if isinstance(value, Mapping):
             return [{self.id: key, "item": item, "n": n} for item, n in sorted(value.items())]
@@ -257,7 +257,7 @@ def _child(
 
 
 def _for_json(value: Any) -> Any:
-    """Return a value as JSON shows it; nobody reads it back."""
+    """Return a value as JSON shows it; it is never read back."""
     shown = value
     if isinstance(value, Mapping):
         shown = {str(k): _for_json(v) for k, v in value.items()}

@@ -1,7 +1,7 @@
 """Tables of SQL databases as sinks, on SQLAlchemy Core 2: each batch once.
 
 A row has the token of the last batch that went into it. A batch is added only if its token is
-greater, in the same transaction; so one that comes again changes nothing.
+greater, in the same transaction, so a batch that comes again changes nothing.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ ATTEMPTS = 6
 #: Seconds before the second attempt; they double.
 FIRST_PAUSE = 0.02
 
-#: What databases call a transaction that has to be tried again: by SQLSTATE, or MySQL's number.
+#: The errors of a transaction that has to be tried again: SQLSTATEs, and MySQL's numbers.
 _AGAIN = frozenset({"40001", "40P01", "55P03", 1213, 1205, 1020})
 
 #: The table of `once`, unless something else is said.
@@ -35,7 +35,7 @@ TOKENS = "phonon_tokens"
 
 
 class BaseSqlTable:
-    """What `SqlTable` and `phonon.aio.sinks.AsyncSqlTable` share: everything but the waiting."""
+    """The base of `SqlTable` and `phonon.aio.sinks.AsyncSqlTable`: everything but the waiting."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ def pause(attempt: int) -> float:
 
 
 def is_lost_race(error: Any) -> bool:
-    """Return whether a transaction lost against another one, so that the next attempt may do."""
+    """Return whether a transaction lost against another one, and another attempt may succeed."""
     original = error.orig
     code = getattr(original, "sqlstate", None) or next(iter(getattr(original, "args", ())), None)
     return code in _AGAIN or "database is locked" in str(original)
@@ -225,7 +225,7 @@ def _insert_missing(dialect: str, table: sa.Table, key: Sequence[str]) -> Any:
 
 
 def _merge(connection: sa.Connection, layout: Layout, records: Sequence[Any]) -> None:
-    """Add records of which something is merged here: the rows are locked meanwhile."""
+    """Add records of which some fields are merged here, while the rows are locked."""
     dialect, table = connection.dialect.name, layout.table
     # A row that is not there cannot be locked. On SQLite this is what locks the database.
     missing = _insert_missing(dialect, table, [layout.id])
@@ -305,7 +305,7 @@ def tokens_table(metadata: sa.MetaData | None = None, name: str = TOKENS) -> sa.
 def once(connection: sa.Connection, update: Any, *, name: str = TOKENS) -> Iterator[bool]:
     """Tell whether a batch is new to the database. Use it in `execute`, in your transaction.
 
-    The token is stored with what you write, or neither is.
+    The token is stored with your data, or neither is.
 
     Args:
         connection: In a transaction.
@@ -313,7 +313,7 @@ def once(connection: sa.Connection, update: Any, *, name: str = TOKENS) -> Itera
         name: The name of the table that `tokens_table` describes.
 
     Returns:
-        For a ``with`` block: whether the batch was not written before. If it was, write nothing.
+        For a ``with`` block: whether the batch is new. If it is not, write nothing.
 
     Example:
         >>> def execute(self):

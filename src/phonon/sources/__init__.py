@@ -4,6 +4,6 @@
 * `phonon.sources.aio_kafka`: the same for tasks.
 * `phonon.sources.streams`, for streams of Redis and Valkey: unordered, by ids.
 
-Both are made of what any program can use for another broker: `phonon.Process.source`, and
-`phonon.Process.batch` with ``dedupe``.
+Both use only public calls, with which any program can read another broker: `phonon.Process.source`,
+and `phonon.Process.batch` with ``dedupe``.
 """

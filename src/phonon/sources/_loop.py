@@ -28,7 +28,7 @@ ATTEMPTS = 10
 PAUSE = 0.5
 
 
-class Sessions(Protocol):
+class SupportsExpireAll(Protocol):
     """The interface of an object that holds sessions, such as a `phonon.LruCache`."""
 
     def expire_all(self) -> None:
@@ -39,7 +39,7 @@ class Storing(Generic[M]):
     """Handles batches of messages, and puts poison ones aside.
 
     Args:
-        handle: The user's: makes the updates of one message.
+        handle: The user's function, which makes the updates of one message.
         on_poison: Told about each message that cannot be handled. It is passed over once this has
             returned.
     """
@@ -51,18 +51,17 @@ class Storing(Generic[M]):
     def store(
         self, open_batch: Callable[[Sequence[M]], Messages[M]], messages: Sequence[M]
     ) -> None:
-        """Handle messages, and store what they bring.
+        """Handle messages, and store their data.
 
-        A message that cannot be handled takes nothing with it: the others are handled again
-        without it.
+        If a message cannot be handled, the others are handled again without it.
 
         Args:
             open_batch: Returns the batch for some messages.
             messages: The messages.
 
         Raises:
-            PhononError: They could not be stored, for a reason that is no message's.
-            Exception: A message is poison, and there is nobody to tell.
+            PhononError: They could not be stored, and no message is the cause.
+            Exception: A message is poison, and there is no ``on_poison``.
         """
         waiting = [messages]
         while waiting:
@@ -160,7 +159,7 @@ class Loop:
         sessions: All of them are ended at the end.
     """
 
-    def __init__(self, sessions: Sessions | None) -> None:
+    def __init__(self, sessions: SupportsExpireAll | None) -> None:
         self._sessions = sessions
         self._stopping = threading.Event()
 
@@ -198,7 +197,7 @@ class Loop:
 
 
 def check_topics(argument: str, value: Any) -> list[str]:
-    """Return names, of which there may be one or several.
+    """Return the names of one or several topics.
 
     Raises:
         ConfigurationError: There are none, or something else.

@@ -1,7 +1,7 @@
-"""Kafka topics, and those of what speaks its protocol, each message once.
+"""Topics of Kafka, and of other brokers with its protocol, each message once.
 
-The offsets up to which messages are stored are kept in Phonon, in the same atomic step as what they
-have brought. They are committed to the broker as well, for the eyes of its tools.
+The offsets up to which messages are stored are kept in Phonon, in the same atomic step as their
+data. They are committed to the broker as well, for its tools to show.
 
 Needs the extra ``phonon[kafka]``, that is confluent-kafka.
 """
@@ -13,7 +13,14 @@ from typing import Any
 
 from phonon.errors import ConfigurationError, PhononError
 from phonon.source import Source
-from phonon.sources._loop import Loop, OnPoison, Sessions, Storing, check_topics, is_transient
+from phonon.sources._loop import (
+    Loop,
+    OnPoison,
+    Storing,
+    SupportsExpireAll,
+    check_topics,
+    is_transient,
+)
 
 try:
     from confluent_kafka import (
@@ -50,7 +57,7 @@ class BaseKafkaSource(Loop):
         *,
         batch_size: int = 1000,
         poll_timeout: float = 0.5,
-        sessions: Sessions | None = None,
+        sessions: SupportsExpireAll | None = None,
         on_poison: OnPoison[Message] | None = None,
         dead_letters: str | None = None,
     ) -> None:
@@ -143,7 +150,7 @@ class BaseKafkaSource(Loop):
         for key, batch in batches.items():
             source = self._sources.get(key)
             if source is None:
-                continue  # revoked: whoever has it reads them
+                continue  # revoked: the member that has the partition reads them
             self.received += len(batch)
             try:
                 storing.store(source.batch, batch)
@@ -188,7 +195,7 @@ class BaseKafkaSource(Loop):
                 log.info("%s", error)
                 self._begin_again(key)
 
-    # What this member reads
+        # The partitions of this member
 
     def _claim(self, key: _Key) -> int | None:
         """Claim a partition, however long it takes. Return where to read on from."""
@@ -223,7 +230,7 @@ class BaseKafkaSource(Loop):
                 try:
                     self._settled(source)
                 except PhononError as error:
-                    log.info("%s", error)  # whoever has it now reads a little more again
+                    log.info("%s", error)  # the member that has it now reads a little more again
 
     def _lost(self, _consumer: Any, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
@@ -232,8 +239,8 @@ class BaseKafkaSource(Loop):
     def _begin_again(self, key: _Key) -> None:
         """After an error: claim the partition again if it is still ours, and go back."""
         self.pause()
-        # A member that has lost a partition learns it here, and does not claim it from whoever has
-        # it. What is read here is read again.
+        # A member that has lost a partition learns it here, and does not claim it from the member
+        # that has it. Messages that are read here are read again.
         self._consumer.poll(0)
         if key not in self._sources or self.stopping:
             return
@@ -289,19 +296,19 @@ class KafkaSource(BaseKafkaSource):
     it yet stores nothing more, and are read from where they are stored.
 
     Args:
-        process: What stores.
+        process: The process that stores the messages.
         config: Of confluent-kafka's `Consumer`: ``bootstrap.servers``, ``group.id`` and others.
             Offsets are not committed automatically, and ``auto.offset.reset`` is ``earliest``
             unless it is given.
         topics: The topic, or several.
         batch_size: Messages that are stored together at the most. More cost less each.
         poll_timeout: Seconds to wait for messages.
-        sessions: A cache, say: its sessions are ended when the loop ends, those that are over
-            before that end by themselves.
+        sessions: A cache or a collection, whose sessions are ended when the loop ends. (Sessions
+            that are over before end by themselves.)
         on_poison: Called with a message that cannot be handled and the error. The message is passed
             over once this has returned.
-        dead_letters: In its place: the topic that such a message is sent to, with its error in the
-            headers.
+        dead_letters: Instead of ``on_poison``: the topic that such a message is sent to, with its
+            error in the headers.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -328,8 +335,8 @@ class KafkaSource(BaseKafkaSource):
             stop_on: Signals that end the loop, if it runs in the main thread.
 
         Raises:
-            Exception: What ``handle`` raised, if there is neither ``on_poison`` nor
-                ``dead_letters``; or what ending the sessions raised.
+            Exception: The error of ``handle``, if there is neither ``on_poison`` nor
+                ``dead_letters``; or of ending the sessions.
         """
         with self.running(stop_on):
             self._read(Storing(self._counted(handle), self._on_poison))

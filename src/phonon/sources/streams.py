@@ -1,7 +1,7 @@
 """Streams of Redis and Valkey with consumer groups, each entry once.
 
 Entries are shared by the consumers of a group, and those of dead consumers are taken over, so they
-come in no particular order. Their ids are stored with what they have brought, for a window of time
+come in no particular order. Their ids are stored with their data, for a window of time
 (`phonon.Process.batch` with ``dedupe``): an entry that is delivered again in it changes nothing.
 """
 
@@ -16,7 +16,14 @@ import redis
 
 from phonon.errors import ConfigurationError, PhononError
 from phonon.source import WINDOW, Messages
-from phonon.sources._loop import Loop, OnPoison, Sessions, Storing, check_topics, is_transient
+from phonon.sources._loop import (
+    Loop,
+    OnPoison,
+    Storing,
+    SupportsExpireAll,
+    check_topics,
+    is_transient,
+)
 
 if TYPE_CHECKING:
     from phonon.process import Process
@@ -42,7 +49,8 @@ class StreamSource(Loop):
     """Reads streams as a consumer of a group, and hands each entry to a function.
 
     Args:
-        process: What stores. Its server has the streams as well, unless ``client`` says otherwise.
+        process: The process that stores the entries. Its server has the streams, unless ``client``
+            is given.
         streams: The stream's key, or several. In a cluster give one.
         group: The consumer group, which is made if it is not there, to begin with the first entry.
         client: Another `redis.Redis` to read the streams from.
@@ -52,11 +60,12 @@ class StreamSource(Loop):
             acknowledged, is taken over.
         window: Seconds for which ids are remembered: much longer than ``claim_idle``, and than any
             outage after which entries are to count once.
-        sessions: A cache, say: its sessions are ended when the loop ends, those that are over
-            before that end by themselves.
+        sessions: A cache or a collection, whose sessions are ended when the loop ends. (Sessions
+            that are over before end by themselves.)
         on_poison: Called with an entry that cannot be handled and the error. The entry is passed
             over once this has returned.
-        dead_letters: In its place: the stream that such an entry is added to, with its error.
+        dead_letters: Instead of ``on_poison``: the stream that such an entry is added to, with its
+            error.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -73,7 +82,7 @@ class StreamSource(Loop):
         poll_timeout: float = 0.5,
         claim_idle: float = 60.0,
         window: float = WINDOW,
-        sessions: Sessions | None = None,
+        sessions: SupportsExpireAll | None = None,
         on_poison: OnPoison[StreamEntry] | None = None,
         dead_letters: str | None = None,
     ) -> None:
@@ -122,8 +131,8 @@ class StreamSource(Loop):
             stop_on: Signals that end the loop, if it runs in the main thread.
 
         Raises:
-            Exception: What ``handle`` raised, if there is neither ``on_poison`` nor
-                ``dead_letters``; or what ending the sessions raised.
+            Exception: The error of ``handle``, if there is neither ``on_poison`` nor
+                ``dead_letters``; or of ending the sessions.
         """
 
         def counted(entry: StreamEntry) -> None:
@@ -171,7 +180,7 @@ class StreamSource(Loop):
         if now >= self._claim_at:
             self._claim_at = now + self._idle_ms / 2000
             self._take_over(storing)
-        # What could not be stored is still this consumer's, and comes first.
+        # Entries that could not be stored are still this consumer's, and come first.
         after, self._again = ("0" if self._again else ">"), False
         found = self._client.execute_command(
             "XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", self._batch_size,

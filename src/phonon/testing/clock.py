@@ -1,8 +1,8 @@
 """A clock that a test advances, for the server and the library together.
 
 The server's part is a variant of the function library that adds an offset, which is kept in a key,
-to the server's time. It has another name than the library as it is shipped, which knows of no such
-key: nothing that runs in production can be made to. The library's part takes the place of the
+to the server's time. It has another name than the shipped library, which has no such key, so no
+production program can be made to follow a test's clock. The library's part takes the place of the
 module ``time`` in Phonon's modules, but for those that talk to the server: the network's time-outs
 are real.
 """
@@ -29,7 +29,7 @@ _SERVERS_TIME = "local time = call('TIME')\n  return time[1], time[2]"
 _SHIFTED_TIME = f"""local time = call('TIME')
   local micros = time[1] * 1000000 + time[2] + tonumber(call('GET', '{KEY}') or 0)
   return string.format('%d', math.floor(micros / 1000000)), string.format('%d', micros % 1000000)"""
-#: Real seconds to wait for what an advance sets going.
+#: Real seconds to wait for the work that an advance sets going.
 _PATIENCE = 20.0
 _LOOK = 0.002
 
@@ -87,13 +87,13 @@ class Clock:
         self._replaced: list[tuple[ModuleType, str, Any]] = []
 
     def start(self) -> None:
-        """Begin to be the clock of what is made from now on."""
+        """Become the clock of all processes that are made from now on."""
         self._client.set(KEY, 0)
         self._replace(library, "default", _library)
         self._shift_modules()
 
     def stop(self) -> None:
-        """Leave things as they were."""
+        """Restore the real clock."""
         for module, name, value in reversed(self._replaced):
             setattr(module, name, value)
         self._replaced.clear()
@@ -108,7 +108,7 @@ class Clock:
         """Let time pass: leases run out, the dead are taken over, retries and sessions come due.
 
         Processes of this interpreter that live beat meanwhile as they would in that time. It
-        returns when they have done what has come due.
+        returns when they have done all work that came due.
 
         Args:
             seconds: How many.
@@ -130,7 +130,7 @@ class Clock:
         for _ in self._advancing(seconds):
             await asyncio.sleep(_LOOK)
 
-    # What both do. Each step of these generators is a moment in which to wait.
+    # For both drivers. Each step of these generators is a moment in which to wait.
 
     def _advancing(self, seconds: float) -> Iterator[None]:
         if seconds < 0:
@@ -139,7 +139,7 @@ class Clock:
         left = seconds
         while left > 0:
             engines = _living()
-            # In one leap all would be overdue at once, and nobody would be left to notice deaths.
+            # In one leap all would be overdue at once, and none would be left to notice deaths.
             step = min([left, *map(_pace, engines)])
             left -= step
             self._time.ahead += step
@@ -195,7 +195,7 @@ def _in_a_loop() -> bool:
 
 
 def _wake(engine: Any) -> None:
-    """Have all that waits for a time look at the clock."""
+    """Wake all workers that wait for a time, so that they look at the clock."""
     for part in list(vars(engine).values()):
         ring: Any = getattr(getattr(part, "signal", None), "set", None)
         if ring is not None:
@@ -211,7 +211,7 @@ def _wake(engine: Any) -> None:
 
 
 def _pace(engine: Any) -> float:
-    """Return the seconds in which a process wants to do something to stay as it is."""
+    """Return the seconds until a process has to act to keep its lease."""
     return float(min(engine.options.heartbeat_interval, engine.leases.soonest()))
 
 
@@ -220,7 +220,7 @@ def _have_beaten(beats: dict[Any, int]) -> bool:
 
 
 def _are_quiet(engines: Sequence[Any]) -> bool:
-    """Return whether processes have done what is due, in the background, by now."""
+    """Return whether processes have done all due background work by now."""
     return not any(
         e.outbox.taken_over
         or e.takeover.is_working
@@ -236,7 +236,7 @@ def _until(condition: Callable[[], bool]) -> Iterator[None]:
     while not condition():
         if time.monotonic() > give_up:
             raise TimeoutError(
-                f"after {_PATIENCE:g} real seconds the processes have not done what has come due: "
-                "does an execute() of theirs wait for something?"
+                f"after {_PATIENCE:g} real seconds the processes have not finished the work "
+                "that came due: does one of their execute() calls wait for something?"
             )
         yield

@@ -1,4 +1,4 @@
-"""`assert_exact`: the user's own ``merge`` and ``execute``, under all that can happen to them."""
+"""`assert_exact`: the user's own ``merge`` and ``execute``, under all kinds of crashes."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +11,12 @@ from phonon.testing.lab import Lab, Server
 
 M = TypeVar("M")
 
-#: Longer than it takes to notice a death, and to try again what failed.
+#: Seconds, more than it takes to notice a death and to try a failed batch again.
 _LONG = 120.0
 
 
 class _Trial:
-    """One run of all messages through a few processes, to one of which something happens.
+    """One run of all messages through a few processes, one of which goes through a crash.
 
     Args:
         lab: Where.
@@ -60,7 +60,7 @@ class _Trial:
             except* Exception as errors:  # noqa: BLE001 - kept and tried again; told if it matters
                 self.errors.extend(errors.exceptions)
         self.lab.clock.advance(_LONG)
-        with self.lab.process() as last:  # whatever nobody was left for
+        with self.lab.process() as last:  # executes batches that no process was left for
             self.lab.clock.advance(_LONG)
             self.errors += [RuntimeError(parked.error) for parked in last.parked()]
 
@@ -166,7 +166,7 @@ class _DiedError(Exception):
     """Raised to end the thread of a process that has died."""
 
 
-#: What happens to one of the processes, and how.
+#: The crashes that one of the processes goes through.
 _FAULTS: dict[str, Callable[[_Trial], None]] = {
     "nothing happens": _nothing,
     "answers are lost": _loses_answers,
@@ -193,24 +193,24 @@ def assert_exact(
     processes: int = 3,
     server: Server | None = None,
 ) -> None:
-    """Assert that your ``merge`` and ``execute`` come to the right table, whatever happens.
+    """Assert that your ``merge`` and ``execute`` come to the right table after each kind of crash.
 
-    All messages are dealt out to a few processes, and all their sessions ended: once for each
-    thing that can happen, after a call of ``clear``. A process dies with open sessions, just
-    before and just after it executed, is paused until others have taken over, ``execute`` fails
-    once, answers are lost. No time passes in reality.
+    All messages are dealt out to a few processes, and all their sessions ended: once for each kind
+    of crash, after a call of ``clear``. A process dies with open sessions, just before and just
+    after it executed, is paused until others have taken over, ``execute`` fails once, answers are
+    lost. The clock is advanced, so the test does not wait.
 
     Args:
         update: Makes the update of one message.
         messages: The messages.
-        read: Returns what is in your database now.
-        expected: What it should return in the end, however many processes there were.
+        read: Returns the content of your database.
+        expected: The content that it should have in the end.
         clear: Empties your database.
         processes: How many processes there are.
-        server: Where they meet; None: a server for this.
+        server: Their server; None: a new one.
 
     Raises:
-        AssertionError: The table is not as expected; the message says after what.
+        AssertionError: The table is not as expected; the message names the crash.
 
     Example:
         >>> table = {}

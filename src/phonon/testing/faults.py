@@ -26,7 +26,7 @@ def attach(process: Any, wire: Wire) -> None:
 
 
 def kill(process: Any) -> None:
-    """Kill a process: nothing of it reaches the server any more, and it says no good-bye.
+    """Kill a process: it is cut off from the server without a clean stop.
 
     A process of the operating system gets SIGKILL, and is waited for. A `Process` of this
     interpreter is cut off from its server, and stops beating; the server and the other processes
@@ -34,8 +34,8 @@ def kill(process: Any) -> None:
     ones a `ProcessStoppedError`.
 
     Args:
-        process: A `Process` or `AsyncProcess` that was made by the fixture ``phonon_processes``;
-            or what has a ``pid``: a ``subprocess.Popen`` or a ``multiprocessing.Process``.
+        process: A `Process` or `AsyncProcess` that was made by the fixture ``phonon_processes``; or
+            an object with a ``pid``: a ``subprocess.Popen`` or a ``multiprocessing.Process``.
     """
     if not hasattr(process, "engine"):
         os.kill(process.pid, signal.SIGKILL)
@@ -45,7 +45,7 @@ def kill(process: Any) -> None:
     engine = process.engine
     clock.paused.add(engine)
     _lifetime.forget(process)
-    engine.driver.retry_timeout = 0.0  # who waits for an answer need not wait long
+    engine.driver.retry_timeout = 0.0  # a caller that waits for an answer need not wait long
     wire.cut()
     engine.close()
     if isinstance(process, Process):
@@ -83,9 +83,9 @@ def pause(process: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lose_answers(process: Any, answers: int = 1) -> Iterator[None]:
-    """Have the server's next answers to a process lost: it has done what it was asked to.
+    """Lose the server's next answers to a process, after it has carried out the calls.
 
-    The process repeats those calls. What is still to be lost when the ``with`` block ends arrives.
+    The process repeats those calls. Answers that are not lost when the ``with`` block ends arrive.
 
     Args:
         process: A `Process` or `AsyncProcess` that was made by the fixture ``phonon_processes``.

@@ -1,4 +1,4 @@
-"""Finds out whether merging depends on who meets whom, and in which order."""
+"""Finds out whether merging depends on the order and the grouping of messages."""
 
 import copy
 import random
@@ -24,16 +24,16 @@ def assert_mergeable(
     """Check that messages come to the same record however they are merged.
 
     They are dealt out to processes, merged there, stored, read and merged again, in random orders
-    and groupings. A merge that is not associative and commutative comes to different records then,
-    as it would in production now and then.
+    and groupings. A merge that is not associative and commutative then comes to different records,
+    as it would occasionally in production.
 
     Args:
         kind: A subclass of `Model` or `Update`.
         messages: Messages about one record, the more different the better: of a model the values by
             field, the ID among them; of an update its ``doc``, its ``spec`` and the attributes that
             its `state` returns, by name.
-        rounds: How many orders and groupings are tried.
-        seed: What chance begins with, so that a failure can be repeated.
+        rounds: The number of orders and groupings to try.
+        seed: The seed of the random orders, so that a failure can be repeated.
 
     Raises:
         AssertionError: Two ways of merging come to different records, or `merge` needs something
@@ -91,11 +91,11 @@ class _Merging:
     """Merges messages as processes do."""
 
     def make(self, number: int) -> Any:
-        """Return what a message's process has of it."""
+        """Return a message as its process holds it."""
         raise NotImplementedError
 
     def merge(self, one: Any, other: Any) -> Any:
-        """Return what two processes have, which is used up, once they have met."""
+        """Return the merged data of two processes, whose own data is used up."""
         raise NotImplementedError
 
     def stored(self, one: Any) -> Any:
@@ -103,11 +103,11 @@ class _Merging:
         raise NotImplementedError
 
     def shown(self, one: Any) -> Any:
-        """Return what is compared."""
+        """Return the form that is compared."""
         raise NotImplementedError
 
     def run(self, plan: _Plan) -> Any:
-        """Merge as a plan says. Return what it comes to."""
+        """Merge as a plan says. Return the result."""
         return self.shown(self._run(plan))
 
     def _run(self, plan: _Plan) -> Any:
@@ -151,7 +151,7 @@ class _Models(_Merging):
         self._compiled.seal(one)
         doc = _SERIALIZER.loads(_SERIALIZER.dumps(one))
         fault = self._compiled.fault_of(doc)
-        assert not fault, fault  # noqa: S101 - this is what the function is for
+        assert not fault, fault  # noqa: S101 - the function asserts
         return doc
 
     def shown(self, one: dict[str, Any]) -> Model:

@@ -1,7 +1,7 @@
 """A wire between one process and its server, which a test can cut, hold, or have lose answers.
 
-It listens on a unix socket and forwards bytes both ways, so what the process and the server see is
-what a broken network, a paused or a killed process shows them.
+It listens on a unix socket and forwards bytes both ways, so process and server see the same as with
+a broken network, a paused or a killed process.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Self
 _RECEIVE = 1 << 16
 
 
-class State(Enum):
+class Mode(Enum):
     """The modes of a wire."""
 
     OPEN = "open"
@@ -33,8 +33,8 @@ class Wire:
         db: The database, for the URL.
 
     Attributes:
-        url: What a process connects to.
-        state: What it does with what comes.
+        url: The URL that a process connects to.
+        mode: Whether it forwards, holds or has been cut.
     """
 
     def __init__(self, server: str, db: int = 1) -> None:
@@ -42,7 +42,7 @@ class Wire:
         self._folder = Path(tempfile.mkdtemp(prefix="ph-"))
         path = str(self._folder / "s")
         self.url = f"unix://{path}?db={db}"
-        self.state = State.OPEN
+        self.mode = Mode.OPEN
         self._to_lose = 0
         self._lock = threading.Lock()
         self._goes_on = threading.Event()
@@ -55,17 +55,17 @@ class Wire:
 
     def hold(self) -> None:
         """Let nothing through, either way, until `release`."""
-        self.state = State.HELD
+        self.mode = Mode.HELD
         self._goes_on.clear()
 
     def release(self) -> None:
-        """Let through what was held, and all that comes."""
-        if self.state is State.HELD:
-            self.state = State.OPEN
+        """Let through all held and later bytes."""
+        if self.mode is Mode.HELD:
+            self.mode = Mode.OPEN
             self._goes_on.set()
 
     def lose(self, answers: int) -> None:
-        """Have the server's next answers lost: each with its connection."""
+        """Lose the server's next answers, each with its connection."""
         with self._lock:
             self._to_lose = answers
 
@@ -76,7 +76,7 @@ class Wire:
 
     def cut(self) -> None:
         """End all connections, and refuse new ones, for good."""
-        self.state = State.CUT
+        self.mode = Mode.CUT
         self._goes_on.set()
         # A listener that another thread waits at is not closed by close() alone.
         with contextlib.suppress(OSError):
@@ -116,7 +116,7 @@ class Wire:
                 continue
             with self._lock:
                 self._sockets |= {client, server}
-            if self.state is State.CUT:
+            if self.mode is Mode.CUT:
                 _end(client)
                 _end(server)
             both = threading.Barrier(2)  # the last of the two closes both
@@ -133,7 +133,7 @@ class Wire:
         try:
             while data := source.recv(_RECEIVE):
                 self._goes_on.wait()
-                if self.state is State.CUT or loses():
+                if self.mode is Mode.CUT or loses():
                     break
                 target.sendall(data)
         except OSError:

@@ -1,4 +1,4 @@
-"""The operator's page: what `phonon.Admin` shows, in a browser. Extra ``web``.
+"""The operator's page: the data of `phonon.Admin`, in a browser. Extra ``web``.
 
 `create_app` returns an ASGI application, to be served by itself (``phonon web``) or mounted into
 another one.
@@ -18,6 +18,7 @@ def create_app(
     namespace: str = "phonon",
     token: str | None = None,
     hosts: "tuple[str, ...] | None" = None,
+    timeout: float = 15.0,
 ) -> "Starlette":
     """Return the page as an ASGI application.
 
@@ -27,10 +28,11 @@ def create_app(
     Args:
         url: The Redis or Valkey server; see `phonon.Admin`.
         namespace: The namespace.
-        token: What has to be given for an act (replay, discard, unlock, expire). None: the page is
+        token: The token that an act needs (replay, discard, unlock, expire). None: the page is
             read-only.
         hosts: The names under which it may be asked for, against DNS rebinding. None: any, where
             the application that it is mounted into sees to that.
+        timeout: Seconds to go on asking a server that does not answer.
 
     Raises:
         ConfigurationError: An argument is invalid, or the extra is not installed.
@@ -40,6 +42,7 @@ def create_app(
         >>> application = Starlette()  # doctest: +SKIP
         >>> application.mount("/phonon", create_app("redis://localhost:6379/1"))  # doctest: +SKIP
     """
+    from phonon.aio.admin import AsyncAdmin  # noqa: PLC0415 - light to import
     from phonon.errors import ConfigurationError  # noqa: PLC0415 - light to import
 
     try:
@@ -50,6 +53,7 @@ def create_app(
         raise ConfigurationError(
             "the operator's page needs starlette: pip install 'phonon[web]'"
         ) from error
-    made: Any = app.make(url, namespace=namespace, token=token, hosts=hosts)
+    admin = AsyncAdmin(url, namespace=namespace, timeout=timeout)
+    made: Any = app.make(admin, token=token, hosts=hosts)
     found: Starlette = made
     return found

@@ -65,7 +65,7 @@ class Page:
 
     Args:
         admin: Looks and acts.
-        token: What has to be given for an act; None if nothing is to be changed.
+        token: The token that an act needs; None if nothing is to be changed.
     """
 
     def __init__(self, admin: AsyncAdmin, token: str | None) -> None:
@@ -86,7 +86,7 @@ class Page:
         await self._admin.close()
 
     async def overview(self, _: Request) -> Any:
-        """What a person wants to know first."""
+        """The summary of the namespace."""
         admin = await self._ready()
         sample = await self._history.latest()
         oldest = await admin.oldest_sessions(1)
@@ -135,11 +135,11 @@ class Page:
         return {**found._asdict(), "content": await _some(walk, MOST_PARTIALS)}
 
     async def acts(self, _: Request) -> Any:
-        """What operators have done."""
+        """The acts of operators."""
         return await (await self._ready()).acts(MOST)
 
     async def doctor(self, _: Request) -> Any:
-        """What is wrong."""
+        """The problems that the doctor finds."""
         return await (await self._ready()).examine()
 
     async def act(self, request: Request) -> Any:
@@ -224,9 +224,7 @@ async def _index(request: Request) -> Response:
     return await _file(request)
 
 
-def make(
-    url: str | None, *, namespace: str, token: str | None, hosts: tuple[str, ...] | None
-) -> Starlette:
+def make(admin: AsyncAdmin, *, token: str | None, hosts: tuple[str, ...] | None) -> Starlette:
     """Return the application; see `phonon.web.create_app`.
 
     Raises:
@@ -237,7 +235,7 @@ def make(
             f"token has {len(token)} characters: one that cannot be guessed has at least "
             f"{SHORTEST_TOKEN}; python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
-    page = Page(AsyncAdmin(url, namespace=namespace), token)
+    page = Page(admin, token)
     reads = {
         name: getattr(page, name)
         for name in ("overview", "locks", "sessions", "batches", "resource", "acts", "doctor")

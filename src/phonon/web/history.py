@@ -13,7 +13,7 @@ from phonon.errors import PhononError
 #: Seconds between two samples, and how many an hour has.
 PAUSE = 5.0
 KEPT = 720
-#: A sample that is not older than this is good enough for who asks.
+#: A request is answered with a sample that is at most so many seconds old.
 FRESH = 1.5
 #: Dead letters that are counted; more are "many".
 MOST = 1000
@@ -21,7 +21,7 @@ MOST = 1000
 
 @dataclass
 class Sample:
-    """What was so at one time.
+    """The figures of a namespace at one time.
 
     Attributes:
         at: When, seconds since the epoch.
@@ -40,7 +40,7 @@ class Sample:
     messages: float | None = None
 
     def figures(self) -> dict[str, Any]:
-        """Return what is drawn."""
+        """Return the samples to draw."""
         return {
             "at": self.at,
             "calls": self.calls,
@@ -97,7 +97,7 @@ class History:
             try:
                 sample = await self.latest()
             except PhononError:
-                pass  # a gap in the graphs; whoever looks is told why
+                pass  # a gap in the graphs; a request gets the error
             else:
                 self._samples.append(sample.figures())
             await asyncio.sleep(PAUSE)

@@ -317,5 +317,5 @@ def test_a_signal_handler_may_count_while_its_thread_counts() -> None:
     measures = Measures()
     with measures._lock:
         measures.add("parked")
-        measures.end(b"123")
+        measures.end(1)
     assert measures.figures()["parked"] == 1

@@ -210,7 +210,7 @@ def test_waiting_for_a_lock(api: Api, make: Make) -> None:
             begun = time.monotonic()
             await got(lock.release())
             assert await waiting
-            assert time.monotonic() - begun < 2
+            assert time.monotonic() - begun < 4.5, "it asks by itself after 5 s"
             await got(other.release())
 
     api.run(test)

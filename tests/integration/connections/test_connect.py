@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from phonon import ConflictFreeUpdate, Process
@@ -30,13 +28,12 @@ from phonon.errors import (
 )
 from phonon.settings import Durability
 from support.nodes import Node
-from support.world import Make, Redis, wait_until
+from support.world import NEVER, Make, Redis, wait_until
 
 SECRET = "sEcReT"  # noqa: S105 - of servers that live as long as the test
 USER = "worker"
 #: Nobody listens there: the port is reserved, and not for us.
 NOBODY = "127.0.0.1:1"
-NEVER = Retry(NoBackoff(), 0)
 
 
 class Sum(ConflictFreeUpdate):

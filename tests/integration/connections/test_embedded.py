@@ -203,6 +203,7 @@ def test_server_is_private_and_set_up_as_documented(place: Path) -> None:
             assert ask(server.socket_path, "CONFIG", "GET", name) == {name.encode(): value.encode()}
 
 
+@pytest.mark.slow
 @every_way
 def test_server_survives_its_first_user(
     new_user: Users, arguments: tuple[str, ...], way: str
@@ -392,6 +393,7 @@ def test_data_without_a_directory_goes_with_the_last_user(place: Path) -> None:
             assert ask(server.socket_path, "SAVE")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["with spaces", "new\nline", "Übergröße-数据", "quo'te\"s\\x41", "x" * 200, "a/b/c"]
 )

@@ -20,7 +20,7 @@ from phonon import Durability
 from phonon.errors import ServerStateLostError
 from support.both import APIS, Api, got
 from support.links import Lagging
-from support.world import wait_until
+from support.world import sequence_of, wait_until
 
 ROUNDS = int(os.environ.get("PHONON_TEST_FAILOVERS", "1"))
 COPIED = Durability(fsync=False, replicas=1, timeout=2.0)
@@ -101,8 +101,9 @@ def calls_gone(process: Any, servers: Lagging) -> int:
     identity, gone = process.engine.identity, 0
     with servers.replica.client() as client:
         for prefix, lane in zip(identity.partitions.prefixes, identity.lanes, strict=True):
-            known = client.hget((prefix + b"lane:" + lane.process).decode(), "sequence")
-            gone += max(0, lane.answered - int(known or 0))
+            key = (prefix + b"lane:" + lane.process).decode()
+            known: Any = client.hmget(key, "state", "fenced")
+            gone += max(0, lane.answered - sequence_of(known))
     return gone
 
 

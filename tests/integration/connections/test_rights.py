@@ -95,7 +95,7 @@ def test_the_least_rights_are_enough(api: Api, url: str, node: Node, namespace: 
     assert node.ask("ACL LOG") == []
 
 
-@pytest.mark.parametrize("command", [*library.default().commands, "BLPOP", "FCALL"])
+@pytest.mark.parametrize("command", [*library.default().commands, "BLMPOP", "FCALL"])
 def test_a_command_that_is_forbidden_is_named_at_the_start(
     command: str, url: str, node: Node, namespace: str
 ) -> None:

@@ -204,7 +204,7 @@ def test_primary_that_is_no_primary_any_more(namespace: str) -> None:
         url = f"redis+sentinel://{watched.addresses}/main"
         with Process(url=url, namespace=namespace) as process:
             reference = process.create_reference("x")
-            wait_until(watched.fail_over)
+            watched.fail_over()
 
             def over() -> bool:
                 reference.increment_times_modified()

@@ -224,8 +224,8 @@ def test_a_process_that_was_paused_beyond_its_death(
         assert paused.ask("owned") is False, "before it has heard of it"
         assert paused.ask("check") == "LockLostError"
         assert paused.ask("release") == "LockLostError"
-        wait_until(lambda: len(paused.ask("told")) == 2)  # in whichever order they are found
-        assert sorted(paused.ask("told")) == ["DeclaredDeadError", "LockLostError"]
+        # In whichever order they are found. A busy machine may pause it once more.
+        wait_until(lambda: set(paused.ask("told")) == {"DeclaredDeadError", "LockLostError"})
         assert paused.ask("acquire", block=False) is False
         lock.check()
     assert paused.ask("acquire") is True

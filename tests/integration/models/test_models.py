@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -240,13 +241,38 @@ def test_threads_with_batches_of_their_own(make: Make) -> None:
     assert stored.views == 3
 
 
-def test_many_threads_lose_nothing(make: Make) -> None:
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns much more often than they do otherwise."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0002)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_no_data_is_taken_while_a_message_is_merged(make: Make) -> None:
+    views = make().collect(PageViews)
+    views.add("ada", views=1)
+    record = views._cache._entries["ada"]
+    views.add("ada", views=1)
+    taking = threading.Thread(target=record.take)
+    with views._cache._lock:
+        taking.start()
+        taking.join(0.2)
+        assert taking.is_alive()
+    taking.join()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("durable", [True] * 12 + [False] * 4)
+def test_many_threads_lose_and_double_nothing(make: Make, *, durable: bool) -> None:
     process = make()
     views = process.collect(PageViews, max_entries=5)
 
     def work(seed: int) -> None:
         for first in range(0, 400, 50):
-            with process.batch():
+            with process.batch(durable=durable):
                 for i in range(first, first + 50):
                     views.add(f"user{(i * seed) % 13}", views=1)
 

@@ -1137,7 +1137,7 @@ def test_an_interrupt_when_woken_for_a_lock_wakes_the_next(world: World) -> None
         if step == "lock" and theirs.owned():
             theirs.release()
 
-    with interrupted(world.proxy, "blpop", release):
+    with interrupted(world.proxy, "blmpop", release):
         world.process.lock("resource").acquire()
     world.process.flush()
     with world.other.lock("resource", block=False):
@@ -1325,6 +1325,7 @@ class Crowd:
             self.entered += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_many_threads_and_a_bad_connection(world: World, seed: int) -> None:
     crowd = Crowd(world, seed)

@@ -384,6 +384,7 @@ def test_a_zombie_in_a_cluster(cluster: Cluster, namespace: str, tmp_path: Path)
 # Nobody is dead when it was the server that stood still
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_an_outage_is_nobodys_death(how: str, namespace: str, tmp_path: Path) -> None:
     server = Redis("--appendonly", "yes", "--appendfsync", "always")

@@ -1,6 +1,5 @@
 """Kafka: the real client against librdkafka's mock cluster."""
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,9 +8,10 @@ import pytest
 from confluent_kafka import Consumer as Client
 from confluent_kafka import Message, TopicPartition
 
-from phonon import LruCache, Process
+from phonon import Process
 from phonon.errors import ConfigurationError
 from phonon.sources.kafka import KafkaSource
+from support import consumers
 from support.counted import Count
 from support.kafka import MockKafka
 from support.world import Make, wait_until
@@ -27,39 +27,21 @@ def kafka() -> Iterator[MockKafka]:
     kafka.close()
 
 
-class Consumer:
+class Consumer(consumers.Consumer):
     """A loop in a thread."""
 
     def __init__(
         self, process: Process, config: dict[str, Any], topic: str, **options: Any
     ) -> None:
-        self.process = process
-        self.cache: LruCache[Count] = LruCache(20)
         self.seen: Counter[int] = Counter()
-        self.source = KafkaSource(
-            process, config, topic, poll_timeout=0.05, sessions=self.cache, **options
-        )
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.source.run(self.handle)
-        except BaseException as error:  # noqa: BLE001 - for the test to see
-            self.error = error
+        super().__init__(process, KafkaSource, config, topic, poll_timeout=0.05, **options)
 
     def handle(self, message: Message) -> None:
         value = message.value()
         assert value is not None
         number = int(value)
         self.seen[number] += 1
-        self.cache.set(number % 30, Count(self.process, number % 30, doc={"n": 1}))
-
-    def stop(self) -> None:
-        self.source.stop()
-        self.thread.join(30)
-        assert not self.thread.is_alive()
+        self.count(number % 30)
 
 
 def fill(kafka: MockKafka, topic: str, first: int, last: int) -> Counter[Any]:
@@ -82,18 +64,18 @@ def test_a_rebalance_doubles_and_loses_nothing(
     topic = f"{namespace}-{strategy}"
     config = kafka.config(topic, **{"partition.assignment.strategy": strategy})
     expected = fill(kafka, topic, 0, 2000)
-    consumers = [Consumer(make(), config, topic, batch_size=100)]
-    wait_until(lambda: sum(consumers[0].seen.values()) >= 1000, 30)
-    consumers.append(Consumer(make(), config, topic, batch_size=100))
-    wait_until(lambda: len(consumers[1].source._sources) > 0, 30)
+    both = [Consumer(make(), config, topic, batch_size=100)]
+    wait_until(lambda: sum(both[0].seen.values()) >= 1000, 30)
+    both.append(Consumer(make(), config, topic, batch_size=100))
+    wait_until(lambda: len(both[1].source._sources) > 0, 30)
     expected += fill(kafka, topic, 2000, 4000)
-    wait_until(lambda: consumers[1].seen, 30)
-    consumers[0].stop()
+    wait_until(lambda: both[1].seen, 30)
+    both[0].stop()
     expected += fill(kafka, topic, 4000, 4500)
     observer = make()
     wait_until(lambda: stored(observer, topic, topic) == 4500, 40)
-    consumers[1].stop()
-    for consumer in consumers:
+    both[1].stop()
+    for consumer in both:
         assert consumer.error is None
         consumer.process.stop()
     assert Count.executed == expected

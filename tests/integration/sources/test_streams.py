@@ -1,7 +1,6 @@
 """Streams with consumer groups: entries that are delivered again count once."""
 
 import contextlib
-import threading
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -10,42 +9,34 @@ import pytest
 from phonon import ConflictFreeUpdate, LruCache, Process, RetryPolicy
 from phonon.errors import ConfigurationError
 from phonon.sources.streams import StreamEntry, StreamSource
+from support import consumers
 from support.counted import Count
 from support.world import Make, wait_until
 
 
-class Consumer:
+class Consumer(consumers.Consumer):
     """A loop in a thread."""
 
     def __init__(self, process: Process, stream: str, **options: Any) -> None:
-        self.process = process
-        self.cache: LruCache[Count] = LruCache(20)
         options.setdefault("poll_timeout", 0.02)
-        self.source = StreamSource(process, stream, "group", sessions=self.cache, **options)
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.source.run(self.handle)
-        except BaseException as error:  # noqa: BLE001 - for the test to see
-            self.error = error
+        super().__init__(process, StreamSource, stream, "group", **options)
 
     def handle(self, entry: StreamEntry) -> None:
-        key = int(entry.fields[b"key"])
-        self.cache.set(key, Count(self.process, key, doc={"n": 1}))
-
-    def stop(self) -> None:
-        self.source.stop()
-        self.thread.join(20)
-        assert not self.thread.is_alive()
+        self.count(int(entry.fields[b"key"]))
 
 
 def fill(process: Process, stream: str, first: int, last: int) -> Counter[Any]:
     for n in range(first, last):
         process.client.xadd(stream, {"key": n % 30})
     return Counter(n % 30 for n in range(first, last))
+
+
+def unread(process: Process, stream: str) -> int:
+    """Return how many entries are not acknowledged. The group is made by the first consumer."""
+    groups: Any = process.client.xinfo_groups(stream)
+    if not groups:
+        return int(process.client.xlen(stream))
+    return int(groups[0]["pending"]) + int(groups[0]["lag"] or 0)
 
 
 def test_entries_are_shared_and_those_of_a_dead_consumer_taken_over(
@@ -63,23 +54,19 @@ def test_entries_are_shared_and_those_of_a_dead_consumer_taken_over(
     with dead.batch(entries[:60], dedupe=scope) as batch:
         for _, fields in batch:
             Count(dead, int(fields[b"key"]), doc={"n": 1})
-    consumers = [Consumer(make(), stream, claim_idle=0.2) for _ in range(2)]
+    both = [Consumer(make(), stream, claim_idle=0.2) for _ in range(2)]
     expected += fill(process, stream, 300, 500)
-
-    def pending() -> Any:
-        groups: Any = client.xinfo_groups(stream)
-        return groups[0]["pending"] + (groups[0]["lag"] or 0)
-
-    wait_until(lambda: pending() == 0)
-    listed = consumers[0].process.engine.sources.listed
+    wait_until(lambda: unread(process, stream) == 0)
+    listed = both[0].process.engine.sources.listed
     wait_until(lambda: listed() == [(scope, "ids", "", 0)])
-    for consumer in consumers:
+    for consumer in both:
         consumer.stop()
         assert consumer.error is None
         consumer.process.stop()
     dead.stop()
     assert Count.executed == expected
-    assert sum(consumer.source.received for consumer in consumers) == 500
+    # On a busy machine they take over each other's, too.
+    assert sum(consumer.source.received for consumer in both) >= 500
     left: Any = client.xinfo_consumers(stream, "group")
     assert [consumer["name"] for consumer in left] in ([], [b"dead"])
 
@@ -153,7 +140,7 @@ def test_no_message_is_to_blame_when_the_database_is_away(make: Make, namespace:
             self.small.set(key, Refused(process, key, doc={"n": 1}))
 
     consumer = Small()
-    wait_until(lambda: process.client.xinfo_groups(stream)[0]["pending"] == 0 and Refused.attempts)
+    wait_until(lambda: unread(process, stream) == 0 and Refused.attempts)
     consumer.stop()
     assert consumer.error is None
     with contextlib.suppress(OSError, ExceptionGroup):

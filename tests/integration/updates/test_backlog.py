@@ -91,7 +91,7 @@ def test_a_new_update_is_refused(make: Make, database: Database) -> None:
     cache.expire_all()
     wait_until(lambda: len(database.rows) == taken + 1)
     assert "refused" not in database.rows
-    assert process.get_registry() == []
+    wait_until(lambda: process.get_registry() == [])
 
 
 def test_it_is_not_waited_for_ever(

@@ -4,6 +4,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,7 +28,9 @@ class Row(ConflictFreeUpdate):
     def execute_many(cls, updates: Sequence[Self]) -> Iterable[tuple[Self, Exception]] | None:
         cls.calls.append(len(updates))
         rows = [(update._id, update.doc["n"], update.token) for update in updates]
-        with sqlite3.connect(cls.database_path) as database:
+        # Threads that write at once may starve one of them for more than SQLite's five seconds.
+        with closing(sqlite3.connect(cls.database_path, timeout=60)) as database, database:
+            database.execute("PRAGMA synchronous = OFF")
             database.executemany("INSERT INTO row VALUES (?, ?, ?)", rows)
             if not cls.refused.isdisjoint(update._id for update in updates):
                 raise ZeroDivisionError("not these")  # which rolls back
@@ -59,7 +62,7 @@ class Both(Row):
 @pytest.fixture(autouse=True)
 def database(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "rows"
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE row (id, n INTEGER, token INTEGER)")
     Row.database_path = str(path)
     yield path
@@ -68,7 +71,7 @@ def database(tmp_path: Path) -> Iterator[Path]:
 
 
 def rows(path: Path) -> dict[Any, int]:
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         return dict(connection.execute("SELECT id, sum(n) FROM row GROUP BY id"))
 
 
@@ -85,7 +88,7 @@ def test_sessions_that_end_together_are_written_together(make: Make, database: P
     cache.expire_all()
     assert rows(database) == {i: i + 1 for i in range(600)}
     assert sorted(Row.calls) == [100, 250, 250]
-    with sqlite3.connect(database) as connection:
+    with closing(sqlite3.connect(database)) as connection:
         assert connection.execute("SELECT count(*) FROM row WHERE token > 0").fetchone() == (600,)
 
 

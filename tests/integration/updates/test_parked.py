@@ -298,6 +298,7 @@ def test_a_long_error_is_cut(crew: Crew, caplog: pytest.LogCaptureFixture) -> No
 # A batch that kills whoever executes it
 
 
+@pytest.mark.slow
 def test_a_batch_that_kills_its_process_is_parked(crew: Crew) -> None:
     retry = {"crashes": 2}
     members = [crew.member(retry=retry) for _ in range(5)]

@@ -35,6 +35,7 @@ class FakeEngine:
         self.sessions = types.SimpleNamespace(watch=lambda *_: None)
         self.prefixes: dict[Any, str] = {}
         self.batches: set[Any] = set()
+        self.durable_batches: set[Any] = set()
         self.batch = None
         self.caches: set[Any] = set()
         self.stripes = [threading.RLock()]

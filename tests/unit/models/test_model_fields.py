@@ -37,6 +37,7 @@ from phonon.fields import (
     Window,
 )
 from phonon.serializers import ExactSerializer
+from support.examples import examples
 
 _SERIALIZER = ExactSerializer()
 
@@ -105,7 +106,7 @@ def stored(code: Compiled, doc: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(data=st.data())
 def test_merging_is_associative_and_commutative_and_has_a_neutral_element(
     name: str, data: st.DataObject
@@ -136,7 +137,7 @@ def test_merging_is_associative_and_commutative_and_has_a_neutral_element(
 
 
 @pytest.mark.parametrize("name", FIELDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data())
 def test_reading_changes_nothing(name: str, data: st.DataObject) -> None:
     make, values = FIELDS[name]

@@ -32,14 +32,13 @@ def test_a_call_is_made_of_bytes_and_names_the_last_answer(lanes: Any) -> None:
     lane.enqueue(ops.join(0, b"x"))
     call = lane.next_call()
     assert all(type(word) is bytes for word in call.arguments)
-    assert call.arguments[:4] == (b"p", b"9", b"1", b"")
-    assert msgpack.unpackb(call.arguments[4], raw=True) == [1, b"x"]
-    assert call.arguments[5] == call.digest
+    assert call.arguments[:3] == (b"p", b"9", b"9 1 " + call.digest)
+    assert msgpack.unpackb(call.arguments[3], raw=True) == [1, b"x"]
     assert (call.process, call.number) == (b"p", b"9")
     lane.receive(reply(0, stamp=b"77"))
     lane.enqueue(ops.join(0, b"y"))
     following = lane.next_call()
-    assert following.arguments[2:4] == (b"2", b"77")
+    assert following.arguments[1:3] == (b"77", b"9 2 " + following.digest)
     assert following.digest != call.digest
     assert (lane.sequence, lane.answered) == (2, 1)
 
@@ -87,6 +86,50 @@ def test_calls_are_bounded(lanes: Any, limit: str) -> None:
     assert told == made, "in order, none twice"
 
 
+def test_many_changes_travel_as_one_operation(lanes: Any) -> None:
+    lane = lanes.Lane(0, b"p", b"9")
+    one = ops.join(0, b"x")
+    many = ops.append_many(0, [b"x", b"y", b"z"], [b"1", b"22", b"333"])
+    last = ops.complete_many(0, [b"x"], [5])
+    for operation in (one, many, last):
+        lane.enqueue(operation)
+    call = lane.next_call()
+    words = [1, b"x", 2, b"x", b"1", 2, b"y", b"22", 2, b"z", b"333", 4, b"x", 5]
+    assert msgpack.unpackb(call.arguments[3], raw=True) == words
+    assert [operation.sent[:2] for operation in call.operations] == [
+        (call, 0),
+        (call, 1),
+        (call, 4),
+    ]
+    failed = [99, b"text"]
+    told = lane.receive(reply(0, 1, failed, 64, 3))
+    assert told == [(one, 0), (many, [1, failed, 64]), (last, 3)]
+    assert lane.answered_operations == 5
+    assert many.changes() == [[2, b"x", b"1"], [2, b"y", b"22"], [2, b"z", b"333"]]
+    assert many.each(error := OSError()) == [error] * 3
+
+
+def test_contents_are_those_of_the_changes_that_start_a_batch(lanes: Any) -> None:
+    lane = lanes.Lane(0, b"p", b"9")
+    many = ops.leave_many(0, [b"x", b"y", b"z"], [0, 0, 0], [b"1", b"", b"3"])
+    lane.enqueue(many)
+    lane.next_call()
+    first, last = [5, 0, 1, 70, 1, 0, 0], [5, 0, 1, 71, 2, 0, 0]
+    told = lane.receive(reply(first, [2, 1, 0, 0], last, contents=[True, [b"old", b"3"]]))
+    assert told == [(many, [[*first, None, True], [2, 1, 0, 0], [*last, None, [b"old", b"3"]]])]
+
+
+def test_so_many_changes_are_a_call(lanes: Any) -> None:
+    lane = lanes.Lane(0, b"p", b"9")
+    for _ in range(5):
+        lane.enqueue(ops.complete_many(0, [b"x"] * 128, [5] * 128))
+    sizes = []
+    while (call := lane.next_call()) is not None:
+        sizes.append(sum(operation.count for operation in call.operations))
+        lane.receive(reply(*([3] * sizes[-1])))
+    assert sizes == [256, 256, 128]
+
+
 def test_a_large_operation_goes_alone(lanes: Any) -> None:
     lane = lanes.Lane(0, b"p", b"9")
     for size in (10, 2 * lanes.MOST_BYTES, 10):
@@ -130,8 +173,9 @@ def test_a_refused_call_is_followed_by_an_empty_one_under_its_number(lanes: Any)
     lane.refuse(error)
     assert lane.state.value == "refused"
     empty = lane.next_call()
-    assert empty.arguments[:4] == call.arguments[:4]
-    assert (empty.arguments[4], empty.frees, empty.error) == (b"\x90", True, error)
+    assert empty.arguments[:2] == call.arguments[:2]
+    assert empty.arguments[2] == b"9 1 " + empty.digest
+    assert (empty.arguments[3], empty.frees, empty.error) == (b"\x90", True, error)
     lane.refuse(MemoryError())  # that one too
     assert lane.next_call().error is error, "the first error is told"
     told = lane.receive(reply())

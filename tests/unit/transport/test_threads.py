@@ -494,6 +494,7 @@ def test_a_finalizer_calls(make: Make, own_server: Redis) -> None:
     settled(lab)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [0, 2])
 def test_ten_thousand_interrupts(
     make: Make, own_server: Redis, others: int, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@
         views = models.BigIntegerField(default=0)
 
     class Views(Upsert, model="shop.PageViews", key="page"):
-        "What is known about a page."
+        "Figures of a page."
 
     add(Views, request.path, doc={"views": 1})     # in a view
 """

@@ -32,7 +32,7 @@ class ParkedBatchAdmin(_Admin):
     def changelist_view(
         self, request: HttpRequest, extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
-        """Show the list, or do what one of its buttons says."""
+        """Show the list, or do the act of one of its buttons."""
         process = get_process()
         if request.method == "POST":
             self._act(request)

@@ -1,4 +1,4 @@
-"""Models: a base for tables that records are written into, and what the admin shows."""
+"""Models: a base for tables that records are written into, and the admin's list."""
 
 from typing import ClassVar
 
@@ -35,5 +35,5 @@ class ParkedBatch(models.Model):
         verbose_name_plural = "parked batches"
 
     def __str__(self) -> str:
-        """Return what Django shows."""
+        """Return the text that Django shows."""
         return "parked batch"

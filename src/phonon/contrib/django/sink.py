@@ -25,7 +25,7 @@ class Upsert(ConflictFreeUpdate):
 
     Example:
         >>> class Views(Upsert, model="shop.PageViews", key="page"):  # doctest: +SKIP
-        ...     "What is known about a page."
+        ...     "Figures of a page."
     """
 
     _model: ClassVar[Any] = None

@@ -10,11 +10,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
-
-from phonon_demo import exact
-from phonon_demo.errors import InputError
 
 #: Seconds to wait while another worker writes.
 BUSY_TIMEOUT = 60.0
@@ -124,14 +120,13 @@ def connect(path: str) -> sqlite3.Connection:
     connection = sqlite3.connect(
         path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
     )
-    connection.create_function("exact_add", 2, exact.add_in_sql, deterministic=True)
     # With the write-ahead log that is safe against the end of a process, of any and at any time.
     connection.execute("PRAGMA synchronous = NORMAL")
     return connection
 
 
 def sessions(database: sqlite3.Connection, table: Table) -> int:
-    """How many sessions are in the table."""
+    """Return the number of sessions in the table."""
     select = f"SELECT coalesce(sum(sessions), 0) FROM {table.name}"  # noqa: S608 - our name
     (count,) = database.execute(select).fetchone()
     return int(count)
@@ -139,34 +134,8 @@ def sessions(database: sqlite3.Connection, table: Table) -> int:
 
 @contextlib.contextmanager
 def create(path: str, table: Table) -> Iterator[sqlite3.Connection]:
-    """Make the database, and leave it as one file without a log beside it.
-
-    Raises:
-        InputError: It cannot be made, or is there already: sums of two runs would mix in it.
-    """
-    try:
-        file = Path(path)
-        if file.exists() and (not file.is_file() or file.stat().st_size):
-            raise InputError(
-                f"{path!r} is there already, and the demo adds to no file but its own: delete it, "
-                "or name another with --database"
-            )
-        connection = connect(path)
+    """Make the database."""
+    with contextlib.closing(connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(table.create)
-    except (OSError, ValueError, sqlite3.Error) as error:  # ValueError: a null byte in the name
-        raise InputError(
-            f"{path!r} cannot be made: {error}; name a file in a folder that can be written to "
-            "with --database"
-        ) from error
-    with contextlib.closing(connection):
-        try:
-            yield connection
-        finally:
-            with contextlib.suppress(sqlite3.Error):
-                # A file without a row is of no use, and would be in the way of the next run.
-                useless = not sessions(connection, table)
-                # Fails while somebody else looks at it. Then the log stays, as SQLite is used to.
-                connection.execute("PRAGMA journal_mode = DELETE")
-                if useless:
-                    file.unlink()
+        yield connection

@@ -1,20 +1,17 @@
-"""What a program and its workers tell each other, over one pair of sockets a worker.
+"""The messages between the program and its workers, over one pair of sockets a worker.
 
-The program sends a `Setup`, then lists of messages, and None when there are no more. A worker
-acknowledges a list when all of it is on the server.
+The program sends `WorkerSettings`, then lists of messages, and None when there are no more. A
+worker acknowledges a list when all of it is on the server.
 """
 
 from dataclasses import dataclass
 
+from chaos.jobs import Job
 from phonon.settings import Durability
-from phonon_demo.jobs import Job
-
-#: Seconds between two heartbeats of a worker: short, so that a takeover can be watched.
-HEARTBEAT = 0.5
 
 
 @dataclass(frozen=True)
-class Setup:
+class WorkerSettings:
     """To a worker: what to do.
 
     Attributes:
@@ -27,7 +24,6 @@ class Setup:
         durability: What the server must have done with data before it is acknowledged.
         patience: Seconds for which a server that is not there at the start is tried again.
         asyncio: Whether the worker is a program with an event loop.
-        updates: Whether it makes an update of each message, where the job has a model as well.
     """
 
     job: Job
@@ -35,11 +31,10 @@ class Setup:
     namespace: str
     database: str
     max_entries: int
-    heartbeat: float = HEARTBEAT
+    heartbeat: float
     durability: Durability | None = None
     patience: float = 0.0
     asyncio: bool = False
-    updates: bool = False
 
 
 @dataclass(frozen=True)

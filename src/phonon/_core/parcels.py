@@ -1,0 +1,134 @@
+"""Parcels: local data on its way to the server, in groups that travel as one operation."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+#: Changes that are sent while others are made, and how many travel as one operation at the most.
+GROUP = 128
+#: Bytes of partials in one operation, so that a few of them are a call.
+MOST_BYTES = 256 * 1024
+
+
+class Parcel(Protocol):
+    """Local data on its way to the server: all that the core knows of an update."""
+
+    #: The resource.
+    resource_id: str
+
+    @property
+    def forced(self) -> bool:
+        """Return whether the session ends without waiting for other processes."""
+
+    def take(self) -> bytes | None:
+        """Move out what is unsent, as one partial; None if there is nothing."""
+
+    def take_last(self) -> tuple[bytes | None, Any]:
+        """Do what `take` does; return its content as well, if that need not be decoded."""
+
+    def put_back(self, partial: bytes) -> None:
+        """Take a partial back that the server refused: it is unsent again."""
+
+
+class Ending(NamedTuple):
+    """A session to be ended here.
+
+    Attributes:
+        resource: Which.
+        parcel: The last data, and what executes the batch if it falls to us.
+        force: Execute what has come together so far although others hold the resource.
+        modifications: Whether the session's modifications are wanted.
+    """
+
+    resource: str
+    parcel: Any = None
+    force: bool = False
+    modifications: bool = False
+
+
+#: Of sessions whose modifications nobody has asked for, which are most.
+_NOT_ASKED_FOR: dict[str, int] = {}
+
+
+class SessionResult:
+    """The result of ending a session.
+
+    Attributes:
+        last: Whether this process was the last member.
+        left: How many members are left.
+        modifications: By process id, if they were asked for.
+        errors: What went wrong: the data was not sent, or ``execute`` raised.
+        sent: Whether the data is on the server.
+    """
+
+    __slots__ = ("errors", "last", "left", "modifications", "sent")
+
+    def __init__(self) -> None:
+        self.last = False
+        self.left = 0
+        self.modifications = _NOT_ASKED_FOR
+        self.errors: list[BaseException] = []
+        self.sent = False
+
+
+class Group(NamedTuple):
+    """Things of one partition that travel together.
+
+    Attributes:
+        partition: Which.
+        items: The things.
+        names: The server's names of their resources.
+    """
+
+    partition: int
+    items: Sequence[Any]
+    names: Sequence[bytes]
+
+
+def groups(items: Iterable[Any], places: Iterable[tuple[int, bytes]]) -> list[Group]:
+    """Return items in groups of a partition, each of a size that travels as one operation.
+
+    Args:
+        items: Anything.
+        places: The partition of each, and the server's name of its resource.
+    """
+    partitions: dict[int, tuple[list[Any], list[bytes]]] = {}
+    for item, (partition, name) in zip(items, places, strict=True):
+        known = partitions.get(partition)
+        if known is None:
+            known = partitions[partition] = [], []
+        known[0].append(item)
+        known[1].append(name)
+    return [
+        Group(partition, some[first : first + GROUP], names[first : first + GROUP])
+        for partition, (some, names) in partitions.items()
+        for first in range(0, len(some), GROUP)
+    ]
+
+
+def while_sending(making: Iterator[object], count: int) -> Iterator[object] | None:
+    """Return what makes so many changes; None if they are few, and made now."""
+    if count >= 2 * GROUP:
+        return making
+    deque(making, 0)
+    return None
+
+
+def pieces(partials: Sequence[bytes]) -> Iterator[slice]:
+    """Return which partials travel as one operation: all of them, unless they are large."""
+    sizes = list(map(len, partials))
+    if sum(sizes) <= MOST_BYTES:
+        yield slice(0, len(sizes))
+        return
+    first = size = 0
+    for at, length in enumerate(sizes):
+        if size and size + length > MOST_BYTES:
+            yield slice(first, at)
+            first, size = at, 0
+        size += length
+    yield slice(first, len(sizes))
+
+
+def one_each(endings: Sequence[Ending]) -> list[Ending]:
+    """Return one ending for each update and resource."""
+    return list({(ending.resource, id(ending.parcel)): ending for ending in endings}.values())
