@@ -13,9 +13,11 @@ import argparse
 import itertools
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -140,7 +142,9 @@ def main() -> None:
     if options.url:
         print(json.dumps(measure(options.url, options.sessions)))
         return
-    server = start(None)
+    # In a folder of its own: others on this machine may use, and end, the one that all share.
+    folder = tempfile.mkdtemp(prefix="ph-")
+    server = start(folder)
     try:
         url = f"unix://{server.socket_path}"
         process, other = Process(url=url), Process(url=url)
@@ -156,6 +160,7 @@ def main() -> None:
             options.json.write_text(json.dumps(results, indent=2) + "\n")
     finally:
         server.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
