@@ -26,6 +26,8 @@ from phonon_demo.postgres import PostgreSQL
 
 KEYS = 10_000
 BATCH = 1000
+#: Rounds with a database at the most: each takes some ten seconds.
+SINK_ROUNDS = 5
 
 
 class Message(NamedTuple):
@@ -107,8 +109,9 @@ def seconds(function: Callable[..., object], *arguments: Any) -> float:
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """Return the median, and the least and the greatest."""
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    """Return the median, the least and the greatest, and of how many rounds."""
+    some = f"{min(ratios):.2f}-{max(ratios):.2f}, {len(ratios)} rounds"
+    return f"{statistics.median(ratios):.2f} ({some})"
 
 
 class Cost(NamedTuple):
@@ -220,10 +223,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--messages", type=int, default=200_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
     ingest(options.messages, options.rounds)
-    sinks(options.messages, min(3, options.rounds))
+    sinks(options.messages, min(SINK_ROUNDS, options.rounds))
 
 
 if __name__ == "__main__":

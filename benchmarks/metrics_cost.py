@@ -1,8 +1,9 @@
-"""What counting and exporting cost durable ingest: ratios in one run, medians of five rounds.
+"""What counting and exporting cost durable ingest: ratios in one run.
 
 Three ways take turns: counters that do nothing, counters, and counters with both exporters (an
 OpenTelemetry SDK, and Prometheus scraping every second). CPU time of this process
-is measured, so that other work on the machine plays a smaller part::
+is measured, so that other work on the machine plays a smaller part, and each round's ways are
+compared with each other, in changing order. The median is shown with the middle half of rounds::
 
     python benchmarks/metrics_cost.py
 """
@@ -22,7 +23,7 @@ from phonon import ConflictFreeUpdate, Process, metrics
 from phonon._core.measures import Measures
 from phonon.embedded import start
 
-ROUNDS = 5
+ROUNDS = 21
 BATCHES, MESSAGES, KEYS = 100, 500, 200
 
 
@@ -96,18 +97,19 @@ def main() -> None:
         found: dict[str, list[float]] = {"nothing": [], "counted": [], "exported": []}
         for way in found:
             one(url, way)  # warm up
-        for _ in range(ROUNDS):
-            for way, rates in found.items():
-                rates.append(one(url, way))
+        for number in range(ROUNDS):
+            ways = list(found)
+            for way in ways[number % 3 :] + ways[: number % 3]:
+                found[way].append(one(url, way))
     finally:
         server.close()
     base = statistics.median(found["nothing"])
     for way, rates in found.items():
-        ratios = sorted(rate / base for rate in rates)
-        median = statistics.median(rates)
+        costs = [free / rate for free, rate in zip(found["nothing"], rates, strict=True)]
+        low, median, high = statistics.quantiles(costs, n=4) if way != "nothing" else (1, 1, 1)
         print(
-            f"{way:9} {median:9,.0f} messages a CPU second, {median / base:.3f} of counting "
-            f"nothing ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+            f"{way:9} {statistics.median(rates):9,.0f} messages a CPU second, {median:.3f} of the "
+            f"CPU time of counting nothing ({low:.3f} to {high:.3f})"
         )
     counter: Any = itertools.count()
     each = min(timeit.repeat(lambda: next(counter), number=1_000_000, repeat=3)) * 1000

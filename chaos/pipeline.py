@@ -8,6 +8,7 @@ checks switched off (``--without``) it must not be, or the run shows nothing.
 """
 
 import contextlib
+import functools
 import itertools
 import random
 import signal
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ import sqlalchemy as sa
 
 from chaos.killer import Schedule
 from chaos.pipeline_worker import StruckPlan
-from chaos.proxy import CuttingProxy
+from chaos.proxy import CuttingProxy, KafkaProxy
 from phonon import Process
 from phonon.sinks import SqlTable
 from phonon_demo.aggregations import FLIGHTS, Message
@@ -46,7 +47,7 @@ MAX_ENTRIES = 100
 #: Seconds between two strikes of a kind, on average.
 PAUSES, CUTS, RESTARTS = 4.0, 2.0, 15.0
 #: Between two kills, by source: a group of Kafka's needs four seconds to miss a member.
-KILLS = {"kafka": 5.0, "streams": 1.0}
+KILLS = {"kafka": 5.0, "streams": 2.5}
 #: Messages a second that are produced.
 RATE = 1500
 #: Seconds between a write and the report of it.
@@ -96,7 +97,7 @@ class PipelineResult(NamedTuple):
     handled: int
     kills: int
     pauses: int
-    cuts: int
+    cuts: tuple[int, int, int]
     restarts: int
     keys: int
     differing: int
@@ -252,22 +253,27 @@ def run(options: Options) -> PipelineResult:
         server = enter(MortalServer(folder))
         proxy = enter(CuttingProxy(folder / "p", server.socket))
         postgres = enter(PostgreSQL())
+        database = enter(CuttingProxy(folder / postgres.SOCKET, postgres.socket))
         engine = sa.create_engine(postgres.url)
         stack.callback(engine.dispose)
         sink = SqlTable(engine, FLIGHTS.table, FLIGHTS.model)
         sink.create_table()
+        engine.dispose()  # its connections will not survive
         topic = f"flights-{uuid.uuid4().hex[:8]}"
         process = enter(onlooker(server.url, f"chaos-{uuid.uuid4().hex[:8]}"))
         broker = _broker(options, process, server.url, topic)
         stack.callback(broker.close)
+        front: CuttingProxy | None = None
+        if options.source == "kafka":
+            front = kafka = enter(KafkaProxy(broker.address))
         plan = StruckPlan(
             aggregation="flights",
             url=f"unix://{proxy.path}?db=1",
             namespace=process.namespace,
             source=options.source,
-            broker=broker.address,
+            broker=kafka.servers if front else broker.address,
             topic=topic,
-            database=postgres.url,
+            database=postgres.url_in(folder),
             max_entries=MAX_ENTRIES,
             heartbeat=HEARTBEAT,
             without=options.without,
@@ -278,7 +284,7 @@ def run(options: Options) -> PipelineResult:
         begun = time.monotonic()
         with StruckPool(plan, options.workers) as pool:
             producer.start()
-            chaos = _Chaos(options, pool, proxy, postgres, engine)
+            chaos = _Chaos(options, pool, (front, proxy, database), postgres)
             chaos.strike_until_done()
             producer.finish()
             wait_until_stored(broker, process, pool, producer.count)
@@ -289,7 +295,7 @@ def run(options: Options) -> PipelineResult:
             handled=sum(int(file.read_text() or 0) for file in handled.iterdir()),
             kills=chaos.kills,
             pauses=chaos.pauses,
-            cuts=chaos.cuts,
+            cuts=(chaos.cuts[0], chaos.cuts[1], chaos.cuts[2]),
             restarts=chaos.restarts,
             keys=len(expected),
             differing=len(differences(expected, found)),
@@ -304,21 +310,23 @@ class _Chaos:
         self,
         options: Options,
         pool: StruckPool,
-        proxy: CuttingProxy,
+        proxies: Sequence[CuttingProxy | None],
         postgres: PostgreSQL,
-        engine: sa.Engine,
     ) -> None:
         self._options = options
         self._pool = pool
-        self._proxy = proxy
         self._postgres = postgres
-        self._engine = engine
         self._chance = random.Random(options.seed)  # noqa: S311 - a schedule, no secret
-        self.kills = self.pauses = self.cuts = self.restarts = 0
-        kinds = [
+        self.kills = self.pauses = self.restarts = 0
+        self.cuts = [0] * len(proxies)
+        kinds: list[tuple[float, Callable[[], None]]] = [
             (KILLS[options.source], self._kill),
             (PAUSES, self._pause),
-            (CUTS, self._cut),
+            *(
+                (CUTS, functools.partial(self._cut, which, proxy))
+                for which, proxy in enumerate(proxies)
+                if proxy is not None
+            ),
             (RESTARTS, self._restart),
         ]
         self._schedule = Schedule(self._chance, kinds, delay=2.0)
@@ -351,15 +359,10 @@ class _Chaos:
             self._chance.choice(running).pause(self._chance.uniform(SHORTEST_PAUSE, LONGEST_PAUSE))
             self.pauses += 1
 
-    def _cut(self) -> None:
-        self.cuts += self._proxy.cut()
-        query = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE "
-        query += "pid <> pg_backend_pid() AND backend_type = 'client backend'"
-        with contextlib.suppress(sa.exc.DBAPIError), self._engine.connect() as connection:
-            self.cuts += int(connection.execute(sa.text(query)).scalar_one())
+    def _cut(self, which: int, proxy: CuttingProxy) -> None:
+        self.cuts[which] += proxy.cut()
 
     def _restart(self) -> None:
-        self._engine.dispose()
         self._postgres.restart()
         self.restarts += 1
 
@@ -372,7 +375,9 @@ def report(options: Options, result: PipelineResult) -> str:
         f"{o.produced:,} messages through {options.source}, {o.seconds:.0f} s",
         f"handled at least {o.handled:,} times, so {max(repeated, 0):,} again",
         f"{o.kills} workers killed, {o.pauses} paused until believed dead",
-        f"{o.cuts} connections cut, PostgreSQL restarted {o.restarts} times",
+        "connections cut: {:,} to Kafka, {:,} to Phonon's server (and its streams), {:,} to "
+        "PostgreSQL".format(*o.cuts),
+        f"PostgreSQL restarted {o.restarts} times",
         f"{o.differing} of {o.keys} rows differ from a plain loop, {o.parked} batches parked",
         f"flights in the table less those produced: {o.surplus:+,}",
     ]

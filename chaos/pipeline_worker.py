@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import redis
 import sqlalchemy as sa
 
 from phonon import Process, RetryPolicy
-from phonon.errors import ServerUnreachableError
+from phonon.errors import ConnectionLostError, ServerUnreachableError
 from phonon.sources.streams import StreamEntry, StreamSource
 from phonon_demo.aggregations import AGGREGATIONS
 from phonon_demo.plan import GROUP, Plan
@@ -61,6 +61,15 @@ class LingeringTable(CountedTable):
         time.sleep(self.linger)
 
 
+@contextlib.contextmanager
+def keeping_what_fails() -> Iterator[None]:
+    """Go on when a database or the server is away: Phonon keeps the data, and tries it again."""
+    try:
+        yield
+    except* (sa.exc.DBAPIError, ConnectionLostError):
+        pass
+
+
 class Handled:
     """Enters how many messages were handled, into a file that outlives the worker."""
 
@@ -80,7 +89,7 @@ class UncheckedStream(StreamSource):
     """Acknowledges what was stored, as other programs do, and checks no ids."""
 
     def _store(self, storing: Any, stream: str, raw: Sequence[Any]) -> None:
-        with self._process.batch():
+        with keeping_what_fails(), self._process.batch():
             for entry, fields in raw:
                 if fields is not None:
                     content = fields
@@ -130,7 +139,7 @@ def _read_without_offsets(plan: Plan, process: Process, records: Any, handle: Ha
     consumer.subscribe([plan.topic])
     while not stop.is_set():
         messages = [m for m in consumer.consume(BATCH, 0.1) if m.error() is None]
-        with process.batch():
+        with keeping_what_fails(), process.batch():
             for message in messages:
                 handle(message.key(), message.value())
         for message in messages:
@@ -139,7 +148,8 @@ def _read_without_offsets(plan: Plan, process: Process, records: Any, handle: Ha
             except Exception:  # noqa: BLE001, S112 - it is not this consumer's any more
                 continue
     consumer.close()
-    records.expire_all()
+    with keeping_what_fails():
+        records.expire_all()
 
 
 def _process(plan: Plan) -> Process:
@@ -149,8 +159,8 @@ def _process(plan: Plan) -> Process:
                 url=plan.url,
                 namespace=plan.namespace,
                 heartbeat_interval=plan.heartbeat,
-                # A database that is away is no reason to give up.
-                retry=RetryPolicy(attempts=1_000_000, first_delay=0.05, longest_delay=0.5),
+                # A database that is away is no reason to give up, and nor are workers that die.
+                retry=RetryPolicy(1_000_000, 0.05, longest_delay=0.5, crashes=1_000_000),
             )
         time.sleep(0.1)
 

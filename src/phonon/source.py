@@ -340,6 +340,14 @@ class BaseSource:
         self._check()
         return self._claim.position
 
+    def report_end(self, offset: int) -> None:
+        """Tell how far the broker's messages reach, so that operators see how many wait.
+
+        Args:
+            offset: The first one that there is no message of yet.
+        """
+        self._claim.end = offset
+
     def _check(self) -> None:
         if self._claim.in_doubt:
             raise self._claim.lost("is in doubt after an error")

@@ -1,8 +1,11 @@
 """From a broker to a table under fire: exact, and not exact without any one of the checks."""
 
 import pytest
+from confluent_kafka import Producer
 
 from chaos.pipeline import Options, PipelineResult, report, run
+from chaos.proxy import KafkaProxy
+from phonon_demo.brokers import KafkaBroker
 
 MINUTE = 60
 
@@ -13,6 +16,16 @@ def struck(options: Options) -> PipelineResult:
     assert result.kills == options.kills
     assert result.parked == 0
     return result
+
+
+def test_no_client_of_kafka_goes_past_the_proxy() -> None:
+    broker = KafkaBroker("views")
+    with KafkaProxy(broker.address) as proxy:
+        client = Producer({"bootstrap.servers": proxy.servers, "log_level": 2})
+        found = client.list_topics(timeout=10).brokers.values()
+        assert [f"{each.host}:{each.port}" for each in found] == [proxy.servers]
+        assert proxy.servers != broker.address
+    broker.close()
 
 
 @pytest.mark.slow
@@ -31,6 +44,8 @@ def test_two_hundred_kills_from_end_to_end(source: str) -> None:
     result = struck(Options(source, kills=200))
     assert result.differing == 0
     assert result.handled > result.produced  # delivered again, and counted once
+    assert min(result.cuts[source == "streams" :]) > 100
+    assert result.pauses > 10
 
 
 @pytest.mark.chaos

@@ -16,11 +16,19 @@ if TYPE_CHECKING:
 
 R = Reply
 _STORES = (Code.APPEND, Code.LEAVE)
-_ONCE = (*_STORES, Code.COMPLETE, Code.FAIL)
+_INGESTS = (Code.INGEST, Code.INGEST_NEW)
+_ONCE = (*_STORES, *_INGESTS, Code.COMPLETE, Code.FAIL)
 _MAKES_MEMBER = (Code.JOIN, Code.APPEND, Code.MODIFY, Code.MEET, Code.RESTORE)
 _TOKENS = 1024
 #: Keys that may expire by themselves: parties wait for a week for those that have not come.
-_EXPIRING = (b"lane:", b"mailbox:", b"parties:", b"left:")
+_EXPIRING = (b"lane:", b"mailbox:", b"parties:", b"left:", b"ids:")
+#: Keys that stay.
+_STAYING = (b"token", b"source:")
+
+
+def stays(key: bytes) -> bool:
+    """Return whether a key is one of the few that are there for ever."""
+    return key.partition(b"}:")[2].startswith(_STAYING) or key.endswith((b":epoch", b":partitions"))
 
 
 class Violation(AssertionError):  # noqa: N818 - of a guarantee
@@ -299,6 +307,7 @@ class Checks:
             self.seen["sink refuses an old token"] += 1
             if self.losses:
                 self.may_be_lost.update(items)
+                self.dropped.update(items)
             elif live:
                 self.fail(f"G6: {p.name} lives and executes {resource} {token} after {max(done)}")
             return
@@ -322,7 +331,9 @@ class Checks:
         last_on = {}
         carried = [single for operation in call.operations for single in self.singles(operation)]
         for place, operation in enumerate(carried):
-            if len(operation.words) > 1:
+            if operation.code in _INGESTS:
+                last_on.update(dict.fromkeys(operation.words[-1][::2], place))
+            elif len(operation.words) > 1:
                 last_on[operation.words[1]] = place
         for place, (operation, answer) in enumerate(zip(carried, answers, strict=True)):
             code = operation.code
@@ -347,6 +358,11 @@ class Checks:
                 continue
             if code is Code.CLOSE:
                 continue
+            if code in (*_INGESTS, Code.CLAIM):
+                for resource, partial in self._world.broker.carried_out(operation, answer):
+                    members.setdefault(resource, set()).add(call.process)
+                    self._store(partial)
+                continue
             if code in (Code.COMPLETE, Code.FAIL) and kind is not R.LOST and not reaps:
                 owner = self.owners.get(operation.resource.decode(), call.process)
                 if owner != call.process:
@@ -357,7 +373,7 @@ class Checks:
             if code in _MAKES_MEMBER:
                 pids.add(call.process)
             if code in _STORES and operation.words[-1]:
-                self._store(resource, operation, call)
+                self._store(operation.words[-1])
             if code is Code.LEAVE:
                 pids.discard(call.process)
                 self._left(operation, answer, pids, was=was, reaps=reaps)
@@ -367,8 +383,8 @@ class Checks:
                     self.ghost = call.process, resource
             self._token(call, code, operation, answer)
 
-    def _store(self, resource: str, operation: Operation, call: Call) -> None:
-        for item in operation.words[-1].split(b","):
+    def _store(self, partial: bytes) -> None:
+        for item in partial.split(b","):
             if item in self.stored:
                 self.fail(f"G4: {item!r} is stored twice")
             self.stored.add(item)
@@ -497,6 +513,7 @@ class Checks:
         self.may_be_lost |= was - kept
         self.stored = self.stored - was | kept
         state = self.state()
+        self._world.broker.data_lost(state.keys)
         self.members = {r: set(m) for r, m in state.members.items()}
         self.owners = {r: run[b"owner"] for r, run in state.running.items()}
 
@@ -508,6 +525,10 @@ class Checks:
         for item in [*self.acked, *self.stored]:
             if item not in done and item not in self.may_be_lost and item not in self.dropped:
                 self.fail(f"G3: {item!r} was acknowledged or stored, and never executed")
+        # Positions and ids are lost with the data that they are about: it is delivered again.
+        lost = self._world.broker.all_items() - done.keys() - self.dropped
+        if lost:
+            self.fail(f"Sources: {sorted(lost)} was delivered, and never executed")
         for item, times in done.items():
             if times > 1 and item not in self.excused:
                 self.fail(f"G4: {item!r} was executed {times} times")
@@ -517,8 +538,7 @@ class Checks:
         left = [
             (key, value)
             for key, value, ttl in state.keys
-            if not key.endswith((b":token", b":epoch", b":partitions"))
-            and not (ttl > 0 and key.partition(b"}:")[2].startswith(_EXPIRING))
+            if not stays(key) and not (ttl > 0 and key.partition(b"}:")[2].startswith(_EXPIRING))
         ]
         if left:
             self.fail(f"G11: {left} stays behind")

@@ -17,6 +17,7 @@ from phonon._core import (
     members,
     outbox,
     rebirth,
+    sources,
     takeover,
 )
 from phonon._protocol import lane
@@ -249,6 +250,50 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "a listing has no number": _lua(
         "or call('HGET', N .. 'listings', pid) ~= args[4] then", "then"
+    ),
+    # Sources
+    "the epoch of a source is not compared": _lua(
+        "if epoch ~= o[i + 2] or position", "if position", "sources"
+    ),
+    "the position of a source is not compared": _lua(
+        " or position ~= o[i + 3] then", " then", "sources"
+    ),
+    "the position of a source is not stored": _lua(
+        "  call('HSET', source, 'position', o[i + 4])\n", "", "sources"
+    ),
+    "an older claim is taken": _lua("elseif epoch < last then", "elseif false then", "sources"),
+    "an id is not compared": _lua("  if #seen > 0 then", "  if false then", "sources"),
+    "an id is not stored": _lua(
+        "    call('SADD', set, unpack(ids, j", "    call('SMISMEMBER', set, unpack(ids, j", "sources"
+    ),
+    "what a source brings is entered in no registry": _lua(
+        "        track_member(c, resource)\n", "", "sources"
+    ),
+    "a batch that failed is believed in": _core(
+        sources, "Ordered.failed", "self._claim.in_doubt = True", "pass", "sources"
+    ),
+    "what is in is not passed over": _core(
+        sources, "Ordered.skips", "position is not None and self._offset < position", "False",
+        "sources",
+    ),
+    "a new source stands nowhere": _core(
+        sources, "Ordered.preparing", "self._first is None or None not in positions", "True",
+        "sources",
+    ),
+    "silent partitions are moved on too far": _core(
+        sources, "Claim.moves", 'b"%d" % self.done)', 'b"%d" % (self.done + 1))', "sources"
+    ),
+    "an id that is known is brought again": _core(
+        sources, "Unordered.skips", "if (partition, mark) in self._ids.known:", "if False:",
+        "sources",
+    ),
+    "an id counts twice in a batch": _core(
+        sources, "Unordered.begin", "if mark in self._begun:", "if False:", "sources"
+    ),
+    "a refused batch leaves a membership behind": _core(
+        sources, "Sources._send",
+        "code != _INGESTED and entry and entry.identity != self._identity.id", "False",
+        "lost sources",
     ),
     # The core
     "an empty call is taken for a refusal": _core(

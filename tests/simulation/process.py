@@ -24,10 +24,18 @@ from phonon._core.identity import Identity
 from phonon._core.leases import Grant, LockRequest
 from phonon._core.parcels import Ending
 from phonon._core.retry import RetryPolicy
+from phonon._core.sources import Claim, Ordered, Progress, Unordered
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import Operation
-from phonon.errors import ConnectionLostError, PhononError, ServerError, UnknownClassError
+from phonon.errors import (
+    AlreadyStoredError,
+    ConnectionLostError,
+    PhononError,
+    ServerError,
+    UnknownClassError,
+)
+from simulation.broker import QUEUE, TOPIC, WINDOW
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -83,6 +91,7 @@ class SimFlow:
         gone: Whether its caller has given up.
         detached: Whether it waits for the outbox to go on with it.
         deadline: Until when it waits, microseconds.
+        progress: Of the messages that it stores.
     """
 
     def __init__(self, process: "SimProcess", name: str, flow: Flow[Any]) -> None:
@@ -98,6 +107,7 @@ class SimFlow:
         self.gone = self.detached = self.ended = False
         self.parent: tuple[SimFlow, Any] | None = None
         self.deadline = 0
+        self.progress: Progress | None = None
 
     def __repr__(self) -> str:
         return f"<{self.name}: {type(self.effect).__name__}{' ready' * self.ready}>"
@@ -300,6 +310,9 @@ class SimProcess:
         self.items = 0
         self.known_ids: list[bytes] = []
         self.granted: list[Grant] = []
+        self.claim: Claim | None = None
+        self.offset = 0
+        self.reading = 0
         self.errors: list[Exception] = []
         self.replies: list[tuple[Any, Any, Any]] = []
         self.many = Many(self)
@@ -439,6 +452,8 @@ class SimProcess:
     def detach(self, task: SimFlow) -> None:
         """The caller of a task has given up."""
         task.gone = True
+        if task.progress is not None:
+            task.progress.failed()
         if task.name.startswith("stop"):
             # `Process.stop` raises; what it has not brought to its end is left to survivors.
             self.engine.close()
@@ -565,6 +580,69 @@ class SimProcess:
         if isinstance(answer, list) and answer[0] == Reply.RUN:
             self.world.seen["replayed"] += 1
             self.engine.outbox.take_over(partition, name, answer[3], 0.0)
+
+    def consume(self, count: int, again: int, piece: int) -> Flow[None]:
+        """Read messages of the topic, some of them again, as `Source.batch` does."""
+        sources, broker = self.engine.sources, self.world.broker
+        if self.claim is None or self.claim.in_doubt:
+            self.claim = yield from sources.claim(TOPIC)
+            self.offset = self.claim.position or 0
+        # It reads on, whatever became of the messages before, as the broker's client does. Another
+        # thread is given messages that are not stored yet.
+        offset = (self.claim.position or 0) if self.reading else self.offset
+        numbers = range(max(0, offset - again), max(0, offset - again) + count)
+        self.offset = max(self.offset, numbers.stop)
+        broker.produced = max(broker.produced, numbers.stop)
+        self.world.seen["messages again"] += again > 0
+        self.reading += 1
+        try:
+            yield from self._ingest(Ordered(self.claim), TOPIC, numbers, piece)
+        finally:
+            self.reading -= 1
+
+    def settle(self) -> Flow[None]:
+        """Move the topic on in all partitions, as `Source.settle` does."""
+        if self.claim is not None and not self.claim.in_doubt and self.claim.is_behind:
+            yield from self.engine.sources.move_on(self.claim)
+
+    def take(self, numbers: Sequence[int], piece: int) -> Flow[None]:
+        """Store messages of the queue, as the loops of `phonon.sources` do."""
+        broker, running = self.world.broker, self.running
+        broker.queued = max(broker.queued, *(n + 1 for n in numbers))
+        for _ in range(3):
+            ids = self.engine.sources.ids(QUEUE, WINDOW)
+            errors = yield from self._ingest(Unordered(ids), QUEUE, numbers, piece)
+            if not any(isinstance(error, AlreadyStoredError) for error in errors):
+                break
+        if not errors and running is not None and not running.gone:
+            broker.acknowledged.update(numbers)
+
+    def _ingest(
+        self, progress: Progress, kind: str, numbers: Sequence[int], piece: int
+    ) -> Flow[list[BaseException]]:
+        """Store what messages bring, a few of them at a time, as a batch of messages does."""
+        running = self.running
+        assert running is not None
+        running.progress = progress
+        try:
+            parcels: dict[str, Parcel] = {}
+            for place, number in enumerate(numbers):
+                if piece and place and place % piece == 0:
+                    errors = yield from self.engine.sources.ingest(progress, [*parcels.values()])
+                    parcels.clear()
+                    if errors:
+                        return errors
+                if not progress.begin(number if kind == TOPIC else f"{QUEUE}{number}"):
+                    continue
+                for resource, item in self.world.broker.brings(kind, number):
+                    partition, _ = self.engine.members.place(resource)
+                    if not (progress.asks and progress.skips(partition)):
+                        parcels.setdefault(resource, Parcel(resource, [])).items.append(item)
+            errors = yield from self.engine.sources.ingest(progress, [*parcels.values()])
+        finally:
+            running.progress = None
+        self.world.seen[f"messages {'refused' if errors else 'stored'}"] += 1
+        return errors
 
     def stop(self) -> Flow[None]:
         """Stop as `Process.stop` does, when its callers have come back."""

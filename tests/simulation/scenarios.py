@@ -6,6 +6,7 @@ The resource ``d`` is in partition 0, and ``y`` in partition 1.
 from collections.abc import Callable
 from typing import Any
 
+from phonon._core.flows import Branch
 from phonon._protocol.operations import Code
 from phonon.errors import DeclaredDeadError, ServerStateLostError
 from simulation.process import LEASE_US, SimProcess
@@ -362,6 +363,24 @@ def a_leave_behind_a_rebirth_is_the_last(world: World) -> None:
     assert world.seen["told last"] == 1, "G2: nobody is told that it was the last"
 
 
+def of_two_batches_of_a_source_one_is_refused(world: World) -> None:
+    """A thread has stored the next messages while the batch of another one was under way."""
+    for _ in range(3):
+        _does(world, "a", "append", "d")
+    world.do(("user", "a", "user0", "consume", 4, 0, 2))
+    task = world.processes["a"].tasks["user0"]
+    for _ in range(20):
+        # What comes together makes it merge partials, after its first two messages.
+        if not isinstance(task.effect, Branch):
+            world.do(("call", "a", 0, "ok"))
+            world.do(("call", "a", 1, "ok"))
+    assert isinstance(task.effect, Branch)
+    world.do(("user", "a", "user1", "consume", 1, 0, 0))
+    world.do(("call", "a", 0, "ok"))
+    world.do(("call", "a", 1, "ok"))
+    run_out(world, "a")
+
+
 #: Who is there; two that recover unless it says otherwise.
 OTHERS: dict[Scenario, list[Setup]] = {
     an_own_former_self_is_recovered: [Setup("a", recovers=False), Setup("b", recovers=False)],
@@ -392,6 +411,7 @@ SCENARIOS: list[Scenario] = [
     a_join_while_others_are_executed_stays,
     a_refused_join_behind_a_rebirth,
     a_leave_behind_a_rebirth_is_the_last,
+    of_two_batches_of_a_source_one_is_refused,
 ]
 
 

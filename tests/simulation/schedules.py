@@ -44,9 +44,15 @@ PROFILES: dict[str, dict[str, int]] = {
         "start": 6,
     },
 }  # fmt: skip
+#: The same disturbances, while messages of a broker are read.
+PROFILES["sources"] = {**PROFILES["deaths"], "kill": 12, "pause": 14}
+PROFILES["lost sources"] = PROFILES["rollback"]
 _USER = {
     "append": 28, "append two": 5, "leave": 24, "leave two": 6, "join": 10, "modify": 4, "lock": 16,
     "meet": 3, "wait": 3, "replay": 2,
+}  # fmt: skip
+_READER = {
+    "consume": 40, "take": 26, "settle": 4, "append": 4, "leave": 20, "leave two": 4, "replay": 2,
 }  # fmt: skip
 _CALLS = {"ok": 70, "slow": 10, "later": 4, "deaf": 8, "lost": 5, "twice": 4}
 _READS = {"ok": 60, "step": 24, "deaf": 5, "lost": 4, "twice": 4, "fail": 2, "deaf fail": 2}
@@ -72,6 +78,7 @@ class Schedule:
         self.rng = rng = random.Random(seed)
         self.profile = PROFILES[profile]
         self.faulty = profile != "quiet"
+        self.user = _READER if profile.endswith("sources") else _USER
         self.refuses = self.faulty and rng.random() < 0.3
         classes = ("K", "L"), ("K",)
         self.setups = [
@@ -187,7 +194,7 @@ class Schedule:
 
     def _user(self, p: SimProcess, task: SimFlow) -> Move | None:
         rng, world = self.rng, self.world
-        what = _choose(rng, _USER)
+        what = _choose(rng, self.user)
         who = "user", p.name, task.name
         some = list(self.resources)
         resource = rng.choice(some)
@@ -210,6 +217,13 @@ class Schedule:
             return *who, "meet", "w", rng.choice((1, 2, 2))
         if what == "wait":
             return *who, "wait", "w"
+        if what == "consume":
+            again = rng.choice((0, 0, 0, 0, 2, 5, 100))
+            return *who, "consume", rng.randint(1, 6), again, rng.choice((0, 0, 2))
+        if what == "take":
+            return *who, "take", self._delivered(), rng.choice((0, 0, 2))
+        if what == "settle":
+            return *who, "settle"
         if what == "replay":
             parked = [(r, token) for r, some in world.checks.state().dead.items() for token in some]
             if not parked:
@@ -221,6 +235,16 @@ class Schedule:
                 return None
             return *who, "replay", resource, token, False
         return *who, what, resource
+
+    def _delivered(self) -> tuple[int, ...]:
+        """Return the next messages of the queue: mostly such as nobody has acknowledged."""
+        broker, rng = self.world.broker, self.rng
+        numbers = [
+            n
+            for n in range(broker.queued + 3)
+            if n not in broker.acknowledged or rng.random() < 0.1
+        ]
+        return tuple(rng.choices(numbers[-8:], k=rng.randint(1, 5)))
 
     def _disturbance(self, kind: str, live: list[SimProcess]) -> Move | None:
         rng, world = self.rng, self.world

@@ -12,11 +12,11 @@ import pytest
 from simulation.schedules import PROFILES, Schedule, run_random
 from simulation.server import SimServer, small
 
-SIMULATIONS = int(os.environ.get("PHONON_TEST_SIMULATIONS", "136"))
+SIMULATIONS = int(os.environ.get("PHONON_TEST_SIMULATIONS", "170"))
 SEED = os.environ.get("PHONON_TEST_SEED", "1")
 EACH = max(1, SIMULATIONS // len(PROFILES))
 
-#: What schedules must have come across, and how often at least in 136 of them.
+#: What schedules must have come across, and how often at least in 170 of them.
 REACHED = {
     "kills": 15,
     "pauses": 40,
@@ -49,6 +49,11 @@ REACHED = {
     "MEET JOINED": 10,
     "woken": 3,
     "callers gone, user": 10,
+    "INGEST INGESTED": 50,
+    "INGEST REFUSED": 8,
+    "INGEST_NEW INGESTED": 40,
+    "INGEST_NEW SEEN": 60,
+    "messages again": 40,
     "sink applies": 100,
     "many changes in one operation": 20,
 }
@@ -74,7 +79,7 @@ def test_random_schedules_come_across_all_that_matters(sim: SimServer) -> None:
             f"\n{profile}: {result.schedules} schedules, {result.moves:,} moves, "
             f"{result.calls:,} calls, {kills} kills, {pauses} pauses, {late} late duplicates"
         )
-    share = min(1.0, EACH * len(PROFILES) / 136)
+    share = min(1.0, EACH * len(PROFILES) / 170)
     missed = {what: seen[what] for what, least in REACHED.items() if seen[what] < least * share}
     assert not missed, f"the schedules do not come across {missed}"
 

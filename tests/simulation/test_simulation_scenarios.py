@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from phonon._core import executor, heartbeat, identity, members, outbox, rebirth, takeover
+from phonon._core import executor, heartbeat, identity, members, outbox, rebirth, sources, takeover
 from phonon._protocol import lane
 from simulation import scenarios
 from simulation.checks import Violation
@@ -159,6 +159,16 @@ WITHOUT: dict[Scenario, Mutation] = {
     ),
     scenarios.a_leave_behind_a_rebirth_is_the_last: Mutation(
         core=(Patch(rebirth, "Rebirth.run", "left += operation.held", "pass"),)
+    ),
+    scenarios.of_two_batches_of_a_source_one_is_refused: Mutation(
+        core=(
+            Patch(
+                sources,
+                "Ordered.operations",
+                "position = self._positions[partition]",
+                "position = claim.positions[partition]",
+            ),
+        )
     ),
 }
 

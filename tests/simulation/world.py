@@ -13,6 +13,7 @@ from phonon._protocol.lane import Call, State, add_contents
 from phonon._protocol.library import Request
 from phonon._protocol.partitions import Partitions
 from phonon.errors import ConnectionLostError, PhononError, ServerError
+from simulation.broker import Broker
 from simulation.checks import Checks, Saved, Violation
 from simulation.process import (
     INTERVAL,
@@ -98,6 +99,7 @@ class World:
         self.fate = ""
         self.steps = 0
         self.processes: dict[str, SimProcess] = {}
+        self.broker = Broker(self)
         self.checks = Checks(self)
         self._handler = _Watcher(self.checks)
         for setup in setups:

@@ -199,6 +199,14 @@ def test_ids_are_known_for_the_whole_window_and_then_forgotten(lab: Lab, at: int
     assert all(1500 < ttl <= 2000 for ttl in times)
 
 
+def test_a_clock_that_is_set_back_forgets_no_id(lab: Lab) -> None:
+    a = lab.process("a")
+    lab.set_clock(1_700_000_000_000_000)
+    assert ingest_new(a, [b"i"], b"x", b"p") == Reply.INGESTED
+    lab.set_clock(1_700_000_000_000_000 - HOUR * 1000 // 2)
+    assert ingest_new(a, [b"i"], b"x", b"p") == [Reply.SEEN, [b"i"]]
+
+
 def test_a_crash_between_any_two_calls_of_a_batch(lab: Lab) -> None:
     """What the readers of one source do is four calls; the dead one's end anywhere."""
     offsets = (b"", b"10", b"20")

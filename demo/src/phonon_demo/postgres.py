@@ -21,6 +21,9 @@ class PostgreSQL:
         sync: Whether it waits for its disk. Without, it survives everything but the machine's end.
     """
 
+    #: What its clients expect its socket to be called.
+    SOCKET = ".s.PGSQL.5432"
+
     def __init__(self, *, sync: bool = False) -> None:
         with warnings.catch_warnings():
             # It says where it puts its sockets when there is no XDG_RUNTIME_DIR.
@@ -54,8 +57,16 @@ class PostgreSQL:
     @property
     def url(self) -> str:
         """Its URL, for SQLAlchemy."""
-        found: str = self._server.get_uri()
-        return found.replace("postgresql://", "postgresql+psycopg://", 1)
+        return self.url_in(Path(self._folder.name))
+
+    @property
+    def socket(self) -> str:
+        """The path of its socket."""
+        return f"{self._folder.name}/{self.SOCKET}"
+
+    def url_in(self, folder: Path) -> str:
+        """Return the URL if its socket is in another folder: that of a proxy, say."""
+        return f"postgresql+psycopg://postgres:@/postgres?host={folder}"
 
     def restart(self) -> None:
         """Shut it down at once, as after a crash (``immediate``), and start it again."""

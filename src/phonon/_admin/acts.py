@@ -6,6 +6,8 @@ from phonon._admin.content import class_name_of
 from phonon._admin.inspector import PIECE, Inspector, missing
 from phonon._admin.namespace import Namespace, text
 from phonon._core.executor import TOKENS
+from phonon._core.shown import counted
+from phonon._protocol.library import of_operators
 from phonon._protocol.operations import class_queue
 from phonon._protocol.partitions import encode_resource, encode_semaphore
 from phonon._transport.steps import Steps
@@ -13,6 +15,7 @@ from phonon.errors import (
     BatchRunningError,
     LockLostError,
     ProcessMissingError,
+    ServerError,
     UndecodableError,
     UnknownClassError,
 )
@@ -74,8 +77,8 @@ class Acts:
             )
         patience = max(process.heartbeat_interval for process in able)
         return (
-            f"batch {token} of {resource!r} goes on as {int(answer[1]) * TOKENS}: one of "
-            f"{len(able)} processes that know {min(names)} takes it within {patience:g} s"
+            f"batch {token} of {resource!r} goes on as {int(answer[1]) * TOKENS}: a process that "
+            f"knows {min(names)} takes it within {patience:g} s"
         )
 
     def _classes(
@@ -116,7 +119,7 @@ class Acts:
         answer = yield from self._do(partition, "admin_discard", *words)
         if answer[0] == b"missing":
             raise missing(resource, token)
-        return f"batch {token} of {resource!r} is deleted, with its {answer[1]} partials"
+        return f"batch {token} of {resource!r} is deleted, with its {counted(answer[1], 'partial')}"
 
     def break_lock(self, name: str, token: int, *, semaphore: bool) -> Steps[str]:
         """Release a lock that has a certain token, in its holder's place, and wake the next.
@@ -162,7 +165,16 @@ class Acts:
         )
 
     def _do(self, partition: int | None, function: str, *words: bytes) -> Steps[Any]:
+        """Carry an act out, if none of its commands is forbidden: Redis does not roll back."""
         space = self._namespace
+        also = [command.encode() for command in sorted(of_operators())]
+        (forbidden,) = yield from space.ask([space.read(partition, "rights", *also)])
+        if forbidden:
+            grants = " ".join(f"+{text(command).lower()}" for command in forbidden)
+            raise ServerError(
+                "this user may not run all that an act of an operator needs, and nothing was done: "
+                f"grant with ACL SETUSER <user> {grants}, or use a worker's user"
+            )
         (answer,) = yield from space.ask([space.write(partition, function, *words)])
         return answer
 

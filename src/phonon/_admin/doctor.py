@@ -12,6 +12,7 @@ from phonon._admin.inspector import Inspector
 from phonon._admin.namespace import Namespace
 from phonon._admin.pages import Walk, next_page
 from phonon._admin.records import BatchState, BatchStatus, LockStatus, ProcessStatus
+from phonon._core.shown import counted
 from phonon._protocol.library import Request
 from phonon._transport.steps import Steps
 
@@ -263,7 +264,7 @@ def _processes(found: list[ProcessStatus], *, known: bool) -> Iterator[Finding]:
             text = f"{len(ids)} of {len(found)} are {state}: {', '.join(ids[:5])}"
             yield Finding("problem", "processes", text, remedy)
     alive = [p for p in found if p.state == "alive"]
-    yield Finding("ok" if alive else "problem", "processes", f"{len(alive)} are alive")
+    yield Finding("ok" if alive else "problem", "processes", f"{len(alive)} alive")
     mine = metadata.version("phonon")
     others = sorted({p.version for p in found if p.version and p.version != mine})
     if others:
@@ -280,11 +281,12 @@ def _processes(found: list[ProcessStatus], *, known: bool) -> Iterator[Finding]:
 def _batches(found: list[BatchStatus], processes: list[ProcessStatus]) -> Iterator[Finding]:
     parked = [batch for batch in found if batch.state == "parked"]
     if parked:
-        more = " or more" if len(found) >= MOST else ""
+        more = " (or more)" if len(found) >= MOST else ""
         yield Finding(
             "problem",
             "dead letters",
-            f"{len(parked)}{more} batches are parked; one is {parked[0].resource!r}: "
+            f"{counted(len(parked), 'parked batch', 'parked batches')}{more}, such as "
+            f"{parked[0].resource!r}: "
             f"{parked[0].error.splitlines()[0][:200] if parked[0].error else ''}",
             "phonon batches --state parked; phonon show RESOURCE; then phonon replay, or discard",
         )
@@ -303,7 +305,8 @@ def _batches(found: list[BatchStatus], processes: list[ProcessStatus]) -> Iterat
     ):
         some = [batch for batch in found if batch.state == state]
         if some:
-            text = f"{len(some)} batches are {state}; one is {some[0].resource!r} {some[0].error}"
+            text = counted(len(some), f"batch is {state}", f"batches are {state}")
+            text += f", such as {some[0].resource!r} {some[0].error}"
             yield Finding("note", subject, text.strip(), remedy)
     long = [b for b in found if b.state == "running" and b.age > LONG]
     if long:

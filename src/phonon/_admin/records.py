@@ -177,8 +177,8 @@ class SourceStatus(NamedTuple):
     Attributes:
         name: Its name.
         process: The id of the process that reads it.
-        kind: Its kind: ``"kafka"``, ``"stream"``.
-        position: Where it stands, as text.
+        kind: The check: ``"ordered"`` has offsets, ``"ids"`` has ids.
+        position: Where an ordered one stands, as text.
         lag: How many messages are waiting behind that; None if that is not known.
     """
 

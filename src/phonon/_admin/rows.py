@@ -18,6 +18,7 @@ from phonon._admin.records import (
 from phonon._core.dead_letters import parse_entry
 from phonon._core.executor import TOKENS
 from phonon._core.heartbeat import DEAD_AFTER
+from phonon._core.shown import counted
 from phonon._protocol.operations import class_of_queue, is_shared
 from phonon._protocol.partitions import decode, is_semaphore
 
@@ -189,7 +190,7 @@ def act(entry: bytes, fields: Sequence[bytes]) -> Act:
     if kind == "replay":
         detail = f"under token {int(detail) * TOKENS}"
     elif kind == "discard":
-        detail = f"{detail} partials"
+        detail = counted(int(detail), "partial")
     return Act(
         at=int(entry.partition(b"-")[0]) / 1000,
         who=known.get(b"who", b"").decode("utf-8", "replace"),

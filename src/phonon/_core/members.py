@@ -93,6 +93,10 @@ class Members:
         of = self._identity.partitions.of
         return [operations.join(of(name), name) for name in names]
 
+    def joining(self, resource: str) -> list[Operation]:
+        """Return the operation that makes sure of a membership, if the resource is held."""
+        return [operations.join(*self.place(resource))] if resource in self.held else []
+
     def join(self, resource: str) -> Flow[None]:
         """Become a member.
 

@@ -51,6 +51,7 @@ class Claim:
         epoch: The claim's number; a later claim has a greater one.
         positions: By partition, the first offset that is not in; None as long as nothing is.
         done: Everything before this offset has been stored under this claim, or before it.
+        end: The first offset that the broker has not, as far as its reader has said so.
         in_doubt: Whether something went wrong: the server knows better.
         moved_on: When all partitions were at the same position, by the monotonic clock.
     """
@@ -59,6 +60,7 @@ class Claim:
         "__weakref__",
         "done",
         "encoded",
+        "end",
         "epoch",
         "in_doubt",
         "moved_on",
@@ -72,6 +74,7 @@ class Claim:
         self.epoch = epoch
         self.positions = list(positions)
         self.done = 0
+        self.end: int | None = None
         self.in_doubt = False
         self.moved_on = time.monotonic()
 
@@ -79,6 +82,13 @@ class Claim:
     def position(self) -> int | None:
         """The first offset that is not in everywhere; None for a source that is new."""
         return min((p for p in self.positions if p is not None), default=None)
+
+    @property
+    def lag(self) -> int | None:
+        """How many messages the broker has that are not stored; None if that is not known."""
+        if self.end is None:
+            return None
+        return max(0, self.end - max(self.done, self.position or 0))
 
     @property
     def is_behind(self) -> bool:
@@ -141,6 +151,9 @@ class Progress(Protocol):
 class Ordered:
     """A batch's progress on an ordered source.
 
+    It goes by where the source stood when it began. So it is refused if another batch of the same
+    source was stored meanwhile, whose messages may be among its own.
+
     Args:
         claim: The source.
     """
@@ -150,7 +163,8 @@ class Ordered:
         self._first: int | None = None
         self._offset = -1
         self._upto: int | None = None
-        known = [p for p in claim.positions if p is not None]
+        self._positions = list(claim.positions)
+        known = [p for p in self._positions if p is not None]
         self._lowest, self._highest = min(known, default=0), max(known, default=0)
         self.asks = False
 
@@ -171,23 +185,19 @@ class Ordered:
 
     def skips(self, partition: int) -> bool:
         """Return whether the message's data is in that partition already."""
-        position = self._claim.positions[partition]
+        position = self._positions[partition]
         return position is not None and self._offset < position
 
     def preparing(self) -> list[Operation]:
         """Let a new source stand somewhere, so that a crash in the first batch loses no start."""
-        claim = self._claim
-        if claim.position is not None or self._first is None:
-            # After a crash some may stand nowhere; nothing has come for them.
-            if None in claim.positions and claim.position is not None:
-                start = claim.position
-            else:
-                return []
-        else:
-            start = self._first
+        claim, positions = self._claim, self._positions
+        if self._first is None or None not in positions:
+            return []
+        # After a crash some may stand nowhere; nothing has come for them.
+        start = min((p for p in positions if p is not None), default=self._first)
         return [
             operations.ingest(p, claim.encoded, claim.epoch, (b"", b"%d" % start), [])
-            for p, position in enumerate(claim.positions)
+            for p, position in enumerate(positions)
             if position is None
         ]
 
@@ -203,7 +213,7 @@ class Ordered:
             partitions = range(len(claim.positions))
         made = []
         for partition in partitions:
-            position = claim.positions[partition]
+            position = self._positions[partition]
             if position is not None and position < upto:
                 positions = b"%d" % position, b"%d" % upto
                 made.append(
@@ -215,7 +225,9 @@ class Ordered:
 
     def stored(self, operation: Operation) -> None:
         """The source stands where the operation has moved it."""
-        self._claim.positions[operation.partition] = int(operation.words[4])
+        position = int(operation.words[4])
+        self._positions[operation.partition] = position
+        self._claim.positions[operation.partition] = position
 
     def refused(self, operation: Operation, answer: Any) -> PhononError:
         """Somebody else has claimed it, or something before this was refused."""
@@ -241,6 +253,9 @@ class Ids:
     Args:
         scope: Whose ids they are.
         window: How long the server remembers them, seconds.
+
+    Attributes:
+        lag: How many messages of the scope wait, as far as their reader has said so.
     """
 
     #: So many are kept: those of a few batches, which may come again.
@@ -250,6 +265,7 @@ class Ids:
         self.scope = scope
         self.encoded = encode_resource(scope)
         self.window_ms = int(window * 1000)
+        self.lag: int | None = None
         self.known: dict[tuple[int, bytes], None] = {}
 
     def learn(self, partition: int, ids: Iterable[bytes]) -> None:
@@ -394,10 +410,10 @@ class Sources:
 
     def listed(self) -> list[tuple[str, str, str, int | None]]:
         """Return the facts that operators see about the sources that this process reads."""
+        claims = [claim for claim in list(self._claims) if not claim.in_doubt]
         return [
-            (claim.name, "ordered", str(claim.position), None)
-            for claim in list(self._claims)
-            if not claim.in_doubt
+            *((claim.name, "ordered", str(claim.position), claim.lag) for claim in claims),
+            *((ids.scope, "ids", "", ids.lag) for ids in list(self._ids.values())),
         ]
 
     def position(self, name: str) -> Flow[int | None]:
@@ -489,6 +505,7 @@ class Sources:
             progress.failed()
             raise
         many: list[LongSession] = []
+        doubtful: list[Operation] = []
         partials = size = 0
         for operation, answer, names, entered in zip(sent, answers, named, entries, strict=True):
             code = answer[0] if isinstance(answer, list) else answer
@@ -507,6 +524,11 @@ class Sources:
                 errors.append(_error(progress, operation, answer))
             for name, entry in zip(names, entered, strict=True):
                 self._members.entered(name, entry, failed=code != _INGESTED)
+                # A rebirth has joined it, but a leave may have come between that and the refusal.
+                if code != _INGESTED and entry and entry.identity != self._identity.id:
+                    doubtful += self._members.joining(name)
+        if doubtful:
+            yield Send(doubtful)
         self._identity.measures.add_stored(partials, size)
         if many:
             yield Branch(self._executor.compact(many))

@@ -112,7 +112,8 @@ operation(INGEST_NEW, 5, function(c, o, i)
   local latest = math.floor(now_ms(c) / share)
   local prefix = c.T .. 'ids:' .. fmt(share) .. '.'
   local seen = {}
-  for n = latest - SHARES, latest do
+  -- Also the next one: a server that has taken over may have a clock that is behind.
+  for n = latest - SHARES, latest + 1 do
     local set = prefix .. fmt(n) .. ':' .. o[i + 1]
     if call('EXISTS', set) == 1 then
       for j = 1, #ids, MOST_VALUES do

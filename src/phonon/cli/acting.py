@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from phonon._core.shown import counted
 from phonon.admin import Admin
 from phonon.cli import tables
 from phonon.cli.completing import complete_parked
@@ -39,37 +40,41 @@ def _do_all(tokens: list[int], act: Callable[[int], str]) -> None:
     sys.exit(2 if failed else 0)
 
 
-resource_argument = click.argument("resource", shell_complete=complete_parked)
-token_argument = click.argument("token", required=False, type=int)
-all_option = click.option("--all", "every", is_flag=True, help="All parked batches of RESOURCE.")
+def _for_parked(act: Callable[[Admin, str, int], str], question: str, text: str) -> click.Command:
+    """Return the command that does something with parked batches.
+
+    Args:
+        act: Does it with one, and returns what it did.
+        question: Is asked before, with their number and resource.
+        text: What the command does, for its help.
+    """
+
+    @click.command(help=text)
+    @click.argument("resource", shell_complete=complete_parked)
+    @click.argument("token", required=False, type=int)
+    @click.option("--all", "every", is_flag=True, help="All parked batches of RESOURCE.")
+    @yes_option
+    @target_options
+    def command(resource: str, token: int | None, every: bool, yes: bool, **where: Any) -> None:
+        with target(where).open() as admin:
+            tokens = _each(admin, resource, token, every=every)
+            parked = counted(len(tokens), "parked batch", "parked batches")
+            confirm(question.format(f"{parked} of {resource}"), yes=yes)
+            _do_all(tokens, lambda each: act(admin, resource, each))
+
+    return command
 
 
-@click.command()
-@resource_argument
-@token_argument
-@all_option
-@yes_option
-@target_options
-def replay(resource: str, token: int | None, every: bool, yes: bool, **where: Any) -> None:
-    """Hand the parked batch TOKEN of RESOURCE to a process that can execute it."""
-    with target(where).open() as admin:
-        tokens = _each(admin, resource, token, every=every)
-        confirm(f"Execute {len(tokens)} parked batch(es) of {resource} again?", yes=yes)
-        _do_all(tokens, lambda each: admin.replay(resource, each))
-
-
-@click.command()
-@resource_argument
-@token_argument
-@all_option
-@yes_option
-@target_options
-def discard(resource: str, token: int | None, every: bool, yes: bool, **where: Any) -> None:
-    """Delete the parked batch TOKEN of RESOURCE, with its data."""
-    with target(where).open() as admin:
-        tokens = _each(admin, resource, token, every=every)
-        confirm(f"Delete {len(tokens)} parked batch(es) of {resource}, with their data?", yes=yes)
-        _do_all(tokens, lambda each: admin.discard(resource, each))
+replay = _for_parked(
+    Admin.replay,
+    "Execute {} again?",
+    "Hand the parked batch TOKEN of RESOURCE to a process that can execute it.",
+)
+discard = _for_parked(
+    Admin.discard,
+    "Delete {}, with the data?",
+    "Delete the parked batch TOKEN of RESOURCE, with its data.",
+)
 
 
 @click.command()

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from phonon._admin.plain import plain
+from phonon._core.shown import counted
 from phonon.admin import Partial, ResourceStatus
 from phonon.cli import tables
 from phonon.cli.completing import complete_parked
@@ -61,7 +62,8 @@ def _shown(found: ResourceStatus, partials: Iterable[Partial], token: int | None
     if found.lock is not None:
         parts += ["", tables.lock(found.lock)]
     if found.batches:
-        parts += ["", tables.batches(found.batches)]
+        # Their errors are told in full below, so not in the table as well.
+        parts += ["", tables.batches([batch._replace(error="") for batch in found.batches])]
         parts += [
             Text(f"  {batch.token}: {batch.error}", style="red")
             for batch in found.batches
@@ -69,7 +71,7 @@ def _shown(found: ResourceStatus, partials: Iterable[Partial], token: int | None
         ]
     whose = "the open session" if token is None else f"batch {token}"
     listed = list(partials)
-    parts += ["", Text(f"data of {whose}: {len(listed)} partials", style="bold")]
+    parts += ["", Text(f"data of {whose}: {counted(len(listed), 'partial')}", style="bold")]
     parts += [_partial(number, partial) for number, partial in enumerate(listed, 1)]
     return Group(*parts)
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from rich.table import Table
 from rich.text import Text
 
+from phonon._core.shown import counted
 from phonon.admin import (
     Act,
     BatchStatus,
@@ -88,7 +89,7 @@ def _state(state: str) -> Text:
 def processes(found: Sequence[ProcessStatus]) -> Table:
     """Return a table of processes."""
     table = _table(
-        f"{len(found)} processes",
+        counted(len(found), "process", "processes"),
         *("process", "state", "where", "version", "up>", "beat>", "members>", "locks>"),
         *("batches>", "left>", "backlog>", "calls>"),
     )
@@ -114,7 +115,14 @@ def processes(found: Sequence[ProcessStatus]) -> Table:
 def locks(found: Sequence[LockStatus]) -> Table:
     """Return a table of locks."""
     table = _table(
-        f"{len(found)} locks", "lock", "mode", "held by", "thread", "for>", "token>", "waiting>"
+        counted(len(found), "lock"),
+        "lock",
+        "mode",
+        "held by",
+        "thread",
+        "for>",
+        "token>",
+        "waiting>",
     )
     now = time.time()
     for lock in found:
@@ -157,9 +165,9 @@ def lock(found: LockStatus) -> Table:
 
 def sessions(found: Sequence[SessionStatus], total: int | None) -> Table:
     """Return a table of sessions."""
-    of = "" if total is None else f" of about {total:,}"
+    some = counted(len(found), "open session")
     table = _table(
-        f"{len(found):,}{of} open sessions",
+        some if total is None else f"{len(found):,} of about {total:,} open sessions",
         *("resource", "age>", "members>", "modified>", "partials>", "memory>"),
     )
     for session in found:
@@ -178,7 +186,7 @@ def sessions(found: Sequence[SessionStatus], total: int | None) -> Table:
 def batches(found: Sequence[BatchStatus]) -> Table:
     """Return a table of batches."""
     table = _table(
-        f"{len(found):,} batches",
+        counted(len(found), "batch", "batches"),
         *("resource", "token>", "state", "owner", "tries>", "next", "age>", "partials>", "error"),
     )
     for batch in found:
@@ -198,7 +206,7 @@ def batches(found: Sequence[BatchStatus]) -> Table:
 
 def sources(found: Sequence[SourceStatus]) -> Table:
     """Return a table of sources."""
-    table = _table(f"{len(found)} sources", "source", "kind", "process", "position", "lag>")
+    table = _table(counted(len(found), "source"), "source", "kind", "process", "position", "lag>")
     for source in found:
         lag = "-" if source.lag is None else f"{source.lag:,}"
         table.add_row(Text(source.name), source.kind, short(source.process), source.position, lag)
@@ -207,7 +215,7 @@ def sources(found: Sequence[SourceStatus]) -> Table:
 
 def acts(found: Sequence[Act]) -> Table:
     """Return a table of the acts of operators."""
-    table = _table(f"{len(found)} acts", "when", "who", "act", "what", "token>", "detail")
+    table = _table(counted(len(found), "act"), "when", "who", "act", "what", "token>", "detail")
     for act in found:
         table.add_row(
             moment(act.at),

@@ -92,13 +92,7 @@ class Storing(Generic[M]):
         for attempt in range(ATTEMPTS):
             batch = open_batch(messages)
             try:
-                with batch:
-                    for message in batch:
-                        try:
-                            self.handle(message)
-                        except Exception:
-                            at[:] = [_index(messages, message)]
-                            raise
+                self.run_through(batch, self.handle, messages, at)
             except AlreadyStoredError:
                 # Now it is known here which ones: they are passed over.
                 if attempt == ATTEMPTS - 1:
@@ -125,12 +119,34 @@ class Storing(Generic[M]):
             )
             raise error
         self._on_poison(messages[0], error)
-        with open_batch(messages) as batch:
-            for _ in batch:
-                pass
+        self.run_through(open_batch(messages), pass_over, messages, [])
+
+    def run_through(
+        self, batch: Any, handle: Callable[[M], object], messages: Sequence[M], at: list[int]
+    ) -> None:
+        """Hand each message of a batch to a function, and store what that brings.
+
+        Args:
+            batch: The batch.
+            handle: The function.
+            messages: The messages of the batch.
+            at: Is set to the place of the message for which the function has raised.
+        """
+        with batch:
+            for message in batch:
+                try:
+                    handle(message)
+                except Exception:
+                    at[:] = [index_of(messages, message)]
+                    raise
 
 
-def _index(messages: Sequence[Any], message: Any) -> int:
+def pass_over(message: object) -> None:
+    """Bring nothing for a message, so that it is only noted that it has come."""
+
+
+def index_of(messages: Sequence[Any], message: Any) -> int:
+    """Return the place of a message, which may be equal to others."""
     for index, each in enumerate(messages):
         if each is message:
             return index

@@ -9,7 +9,7 @@ Needs the extra ``phonon[kafka]``, that is confluent-kafka.
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phonon.errors import ConfigurationError, PhononError
 from phonon.settings import check_owner
@@ -39,8 +39,6 @@ except ImportError as error:
         "phonon.sources.kafka needs confluent-kafka: pip install 'phonon[kafka]'"
     ) from error
 
-if TYPE_CHECKING:
-    from phonon.process import Process
 
 log = logging.getLogger("phonon")
 
@@ -50,39 +48,12 @@ _Key = tuple[str, int]
 DELIVERY_TIMEOUT = 30.0
 
 
-class KafkaSource(Loop):
-    """Reads topics as a member of a consumer group, and hands each message to a function.
-
-    Partitions that are assigned are claimed, so that a member that has lost them and does not know
-    it yet stores nothing more, and are read from where they are stored.
-
-    Args:
-        process: The process that stores the messages.
-        config: Of confluent-kafka's `Consumer`: ``bootstrap.servers``, ``group.id`` and others.
-            Offsets are not committed automatically, and ``auto.offset.reset`` is ``earliest``
-            unless it is given.
-        topics: The topic, or several.
-        batch_size: Messages that are stored together at the most. More cost less each.
-        poll_timeout: Seconds to wait for messages.
-        sessions: A cache or a collection, whose sessions are ended when the loop ends. (Sessions
-            that are over before end by themselves.)
-        on_poison: Called with a message that cannot be handled and the error. The message is passed
-            over once this has returned.
-        dead_letters: Instead of ``on_poison``: the topic that such a message is sent to, with its
-            error in the headers.
-
-    Raises:
-        ConfigurationError: An argument is invalid.
-
-    Example:
-        >>> config = {"bootstrap.servers": "localhost:9092", "group.id": "views"}
-        >>> source = KafkaSource(process, config, "clicks", sessions=cache)  # doctest: +SKIP
-        >>> source.run(lambda message: cache.set(...))  # doctest: +SKIP
-    """
+class BaseKafkaSource(Loop):
+    """The base of `KafkaSource` and `AsyncKafkaSource`: all that goes on in the loop's thread."""
 
     def __init__(
         self,
-        process: "Process",
+        process: Any,
         config: Mapping[str, Any],
         topics: str | Sequence[str],
         *,
@@ -133,52 +104,44 @@ class KafkaSource(Loop):
         """Return the name under which a partition's position is kept; see `Process.source`."""
         return f"kafka/{self._group}/{topic}/{partition}"
 
-    def run(
-        self,
-        handle: Callable[[Message], object],
-        *,
-        stop_on: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
-    ) -> None:
-        """Read and handle messages until `stop` is called, or a signal comes.
-
-        The batch in hand is stored, the group is left, and the sessions are ended.
-
-        Args:
-            handle: Makes the updates of one message. It may be called again for a message that
-                could not be stored, so it should do nothing else.
-            stop_on: Signals that end the loop, if it runs in the main thread.
-
-        Raises:
-            Exception: The error of ``handle``, if there is neither ``on_poison`` nor
-                ``dead_letters``; or of ending the sessions.
-        """
-        storing = Storing(self._counted(handle), self._on_poison)
+    def _read(self, storing: Storing[Message]) -> None:
+        """Read and handle messages until the loop is to be left, and leave the group."""
         self._consumer = consumer = Consumer(self._config)
-        with self.running(stop_on):
-            try:
-                consumer.subscribe(
-                    self._topics,
-                    on_assign=self._assigned,
-                    on_revoke=self._revoked,
-                    on_lost=self._lost,
-                )
-                while not self.stopping:
-                    messages = consumer.consume(self._batch_size, self._poll_timeout)
-                    self._store(storing, messages)
-                    if not messages:
-                        self._settle(list(self._sources))
-                self._settle(list(self._sources))
-            finally:
-                consumer.close()
-                self._sources.clear()
-                if self._producer is not None:
-                    self._producer.flush(DELIVERY_TIMEOUT)
-            self.finish()
+        try:
+            consumer.subscribe(
+                self._topics,
+                on_assign=self._assigned,
+                on_revoke=self._revoked,
+                on_lost=self._lost,
+            )
+            while not self.stopping:
+                messages = consumer.consume(self._batch_size, self._poll_timeout)
+                self._store(storing, messages)
+                if not messages:
+                    self._settle(list(self._sources))
+            self._settle(list(self._sources))
+        finally:
+            consumer.close()
+            self._sources.clear()
+            if self._producer is not None:
+                self._producer.flush(DELIVERY_TIMEOUT)
+            # A client that a forked child collects as garbage waits for its threads for ever.
+            self._consumer = self._producer = None
+
+    # What the two do in their own ways
+
+    def _claimed(self, name: str) -> Any:
+        """Claim a source."""
+        return self._process.source(name)
+
+    def _settled(self, source: Any) -> None:
+        """Settle a source."""
+        source.settle()
 
     def _counted(self, handle: Callable[[Message], object]) -> Callable[[Message], object]:
-        def counted(message: Message) -> None:
+        def counted(message: Message) -> object:
             self.handled += 1
-            handle(message)
+            return handle(message)
 
         return counted
 
@@ -206,7 +169,14 @@ class KafkaSource(Loop):
                 self._begin_again(key)
             else:
                 self._done[key] = int(batch[-1].offset() or 0) + 1
+                self._report_end(key, source)
                 self._commit([key], wait=False)
+
+    def _report_end(self, key: _Key, source: Any) -> None:
+        """Tell operators how far the topic reaches, as of the last answer of the broker."""
+        reach = self._consumer.get_watermark_offsets(TopicPartition(*key), cached=True)
+        if reach is not None and reach[1] >= 0:
+            source.report_end(reach[1])
 
     def _commit(self, keys: Sequence[_Key], *, wait: bool) -> None:
         """Tell the broker how far we are. Nothing depends on it."""
@@ -228,7 +198,7 @@ class KafkaSource(Loop):
             if source is None or source.in_doubt:
                 continue
             try:
-                source.settle()
+                self._settled(source)
             except PhononError as error:
                 log.info("%s", error)
                 self._begin_again(key)
@@ -239,7 +209,8 @@ class KafkaSource(Loop):
         """Claim a partition, however long it takes. Return where to read on from."""
         while not self.stopping:
             try:
-                source = self._sources[key] = self._process.source(self.name_of(*key))
+                source: Source = self._claimed(self.name_of(*key))
+                self._sources[key] = source
                 return source.position()
             except PhononError as error:
                 if not is_transient(error):
@@ -265,7 +236,7 @@ class KafkaSource(Loop):
             source = self._sources.pop(key, None)
             if source is not None and not source.in_doubt:
                 try:
-                    source.settle()
+                    self._settled(source)
                 except PhononError as error:
                     log.info("%s", error)  # the member that has it now reads a little more again
 
@@ -324,6 +295,60 @@ class KafkaSource(Loop):
         self._producer.flush(DELIVERY_TIMEOUT)
         if failures != [None]:
             raise KafkaException(failures[0] if failures else "a dead letter was not delivered")
+
+
+class KafkaSource(BaseKafkaSource):
+    """Reads topics as a member of a consumer group, and hands each message to a function.
+
+    Partitions that are assigned are claimed, so that a member that has lost them and does not know
+    it yet stores nothing more, and are read from where they are stored.
+
+    Args:
+        process: The process that stores the messages.
+        config: Of confluent-kafka's `Consumer`: ``bootstrap.servers``, ``group.id`` and others.
+            Offsets are not committed automatically, and ``auto.offset.reset`` is ``earliest``
+            unless it is given.
+        topics: The topic, or several.
+        batch_size: Messages that are stored together at the most. More cost less each.
+        poll_timeout: Seconds to wait for messages.
+        sessions: A cache or a collection, whose sessions are ended when the loop ends. (Sessions
+            that are over before end by themselves.)
+        on_poison: Called with a message that cannot be handled and the error. The message is passed
+            over once this has returned.
+        dead_letters: Instead of ``on_poison``: the topic that such a message is sent to, with its
+            error in the headers.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+
+    Example:
+        >>> config = {"bootstrap.servers": "localhost:9092", "group.id": "views"}
+        >>> source = KafkaSource(process, config, "clicks", sessions=cache)  # doctest: +SKIP
+        >>> source.run(lambda message: cache.set(...))  # doctest: +SKIP
+    """
+
+    def run(
+        self,
+        handle: Callable[[Message], object],
+        *,
+        stop_on: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    ) -> None:
+        """Read and handle messages until `stop` is called, or a signal comes.
+
+        The batch in hand is stored, the group is left, and the sessions are ended.
+
+        Args:
+            handle: Makes the updates of one message. It may be called again for a message that
+                could not be stored, so it should do nothing else.
+            stop_on: Signals that end the loop, if it runs in the main thread.
+
+        Raises:
+            Exception: The error of ``handle``, if there is neither ``on_poison`` nor
+                ``dead_letters``; or of ending the sessions.
+        """
+        with self.running(stop_on):
+            self._read(Storing(self._counted(handle), self._on_poison))
+            self.finish()
 
 
 def _key_of(message: Message) -> _Key:

@@ -214,6 +214,16 @@ class StreamSource(Loop):
                 if start in (b"0-0", "0-0"):
                     break
             self._forget(stream, lambda consumer: consumer["idle"] > 10 * self._idle_ms)
+            ids = self._process.engine.sources.ids(self.scope_of(stream), self._window)
+            ids.lag = self._waiting(stream)
+
+    def _waiting(self, stream: str) -> int | None:
+        """Return how many entries nobody was given yet; None if the server cannot tell."""
+        for group in self._client.xinfo_groups(stream):
+            if _text(group["name"]) == self._group:
+                lag: int | None = group.get("lag")
+                return lag
+        return None
 
     def _store(self, storing: Storing[StreamEntry], stream: str, raw: Sequence[Any]) -> None:
         entries = [

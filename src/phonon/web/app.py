@@ -99,6 +99,7 @@ class Page:
             "waiting": sample.waiting,
             "sample": sample.figures(),
             "oldest": oldest[0] if oldest else None,
+            "sources": await admin.sources(),
             "history": self._history.rows(),
         }
 

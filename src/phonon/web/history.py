@@ -104,7 +104,9 @@ class History:
 
     async def _sample(self) -> Sample:
         admin, before = self._admin, self._latest
-        sample = Sample(time.time(), await admin.processes())
+        processes = await admin.processes()
+        # Only now: a server or a machine that is slow to answer would make peaks of the rates.
+        sample = Sample(time.time(), processes)
         sample.parked = await _count(admin.batches("parked"))
         states: list[BatchState] = ["waiting-for-class", "waiting-for-survivor"]
         sample.waiting = await _count(admin.batches(states))

@@ -245,7 +245,10 @@ def test_sources(admin: Admin, make: Make) -> None:
         assert [offset for offset, _ in batch] == [7, 8]
     (found,) = wait_until(lambda: [s for s in admin.sources() if s.position != "None"])
     assert (found.name, found.process, found.kind) == ("orders-3", process.id, "ordered")
-    assert found.position == str(source.position())
+    assert (found.position, found.lag) == (str(source.position()), None)
+    source.report_end(20)
+    (found,) = wait_until(lambda: [s for s in admin.sources() if s.lag is not None])
+    assert found.lag == 11
 
 
 def test_content_needs_no_class(admin: Admin, make: Make, broken: None) -> None:
@@ -320,7 +323,7 @@ def test_replay_beside_a_running_batch(admin: Admin, make: Make, broken: None) -
 
 def test_discard(admin: Admin, make: Make, broken: None) -> None:
     token = park(make(retry=ONCE), "a")
-    assert "is deleted, with its 1 partials" in admin.discard("test.test.a", token)
+    assert "is deleted, with its 1 partial" in admin.discard("test.test.a", token)
     assert list(admin.batches()) == []
     with pytest.raises(BatchMissingError):
         admin.discard("test.test.a", token)

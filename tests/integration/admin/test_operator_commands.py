@@ -109,6 +109,9 @@ def test_show(run: Run, make: Make) -> None:
     result = run("show", "test.test.a")
     assert result.exit_code == 1
     assert "doc: {'n': 1}" in result.stdout, "the batch's data, as there is no session"
+    assert "1 batch " in result.stdout
+    assert "1 partial\n" in result.stdout
+    assert result.stdout.count("no database") == 1, "the error is told once, in full"
     Poison(process, "a", doc={"n": 2})
     assert "doc: {'n': 2}" in run("show", "test.test.a").stdout
     (row,) = rows(run("show", "test.test.a", token, "--json"))

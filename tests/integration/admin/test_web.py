@@ -37,7 +37,7 @@ def page(server: Redis, namespace: str) -> Iterator[Page]:
 
 
 def test_what_it_tells(page: Page, make: Make, namespace: str) -> None:
-    process = make(retry=RetryPolicy(attempts=1))
+    process = make(retry=RetryPolicy(attempts=1), heartbeat_interval=0.2)
     token = park(process, "a")
     process.create_reference("x")
     process.lock("l").acquire()
@@ -46,6 +46,9 @@ def test_what_it_tells(page: Page, make: Make, namespace: str) -> None:
     assert [p["id"] for p in found["processes"]] == [process.id]
     assert found["sample"]["sessions"] == 1
     assert found["oldest"]["resource"] == "x"
+    source = process.source("clicks/0")
+    source.report_end(3)
+    wait_until(lambda: [s["lag"] for s in page.ask("api/overview").json["sources"]] == [3])
     (batch,) = page.ask("api/batches").json
     assert batch["token"] == str(token), "as text: a browser would lose digits"
     assert [lock["name"] for lock in page.ask("api/locks").json] == ["l"]

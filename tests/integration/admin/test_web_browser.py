@@ -79,9 +79,11 @@ def test_somebody_finds_a_dead_letter_and_replays_it(
     process = make(retry=RetryPolicy(attempts=1), heartbeat_interval=0.2)
     park(process, "a")
     browser.get(page.url)
-    wait_until(lambda: "1 batches are parked" in text_of(browser))
+    wait_until(lambda: "1 batch is parked" in text_of(browser))
     assert namespace in text_of(browser)
     assert browser.find_element(By.ID, "parked-badge").text == "1"
+    link = browser.find_element(By.LINK_TEXT, "1 batch is parked")
+    assert str(link.get_attribute("href")).endswith("#batches")
     browser.find_element(By.TAG_NAME, "body").send_keys("2")
     wait_until(lambda: "no database" in text_of(browser))
     click(browser, "test.test.a")

@@ -1,8 +1,10 @@
 """Sinks with asynchronous engines."""
 
 import asyncio
+from collections import Counter as Totals
 from pathlib import Path
 
+import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -11,6 +13,7 @@ from phonon.aio import AsyncProcess, AsyncUpdate
 from phonon.aio.sinks import AsyncSqlTable, once
 from phonon.fields import ID, Counter, Sum
 from phonon.sinks import tokens_table
+from phonon_demo.postgres import PostgreSQL
 from support.world import Redis
 
 
@@ -86,3 +89,38 @@ def test_an_update_asks_whether_its_batch_is_new(
         await engine.dispose()
 
     asyncio.run(main())
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_what_a_collection_writes(
+    tmp_path: Path, server: Redis, namespace: str, database: str
+) -> None:
+    """Of two processes, with sessions that end in between; a failed transaction is repeated."""
+    totals = Totals(f"user-{n * n % 7}" for n in range(300))
+
+    async def main(url: str) -> None:
+        engine = create_async_engine(url)
+        sink = AsyncSqlTable(engine, "aio_views", Views)
+        await sink.create_table()
+        async with (
+            AsyncProcess(url=server.url, namespace=namespace) as one,
+            AsyncProcess(url=server.url, namespace=namespace) as other,
+        ):
+            both = [process.collect(Views, 3, sink=sink) for process in (one, other)]
+            for n in range(300):
+                key = f"user-{n * n % 7}"
+                await both[n % 2].add(key, views=1, pages={f"/{n % 3}": 1})
+            for views in both:
+                await views.expire_all()
+        async with engine.connect() as connection:
+            rows = (await connection.execute(sa.select(sink.table))).all()
+        assert {row.user: row.views for row in rows} == totals
+        assert sum(sum(row.pages.values()) for row in rows) == 300
+        await engine.dispose()
+
+    if database == "sqlite":
+        asyncio.run(main(f"sqlite+aiosqlite:///{tmp_path}/test.db"))
+        return
+    with PostgreSQL() as postgresql:
+        asyncio.run(main(postgresql.url))

@@ -91,6 +91,8 @@ def test_a_topic_is_read_on_from_where_it_is_stored(
     config = kafka.config(topic)
     first = Consumer(make(), config, topic)
     wait_until(lambda: sum(first.seen.values()) == 300, 30)
+    listed = first.process.engine.sources.listed
+    wait_until(lambda: [lag for *_, lag in listed()] == [0] * MockKafka.partitions, 30)
     first.stop()
     client = Client(config)
     partitions = [TopicPartition(topic, partition) for partition in range(MockKafka.partitions)]

@@ -186,6 +186,37 @@ def test_a_source_that_falls_silent_is_settled(make: Make) -> None:
         take(process, source, messages(10, 20, keys=1))
 
 
+def test_of_two_batches_at_once_one_is_refused(make: Make) -> None:
+    """Two threads were given the same messages: each of them counts once."""
+    process = make()
+    source = process.source("s")
+    some = messages(0, 20, keys=5)
+    read, stored = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def take_later() -> None:
+        try:
+            with source.batch(some) as batch:
+                for message in batch:
+                    Count(process, message.key, doc={"n": 1})
+                read.set()
+                assert stored.wait(30)
+        except SourceLostError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=take_later)
+    thread.start()
+    assert read.wait(30)
+    take(process, source, some[:10])
+    stored.set()
+    thread.join()
+    assert len(errors) == 1
+    source.claim()
+    take(process, source, some)
+    process.stop()
+    assert Count.executed == expected(some)
+
+
 def test_what_cannot_be_meant_is_refused(make: Make) -> None:
     process = make()
     source = process.source("s")

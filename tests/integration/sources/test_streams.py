@@ -57,6 +57,8 @@ def test_entries_are_shared_and_those_of_a_dead_consumer_taken_over(
     both = [Consumer(make(), stream, claim_idle=0.2) for _ in range(2)]
     expected += fill(process, stream, 300, 500)
     wait_until(lambda: unread(process, stream) == 0)
+    listed = both[0].process.engine.sources.listed
+    wait_until(lambda: listed() == [(scope, "ids", "", 0)])
     for consumer in both:
         consumer.stop()
         assert consumer.error is None

@@ -1,4 +1,4 @@
-import { bytes, element, graph, moment, number, place, rate, span, table } from "./view.js";
+import { bytes, counted, element, graph, moment, number, place, rate, span, table } from "./view.js";
 
 const main = document.getElementById("main");
 const dialog = document.getElementById("dialog");
@@ -93,18 +93,18 @@ const show = {
     const s = found.sample;
     const dead = found.processes.filter((p) => p.state !== "alive");
     const wrong = [];
-    if (found.parked) wrong.push(`${number(found.parked)} batches are parked: see Batches`);
-    if (found.waiting) wrong.push(`${number(found.waiting)} batches wait for a class or a survivor`);
-    if (dead.length) wrong.push(`${dead.length} of ${found.processes.length} processes are late or dead`);
+    if (found.parked) wrong.push(`${counted(found.parked, "batch is", "batches are")} parked`);
+    if (found.waiting) wrong.push(`${counted(found.waiting, "batch waits", "batches wait")} for a class or a survivor`);
+    if (dead.length) wrong.push(`${counted(dead.length, "process is", "processes are")} late or dead, of ${number(found.processes.length)}`);
     if (!found.processes.length) wrong.push("no process runs");
     return [
       element("div", { class: wrong.length ? "verdict bad" : "verdict", id: "verdict" },
-        wrong.length ? "Something needs you" : `All is well: ${found.processes.length} processes at work`,
-        wrong.length ? element("ul", {}, wrong.map((text) => element("li", {}, text))) : ""),
+        wrong.length ? "Something needs you" : `All is well: ${counted(found.processes.length, "process", "processes")} at work`,
+        wrong.length ? element("ul", {}, wrong.map((text) => element("li", {}, text.includes("batch") ? element("a", { href: "#batches" }, text) : text))) : ""),
       element("div", { class: "cards" }, [
-        ["Processes", number(found.processes.length), ""], ["Open sessions", number(s.sessions), "memberships"],
+        ["Processes", number(found.processes.length), ""], ["Open sessions", number(s.sessions), "once for each member"],
         ["Parked", number(s.parked), "dead letters"], ["Backlog", number(s.backlog), "unfinished"],
-        ["Calls a second", rate(s.calls), s.messages === null ? "" : `${rate(s.messages)} messages`],
+        ["Calls a second", rate(s.calls), s.messages === null ? "" : `${rate(s.messages)} messages a second`],
         ["Oldest session", found.oldest ? span(found.oldest.age) : "–", found.oldest ? found.oldest.resource : ""],
       ].map(([title, figure, small]) => element("div", { class: "card" }, element("h2", {}, title), element("b", {}, figure), element("small", {}, small)))),
       element("div", { class: "graphs" }, graph("Calls a second", found.history, "calls"), graph("Open sessions", found.history, "sessions"), graph("Backlog", found.history, "backlog")),
@@ -114,6 +114,10 @@ const show = {
         ["batches", (p) => number(p.batches), "number"], ["backlog", (p) => number(p.backlog), "number"],
         ["", (p) => acting(button("Expire", "danger", () => confirmAct("expire", `Declare process ${p.id} at ${place(p.host, p.pid)} dead?`, "Declare dead", { resource: p.id }))), "acts"],
       ], "No process runs in this namespace.")),
+      found.sources.length ? element("section", {}, element("h2", {}, "Sources"), table(found.sources, [
+        ["source", (s) => s.name], ["kind", (s) => s.kind], ["process", (s) => short(s.process)],
+        ["position", (s) => s.position, "number"], ["waiting", (s) => number(s.lag), "number"],
+      ], "")) : "",
     ];
   },
   async batches() {

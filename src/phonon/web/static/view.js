@@ -21,6 +21,7 @@ export function span(seconds) {
 }
 
 export const moment = (at) => (at ? new Date(at * 1000).toLocaleString() : "–");
+export const counted = (value, one, many) => `${number(value)} ${value === 1 ? one : many}`;
 export const number = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en"));
 export const rate = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 }));
 export const place = (host, pid) => (host ? `${host}:${pid}` : "");
