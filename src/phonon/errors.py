@@ -26,7 +26,6 @@
     ├── ServerStateLostError                 the server has come back without its data
     ├── SourceLostError                      a source that was claimed here is claimed no longer
     ├── AlreadyStoredError                   messages that another delivery of them has stored
-    ├── StaleOperationError                  the server saw a later operation before this one
     ├── UnknownClassError                    a batch of a class that is not imported here
     ├── ProcessStoppedError                  ``stop()`` was called
     └── ForkedError                          an object of the parent, used in a forked child
@@ -172,8 +171,7 @@ class DeclaredDeadError(PhononError):
     """The process was silent for too long and counts as dead; survivors take over.
 
     The process itself notices, goes on under a new id, and repeats the refused calls. So this is
-    logged and handed to the process's ``on_error``, and raised only where an object is bound to
-    the old id.
+    logged and handed to the process's ``on_error``, and not raised.
     """
 
 
@@ -219,14 +217,6 @@ class AlreadyStoredError(PhononError):
     def __init__(self, message: str, ids: tuple[bytes, ...] = ()) -> None:
         super().__init__(message)
         self.ids = ids
-
-
-class StaleOperationError(PhononError):
-    """The server has seen a later operation of this process on this resource.
-
-    Only a repeat that was delayed past its successor can be stale, so the data of the later
-    operation stands and this one changes nothing.
-    """
 
 
 class UnknownClassError(PhononError):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 from phonon._core.executor import TOKENS
 from phonon._core.flows import CALLER_GONE, Flow
 from phonon._core.forks import notice
-from phonon._core.leases import Grant, LockRequest
+from phonon._core.leases import Attempt, Grant, LockRequest
 from phonon._protocol.answers import Taken
 from phonon._protocol.operations import is_shared, process_of
 from phonon._protocol.partitions import encode_resource, encode_semaphore
@@ -23,6 +23,7 @@ from phonon.errors import (
     ConfigurationError,
     DeadlockError,
     LockLostError,
+    PhononError,
     ServerError,
 )
 from phonon.settings import (
@@ -116,8 +117,8 @@ class BaseLock:
         self.on_lost = on_lost
         self._name = self._encode(lock_key)
         self._places = 0
-        #: The grants acquired through this object, each as often as it was taken.
-        self._grants: list[Grant] = []
+        #: What was acquired through this object and not given back yet.
+        self.taken: list[Attempt] = []
 
     @functools.cached_property
     def _engine(self) -> Any:
@@ -199,8 +200,15 @@ class BaseLock:
 
     # Acquiring
 
-    def entering(self) -> Flow[bool]:
+    def new_attempt(self) -> Attempt:
+        """Return what notes what a call takes, in case it is interrupted."""
+        return Attempt(self._engine.identity.partitions.of(self._name), self._name)
+
+    def entering(self, attempt: Attempt | None = None) -> Flow[bool]:
         """Take the lock as the lock was made.
+
+        Args:
+            attempt: Notes what it takes.
 
         Returns:
             Whether it is held. False only for a caller that has gone meanwhile.
@@ -208,10 +216,12 @@ class BaseLock:
         Raises:
             AlreadyLockedError: It is taken.
         """
-        return self._entering(self._seconds(None, None), self._engine.driver.me())
+        return self._entering(
+            self._seconds(None, None), self._engine.driver.me(), attempt or self.new_attempt()
+        )
 
-    def _entering(self, seconds: float | None, owner: object) -> Flow[bool]:
-        taken = yield from self._acquiring(seconds, owner)
+    def _entering(self, seconds: float | None, owner: object, attempt: Attempt) -> Flow[bool]:
+        taken = yield from self._acquiring(seconds, owner, attempt)
         if taken is None:
             return True
         # A caller that has gone, perhaps while its error was prepared, gets no answer.
@@ -228,6 +238,7 @@ class BaseLock:
         timeout: float | None,
         blocking: bool | None,
         blocking_timeout: float | None,
+        attempt: Attempt | None = None,
     ) -> Flow[bool]:
         if blocking is not None:
             check_flag("blocking", blocking)
@@ -235,10 +246,12 @@ class BaseLock:
             check_timeout("blocking_timeout", blocking_timeout)
         block = blocking if block is None else block
         timeout = blocking_timeout if timeout is None else timeout
-        return self._trying(self._seconds(block, timeout), self._engine.driver.me())
+        return self._trying(
+            self._seconds(block, timeout), self._engine.driver.me(), attempt or self.new_attempt()
+        )
 
-    def _trying(self, seconds: float | None, owner: object) -> Flow[bool]:
-        return (yield from self._acquiring(seconds, owner)) is None
+    def _trying(self, seconds: float | None, owner: object, attempt: Attempt) -> Flow[bool]:
+        return (yield from self._acquiring(seconds, owner, attempt)) is None
 
     def _seconds(self, block: bool | None, timeout: float | None) -> float | None:
         """Return how many seconds to wait; None not to wait."""
@@ -250,15 +263,16 @@ class BaseLock:
             return None
         return math.inf if seconds < 0 else seconds
 
-    def _acquiring(self, seconds: float | None, owner: object) -> Flow[Taken | None]:
+    def _acquiring(
+        self, seconds: float | None, owner: object, attempt: Attempt
+    ) -> Flow[Taken | None]:
         """Take the lock; the result is None, or who has it."""
-        if self._takes_again(owner, waits=bool(seconds)):
+        if self._takes_again(owner, attempt, waits=bool(seconds)):
             return None
         engine = self._engine
         request = LockRequest(
             self.lock_key,
-            engine.identity.partitions.of(self._name),
-            self._name,
+            *attempt.place,
             self.shared,
             self._places,
             self.lease,
@@ -266,22 +280,23 @@ class BaseLock:
         )
         told = itertools.count()
         answer = yield from engine.leases.acquire(
-            request, seconds, owner, partial(self._tell_loss, told)
+            request, seconds, owner, partial(self._tell_loss, told), attempt
         )
         if isinstance(answer, Taken):
             return answer
         # Here and not in the caller, which an interrupt may keep from it.
-        self._grants.append(answer)
+        self.taken.append(attempt)
         if self.lease is not None:
             engine.leases.start_work()
         return None
 
-    def _takes_again(self, owner: object, *, waits: bool) -> bool:
+    def _takes_again(self, owner: object, attempt: Attempt, *, waits: bool) -> bool:
         """Return whether this thread has the lock, and has taken it once more."""
-        for grant in self._engine.leases.here(self._name, owner):
+        leases = self._engine.leases
+        for grant in leases.here(self._name, owner):
             if self.reentrant and (self.shared or not grant.request.shared):
-                grant.depth += 1
-                self._grants.append(grant)
+                leases.take_again(grant, attempt)
+                self.taken.append(attempt)
                 return True
             # Shared twice would go well until a waiter for the exclusive lock comes in between. Two
             # places of a semaphore are another matter: a thread may take several.
@@ -308,62 +323,72 @@ class BaseLock:
 
     # Releasing
 
-    def releasing(self) -> Flow[None]:
+    def releasing(self, taken: Attempt | None = None) -> Flow[None]:
         """Give the lock back.
+
+        Args:
+            taken: What has taken it. None: this thread's latest.
 
         Raises:
             LockLostError: It was not held any more, or never was.
         """
         # A task of another loop, or of a forked child, must not take the grant out of the object.
         self._engine.driver.check()
-        grant = self._take_out()
+        attempt, grant = self._take_out(taken)
         if grant.generation is not self._engine.generation:
             raise LockLostError(
                 f"the lock on {self.lock_key!r} was taken before fork() and is the parent's"
             )
         if grant.lost:
             raise self._lost(grant)
-        grant.depth -= 1
-        return self._released() if grant.depth else self._releasing(grant)
+        grant.attempts.pop(attempt, None)
+        return self._released() if grant.attempts else self._releasing(attempt, grant)
 
     @staticmethod
     def _released() -> Flow[None]:
         yield from ()
 
-    def _releasing(self, grant: Grant) -> Flow[None]:
+    def _releasing(self, attempt: Attempt, grant: Grant) -> Flow[None]:
         try:
             released = yield from self._engine.leases.release(grant)
         except ServerError:
             # It refused, so the lock is still ours: to be renewed, and to be released again.
-            grant.depth += 1
-            self._grants.append(grant)
+            grant.attempts[attempt] = None
+            self.taken.append(attempt)
             raise
         if not released:
             self._found_lost(grant)
             raise self._lost(grant)
 
-    def _take_out(self) -> Grant:
+    def _take_out(self, attempt: Attempt | None) -> tuple[Attempt, Grant]:
         while True:
-            grant = self._grant
-            if grant is None:
+            attempt = attempt or self.latest
+            if attempt is None or attempt.grant is None:
                 raise self._not_held()
             with contextlib.suppress(ValueError):  # another thread was faster
-                self._grants.remove(grant)
-                return grant
+                self.taken.remove(attempt)
+                return attempt, attempt.grant
+            attempt = None
+
+    @property
+    def latest(self) -> Attempt | None:
+        """What this thread took last, or another one: any thread may release a lock."""
+        taken = self.taken
+        if not taken:
+            return None
+        here = self._engine.driver.me()
+        for attempt in reversed(taken):
+            if attempt.grant is not None and attempt.grant.owner is here:
+                return attempt
+        with contextlib.suppress(IndexError):  # released by another thread meanwhile
+            return taken[-1]
+        return None
 
     @property
     def _grant(self) -> Grant | None:
-        """This thread's grant; another thread's, if it has none: any thread may release a lock."""
-        grants = self._grants
-        if not grants:
-            return None
-        here = self._engine.driver.me()
-        for grant in reversed(grants):
-            if grant.owner is here:
-                return grant
-        with contextlib.suppress(IndexError):  # released by another thread meanwhile
-            return grants[-1]
-        return None
+        """The latest grant, this thread's if it has one."""
+        attempt = self.latest
+        return None if attempt is None else attempt.grant
 
     def _held(self) -> Grant:
         self._engine.driver.check()
@@ -538,7 +563,17 @@ class Lock(BaseLock):
             DeadlockError: This thread has the lock already, and would wait for itself.
             ConnectionLostError: The server does not answer.
         """
-        return bool(self._engine.run(self._acquire(block, timeout, blocking, blocking_timeout)))
+        attempt = self.new_attempt()
+        try:
+            flow = self._acquire(block, timeout, blocking, blocking_timeout, attempt)
+            return bool(self._engine.run(flow))
+        except PhononError:
+            raise
+        except BaseException:
+            # Behind an interrupt nobody would release what was granted already.
+            self._engine.leases.forsaken.append((attempt, self.taken))
+            self._engine.leases.start_work()
+            raise
 
     def release(self) -> None:
         """Give the lock back.
@@ -547,7 +582,17 @@ class Lock(BaseLock):
             LockLostError: It was not held any more, or never was.
             ServerError: The server refused; the lock is still held.
         """
-        self._engine.run(self.releasing())
+        attempt = None
+        try:
+            attempt = self.latest
+            self._engine.run(self.releasing(attempt))
+        except PhononError:
+            raise
+        except BaseException:
+            # Behind an interrupt nobody would call again, as at the end of a with block.
+            self._engine.leases.forsaken.append((attempt or self.latest, self.taken))
+            self._engine.leases.start_work()
+            raise
 
     def extend(self, additional_time: float | None = None, replace_ttl: bool = False) -> bool:
         """Make the lock's own lease longer, for a time in which it cannot be renewed.
@@ -610,8 +655,16 @@ class Lock(BaseLock):
         return locked
 
     def __enter__(self) -> "HeldLock":
-        self._engine.run(self.entering())
-        return cast("HeldLock", self)
+        attempt = self.new_attempt()
+        try:
+            self._engine.run(self.entering(attempt))
+            return cast("HeldLock", self)
+        except PhononError:
+            raise
+        except BaseException:
+            self._engine.leases.forsaken.append((attempt, self.taken))
+            self._engine.leases.start_work()
+            raise
 
     def __exit__(
         self,
@@ -619,13 +672,19 @@ class Lock(BaseLock):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        attempt = None
         try:
-            self.release()
-        except Exception as lost:
+            attempt = self.latest
+            self._engine.run(self.releasing(attempt))
+        except PhononError as lost:
             if error is None:
                 raise
             # The body's own exception is the one to see.
             error.add_note(f"phonon: {lost}")
+        except BaseException:
+            self._engine.leases.forsaken.append((attempt or self.latest, self.taken))
+            self._engine.leases.start_work()
+            raise
 
 
 if TYPE_CHECKING:

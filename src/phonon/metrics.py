@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phonon.errors import ConfigurationError
+from phonon.settings import check_owner
 
 if TYPE_CHECKING:
     from phonon.process import BaseProcess
@@ -233,6 +234,7 @@ METRICS = (
 
 def read(process: "BaseProcess") -> dict[str, Any]:
     """Return all metrics of a process that are numbers, by name; by labels where they have some."""
+    check_owner(process)
     found: dict[str, Any] = {}
     for metric in METRICS:
         if metric.kind != "histogram":
@@ -262,6 +264,8 @@ class PrometheusCollector:
             raise ConfigurationError(
                 "Prometheus's metrics need prometheus-client: pip install 'phonon[prometheus]'"
             ) from error
+        for process in processes:
+            check_owner(process)
         self._core = core
         self._processes = processes
 
@@ -331,6 +335,8 @@ def instrument(*processes: "BaseProcess", meter_provider: Any = None) -> None:
         raise ConfigurationError(
             "OpenTelemetry's metrics need its API: pip install 'phonon[opentelemetry]'"
         ) from error
+    for process in processes:
+        check_owner(process)
     meter = api.get_meter("phonon", meter_provider=meter_provider)
     histograms: dict[str, Any] = {}
 

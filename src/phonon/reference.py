@@ -7,7 +7,7 @@ from phonon._core.flows import CALLER_GONE, Branch, Flow, Outcome, call, never_r
 from phonon._core.members import Members
 from phonon._core.members import ProcessInfo as Holder
 from phonon._core.parcels import Ending, SessionResult
-from phonon.errors import ConfigurationError
+from phonon.errors import ConfigurationError, PhononError
 from phonon.lock import Lock
 from phonon.settings import (
     check_api,
@@ -110,24 +110,32 @@ class BaseReference:
         return self._locked_leaving(lock, callback, batch)
 
     def _locked_leaving(self, lock: Any, callback: Callable[[], Any], batch: Any) -> Flow[bool]:
-        if not (yield from lock.entering()):
-            return False  # the caller has gone: without the lock the reference stays held
+        attempt = lock.new_attempt()
         failure: BaseException | None = None
         last = False
         try:
-            last = yield from self._leaving(callback, batch)
-        except GeneratorExit:
+            if not (yield from lock.entering(attempt)):
+                return False  # the caller has gone: without the lock the reference stays held
+            try:
+                last = yield from self._leaving(callback, batch)
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # noqa: BLE001 - it is raised when the lock is released
+                failure = error
+            if failure is None:
+                yield from lock.releasing(attempt)
+                return last
+            # If the server does not answer, that goes on in the background, and this raises now.
+            released: Outcome = yield Branch(lock.releasing(attempt))
+            if released.error is not None:
+                failure.add_note(f"phonon: {released.error}")
+            raise failure  # noqa: TRY301 - told apart from an interrupt
+        except BaseException as error:
+            if not isinstance(error, PhononError | GeneratorExit) and error is not failure:
+                # Interrupted, with the lock perhaps granted.
+                self._engine.leases.forsaken.append((attempt, lock.taken))
+                self._engine.leases.start_work()
             raise
-        except BaseException as error:  # noqa: BLE001 - it is raised when the lock is released
-            failure = error
-        if failure is None:
-            yield from lock.releasing()
-            return last
-        # If the server does not answer, that goes on in the background, and this raises now.
-        released: Outcome = yield Branch(lock.releasing())
-        if released.error is not None:
-            failure.add_note(f"phonon: {released.error}")
-        raise failure
 
     def _leaving(self, callback: Callable[[], Any] | None, batch: Any) -> Flow[bool]:
         members, resource = self._engine.members, self.resource_key

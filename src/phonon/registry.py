@@ -8,7 +8,9 @@ from typing import Any
 
 from phonon import connections
 from phonon.collection import Collection
+from phonon.errors import ConfigurationError
 from phonon.model import Model
+from phonon.settings import check_seconds, check_whole
 
 __all__ = ["Registry", "configure", "register"]
 
@@ -20,11 +22,21 @@ class Registry:
         max_entries: Keys to keep of each model at the most.
         idle: Seconds without a message after which a session ends.
         longest: Seconds after which it ends although messages keep coming.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(
         self, max_entries: int = 10_000, idle: float | None = 1800, longest: float | None = None
     ) -> None:
+        if check_whole("max_entries", max_entries) < 1:
+            raise ConfigurationError(
+                f"max_entries is at least 1, not {max_entries!r}: the default is 10,000"
+            )
+        for name, seconds in (("idle", idle), ("longest", longest)):
+            if seconds is not None:
+                check_seconds(name, seconds)
         self.max_entries = max_entries
         self.idle = idle
         self.longest = longest
@@ -71,6 +83,9 @@ def configure(
         max_entries: Keys to keep of each model at the most.
         idle: Seconds without a message after which a session ends.
         longest: Seconds after which it ends although messages keep coming.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
     """
     global _registry  # noqa: PLW0603 - the original's interface is a module
     _registry = Registry(max_entries, idle, longest)

@@ -2,21 +2,28 @@
 
 import json
 import math
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from inspect import iscoroutinefunction
-from numbers import Real
 from typing import Any, Final
 
+from phonon._core.checks import check_flag, check_seconds, check_whole, is_number
 from phonon._core.outbox import Overflow
 from phonon._core.retry import RetryPolicy
 from phonon._core.settings import Durability
 from phonon._protocol.partitions import MOST_PARTITIONS
 from phonon.errors import ConfigurationError
 
-__all__ = ["URL_VARIABLE", "Durability", "Overflow", "RetryPolicy"]
+__all__ = [
+    "URL_VARIABLE",
+    "Durability",
+    "Overflow",
+    "RetryPolicy",
+    "check_flag",
+    "check_seconds",
+    "check_whole",
+]
 
 #: Read where no address is given.
 URL_VARIABLE: Final = "PHONON_URL"
@@ -63,53 +70,19 @@ def check_position(value: Any) -> None:
         )
 
 
-def check_seconds(argument: str, value: Any) -> float:
-    """Refuse a value that is no positive, finite number of seconds.
-
-    Raises:
-        ConfigurationError: It is not.
-    """
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise ConfigurationError(
-            f"{argument} is a number of seconds above 0, not {value!r}: give one like "
-            f"{argument}=10.0"
-        )
-    seconds: float = value
-    return seconds
-
-
 def check_timeout(argument: str, value: Any) -> float:
     """Refuse a value that is no number of seconds to wait; infinity is one.
 
     Raises:
         ConfigurationError: It is not.
     """
-    if not _is_number(value) or math.isnan(value):
+    if not is_number(value) or math.isnan(value):
         raise ConfigurationError(
             f"{argument} is a number of seconds, not {value!r}: give one like {argument}=10.0, or "
             "leave it out"
         )
     seconds: float = value
     return seconds
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def check_flag(argument: str, value: Any) -> bool:
-    """Refuse a value that is neither true nor false: a number of seconds in a flag's place.
-
-    Raises:
-        ConfigurationError: It is neither.
-    """
-    if value is True or value is False:
-        return value
-    if type(value) is int and value in (0, 1):
-        return bool(value)
-    raise ConfigurationError(
-        f"{argument} is True or False, not {value!r}: write {argument}=True or {argument}=False"
-    )
 
 
 def check_key(value: Any) -> None:
@@ -162,21 +135,6 @@ def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
             "kwargs={...}"
         )
     return tuple(args or ()), dict(kwargs or {})
-
-
-def check_whole(argument: str, value: Any) -> int:
-    """Refuse a value that is no whole number.
-
-    Raises:
-        ConfigurationError: It is not.
-    """
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    remedy = f"use // where it is divided, or write {argument}=int(...)"
-    raise ConfigurationError(f"{argument} is a whole number, not {value!r}: {remedy}")
 
 
 def check_parties(value: Any) -> int | None:
@@ -334,22 +292,15 @@ def _check_retry(value: Any) -> None:
         raise ConfigurationError(
             f"retry is a phonon.RetryPolicy, not {value!r}: write RetryPolicy(attempts=...)"
         )
-    for name, least in (("attempts", 1), ("crashes", 0)):
-        number = getattr(value, name)
-        if check_whole(f"retry.{name}", number) < least:
-            raise ConfigurationError(
-                f"retry.{name} is at least {least}, not {number!r}: see phonon.RetryPolicy"
-            )
-    for name, most, what in (
-        ("first_delay", math.inf, "a number of seconds from 0"),
-        ("longest_delay", math.inf, "a number of seconds from 0"),
-        ("jitter", 1, "a share from 0 to 1"),
-    ):
-        number = getattr(value, name)
-        if not _is_number(number) or not (0 <= number <= most and number < math.inf):
-            raise ConfigurationError(
-                f"retry.{name} is {what}, not {number!r}: see phonon.RetryPolicy"
-            )
+    _check_again("retry", value)
+
+
+def _check_again(argument: str, value: RetryPolicy | Durability) -> None:
+    """Refuse what ``_replace`` has made, which checks nothing."""
+    try:
+        type(value)(*value)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{argument}: {error}") from None
 
 
 def _check_durability(value: Any) -> None:
@@ -359,12 +310,7 @@ def _check_durability(value: Any) -> None:
         raise ConfigurationError(
             f"durability is a phonon.Durability, not {value!r}: write Durability(replicas=...)"
         )
-    if check_whole("durability.replicas", value.replicas) < 0:
-        raise ConfigurationError(
-            f"durability.replicas is at least 0, not {value.replicas!r}: see phonon.Durability"
-        )
-    check_flag("durability.fsync", value.fsync)
-    check_seconds("durability.timeout", value.timeout)
+    _check_again("durability", value)
 
 
 def check_executor(value: Any) -> None:

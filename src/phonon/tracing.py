@@ -11,6 +11,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phonon.errors import ConfigurationError
+from phonon.settings import check_owner
 
 if TYPE_CHECKING:
     from phonon.process import BaseProcess
@@ -52,8 +53,8 @@ def instrument(*processes: "BaseProcess", tracer_provider: Any = None) -> None:
             "OpenTelemetry's spans need its API: pip install 'phonon[opentelemetry]'"
         ) from error
     tracer = api.get_tracer("phonon", tracer_provider=tracer_provider)
-    for process in processes:
-        _Tracing(api, tracer, process.engine)
+    for engine in [check_owner(process) for process in processes]:
+        _Tracing(api, tracer, engine)
 
 
 class _Made(NamedTuple):

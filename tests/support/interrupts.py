@@ -1,9 +1,17 @@
-"""SIGALRM in tests, which pytest-timeout uses too."""
+"""What comes in the middle of a call: SIGALRM, which pytest-timeout uses too, and exceptions."""
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import phonon
+
+PACKAGE = str(Path(phonon.__file__).parent)
 
 
 @contextlib.contextmanager
@@ -39,3 +47,34 @@ def alarms(handler: Callable[[], None], interval: float) -> Iterator[None]:
     with alarm_handler(lambda *_: handler()):
         signal.setitimer(signal.ITIMER_REAL, interval, interval)
         yield
+
+
+def at_call(number: int, work: Callable[[], object], then: Callable[[], object]) -> bool:
+    """Do something at the entry of one of Phonon's functions, in the middle of some work.
+
+    That is where a signal handler runs, among other places; what ``then`` raises is raised there.
+
+    Args:
+        number: Which entry, from 1.
+        work: What to do.
+        then: What comes in between.
+
+    Returns:
+        Whether there were so many.
+    """
+    left = number
+
+    def trace(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal left
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                then()
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return left <= 0

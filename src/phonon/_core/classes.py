@@ -41,7 +41,7 @@ def register(
             _warn_of_main(cls)
     else:
         _check_name(cls, "name", name)
-    if isinstance(aliases, str):
+    if isinstance(aliases, str) or not isinstance(aliases, Sequence):
         raise ConfigurationError(f"aliases is a list of names, not {aliases!r}: put it in brackets")
     for alias in aliases:
         _check_name(cls, "aliases", alias)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from phonon._core import classes, forks
 from phonon._core.clock import clock
 from phonon._core.executor import Executor
-from phonon._core.flows import REBORN, Flow, Read, Send, Sleep, call, read
+from phonon._core.flows import FLUSH, REBORN, Flow, Read, Send, Sleep, call, read
 from phonon._core.forks import SAME
 from phonon._core.heartbeat import DEAD_AFTER, Heartbeat
 from phonon._core.identity import Identity
@@ -210,6 +210,7 @@ class Engine:
         self.leases.start_worker = lambda: self._ensure(
             "leases", self.leases.work, anyhow=not self.leases.is_working
         )
+        self.identity.me = getattr(self.driver, "me", object)  # a simulation has none
         self.outbox.resume = self.driver.resume
         self.outbox.is_ready = self.driver.detached_ready
         self.driver.on_detached = self.outbox.detach
@@ -407,7 +408,7 @@ class Engine:
             errors += yield from self._leave_all()
             # A batch that has failed just now is not tried again at once: survivors take it over.
             errors += yield from self.outbox.retry(math.inf, begun)
-            yield from self._close_lanes()
+            yield from self._close_lanes(begun)
         except PhononError as error:
             errors.append(error)
         return errors
@@ -432,15 +433,24 @@ class Engine:
                     for part in (self.sessions, self.outbox, self.leases, self.heartbeat):
                         if part.stopping and part.signal is not None:
                             part.signal.set()
+                    # It may wait for a lane that our own outer frame leads, if a signal handler
+                    # calls in the middle of that: nobody else would send for it.
+                    yield FLUSH
                     yield Sleep(_LOOK)
 
     def _dismiss_waiters(self) -> Flow[None]:
         """Send waiters away: one that leaves its line after the lanes are closed would stay in it.
 
-        A waiter in whose frame stop() is called, by a signal handler, cannot go.
+        One in whose frame `stop` is called, by a signal handler, cannot go: it is taken out.
         """
         identity = self.identity
         give_up = clock() + _DISMISSAL
+        me = identity.me()
+        own = [(name, each) for name, each in list(identity.waiters.items()) if each.owner is me]
+        for waiter, _ in own:
+            identity.waiters.pop(waiter, None)
+        if own:
+            yield Send([each.leave(each.partition, each.name, waiter) for waiter, each in own])
         while identity.waiters and clock() < give_up:
             yield Read(identity.nudges(identity.id))
             yield Sleep(_LOOK)
@@ -466,14 +476,29 @@ class Engine:
         results = yield from self.outbox.end(endings)
         return [error for result in results for error in result.errors]
 
-    def _close_lanes(self) -> Flow[None]:
-        """Close the lanes, then disappear. The heart beats until they are closed."""
+    def _close_lanes(self, begun: int) -> Flow[None]:
+        """Close the lanes, then disappear. The heart beats until they are closed.
+
+        Args:
+            begun: What has failed since is left to the survivors.
+        """
+        compared = False  # an interrupt may have left on the server what nothing here knows of
         identity = self.identity
         partitions = range(identity.partitions.count)
         answers: list[Any] = [REBORN]
         while any(answer is REBORN for answer in answers):
             self.heartbeat.closing = True
             answers = yield Send([operations.close(p) for p in partitions])
+            left = [p for p, answer in enumerate(answers) if isinstance(answer, list)]
+            if left and not compared:
+                compared = True
+                yield from self.heartbeat.compare()
+                yield from self.leases.release_all()
+                yield from self.outbox.retry(math.inf, begun)
+                for p, answer in zip(
+                    left, (yield Send(list(map(operations.close, left)))), strict=True
+                ):
+                    answers[p] = answer
             if any(answer is REBORN for answer in answers):
                 # Declared dead at the last moment: what the new identity has got is left as well.
                 self.heartbeat.closing = False
@@ -552,13 +577,32 @@ class ThreadEngine(Engine):
         self.driver.close()
 
     def stop(self) -> list[BaseException]:
-        """End everything. Returns what went wrong."""
+        """End everything. Returns what went wrong.
+
+        A signal handler may call it in the middle of a call of its thread that holds a lock of
+        ours. The workers, which it waits for, may wait for that lock; so it is let go meanwhile.
+        """
         if self.stopped:
             return []
+        ours = [lock for lock in self._locks() if lock._is_owned()]  # noqa: SLF001 - as `threading.Condition` does
+        states = [lock._release_save() for lock in ours]  # noqa: SLF001 - as above
         try:
             return list(self.driver.run(self.stopping()))
         finally:
             self.close()
+            for lock, state in zip(ours, states, strict=True):
+                lock._acquire_restore(state)  # noqa: SLF001 - as above
+
+    def _locks(self) -> list[Any]:
+        """Return the locks that a caller's thread may hold, and a worker want."""
+        parts: list[Any] = [self.leases, self.identity.measures]
+        return [
+            self._starting,
+            self._spawning,
+            self.outbox._room,  # noqa: SLF001 - of our own parts, as are the following
+            *(part._lock for part in (self.sessions, *parts, *self.caches)),  # noqa: SLF001
+            *self.stripes,
+        ]
 
 
 class _TaskLocal:

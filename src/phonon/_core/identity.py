@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -11,6 +11,7 @@ from phonon._core.flows import Flow, Read, Signal
 from phonon._core.measures import Measures
 from phonon._protocol.lane import Lane
 from phonon._protocol.library import Library, Request
+from phonon._protocol.operations import Operation
 from phonon._protocol.partitions import DEFAULT_PARTITIONS, Partitions
 from phonon.errors import ConfigurationError, ServerError
 
@@ -24,6 +25,22 @@ REMEMBERED = 6.5 * 24 * 3600.0
 MARGIN = 1 / 8
 #: Commands that are sent beside those of the function library.
 ALSO_SENT = (b"BLMPOP",)
+
+
+class Waiter(NamedTuple):
+    """Somebody who waits for mail.
+
+    Attributes:
+        partition: Where.
+        owner: The thread or task that waits.
+        leave: Makes the operation with which it leaves its line, of partition, name and waiter.
+        name: The server's name of what it waits for.
+    """
+
+    partition: int
+    owner: object
+    leave: Callable[[int, bytes, str], Operation]
+    name: bytes
 
 
 class Identity:
@@ -72,6 +89,8 @@ class Identity:
         self._describe = card
         self.partitions = Partitions(namespace, partitions or DEFAULT_PARTITIONS)
         self.signal: Signal | None = None
+        #: Returns the thread or task that runs; the driver's.
+        self.me: Callable[[], object] = object
         self.begin()
 
     def begin(self) -> None:
@@ -91,7 +110,7 @@ class Identity:
         self.lived_since = math.inf
         self.suspected = False
         self.lost_calls: dict[int, int] = {}
-        self.waiters: dict[str, int] = {}
+        self.waiters: dict[str, Waiter] = {}
         self._numbers = itertools.count(1)
         self._rebirths: list[Callable[[], object]] = []
 
@@ -119,7 +138,7 @@ class Identity:
 
     def nudges(self, process: bytes) -> list[Request]:
         """Return the calls that wake those who read a process's mail: they look why."""
-        partitions = dict.fromkeys(list(self.waiters.values()))
+        partitions = dict.fromkeys([waiter.partition for waiter in list(self.waiters.values())])
         return [self.in_partition(partition, "nudge", process) for partition in partitions]
 
     def appear(self, process: bytes, *, insist: bool) -> Flow[tuple[bytes, bytes, list[Lane]]]:

@@ -1,8 +1,10 @@
 """Granted locks: acquiring, releasing, renewing, and finding that one was lost."""
 
+import contextlib
 import logging
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from phonon._core.flows import (
     read,
     single,
 )
-from phonon._core.identity import Identity
+from phonon._core.identity import Identity, Waiter
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply, Taken
 from phonon._protocol.operations import Holder
@@ -58,6 +60,25 @@ class LockRequest(NamedTuple):
     thread: str = ""
 
 
+class Attempt:
+    """One call that takes a lock, until the lock is given back as often as it was taken.
+
+    Attributes:
+        place: Where the lock is: its partition and the server's name of it.
+        holders: The server's names of those that have asked.
+        grant: What it has got. If a lock is reentrant, other attempts of its thread have the same.
+        over: Whether it asks no more. To set it is one step that no signal handler comes between.
+    """
+
+    __slots__ = ("grant", "holders", "over", "place")
+
+    def __init__(self, partition: int, name: bytes) -> None:
+        self.place = partition, name
+        self.holders: list[Holder] = []
+        self.grant: Grant | None = None
+        self.over = False
+
+
 class Grant:
     """One acquisition that was granted, until it is released.
 
@@ -69,14 +90,14 @@ class Grant:
         owner: The thread or task that took it.
         until: When its own lease is over unless renewed, by the clock, which was read before the
             grant was asked for, so it is earlier than on the server. Infinite without such a lease.
-        depth: How often its thread has taken it.
+        attempts: Those that have it: as often its thread has taken it.
         lost: Whether it was found to be ours no longer.
         got_at: When it was got, by the clock; 0 before.
     """
 
     __slots__ = (
         "_identity",
-        "depth",
+        "attempts",
         "generation",
         "got_at",
         "holder",
@@ -106,7 +127,7 @@ class Grant:
         self.owner = owner
         self.got_at = 0.0
         self.until = math.inf if request.lease is None else asked + request.lease
-        self.depth = 1
+        self.attempts: dict[Attempt, None] = {}
         self.lost = False
         self.on_lost = on_lost
 
@@ -129,7 +150,10 @@ class Leases:
         tell: Runs a function of the user's in the background.
 
     Attributes:
-        attempts: Holders that ask for a lock right now, with where they ask.
+        attempts: Those that ask for a lock right now, by the server's name of them.
+        forsaken: Attempts that nobody gives back, because an exception out of a signal handler has
+            ended their call, with the list in which their lock has them. To add one is a single
+            step, so that no second exception comes between; `settle` does the rest.
         stopping: Whether the process stops: nobody waits for a lock any more.
         is_working: Whether the worker will look again whether there is something to do.
     """
@@ -147,7 +171,8 @@ class Leases:
         self._due = math.inf
         self._unknown: dict[tuple[int, bytes], None] = {}
         self._doubtful: dict[bytes, None] = {}
-        self.attempts: dict[Holder, tuple[int, bytes]] = {}
+        self.forsaken: deque[tuple[Attempt | None, list[Attempt]]] = deque()
+        self.attempts: dict[Holder, Attempt] = {}
         self._all: dict[Holder, Grant] = {}
         self._by_name: dict[bytes, dict[Holder, Grant]] = {}
         self._lock = threading.RLock()
@@ -165,13 +190,12 @@ class Leases:
     def _remove(self, grant: Grant) -> bool:
         """Forget a grant. Return whether it was present."""
         with self._lock:
-            if self._all.pop(grant.holder, None) is None:
-                return False
-            here = self._by_name[grant.request.name]
-            del here[grant.holder]
+            was_here = self._all.pop(grant.holder, None) is not None
+            here = self._by_name.get(grant.request.name, {})
+            here.pop(grant.holder, None)
             if not here:
-                del self._by_name[grant.request.name]
-            return True
+                self._by_name.pop(grant.request.name, None)
+            return was_here
 
     def everywhere(self) -> list[Grant]:
         """Return all grants."""
@@ -179,6 +203,8 @@ class Leases:
 
     def here(self, name: bytes, owner: object) -> list[Grant]:
         """Return the grants of a resource that a thread or task has taken, and still has."""
+        if self.forsaken:
+            self.settle()
         if name not in self._by_name:
             return []
         with self._lock:
@@ -198,6 +224,7 @@ class Leases:
         seconds: float | None,
         owner: object,
         on_lost: Callable[[Grant], object],
+        attempt: Attempt | None = None,
     ) -> Flow[Grant | Taken]:
         """Take a lock, or find out who has it.
 
@@ -208,21 +235,23 @@ class Leases:
             seconds: How long to wait at the most; None not to wait.
             owner: The thread or task that wants it.
             on_lost: Called once the grant is found to be lost.
+            attempt: Notes what it asks for and gets, for a caller that may be interrupted.
 
         Raises:
             ProcessStoppedError: The process was stopped meanwhile.
             PhononError: The server does not answer, or refuses.
         """
-        asking: list[Holder] = []
+        attempt = attempt or Attempt(request.partition, request.name)
         begun = self._identity.clock()
         try:
-            got = yield from self._ask(request, seconds, owner, on_lost, asking)
+            got = yield from self._ask(request, seconds, owner, on_lost, attempt)
             if isinstance(got, Grant):
                 got.got_at = self._identity.clock()
                 self._identity.measures.observe("lock_wait", got.got_at - begun)
             return got
         finally:
-            for holder in asking:
+            attempt.over = True
+            for holder in attempt.holders:
                 self._no_longer(holder)
 
     def _ask(
@@ -231,18 +260,18 @@ class Leases:
         seconds: float | None,
         owner: object,
         on_lost: Callable[[Grant], object],
-        asking: list[Holder],
+        attempt: Attempt,
     ) -> Flow[Grant | Taken]:
         identity = self._identity
         deadline = identity.clock() + (seconds or 0.0)
-        place = request.partition, request.name
+        place = attempt.place
         holder = ""
         queued = False
         try:
             while not self.stopping:
                 if not holder or operations.process_of(holder) != identity.name:
                     self._no_longer(holder)
-                    holder = self._new_holder(request, asking, waits=seconds is not None)
+                    holder = self._new_holder(request, attempt)
                     queued = False
                 asked = identity.clock()
                 left = deadline - asked if seconds is not None else 0.0
@@ -255,13 +284,19 @@ class Leases:
                     raise answer
                 if answer is REBORN or operations.process_of(holder) != identity.name:
                     continue
-                if (yield CALLER_GONE):
+                if (yield CALLER_GONE) or self.stopping:
                     queued = queued or answer[0] in (_GRANTED, _WAIT)
                     break
                 if answer[0] == _GRANTED:
                     grant = Grant(identity, request, holder, answer[1], asked, owner, on_lost)
+                    self.take_again(grant, attempt)
                     self._add(grant)
-                    return grant
+                    if not self.stopping:
+                        return grant
+                    # `stop`, in the middle of this, may not have seen it.
+                    self._remove(grant)
+                    grant.lost = queued = True
+                    break
                 queued = queued or answer[0] == _WAIT
                 if left <= 0:
                     if queued:
@@ -285,20 +320,47 @@ class Leases:
             "a new Process"
         )
 
-    def _new_holder(self, request: LockRequest, asking: list[Holder], *, waits: bool) -> Holder:
+    def _new_holder(self, request: LockRequest, attempt: Attempt) -> Holder:
         identity = self._identity
         holder = operations.holder_name(
             identity.name, identity.new_number(), shared=request.shared, places=request.places
         )
-        asking.append(holder)
-        self.attempts[holder] = request.partition, request.name
-        if waits:
-            identity.waiters[holder] = request.partition
+        attempt.holders.append(holder)
+        self.attempts[holder] = attempt
+        # Also one that does not wait: what it is granted while the process stops is to be released.
+        identity.waiters[holder] = Waiter(
+            request.partition, identity.me(), operations.unlock, request.name
+        )
         return holder
 
     def _no_longer(self, holder: Holder) -> None:
-        self.attempts.pop(holder, None)
         self._identity.waiters.pop(holder, None)
+        self.attempts.pop(holder, None)
+
+    @staticmethod
+    def take_again(grant: Grant, attempt: Attempt) -> None:
+        """Have a grant once more."""
+        attempt.grant = grant
+        grant.attempts[attempt] = None
+
+    def settle(self) -> None:
+        """Take out what is forsaken. To do it again, or side by side, does no harm."""
+        while self.forsaken:
+            with contextlib.suppress(IndexError, ValueError):  # others may do the same
+                attempt, kept = entry = self.forsaken[0]
+                if attempt is None:
+                    self.forsaken.remove(entry)
+                    continue
+                if attempt in kept:
+                    kept.remove(attempt)
+                grant = attempt.grant
+                if grant is not None:
+                    grant.attempts.pop(attempt, None)
+                    if not grant.attempts:
+                        self._remove(grant)
+                if grant is None or not grant.attempts:
+                    self._unknown[attempt.place] = None  # the worker gives back what the server has
+                self.forsaken.remove(entry)
 
     @staticmethod
     def _quit(place: tuple[int, bytes], holder: Holder) -> Flow[None]:
@@ -327,6 +389,7 @@ class Leases:
 
     def release_all(self) -> Flow[list[Exception]]:
         """Give all locks back, in one exchange. Returns the errors."""
+        yield from self._give_back_unknown()
         grants = self.everywhere()
         for grant in grants:
             self._remove(grant)
@@ -396,10 +459,7 @@ class Leases:
     def _catch_up(self) -> Flow[None]:
         try:
             yield from self.renew_all()
-            while self._unknown:
-                place = next(iter(self._unknown))
-                del self._unknown[place]
-                yield from self._give_back(*place)
+            yield from self._give_back_unknown()
             while self._doubtful:
                 name = next(iter(self._doubtful))
                 del self._doubtful[name]
@@ -458,7 +518,7 @@ class Leases:
     @property
     def _has_differences(self) -> bool:
         """Whether the server and this process disagree about which locks the process has."""
-        return bool(self._unknown or self._doubtful)
+        return bool(self.forsaken or self._unknown or self._doubtful)
 
     def compare(self, partition: int, names: Sequence[bytes], gone: Sequence[bytes] = ()) -> None:
         """Compare the locks that the server says are ours with those that are known here.
@@ -468,17 +528,27 @@ class Leases:
             names: Those that the registry names. An interrupted call may have left one.
             gone: Those of them that are not held: somebody has deleted a key.
         """
+        self.settle()
         for name in names:
-            if name not in self._by_name:
+            if not any(holder in self._all for holder in self._by_name.get(name, ())):
                 self._unknown[partition, name] = None
         for name in gone:
             if name in self._by_name:
                 self._doubtful[name] = None
+
+    def _give_back_unknown(self) -> Flow[None]:
+        self.settle()
+        while self._unknown:
+            place = next(iter(self._unknown))
+            del self._unknown[place]
+            yield from self._give_back(*place)
 
     def _give_back(self, partition: int, name: bytes) -> Flow[None]:
         holders, waiters = yield from self.lockers(partition, name)
         mine = self._identity.id + b"/"
         for holder in [*holders[::5], *waiters]:
             text = holder.decode("utf-8", "replace")
-            if holder.startswith(mine) and text not in self._all and text not in self.attempts:
+            attempt = self.attempts.get(text)
+            asks = attempt is not None and not attempt.over
+            if holder.startswith(mine) and text not in self._all and not asks:
                 yield Send((operations.unlock(partition, name, text),))

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import msgpack
 
 from phonon._core.flows import CALLER_GONE, REBORN, AwaitMail, Flow, Read, Send, read, single
-from phonon._core.identity import Identity
+from phonon._core.identity import Identity, Waiter
 from phonon._protocol import operations
 from phonon._protocol.operations import Operation
-from phonon._protocol.partitions import decode, encode_resource
+from phonon._protocol.partitions import decode, encode_resource, is_semaphore
 
 #: Seconds after which a waiter looks by itself, in case its wake-up was lost.
 ASK_AGAIN = 5.0
@@ -218,7 +218,7 @@ class Members:
             if not waiter or operations.process_of(waiter) != identity.name:
                 waiter = operations.holder_name(identity.name, identity.new_number())
                 waiters.append(waiter)
-                identity.waiters[waiter] = partition
+                identity.waiters[waiter] = Waiter(partition, identity.me(), operations.forget, name)
             meeting = yield from single(operations.await_parties(partition, name, waiter))
             if meeting is REBORN:
                 continue
@@ -239,7 +239,7 @@ class Members:
             process: Its id. None: this one's.
         """
         names = yield from self.registered(process)
-        return [decode(name) for name in names]
+        return [decode(name) for name in names if not is_semaphore(name)]
 
     def registered(self, process: bytes | None = None) -> Flow[list[bytes]]:
         """Return the server's names of these resources."""

@@ -87,7 +87,8 @@ class Sessions:
     def begin(self) -> None:
         """Watch nothing: at first, and in a forked child."""
         self.stopping = False
-        self._lock = threading.Lock()
+        # A signal handler may come here in the middle of a call of the same thread.
+        self._lock = threading.RLock()
         self._heap: list[tuple[float, int, weakref.ref[Any], Hashable]] = []
         self._order = itertools.count()
         self._is_working = False

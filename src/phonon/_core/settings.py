@@ -1,9 +1,18 @@
 """Settings that several parts share."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
+
+from phonon._core.checks import check_flag, check_seconds, check_whole
+from phonon.errors import ConfigurationError
 
 
-class Durability(NamedTuple):
+class _Values(NamedTuple):
+    fsync: bool
+    replicas: int
+    timeout: float
+
+
+class Durability(_Values):
     """The safety that stored data must have before the call that stores it returns.
 
     Until then the call counts as unanswered: it is repeated, and in the end it raises
@@ -15,14 +24,23 @@ class Durability(NamedTuple):
         replicas: How many replicas must have it as well, on their disks if ``fsync`` is set.
         timeout: Seconds to wait for that before the call is repeated.
 
+    Raises:
+        ConfigurationError: An argument is invalid.
+
     Example:
         >>> Durability(replicas=1).replicas  # for Process(durability=...)
         1
     """
 
-    fsync: bool = True
-    replicas: int = 0
-    timeout: float = 1.0
+    __slots__ = ()
+
+    def __new__(cls, fsync: bool = True, replicas: int = 0, timeout: float = 1.0) -> Self:
+        if check_whole("replicas", replicas) < 0:
+            raise ConfigurationError(
+                f"replicas is at least 0, not {replicas!r}: see phonon.Durability"
+            )
+        check_seconds("timeout", timeout)
+        return super().__new__(cls, check_flag("fsync", fsync), replicas, timeout)
 
     @property
     def command(self) -> tuple[bytes, ...]:

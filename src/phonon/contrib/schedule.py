@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from phonon.lock import Lock
 from phonon.process import Process
-from phonon.settings import check_name, check_seconds
+from phonon.settings import check_name, check_owner, check_seconds
 
 log = logging.getLogger("phonon")
 
@@ -36,6 +36,7 @@ class Turn:
     """
 
     def __init__(self, process: Process, name: str, every: float | None = None) -> None:
+        check_owner(process)
         check_name("name", name)
         self._every = None if every is None else check_seconds("every", every)
         self._process = process
@@ -79,6 +80,10 @@ def only_one(
     Returns:
         A decorator. A decorated job returns its result; None if another process has the turn.
     """
+    check_owner(process)
+    check_name("name", name)
+    if every is not None:
+        check_seconds("every", every)
 
     def decorate(job: Callable[P, R]) -> Callable[P, R | None]:
         @functools.wraps(job)

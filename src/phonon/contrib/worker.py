@@ -11,6 +11,7 @@ from phonon.cache import LruCache
 from phonon.contrib import uwsgi as _uwsgi  # noqa: F401 - it hooks into uWSGI
 from phonon.errors import AlreadyStoredError
 from phonon.process import Process
+from phonon.settings import check_name
 from phonon.update import Update
 
 U = TypeVar("U", bound=Update)
@@ -31,7 +32,7 @@ class Worker:
     def __init__(
         self, url: str | None = None, *, max_entries: int = 10_000, **options: Any
     ) -> None:
-        self._url = url
+        self._url = None if url is None else check_name("url", url)
         self._options = options
         self._max_entries = max_entries
         self._begin()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from phonon.errors import ConfigurationError
+from phonon.settings import check_name
 
 try:
     import sqlalchemy as sa
@@ -47,8 +48,15 @@ class BaseSqlTable:
         schema: str | None = None,
         children: Mapping[str, str] | None = None,
     ) -> None:
+        _check_metadata(metadata)
+        if schema is not None:
+            check_name("schema", schema)
+        if children is not None and not isinstance(children, Mapping):
+            raise ConfigurationError(
+                f"children is a dict of the names of tables, by field, not {children!r}"
+            )
         self._engine = engine
-        self._name = name
+        self._name = check_name("name", name)
         self._metadata = sa.MetaData() if metadata is None else metadata
         self._schema = schema
         self._children = dict(children or {})
@@ -63,6 +71,10 @@ class BaseSqlTable:
             ConfigurationError: It cannot be a table, or the sink is another model's.
         """
         if self._found is None:
+            if not isinstance(model, type) or not hasattr(model, "fields"):
+                raise ConfigurationError(
+                    f"model is a class of records, not {model!r}: make a subclass of phonon.Model"
+                )
             self._found = Layout(model, self._name, self._metadata, self._schema, self._children)
         elif self._found.model is not model:
             raise ConfigurationError(
@@ -169,6 +181,11 @@ def is_lost_race(error: Any) -> bool:
     original = error.orig
     code = getattr(original, "sqlstate", None) or next(iter(getattr(original, "args", ())), None)
     return code in _AGAIN or "database is locked" in str(original)
+
+
+def _check_metadata(value: Any) -> None:
+    if value is not None and not isinstance(value, sa.MetaData):
+        raise ConfigurationError(f"metadata is a sqlalchemy.MetaData, not {value!r}")
 
 
 def table_of(
@@ -292,8 +309,9 @@ def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def tokens_table(metadata: sa.MetaData | None = None, name: str = TOKENS) -> sa.Table:
     """Return the table of tokens that `once` needs. Create it, or give its metadata to Alembic."""
     text = sa.Text().with_variant(sa.String(700, collation="utf8mb4_bin"), "mysql", "mariadb")
+    _check_metadata(metadata)
     return sa.Table(
-        name,
+        check_name("name", name),
         sa.MetaData() if metadata is None else metadata,
         sa.Column("resource", text, primary_key=True),
         sa.Column(TOKEN, sa.BigInteger, nullable=False),

@@ -14,6 +14,7 @@ from phonon.errors import (
     PhononError,
     SourceLostError,
 )
+from phonon.settings import check_callable, check_name, check_seconds, check_whole
 from phonon.source import Messages
 
 log = logging.getLogger("phonon")
@@ -186,10 +187,44 @@ def check_topics(argument: str, value: Any) -> list[str]:
     Raises:
         ConfigurationError: There are none, or something else.
     """
-    names = [value] if isinstance(value, str) else list(value)
-    if not names or not all(isinstance(name, str) and name for name in names):
+    names = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(names, Sequence)
+        or not names
+        or not all(isinstance(name, str) and name for name in names)
+    ):
         raise ConfigurationError(f"{argument} is a name, or a list of names, not {value!r}")
-    return names
+    return list(names)
+
+
+def check_loop(
+    *,
+    batch_size: Any,
+    poll_timeout: Any,
+    sessions: Any,
+    on_poison: Any,
+    dead_letters: Any,
+) -> None:
+    """Refuse arguments that all sources have.
+
+    Raises:
+        ConfigurationError: One is invalid.
+    """
+    if check_whole("batch_size", batch_size) < 1:
+        raise ConfigurationError(
+            f"batch_size is at least 1, not {batch_size!r}: leave it out for 1,000"
+        )
+    check_seconds("poll_timeout", poll_timeout)
+    if sessions is not None and not hasattr(sessions, "expire_all"):
+        raise ConfigurationError(
+            f"sessions has the method expire_all, as an LruCache has, not {sessions!r}: give the "
+            "cache or the collection that the messages go to"
+        )
+    check_callable("on_poison", on_poison, is_async=False)
+    if dead_letters is not None:
+        check_name("dead_letters", dead_letters)
+    if on_poison is not None and dead_letters is not None:
+        raise ConfigurationError("give on_poison or dead_letters, not both")
 
 
 def is_transient(error: Exception) -> bool:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from phonon.errors import ConfigurationError, PhononError
+from phonon.settings import check_owner
 from phonon.source import Source
 from phonon.sources._loop import (
     Loop,
     OnPoison,
     Storing,
     SupportsExpireAll,
+    check_loop,
     check_topics,
     is_transient,
 )
@@ -91,13 +93,19 @@ class KafkaSource(Loop):
         dead_letters: str | None = None,
     ) -> None:
         super().__init__(sessions)
+        check_owner(process)
         self._topics = check_topics("topics", topics)
-        if not config.get("group.id"):
+        if not isinstance(config, Mapping) or not config.get("group.id"):
             raise ConfigurationError(
                 "config has no 'group.id': name the consumer group, since positions are kept by it"
             )
-        if on_poison is not None and dead_letters is not None:
-            raise ConfigurationError("give on_poison or dead_letters, not both")
+        check_loop(
+            batch_size=batch_size,
+            poll_timeout=poll_timeout,
+            sessions=sessions,
+            on_poison=on_poison,
+            dead_letters=dead_letters,
+        )
         self._process = process
         self._group = str(config["group.id"])
         self._config = {

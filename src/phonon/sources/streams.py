@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import redis
 
 from phonon.errors import ConfigurationError, PhononError
+from phonon.settings import check_name, check_owner, check_seconds
 from phonon.source import WINDOW, Messages
 from phonon.sources._loop import (
     Loop,
     OnPoison,
     Storing,
     SupportsExpireAll,
+    check_loop,
     check_topics,
     is_transient,
 )
@@ -87,13 +89,22 @@ class StreamSource(Loop):
         dead_letters: str | None = None,
     ) -> None:
         super().__init__(sessions)
+        check_owner(process)
+        check_name("group", group)
+        check_seconds("claim_idle", claim_idle)
+        check_seconds("window", window)
         if window <= claim_idle:
             raise ConfigurationError(
                 f"window must be longer than claim_idle, {claim_idle:g} s, not {window!r}: an "
                 "entry that is taken over later than that would count twice"
             )
-        if on_poison is not None and dead_letters is not None:
-            raise ConfigurationError("give on_poison or dead_letters, not both")
+        check_loop(
+            batch_size=batch_size,
+            poll_timeout=poll_timeout,
+            sessions=sessions,
+            on_poison=on_poison,
+            dead_letters=dead_letters,
+        )
         self._process = process
         self._streams = check_topics("streams", streams)
         self._group = group

@@ -65,9 +65,9 @@ OF_PROCESS: dict[str, list[Any]] = {
     "namespace": NO_NAME,
     "partitions": [*NO_COUNT, 0, -1, 16385],
     "serializer": [json, "json", 5, phonon.ExactSerializer, Anything()],
-    "retry": [3, None, (1, 2), RetryPolicy(attempts=0), RetryPolicy(first_delay=-1, jitter=3)],
+    "retry": [3, None, (1, 2), RetryPolicy()._replace(jitter=3)],
     "retry_timeout": [*NO_SECONDS, None],
-    "durability": [True, 1, "fsync", Durability(replicas=-1), Durability(fsync="no")],  # type: ignore[arg-type]
+    "durability": [True, 1, "fsync", Durability()._replace(replicas=-1)],
     "on_error": NO_FUNCTION,
     "max_backlog": [*NO_COUNT, None, 0],
     "overflow": [None, "drop", 5, []],
@@ -337,6 +337,8 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
     "endings_for": ("engine",),
     "forget_for": ("engine",),
     "deadline": ("key",),
+    "entering": ("attempt",),
+    "releasing": ("taken",),
     "take_over": ("key", "now", "sessions"),
     "restore": ("key", "update"),
 }

@@ -148,6 +148,8 @@ def test_it_has_nothing_to_do_with_a_lock_of_its_name(make: Make) -> None:
     with one.lock("s"), two.semaphore("s", 1), one.lock("s:semaphore"):
         assert not two.lock("s").acquire(block=False)
         assert not one.semaphore("s", 1).acquire(block=False)
+        two.create_reference("r")
+        assert two.get_registry() == ["r"]  # it lists resources
 
 
 def test_a_thread_may_take_several_places(make: Make) -> None:

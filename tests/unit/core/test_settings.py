@@ -84,15 +84,9 @@ def test_what_is_accepted(options: dict[str, Any]) -> None:
         ),
         ({"serializer": ExactSerializer}, "serializer is an object"),
         ({"retry": 3}, r"retry is a phonon.RetryPolicy, not 3: write RetryPolicy\(attempts=...\)"),
-        ({"retry": RetryPolicy(attempts=0)}, "retry.attempts is at least 1, not 0"),
-        ({"retry": RetryPolicy(attempts=2.5)}, "retry.attempts is a whole number"),  # type: ignore[arg-type]
-        ({"retry": RetryPolicy(first_delay=-1)}, "retry.first_delay is a number .* not -1"),
-        ({"retry": RetryPolicy(longest_delay=float("inf"))}, "retry.longest_delay"),
-        ({"retry": RetryPolicy(jitter=3)}, "retry.jitter is a share from 0 to 1, not 3"),
-        ({"retry": RetryPolicy(crashes=-1)}, "retry.crashes is at least 0"),
+        ({"retry": RetryPolicy()._replace(attempts=0)}, "attempts is at least 1, not 0"),
         ({"durability": True}, "durability is a phonon.Durability, not True"),
-        ({"durability": Durability(replicas=-1)}, "durability.replicas is at least 0"),
-        ({"durability": Durability(timeout=0)}, "durability.timeout is a number"),
+        ({"durability": Durability()._replace(replicas=-1)}, "replicas is at least 0"),
         ({"on_error": 5}, "on_error is a function, not 5"),
         ({"on_error": _coroutine}, "use phonon.aio.AsyncProcess"),
         ({"max_backlog": 0}, "max_backlog is at least 1, not 0"),
@@ -120,6 +114,15 @@ def test_what_is_refused(options: dict[str, Any], words: str) -> None:
         (lambda: check_timeout("timeout", "5"), "timeout is a number of seconds, not '5'"),
         (lambda: check_callable("callback", 3, is_async=True), "callback is a function, not 3"),
         (lambda: check_executor(4), "executor is a concurrent.futures.Executor, not 4"),
+        (lambda: RetryPolicy(attempts=0), "attempts is at least 1, not 0"),
+        (lambda: RetryPolicy(attempts=2.5), "attempts is a whole number"),  # type: ignore[arg-type]
+        (lambda: RetryPolicy(first_delay=-1), "first_delay is a number .* not -1"),
+        (lambda: RetryPolicy(longest_delay=float("inf")), "longest_delay"),
+        (lambda: RetryPolicy(jitter=3), "jitter is a share from 0 to 1, not 3"),
+        (lambda: RetryPolicy(crashes=-1), "crashes is at least 0"),
+        (lambda: Durability(replicas=-1), "replicas is at least 0"),
+        (lambda: Durability(fsync="no"), "fsync is True or False, not 'no'"),  # type: ignore[arg-type]
+        (lambda: Durability(timeout=0), "timeout is a number"),
     ],
 )
 def test_single_values(check: Callable[[], object], words: str) -> None:

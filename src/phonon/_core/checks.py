@@ -1,0 +1,58 @@
+"""Checks of single values that users pass, for all parts that take some."""
+
+import math
+import operator
+from numbers import Real
+from typing import Any
+
+from phonon.errors import ConfigurationError
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, and not True or False."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_seconds(argument: str, value: Any) -> float:
+    """Refuse what is no positive, finite number of seconds.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ConfigurationError(
+            f"{argument} is a number of seconds above 0, not {value!r}: give one like "
+            f"{argument}=10.0"
+        )
+    seconds: float = value
+    return seconds
+
+
+def check_flag(argument: str, value: Any) -> bool:
+    """Refuse what is neither true nor false: a number of seconds, say, in a flag's place.
+
+    Raises:
+        ConfigurationError: It is neither.
+    """
+    if value is True or value is False:
+        return value
+    if type(value) is int and value in (0, 1):
+        return bool(value)
+    raise ConfigurationError(
+        f"{argument} is True or False, not {value!r}: write {argument}=True or {argument}=False"
+    )
+
+
+def check_whole(argument: str, value: Any) -> int:
+    """Refuse what is no whole number.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    remedy = f"use // where it is divided, or write {argument}=int(...)"
+    raise ConfigurationError(f"{argument} is a whole number, not {value!r}: {remedy}")

@@ -1,0 +1,303 @@
+"""Signal handlers that raise, or stop the process, in the middle of any call (19.10, 19.11)."""
+
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phonon import LruCache, Process
+from phonon._core import engine as engine_module
+from phonon._core.flows import Flow, Send
+from phonon._protocol import operations
+from phonon._transport import sync_io
+from phonon.errors import ProcessStoppedError
+from support.interrupts import alarms, at_call
+from support.samples import fresh
+from support.world import ALWAYS, Make, Redis, keys_in, wait_until
+
+PROGRAM = Path(__file__).with_name("signals_program.py")
+#: Seconds in which no heartbeat finds what was forgotten.
+NO_BEAT = 50
+
+
+class TimeLimit(Exception):  # noqa: N818 - as Celery's soft time limit, an ordinary exception
+    """What a handler raises."""
+
+
+def limit() -> None:
+    raise TimeLimit
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised in a finalizer gets no further."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)
+
+
+def run(
+    server: Redis, namespace: str, action: str, seed: int, count: int, kind: str
+) -> dict[str, Any]:
+    """Run the program; nothing that was acknowledged is lost, nothing comes twice or stays."""
+    program = [sys.executable, str(PROGRAM)]
+    command = [*program, action, server.url, namespace, str(seed), str(count), kind]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-8000:]
+    told: dict[str, Any] = json.loads(ended.stdout)
+    wrong = {
+        record: (told["acknowledged"].get(record, 0), told["found"].get(record, 0), tried)
+        for record, tried in told["tried"].items()
+        if not told["acknowledged"].get(record, 0) <= told["found"].get(record, 0) <= tried
+    }
+    assert not wrong, ended.stderr[-8000:]
+    assert told["came"] >= count
+    assert sum(told["acknowledged"].values()) > count / 10
+    assert keys_in(server, namespace) == set()
+    with server.client() as client:
+        assert client.zcard(f"{{{namespace}}}:processes") == 0
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.leaves_connections
+@pytest.mark.parametrize("kind", ["exit", "limit"])
+def test_ten_thousand_interrupts(server: Redis, namespace: str, kind: str) -> None:
+    """Half of them with KeyboardInterrupt, half with an ordinary exception."""
+    run(server, namespace, "interrupt", 11, 5_000, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.leaves_connections
+def test_a_thousand_stops(server: Redis, namespace: str) -> None:
+    """As SIGTERM does it: in the middle of a call, a batch, an execution, or of another stop."""
+    run(server, namespace, "stop", 11, 1_000, "exit")
+
+
+# Locks
+
+
+def test_an_interrupt_in_the_middle_of_a_lock_leaves_it_free(make: Make) -> None:
+    """Whoever has the exception has no lock, and nobody would come back to release it."""
+    process, other = make(heartbeat_interval=NO_BEAT), make()
+    entries: list[int] = []
+    for reentrant in (False, True):
+        lock = process.lock("lock", reentrant=reentrant)
+
+        def work() -> None:
+            if lock.acquire():  # noqa: B023 - it is called in this round
+                lock.release()  # noqa: B023 - it is called in this round
+
+        for number in itertools.count(1):
+            try:
+                if not at_call(number, work, limit):
+                    break
+            except TimeLimit:
+                pass
+            # At the very entry of release() nothing of it has begun.
+            if lock.owned():
+                lock.release()
+            theirs = other.lock("lock", timeout=20)
+            assert theirs.acquire(), number
+            theirs.release()
+        entries.append(number)
+    assert min(entries) > 40
+
+
+def test_an_interrupt_in_the_middle_of_a_lock_taken_again_leaves_the_first(make: Make) -> None:
+    process, other = make(heartbeat_interval=NO_BEAT), make()
+    lock = process.lock("lock", reentrant=True)
+
+    def work() -> None:
+        with lock:
+            pass
+
+    for number in itertools.count(1):
+        with lock:
+            try:
+                if not at_call(number, work, limit):
+                    break
+            except TimeLimit:
+                pass
+            process.engine.leases.settle()
+            assert lock.owned(), number
+            assert not other.lock("lock", block=False).acquire(), number
+        while lock.owned():  # at the very entry of __exit__
+            lock.release()
+        theirs = other.lock("lock", timeout=20)
+        assert theirs.acquire(), number
+        theirs.release()
+    assert number > 15
+
+
+def test_an_interrupt_in_the_middle_of_a_callback_s_lock_leaves_it_free(make: Make) -> None:
+    process, other = make(heartbeat_interval=NO_BEAT), make()
+    for number in itertools.count(1):
+        reference = process.create_reference("resource")
+        try:
+            if not at_call(number, lambda: reference.dereference(lambda: None), limit):  # noqa: B023 - called in this round
+                break
+        except TimeLimit:
+            pass
+        theirs = other.lock("resource", timeout=20)
+        assert theirs.acquire(), number
+        theirs.release()
+    assert number > 60
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_a_stop_in_the_middle_of_a_lock_leaves_it_free(make: Make, block: bool) -> None:
+    """A lock that is granted while the process stops is nobody's."""
+    other = make()
+    for number in itertools.count(1):
+        process = make(heartbeat_interval=NO_BEAT)
+        lock = process.lock("lock", block=block)
+        came = False
+        try:
+            came = at_call(number, lock.acquire, process.stop)
+        except ProcessStoppedError:
+            came = True
+        if not came:
+            break
+        assert not lock.owned(), number
+        theirs = other.lock("lock", block=False)
+        assert theirs.acquire(), number
+        theirs.release()
+    assert number > 20
+
+
+@pytest.mark.parametrize("waits_for", ["lock", "parties"])
+def test_a_stop_in_a_wait_does_not_wait_for_itself(
+    make: Make, monkeypatch: pytest.MonkeyPatch, waits_for: str
+) -> None:
+    monkeypatch.setattr(engine_module, "_DISMISSAL", 1000.0)
+    process, other = make(), make()
+    with other.lock("resource") as held:
+        reference = process.create_reference("resource", parties=3)
+        wait = process.lock("resource").acquire if waits_for == "lock" else reference.wait
+        stopped: list[int] = []
+
+        def stop() -> None:
+            if not stopped and (held.waiters() or waits_for == "parties"):
+                stopped.append(1)
+                process.stop()
+
+        with alarms(stop, 0.05), pytest.raises(ProcessStoppedError):
+            wait()
+            raise ProcessStoppedError  # reference.wait() says that they have not come
+        assert not held.waiters()
+
+
+# Stopping
+
+
+def test_a_worker_that_waits_for_a_lane_of_the_stopped_frame_is_sent_for(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler stops the process while its own frame leads a lane that a worker needs."""
+    process = make()
+    process.lock("lock").locked()
+    engine = process.engine
+    partition, name = engine.members.place("resource")
+    lane = engine.identity.lanes[partition]
+    exchange_now = sync_io.exchange_now
+
+    def work() -> Flow[None]:
+        yield Send((operations.join(partition, name),))
+
+    def interrupted(*arguments: Any) -> Any:
+        monkeypatch.setattr(sync_io, "exchange_now", exchange_now)
+        engine._ensure("sessions", work, anyhow=True)
+        wait_until(lambda: lane.queue)
+        process.stop()
+        return None
+
+    monkeypatch.setattr(sync_io, "exchange_now", interrupted)
+    with pytest.raises(ProcessStoppedError):
+        process.create_reference("resource")
+        raise ProcessStoppedError  # it may have been answered in time
+    assert not any(worker.is_alive() for worker in engine._workers.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_what_an_interrupt_has_left_is_executed_by_stop(
+    make: Make, server: Redis, namespace: str
+) -> None:
+    """Not by survivors, half a minute later: also what nothing here knows of any more."""
+    kind = fresh()
+
+    def work(process: Process) -> Callable[[], None]:
+        update = kind(process, "record", doc={"n": 1})
+        return update.end_session
+
+    for number in itertools.count(1, 3):
+        process = make(heartbeat_interval=NO_BEAT, retry=ALWAYS)
+        came = True
+        with contextlib.suppress(TimeLimit):
+            came = at_call(number, work(process), limit)
+        process.stop()
+        assert keys_in(server, namespace) == set(), number
+        assert {entry.record for entry in kind.written} == {"record"}, number
+        kind.written.clear()
+        if not came:
+            break
+    assert number > 100
+
+
+def test_nothing_is_expected_behind_an_interrupt(make: Make) -> None:
+    """A resource of which a batch is expected for ever would never be executed again."""
+    process = make(heartbeat_interval=NO_BEAT, retry=ALWAYS)
+    kind = fresh()
+
+    def interrupted(number: int) -> bool:
+        update = kind(process, "record", doc={"n": 1})
+        try:
+            return at_call(number, update.end_session, limit)
+        except TimeLimit:
+            return True
+
+    for number in itertools.count(1):
+        if not interrupted(number):
+            break
+        # What goes on in the background expects something; what the exception has ended does not.
+        wait_until(lambda: not process.engine.executor.expects(b"test.test.record"))
+    assert number > 60
+    process.flush()
+
+
+def test_a_stop_in_a_frame_that_holds_a_lock_which_a_worker_wants(make: Make) -> None:
+    """The worker that ends sessions wants the cache's lock, and stop() waits for the worker."""
+    process = make()
+    kind = fresh()
+    cache: LruCache[Any] = LruCache()
+    cache.set("first", kind(process, "first", doc={"n": 1}, soft_session=0.01))
+    sessions = process.engine.sessions
+
+    def stop() -> None:
+        # What `set` holds in the middle of a call.
+        with cache._lock:
+            waits = threading.Event()
+            look = sessions._pop
+
+            def pop(now: float) -> Any:
+                due = look(now)
+                if due:
+                    waits.set()
+                return due
+
+            sessions._pop = pop  # type: ignore[method-assign]  # to know when it looks
+            cache.set("second", kind(process, "second", doc={"n": 1}, soft_session=0.01))
+            assert waits.wait(20)
+            process.stop()
+            assert cache._lock._is_owned()  # type: ignore[attr-defined]  # as before
+
+    stop()
+    assert set(kind.docs()) == {"first", "second"}
