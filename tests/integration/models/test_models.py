@@ -590,10 +590,11 @@ def test_a_message_outside_of_another_threads_durable_batch_is_kept(make: Make) 
     assert sum(record.views for record in PageViews.done) == 3
 
 
-def test_a_batch_that_fails_leaves_nothing_in_its_records(make: Make) -> None:
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_batch_that_fails_leaves_nothing_in_its_records(make: Make, durable: bool) -> None:
     process = make()
     views = process.collect(PageViews)
-    with process.batch(durable=False):
+    with process.batch(durable=durable):
         views.add("ada", views=4)
     with pytest.raises(ZeroDivisionError), process.batch():
         views.add("ada", views=1)
