@@ -109,10 +109,13 @@ class Collection(BaseCollection[P, M]):
         rejected: list[Rejected] = []
         if self._engine.batch is not None:
             self._rows(rows, 0, rejected)
+            self._engine.check()
             return rejected
         for first, piece in self._pieces(rows, TOGETHER):
             with self._process.batch():
                 self._rows(piece, first, rejected)
+            # A signal handler that stops the process in the middle ends the block there.
+            self._engine.check()
         return rejected
 
     def add_table(self, table: Any) -> list[Rejected]:
@@ -141,6 +144,7 @@ class Collection(BaseCollection[P, M]):
         with self._process.batch():
             out = self._put_columns(reduced)
             raise_together("ending sessions failed", self._cache.end(out))
+        self._engine.check()
         return [Rejected(*each) for each in reduced.rejected]
 
     def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
