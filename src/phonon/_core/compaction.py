@@ -6,12 +6,15 @@ at any point: until the one step that replaces them, the partials are as they we
 refused (the session has ended, another process was faster) without harm.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
-from phonon._core.flows import Flow, call, read, single
+from phonon._core.flows import Flow, Read, Send, call, read
 from phonon._core.identity import Identity
 from phonon._protocol import operations
+from phonon._protocol.operations import Operation
 from phonon.errors import PhononError
 
 #: Each time that so many more partials have come together it is time to merge; as in prelude.lua.
@@ -19,8 +22,25 @@ COMPACT_AT = 64
 #: Of so many partials at least one must go; otherwise it is left for a time when more is won.
 WORTHWHILE = 4
 
-#: Merges partials, in their order, into fewer. Those that it cannot merge it leaves as they are.
-Merge = Callable[[list[bytes]], list[bytes]]
+#: Sessions whose partials are merged at a time: a bound on what is held in memory.
+TOGETHER = 8
+
+#: Merges partials of a resource, in their order, into fewer. Those that it cannot merge it leaves.
+Merge = Callable[[bytes, list[bytes]], list[bytes]]
+
+
+class LongSession(NamedTuple):
+    """A session with many partials.
+
+    Attributes:
+        partition: Where its resource is.
+        name: The server's name of that.
+        partials: How many there are.
+    """
+
+    partition: int
+    name: bytes
+    partials: int
 
 
 def window(count: int) -> int:
@@ -42,47 +62,70 @@ def digest(partials: Iterable[bytes]) -> str:
     return total.hexdigest()
 
 
-def compact(
-    identity: Identity, partition: int, name: bytes, count: int, merge: Merge
-) -> Flow[bool]:
+def compact(identity: Identity, sessions: Sequence[LongSession], merge: Merge) -> Flow[int]:
     """Merge some of the partials that are not in a batch. Errors leave them as they are.
 
     Args:
         identity: The process. It need not be a member.
-        partition: Where the resource is.
-        name: The server's name of it.
-        count: How many partials there are.
+        sessions: Those with many partials.
         merge: Merges some.
 
     Returns:
-        Whether there are fewer now.
+        How many sessions have fewer now.
     """
-    try:
-        first = count - window(count)
-        start, size, *partials = yield from read(
-            identity.in_partition(partition, "candidates", name, b"%d" % first, b"%d" % (count - 1))
-        )
-        while len(partials) < size:
-            at = start + len(partials)
-            piece = yield from read(
-                identity.in_partition(
-                    partition, "session", name, b"%d" % at, b"%d" % (start + size - 1)
-                )
-            )
-            if not piece:  # taken into a batch meanwhile
-                return False
-            partials += piece
-        if not partials:
-            return False
-        outcome = yield from call(lambda: merge(partials))
+    shorter = 0
+    for first in range(0, len(sessions), TOGETHER):
+        sent = yield from _merged(identity, sessions[first : first + TOGETHER], merge)
+        answers = (yield Send(sent)) if sent else ()
+        shorter += sum([isinstance(answer, list) for answer in answers])
+    return shorter
+
+
+def _merged(
+    identity: Identity, sessions: Sequence[LongSession], merge: Merge
+) -> Flow[list[Operation]]:
+    """Return the operations that replace partials by what they come to."""
+    requests = []
+    for partition, name, count in sessions:
+        words = b"%d" % (count - window(count)), b"%d" % (count - 1)
+        requests.append(identity.in_partition(partition, "candidates", name, *words))
+    replies = yield Read(requests)
+    sent: list[Operation] = []
+    for (partition, name, _), reply in zip(sessions, replies, strict=True):
+        if isinstance(reply, Exception):
+            continue
+        start, size, *partials = reply
+        place = partition, name
+        complete = yield from _complete(identity, place, start, size, partials)
+        if not partials or not complete:
+            continue
+        outcome = yield from call(functools.partial(merge, name, partials))
         if outcome.error is not None and not isinstance(outcome.error, Exception):
             raise outcome.error
         merged = outcome.value
-        if not merged or (len(partials) - len(merged)) * WORTHWHILE < len(partials):
+        if merged and (len(partials) - len(merged)) * WORTHWHILE >= len(partials):
+            seen = digest(partials)
+            sent.append(operations.compact(partition, name, start, size, seen, merged))
+    return sent
+
+
+def _complete(
+    identity: Identity, place: tuple[int, bytes], start: int, size: int, partials: list[bytes]
+) -> Flow[bool]:
+    """Fetch partials that did not fit into the first answer.
+
+    Returns:
+        Whether they are all here: they may have been taken into a batch meanwhile.
+    """
+    partition, name = place
+    last = b"%d" % (start + size - 1)
+    while len(partials) < size:
+        words = b"%d" % (start + len(partials)), last
+        try:
+            piece = yield from read(identity.in_partition(partition, "session", name, *words))
+        except PhononError:
             return False
-        answer = yield from single(
-            operations.compact(partition, name, start, size, digest(partials), merged)
-        )
-    except PhononError:
-        return False
-    return isinstance(answer, list)
+        if not piece:
+            return False
+        partials += piece
+    return True

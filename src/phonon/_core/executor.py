@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, Self
 
-from phonon._core import classes, compaction
+from phonon._core import classes
+from phonon._core.compaction import LongSession, compact
 from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, never_run, read
 from phonon._core.identity import Identity
 from phonon._core.parcels import groups
@@ -551,16 +552,10 @@ class Executor:
         if not batch.background:  # it was taken over, and is in better hands: nothing to raise
             batch.errors.append(error)
 
-    def compact(self, partition: int, name: bytes, count: int) -> Flow[None]:
-        """Merge some partials of a session that goes on."""
-        resource = decode(name)
-        yield from compaction.compact(
-            self._identity,
-            partition,
-            name,
-            count,
-            lambda partials: self._codec.merge(resource, partials),
-        )
+    def compact(self, sessions: Sequence[LongSession]) -> Flow[int]:
+        """Merge some partials of sessions that go on."""
+        merge = self._codec.merge
+        return compact(self._identity, sessions, lambda name, some: merge(decode(name), some))
 
 
 class _NotFetchedError(PhononError):

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+from phonon._core.compaction import LongSession
 from phonon._core.executor import Executor, Hand, RunningBatch
 from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Sleep, Wait
 from phonon._core.identity import Identity
@@ -274,7 +275,7 @@ class Outbox:
         if not (sent or making):
             return errors
         answers = yield Send(sent, more=making)
-        many: list[tuple[int, bytes, int]] = []
+        many: list[LongSession] = []
         size = count = 0
         for appends, operation, answer in zip(stored, sent, answers, strict=False):
             told = operation.each(answer)
@@ -295,8 +296,7 @@ class Outbox:
         if errors:
             self.look()
         self._identity.measures.add_stored(count, size)
-        if many:
-            yield from self._compact(many)
+        yield from self._compact(many)
         return errors
 
     def _append(
@@ -351,7 +351,7 @@ class Outbox:
         operation: Operation,
         told: Sequence[Any],
         errors: list[BaseException],
-        many: list[tuple[int, bytes, int]],
+        many: list[LongSession],
     ) -> int:
         """See to answers of which some say more than that all is well. Return how many failed."""
         failed = 0
@@ -367,15 +367,13 @@ class Outbox:
                 failed += 1
                 errors += () if answer in errors else (answer,)
             elif answer != _STORED:
-                many.append((operation.partition, words[1], answer))
+                many.append(LongSession(operation.partition, words[1], answer))
         return failed
 
-    def _compact(self, many: Sequence[tuple[int, bytes, int]]) -> Flow[None]:
+    def _compact(self, sessions: Sequence[LongSession]) -> Flow[None]:
         """Merge some partials of sessions that go on. The data is stored: it fails no call."""
-        executor = self.executor
-        for partition, name, count in many if executor is not None else ():
-            assert executor is not None  # noqa: S101 - for the type checker
-            yield Branch(executor.compact(partition, name, count))
+        if sessions and self.executor is not None:
+            yield Branch(self.executor.compact(sessions))
 
     def end(self, endings: Sequence[Ending]) -> Flow[list[SessionResult]]:
         """End sessions: store the last data, leave, and execute the batches that fall to us.
@@ -392,7 +390,7 @@ class Outbox:
         assert executor is not None  # noqa: S101 - for the type checker
         results = [SessionResult() for _ in endings]
         pairs = list(zip(endings, results, strict=True))
-        many: list[tuple[int, bytes, int]] = []
+        many: list[LongSession] = []
         place = self._members.place
         with executor.hand() as hand:
             for first in range(0, len(pairs), CHUNK):
@@ -408,8 +406,7 @@ class Outbox:
                     self._left(group, answer, hand, many)
                 hand.expected = ()
             yield from executor.execute(hand)
-        if many:
-            yield from self._compact(many)
+        yield from self._compact(many)
         self.look()
         return results
 
@@ -421,7 +418,7 @@ class Outbox:
         executor, members = self.executor, self._members
         assert executor is not None  # noqa: S101 - for the type checker
         result = SessionResult()
-        many: list[tuple[int, bytes, int]] = []
+        many: list[LongSession] = []
         resource = ending.resource
         partition, name = members.place(resource)
         flags = operations.FORCE * ending.force + operations.MODIFICATIONS * ending.modifications
@@ -437,8 +434,7 @@ class Outbox:
             hand.expected = ()
             done = not hand.batches
             yield from () if done else executor.execute(hand)
-        if many:
-            yield from self._compact(many)
+        yield from self._compact(many)
         if not done or result.errors or self.full:
             self.look()
         return result
@@ -489,9 +485,7 @@ class Outbox:
             about.append(_Leaves(operation, some, partials[piece], kept[piece], held[piece]))
             sent.append(operation)
 
-    def _left(
-        self, leaves: _Leaves, answer: Any, hand: Hand, many: list[tuple[int, bytes, int]]
-    ) -> None:
+    def _left(self, leaves: _Leaves, answer: Any, hand: Hand, many: list[LongSession]) -> None:
         """See to the answers to leaves: what has failed, and the batches that fall to us."""
         operation = leaves.operation
         partition, names = operation.partition, operation.words[1::4]
@@ -538,11 +532,11 @@ class Outbox:
                 measures.on_left(ending.resource)
             if code == _HELD:
                 if told[3]:
-                    many.append((partition, name, told[3]))
+                    many.append(LongSession(partition, name, told[3]))
             elif len(told) > 3:  # noqa: PLR2004 - the session's modifications
                 result.modifications = modifications_of(told[3] or None)
                 if len(told) > 4:  # noqa: PLR2004 - it is time to merge some
-                    many.append((partition, name, told[4]))
+                    many.append(LongSession(partition, name, told[4]))
         measures.end(ended, opened=opened)
         measures.add_stored(stored, size)
 

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+from phonon._core.compaction import LongSession
 from phonon._core.executor import Executor
 from phonon._core.flows import Branch, Flow, Read, Send, single
 from phonon._core.identity import Identity
@@ -487,7 +488,7 @@ class Sources:
         except BaseException:
             progress.failed()
             raise
-        many: list[tuple[int, bytes, int]] = []
+        many: list[LongSession] = []
         partials = size = 0
         for operation, answer, names, entered in zip(sent, answers, named, entries, strict=True):
             code = answer[0] if isinstance(answer, list) else answer
@@ -507,8 +508,8 @@ class Sources:
             for name, entry in zip(names, entered, strict=True):
                 self._members.entered(name, entry, failed=code != _INGESTED)
         self._identity.measures.add_stored(partials, size)
-        for partition, resource, count in many:
-            yield Branch(self._executor.compact(partition, resource, count))
+        if many:
+            yield Branch(self._executor.compact(many))
         return errors
 
     def _put_aside(self, partition: int, items: Sequence[bytes], wrong: Sequence[Any]) -> None:
@@ -542,10 +543,8 @@ def _error(progress: Progress, operation: Operation, answer: Any) -> PhononError
     return PhononError(f"the server answered {answer!r} to {operation!r}")
 
 
-def _pairs(
-    partition: int, items: Sequence[bytes], many: Sequence[int]
-) -> list[tuple[int, bytes, int]]:
+def _pairs(partition: int, items: Sequence[bytes], many: Sequence[int]) -> list[LongSession]:
     return [
-        (partition, items[2 * place], count)
+        LongSession(partition, items[2 * place], count)
         for place, count in zip(many[::2], many[1::2], strict=True)
     ]

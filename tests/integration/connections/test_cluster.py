@@ -483,7 +483,7 @@ def test_process_waits_while_the_slot_of_the_namespace_moves(
     """Nobody can beat meanwhile, for longer than a lease; it is nobody's death."""
     told: list[Exception] = []
     # A busy machine may keep one of them from beating for a second.
-    processes = [make(heartbeat_interval=0.5, on_error=told.append) for _ in range(2)]
+    processes = [make(heartbeat_interval=1.5, on_error=told.append) for _ in range(2)]
     ids = [process.id for process in processes]
     references = [process.create_reference("x") for process in processes]
     spare = cluster.nodes[4]

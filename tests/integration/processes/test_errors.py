@@ -327,7 +327,7 @@ def store_in_a_batch(process: Process, record: str) -> None:
 
 def test_a_replica_takes_nothing_and_nothing_is_lost(own_server: Redis, namespace: str) -> None:
     with Process(
-        url=own_server.url, namespace=namespace, heartbeat_interval=0.1, retry_timeout=0.1
+        url=own_server.url, namespace=namespace, heartbeat_interval=0.1, retry_timeout=0.5
     ) as process:
         update = Total(process, "record", 1)
         update.refresh(Total(process, "record", 2, init_cache=False))
@@ -355,7 +355,7 @@ def test_what_was_kept_and_is_refused_is_still_there(
             url=proxy.url,
             namespace=namespace,
             heartbeat_interval=0.1,
-            retry_timeout=0.05,
+            retry_timeout=0.3,
             retry=SOON,
         ) as process:
             cache: LruCache[Total] = LruCache()

@@ -128,9 +128,9 @@ def test_whoever_works_on_the_backlog_is_let_in(make: Make, database: Database) 
 def test_what_cannot_be_sent_counts(own_server: Redis, database: Database) -> None:
     """Sessions that ended while the server was away are ended when it is there again."""
     database.up.set()
-    url = f"{own_server.url}&socket_timeout=0.1"
+    url = f"{own_server.url}&socket_timeout=0.5"
     process = Process(
-        url=url, retry_timeout=0.1, max_backlog=3, overflow="raise", heartbeat_interval=0.5
+        url=url, retry_timeout=0.5, max_backlog=3, overflow="raise", heartbeat_interval=0.5
     )
     try:
         cache = LruCache[Row](100)
