@@ -89,10 +89,14 @@ class BaseCache(Generic[U]):
                 except AttributeError:
                     direct = False  # no update of ours
                 if entry.absorb(update) if direct else _refresh(entry, update):
-                    del self._entries[key]
+                    self._entries.pop(key, None)
                     result = None, ((key, entry),)
                 else:
-                    self._entries.move_to_end(key)
+                    try:
+                        self._entries.move_to_end(key)
+                    except KeyError:
+                        # A signal handler has ended it in the middle: this is left of it.
+                        result = None, ((key, entry),)
         except BaseException as error:
             if lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - interrupted while it waited
                 lock.release()

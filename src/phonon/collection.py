@@ -129,10 +129,13 @@ class Collection(BaseCollection[P, M]):
         rejected: list[Rejected] = []
         if self._engine.batch is not None:
             self._rows(rows, 0, rejected)
+            self._engine.check()
             return rejected
         for first, piece in self._pieces(rows, TOGETHER):
             with self._process.batch():
                 self._rows(piece, first, rejected)
+            # A signal handler that stops the process in the middle ends the block there.
+            self._engine.check()
         return rejected
 
     def add_table(self, table: Any) -> list[Rejected]:
@@ -162,6 +165,7 @@ class Collection(BaseCollection[P, M]):
         with nullcontext() if self._engine.batch is not None else self._process.batch():
             out = self._put_table(rows)
             raise_together("ending sessions failed", self._cache.end(out))
+        self._engine.check()
         return [Rejected(*each) for each in rows.rejected]
 
     def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:

@@ -1,6 +1,7 @@
 """What comes in the middle of a call: SIGALRM, which pytest-timeout uses too, and exceptions."""
 
 import contextlib
+import inspect
 import signal
 import sys
 import time
@@ -66,7 +67,11 @@ def at_call(number: int, work: Callable[[], object], then: Callable[[], object])
 
     def trace(frame: FrameType, event: str, _: Any) -> None:
         nonlocal left
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+        code = frame.f_code
+        # A generator that goes on is not entered: no signal handler runs there, and what a trace
+        # function raises there ends it without its except clauses.
+        is_entered = event == "call" and not code.co_flags & inspect.CO_GENERATOR
+        if is_entered and code.co_filename.startswith(PACKAGE):
             left -= 1
             if left == 0:
                 sys.settrace(None)

@@ -447,9 +447,10 @@ class Engine:
         give_up = clock() + _DISMISSAL
         me = identity.me()
         own = [(name, each) for name, each in list(identity.waiters.items()) if each.owner is me]
-        for waiter, _ in own:
-            identity.waiters.pop(waiter, None)
         if own:
+            yield Read(identity.nudges(identity.id))  # it finds the end once `stop` has returned
+            for waiter, _ in own:
+                identity.waiters.pop(waiter, None)
             yield Send([each.leave(each.partition, each.name, waiter) for waiter, each in own])
         while identity.waiters and clock() < give_up:
             yield Read(identity.nudges(identity.id))

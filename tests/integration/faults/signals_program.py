@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from phonon import Admin, ConflictFreeUpdate, LruCache, Model, PhononError, Process, RetryPolicy
-from phonon.errors import ProcessStoppedError
+from phonon.errors import LockLostError, ProcessStoppedError
 from phonon.fields import ID, Sum
 
 #: Seconds between the timer's start and its signal, at the most: as long as a call takes.
@@ -244,7 +244,8 @@ def stop(url: str, namespace: str, seed: int, count: int, _: str) -> dict[str, A
         world = World(process, alarm.chance)
         calls = [*world.calls, process.stop]
         while not process.engine.stopped:
-            with contextlib.suppress(ProcessStoppedError, ExceptionGroup):
+            # A lock in whose block the process is stopped is lost.
+            with contextlib.suppress(ProcessStoppedError, LockLostError, ExceptionGroup):
                 alarm.around(alarm.chance.choice(calls), process.stop, 0.0)
         process.stop()
         tried += world.tried
