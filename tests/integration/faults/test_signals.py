@@ -202,7 +202,7 @@ def test_a_worker_that_waits_for_a_lane_of_the_stopped_frame_is_sent_for(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal handler stops the process while its own frame leads a lane that a worker needs."""
-    process = make()
+    process = make(retry_timeout=1000)  # after which the worker would give up
     process.lock("lock").locked()
     engine = process.engine
     partition, name = engine.members.place("resource")
