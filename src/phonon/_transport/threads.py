@@ -333,7 +333,11 @@ class ThreadDriver:
         """
         run = FlowRun(flow, name, background=True)
         thread = threading.Thread(target=self._work, args=(run,), name=name, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except KeyError as error:
+            # With it the standard library hides what a signal handler raises inside `start`.
+            raise error.__context__ or error from None
         return ThreadWorker(thread)
 
     def _work(self, run: FlowRun) -> None:

@@ -3,10 +3,13 @@
 import contextlib
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from phonon._core.flows import Flow, Send
 from phonon._protocol import operations
 from phonon._transport import sync_io
 from phonon.errors import ProcessStoppedError
-from support.interrupts import alarms, at_call
+from support.interrupts import at_call
 from support.samples import fresh
 from support.world import ALWAYS, Make, Redis, keys_in, wait_until
 
@@ -182,16 +185,19 @@ def test_a_stop_in_a_wait_does_not_wait_for_itself(
     with other.lock("resource") as held:
         reference = process.create_reference("resource", parties=3)
         wait = process.lock("resource").acquire if waits_for == "lock" else reference.wait
-        stopped: list[int] = []
 
-        def stop() -> None:
-            if not stopped and (held.waiters() or waits_for == "parties"):
-                stopped.append(1)
-                process.stop()
+        def signal_it() -> None:
+            wait_until(lambda: process.engine.identity.waiters)
+            os.kill(os.getpid(), signal.SIGUSR1)
 
-        with alarms(stop, 0.05), pytest.raises(ProcessStoppedError):
-            wait()
-            raise ProcessStoppedError  # reference.wait() says that they have not come
+        before = signal.signal(signal.SIGUSR1, lambda *_: process.stop())
+        try:
+            with ThreadPoolExecutor(1) as pool, pytest.raises(ProcessStoppedError):
+                pool.submit(signal_it)
+                wait()
+                raise ProcessStoppedError  # reference.wait() says that they have not come
+        finally:
+            signal.signal(signal.SIGUSR1, before)
         assert not held.waiters()
 
 
@@ -202,7 +208,7 @@ def test_a_worker_that_waits_for_a_lane_of_the_stopped_frame_is_sent_for(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal handler stops the process while its own frame leads a lane that a worker needs."""
-    process = make()
+    process = make(retry_timeout=1000)  # after which the worker would give up
     process.lock("lock").locked()
     engine = process.engine
     partition, name = engine.members.place("resource")
