@@ -27,9 +27,10 @@ SILENCE = 300.0, 900.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell without job control starts its background commands with SIGINT ignored; all that tests
-    # start would inherit that, and Ctrl-C would end none of it.
+    # A shell without job control starts its background commands with SIGINT ignored, and nohup with
+    # SIGHUP; all that tests start would inherit that, and these signals would end none of it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Controller(config), "phonon-controller")
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -67,16 +68,23 @@ class Attempt:
         place: Where the lock is: its partition and the server's name of it.
         holders: The server's names of those that have asked.
         grant: What it has got. If a lock is reentrant, other attempts of its thread have the same.
-        over: Whether it asks no more. To set it is one step that no signal handler comes between.
+        asking: Refers to something as long as it asks, and its flow lives. So no exception out of a
+            signal handler, which may end the flow anywhere, leaves it asking.
     """
 
-    __slots__ = ("grant", "holders", "over", "place")
+    __slots__ = ("asking", "grant", "holders", "place")
 
     def __init__(self, partition: int, name: bytes) -> None:
         self.place = partition, name
         self.holders: list[Holder] = []
         self.grant: Grant | None = None
-        self.over = False
+        self.asking: Callable[[], object] = lambda: None
+
+
+class _Asking:
+    """Lives as long as a flow that asks for a lock."""
+
+    __slots__ = ("__weakref__",)
 
 
 class Grant:
@@ -243,6 +251,8 @@ class Leases:
         """
         attempt = attempt or Attempt(request.partition, request.name)
         begun = self._identity.clock()
+        asking: _Asking | None = _Asking()
+        attempt.asking = weakref.ref(asking)
         try:
             got = yield from self._ask(request, seconds, owner, on_lost, attempt)
             if isinstance(got, Grant):
@@ -250,7 +260,7 @@ class Leases:
                 self._identity.measures.observe("lock_wait", got.got_at - begun)
             return got
         finally:
-            attempt.over = True
+            asking = None
             for holder in attempt.holders:
                 self._no_longer(holder)
 
@@ -549,6 +559,6 @@ class Leases:
         for holder in [*holders[::5], *waiters]:
             text = holder.decode("utf-8", "replace")
             attempt = self.attempts.get(text)
-            asks = attempt is not None and not attempt.over
+            asks = attempt is not None and attempt.asking() is not None
             if holder.startswith(mine) and text not in self._all and not asks:
                 yield Send((operations.unlock(partition, name, text),))

@@ -406,6 +406,8 @@ class LocalUpdate:
 
     def _empty_(self) -> None:
         """Go on with no content: it is on the server."""
+        # First: a signal handler that ends the session in the middle must not send half of it.
+        self.spend()
         if self.doc is not None:
             self.doc = {}
         try:
@@ -422,7 +424,6 @@ class LocalUpdate:
                 )
             for name, value in values.items():
                 setattr(self, name, value)
-        self._unsent_ = False
         self._mark_()
 
     def _mark_(self) -> None:

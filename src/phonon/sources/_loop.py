@@ -220,8 +220,9 @@ def check_loop(
     sessions: Any,
     on_poison: Any,
     dead_letters: Any,
+    is_async: bool = False,
 ) -> None:
-    """Refuse arguments that all sources have.
+    """Refuse arguments that all sources have; ``on_poison`` may be a coroutine function in asyncio.
 
     Raises:
         ConfigurationError: One is invalid.
@@ -236,7 +237,7 @@ def check_loop(
             f"sessions has the method expire_all, as an LruCache has, not {sessions!r}: give the "
             "cache or the collection that the messages go to"
         )
-    check_callable("on_poison", on_poison, is_async=False)
+    check_callable("on_poison", on_poison, is_async=is_async)
     if dead_letters is not None:
         check_name("dead_letters", dead_letters)
     if on_poison is not None and dead_letters is not None:

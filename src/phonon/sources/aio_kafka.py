@@ -100,6 +100,8 @@ class AsyncKafkaSource(BaseKafkaSource):
         >>> await source.run(handle)  # doctest: +SKIP
     """
 
+    _is_async = True
+
     def __init__(
         self,
         process: "AsyncProcess",

@@ -51,6 +51,9 @@ DELIVERY_TIMEOUT = 30.0
 class BaseKafkaSource(Loop):
     """The base of `KafkaSource` and `AsyncKafkaSource`: all that goes on in the loop's thread."""
 
+    #: Whether ``on_poison`` may be a coroutine function.
+    _is_async = False
+
     def __init__(
         self,
         process: Any,
@@ -76,6 +79,7 @@ class BaseKafkaSource(Loop):
             sessions=sessions,
             on_poison=on_poison,
             dead_letters=dead_letters,
+            is_async=self._is_async,
         )
         self._process = process
         self._group = str(config["group.id"])
