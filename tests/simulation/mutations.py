@@ -423,6 +423,7 @@ UNFOUND_NAMES = (
     "a batch that is executed is taken up",
     "a piece of a batch is executed",
     "a forgotten batch stays forgotten",
+    "a refused batch leaves a membership behind",
 )
 UNFOUND = {name: MUTATIONS.pop(name) for name in UNFOUND_NAMES}
 for _name in _BY_SCENARIO:

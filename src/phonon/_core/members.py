@@ -159,7 +159,7 @@ class Members:
             entry.entered = True
             self._identity.measures.opened += 1
         if not entry.pending and self._entries.get(resource) is entry:
-            del self._entries[resource]
+            self._entries.pop(resource, None)  # a signal handler may have left in between
             # After a rebirth it is a member all the same, and stays one until somebody leaves.
             if not entry.entered and entry.identity == self._identity.id:
                 self.held.pop(resource, None)
