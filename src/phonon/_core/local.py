@@ -185,16 +185,20 @@ class LocalUpdate:
     def _take_(self, engine: Engine, *, keep: bool) -> tuple[bytes | None, Any]:
         if not (self._unsent_ or self.has_unsent()):
             return None, None
-        state = codec.state_of(self)
-        partial = codec.pack(self, engine.codec.serializer, state)
-        if len(partial) > engine.most_bytes:
-            raise codec.too_large(self, len(partial), engine.most_bytes)
-        kept = self._content_(state) if keep else None
+        # First: a signal handler that ends the session in the middle must send no part of it.
+        self.spend()
+        partial = None
         try:
+            state = codec.state_of(self)
+            packed = codec.pack(self, engine.codec.serializer, state)
+            if len(packed) > engine.most_bytes:
+                raise codec.too_large(self, len(packed), engine.most_bytes)  # noqa: TRY301 - as what pack raises
+            kept = self._content_(state) if keep else None
+            partial = packed
             self._empty_()
         except BaseException:
-            # It may be empty by half.
-            self._adopt_(engine.codec.decode(self.resource_id, partial, "memory"))
+            if partial is not None:  # it may be empty by half
+                self._adopt_(engine.codec.decode(self.resource_id, partial, "memory"))
             self._unsent_ = True
             raise
         return partial, kept
@@ -406,8 +410,6 @@ class LocalUpdate:
 
     def _empty_(self) -> None:
         """Go on with no content: it is on the server."""
-        # First: a signal handler that ends the session in the middle must not send half of it.
-        self.spend()
         if self.doc is not None:
             self.doc = {}
         try:

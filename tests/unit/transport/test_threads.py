@@ -619,8 +619,8 @@ def test_a_call_in_the_middle_of_a_call_at_every_bytecode(
     settled(lab)
 
 
-# The connection that an interrupted call drops is closed by the collector, which may meet its socket
-# before its owner.
+# The collector closes the connection that an interrupted call drops, and may meet its socket before
+# its owner.
 @pytest.mark.filterwarnings("ignore:.*socket:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
