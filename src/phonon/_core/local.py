@@ -409,7 +409,8 @@ class LocalUpdate:
                 setattr(self, name, value)
 
     def _empty_(self) -> None:
-        """Go on with no content: it is on the server."""
+        """Go on with no content: it is on the server, or its broker delivers it again."""
+        self.spend()  # first: see `_take_`
         if self.doc is not None:
             self.doc = {}
         try:
