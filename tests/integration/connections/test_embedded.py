@@ -65,7 +65,7 @@ class User:
 
     def hear(self) -> Any:
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], 30)[0], "it says nothing"
+        assert select.select([self.process.stdout], [], [], 120)[0], "it says nothing"
         line = self.process.stdout.readline()
         assert line, self.process.communicate()[1].decode()
         return json.loads(line)
@@ -259,6 +259,7 @@ def test_threads_and_handles_of_one_process_share_a_server(
     wait_until(lambda: not processes_below(place))
 
 
+@pytest.mark.slow
 def test_whoever_comes_while_the_server_stops_gets_one_that_works(
     new_user: Users, place: Path
 ) -> None:
@@ -274,15 +275,18 @@ for turn in range(25):
         pids.append(client.info("server")["process_id"])
 print(json.dumps(pids), flush=True)
 """
-    users = [new_user(str(place / "data"), after=come_and_go) for _ in range(3)]
-    for user in users:
-        user.go()
-    pids = set()
-    for user in users:
-        assert user.hear()
-        pids.update(user.hear())
-    assert len(pids) > 3, "it never stopped in between, so this has shown nothing"
-    assert ask(new_user(str(place / "data")).join(), "GET", "count") == b"75"
+    pids: set[int] = set()
+    rounds = 0
+    # If it never stops in between, that has shown nothing.
+    while len(pids) <= 3:
+        rounds += 1
+        users = [new_user(str(place / "data"), after=come_and_go) for _ in range(3)]
+        for user in users:
+            user.go()
+        for user in users:
+            assert user.hear()
+            pids.update(user.hear())
+    assert ask(new_user(str(place / "data")).join(), "GET", "count") == b"%d" % (75 * rounds)
 
 
 def test_nobody_joins_a_server_that_has_been_told_to_go(new_user: Users, place: Path) -> None:
