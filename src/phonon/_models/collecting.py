@@ -475,13 +475,31 @@ def _filled(template: str, parts: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+#: The search for the record that a message goes into, and what is prepared for it.
+_FIND = """\
+while True:
+    try:
+        _record = _entries[@ID]
+    except _KeyError:
+        _record = None
+    if _record is None or _record._batch_ is not _target:
+        _record = _ready(@ID, _batch, _target)
+        if _record is None:
+            continue
+    @PREPARE
+    break
+"""
+
 _COUNT = """\
 _record.messages += 1
 if _record.messages >= _largest:
     _grown(@ID, _record)
 """
 
-_PUT = """\
+_PARTS = {"@FIND": _FIND}
+
+_PUT = _filled(
+    """\
 def add(@PARAMETERS, **_unknown):
     if _unknown and not _ignore_unknown:
         raise _refuse(_unknown, _unknown)
@@ -498,17 +516,7 @@ def add(@PARAMETERS, **_unknown):
                 _target = _batch
                 if _batch.asks and _passes_over(_batch, @ID):
                     return None
-    while True:
-        try:
-            _record = _entries[@ID]
-        except _KeyError:
-            _record = None
-        if _record is None or _record._batch_ is not _target:
-            _record = _ready(@ID, _batch, _target)
-            if _record is None:
-                continue
-        @PREPARE
-        break
+    @FIND
     @COMMIT
     if not _record.is_used:
         _record.is_used = _record.is_used is not None
@@ -519,9 +527,12 @@ def add(@PARAMETERS, **_unknown):
     if _left or _batch is None:
         return _finish(_record, _drain(), _batch is None)
     return None
-"""
+""",
+    _PARTS,
+)
 
-_PUT_ROWS = """\
+_PUT_ROWS = _filled(
+    """\
 def put_rows(_rows, _number, _batch, _target, _rejected):
     _asks = _target is not None and _target.asks
     _now = _clock()
@@ -540,17 +551,7 @@ def put_rows(_rows, _number, _batch, _target, _rejected):
             continue
         if _asks and _passes_over(_target, @ID):
             continue
-        while True:
-            try:
-                _record = _entries[@ID]
-            except _KeyError:
-                _record = None
-            if _record is None or _record._batch_ is not _target:
-                _record = _ready(@ID, _batch, _target)
-                if _record is None:
-                    continue
-            @PREPARE
-            break
+        @FIND
         @COMMIT
         @SEEN
         if not _record.is_used:
@@ -558,4 +559,6 @@ def put_rows(_rows, _number, _batch, _target, _rejected):
         @TIDY
         @COUNT
     return _number
-"""
+""",
+    _PARTS,
+)

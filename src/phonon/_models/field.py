@@ -31,6 +31,17 @@ class FoldCode(NamedTuple):
     most: int = 0
 
 
+def set_or(state: str, first: str, change: str) -> list[str]:
+    """Return the lines that set a state that there is not yet, or change the one that is there.
+
+    Args:
+        state: Where it is.
+        first: What it is at first.
+        change: Operator and operand: how the one that is there changes in place.
+    """
+    return [f"if {state} is None:", f"    {state} = {first}", "else:", f"    {state} {change}"]
+
+
 class Field(Generic[R, W]):
     """A field of a model: the state of its values, and how two states are merged.
 

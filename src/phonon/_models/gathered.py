@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from phonon._models.field import Field, FoldCode
+from phonon._models.field import Field, FoldCode, set_or
 from phonon._models.values import in_order
 from phonon.errors import ConfigurationError
 from phonon.serializers import ExactSerializer
@@ -55,7 +55,7 @@ class ListAppend(Field[list[T], Any], Generic[T]):
         return one
 
     def fold_code(self) -> FoldCode:
-        return FoldCode(_adding(self, "+="))
+        return FoldCode(set_or(f"_record.{self.slot}", self.name, f"+= {self.name}"))
 
     def seal(self, state: Any) -> Any:
         return in_order(state)
@@ -96,12 +96,12 @@ class SetAppend(Field[set[T], Any], Generic[T]):
         return [f"if _type({name}) is not _{kind.__name__}:", f"    {name} = _check_{name}({name})"]
 
     def fold_code(self) -> FoldCode:
-        many = _adding(self, "|=")
+        name, state = self.name, f"_record.{self.slot}"
+        many = set_or(state, name, f"|= {name}")
         kind = self._values.exact
         if kind is None:
             return FoldCode(many)
         # One value, which is there already more often than not, needs no set of its own.
-        name, state = self.name, f"_record.{self.slot}"
         return FoldCode(
             [
                 f"if _is_one_{name}:",
@@ -115,17 +115,6 @@ class SetAppend(Field[set[T], Any], Generic[T]):
             ],
             before=[f"_is_one_{name} = _type({name}) is _{kind.__name__}"],
         )
-
-
-def _adding(field: Field[Any, Any], operator: str) -> list[str]:
-    """Return the lines that add a collection of values to one of the same kind."""
-    name, state = field.name, f"_record.{field.slot}"
-    return [
-        f"if {state} is None:",
-        f"    {state} = {name}",
-        "else:",
-        f"    {state} {operator} {name}",
-    ]
 
 
 class Distinct(Field[int, Any], Generic[T]):

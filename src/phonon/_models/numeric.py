@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phonon._models import exact
-from phonon._models.field import Field, FoldCode
+from phonon._models.field import Field, FoldCode, set_or
 from phonon._models.values import NUMBER, ValueType, precedes
 
 N = TypeVar("N")
@@ -177,12 +177,7 @@ class Counter(Field[dict[K, int], Mapping[K, int]], Generic[K]):
     def fold_code(self) -> FoldCode:
         name, state = self.name, f"_record.{self.slot}"
         return FoldCode(
-            [
-                f"if {state} is None:",
-                f"    {state} = _new_{name}",
-                "else:",
-                f"    {state} |= _new_{name}",
-            ],
+            set_or(state, f"_new_{name}", f"|= _new_{name}"),
             [f"_new_{name} = _sums_{name}({state}, {name})"],
         )
 
@@ -245,16 +240,8 @@ class Mean(Field[float | None, float], Generic[N]):
 
 def _appending(field: Field[Any, Any], empty: Sequence[str]) -> FoldCode:
     """Return the lines that keep a value behind the others, to be added up with them later."""
-    name, state = field.name, f"_record.{field.slot}"
-    return FoldCode(
-        [
-            f"if {state} is None:",
-            f"    {state} = [{', '.join([*empty, name])}]",
-            "else:",
-            f"    {state} += [{name}]",
-        ],
-        most=exact.BUFFER,
-    )
+    first, more = f"[{', '.join([*empty, field.name])}]", f"+= [{field.name}]"
+    return FoldCode(set_or(f"_record.{field.slot}", first, more), most=exact.BUFFER)
 
 
 @dataclass(frozen=True, slots=True)

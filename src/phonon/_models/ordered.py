@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import date, datetime
 from typing import Any, Generic, TypeVar
 
-from phonon._models.field import Field, FoldCode
+from phonon._models.field import Field, FoldCode, set_or
 from phonon._models.values import ValueType, place, precedes
 from phonon.errors import ConfigurationError
 
@@ -234,16 +234,8 @@ class WindowedList(Field[list[T], Any], Generic[T]):
         return self._best(one + other)
 
     def fold_code(self) -> FoldCode:
-        name, state = self.name, f"_record.{self.slot}"
-        return FoldCode(
-            [
-                f"if {state} is None:",
-                f"    {state} = {name}",
-                "else:",
-                f"    {state} += {name}",
-            ],
-            most=2 * self.window_length,
-        )
+        lines = set_or(f"_record.{self.slot}", self.name, f"+= {self.name}")
+        return FoldCode(lines, most=2 * self.window_length)
 
     def tidy(self, state: Any) -> Any:
         return self._best(list(state))
@@ -313,12 +305,7 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
     def fold_code(self) -> FoldCode:
         name, state = self.name, f"_record.{self.slot}"
         return FoldCode(
-            [
-                f"if {state} is None:",
-                f"    {state} = _new_{name}",
-                "else:",
-                f"    {state} |= _new_{name}",
-            ],
+            set_or(state, f"_new_{name}", f"|= _new_{name}"),
             [f"_new_{name} = _better_{name}({state}, {name})"],
             most=2 * self.size,
         )
