@@ -164,8 +164,7 @@ class Checks:
         return self._singles[id(operation)]
 
     def told(self, p: "SimProcess", operation: Operation, answer: Any) -> None:
-        answers = [answer] * operation.count if answer is REBORN else operation.each(answer)
-        for single, its in zip(self.singles(operation), answers, strict=True):
+        for single, its in zip(self.singles(operation), operation.each(answer), strict=True):
             self._told(p, single, its)
 
     def _told(self, p: "SimProcess", operation: Operation, answer: Any) -> None:

@@ -286,9 +286,10 @@ class Executor:
                     if following is not None:
                         hand.add(following)
             for batch in waiting:
-                if batch.error is _TAKEN_OVER or isinstance(batch.error, _NotFetchedError):
+                if _is_unreported(batch):
                     hand.drop(batch)
-                    self._not_executed(batch, batch.error)
+                    if isinstance(batch.error, _NotFetchedError):
+                        self._failed(batch, batch.error.cause, self._policy.pause(1))
             hand.concluding = ()
         if more is not None:
             sent = []
@@ -449,7 +450,7 @@ class Executor:
             error = batch.error
             if error is None:
                 executed.append(batch)
-            elif error is not _TAKEN_OVER and not isinstance(error, _NotFetchedError):
+            elif not _is_unreported(batch):
                 sent.append(self._failure(batch, error))
                 reported.append((batch,))
         places = [(batch.partition, batch.name) for batch in executed]
@@ -469,11 +470,6 @@ class Executor:
             attempts = 0  # it will not become readable
         batch.pause = self._policy.pause(batch.run.attempts + 1)
         return operations.fail(*place, _text_of(error), int(batch.pause * 1000), attempts)
-
-    def _not_executed(self, batch: RunningBatch, error: BaseException) -> None:
-        """See to a batch that was not executed, by no fault of its own."""
-        if isinstance(error, _NotFetchedError):
-            self._failed(batch, error.cause, self._policy.pause(1))
 
     def _concluded(self, batch: RunningBatch, answer: Any) -> RunningBatch | None:
         """See to what a batch came to; returns the one that comes up behind it."""
@@ -572,6 +568,11 @@ class _NotFetchedError(PhononError):
 
 _TAKEN_OVER = PhononError("another process has the batch by now")
 _AGAIN_ALONE = PhononError("executed by itself")
+
+
+def _is_unreported(batch: RunningBatch) -> bool:
+    """Return whether a batch was not executed, by no fault of its own: the server is not told."""
+    return batch.error is _TAKEN_OVER or isinstance(batch.error, _NotFetchedError)
 
 
 class _ManyJob(Job):

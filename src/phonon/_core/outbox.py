@@ -415,22 +415,18 @@ class Outbox:
 
         `Reference.dereference` waits for it.
         """
-        executor, members = self.executor, self._members
+        executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
         result = SessionResult()
         many: list[LongSession] = []
-        resource = ending.resource
-        partition, name = members.place(resource)
-        flags = operations.FORCE * ending.force + operations.MODIFICATIONS * ending.modifications
-        operation = operations.leave(partition, name, b"", flags)
-        was_held = members.leaving(resource)
-        if was_held is not ABSENT:
-            operation.held = (name,)
-        leaves = _Leaves(operation, ((ending, result),), (b"",), (None,), (was_held,))
+        about: list[_Leaves] = []
+        sent: list[Operation] = []
+        partition, name = self._members.place(ending.resource)
         with executor.hand() as hand:
             hand.expected = (name,)
-            (answer,) = yield Send((operation,))
-            self._left(leaves, answer, hand, many)
+            self._leave(Group(partition, ((ending, result),), (name,)), about, sent)
+            (answer,) = yield Send(sent)
+            self._left(about[0], answer, hand, many)
             hand.expected = ()
             done = not hand.batches
             yield from () if done else executor.execute(hand)

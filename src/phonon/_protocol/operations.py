@@ -136,10 +136,10 @@ class Operation:
         return [self.words[at : at + width] for at in range(0, len(self.words), width)]
 
     def each(self, answer: Any) -> Sequence[Any]:
-        """Return the answers to the changes; an error is the answer to each of them."""
+        """Return the answers to the changes; one that is no list is the answer to each of them."""
         if self.count == 1:
             return (answer,)
-        return [answer] * self.count if isinstance(answer, Exception) else answer
+        return answer if answer.__class__ is list else [answer] * self.count
 
     @property
     def frees(self) -> bool:
