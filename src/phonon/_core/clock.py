@@ -1,11 +1,11 @@
 """The local clock."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 
-#: Goes on while the machine sleeps, where there is such a clock.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def clock() -> float:
-    """Return seconds, from a clock that is never set."""
-    return time.clock_gettime(_CLOCK)
+#: Returns seconds, from a clock that is never set. Where there is such a clock, it goes on while the
+#: machine sleeps.
+clock: Callable[[], float] = partial(
+    time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+)

@@ -340,7 +340,8 @@ class Lane:
 
     def is_under_way(self, call: Call) -> bool:
         """Return whether a call is still to be answered; another sender may have been faster."""
-        return self._at().once.get("call") is call
+        once = self._position.once
+        return (self._at().once if "next" in once else once).get("call") is call
 
     def refuse(self, error: Exception, call: Call | None = None) -> None:
         """The server refused the whole call: ask, under the same number, what became of it.
@@ -409,6 +410,11 @@ class Lane:
             self._position = position.once.setdefault(
                 "next", _Position(call.sequence, stamp, again, answered)
             )
+            if not again:
+                # Nobody asks any more what became of them. With this they refer to each other no
+                # more, and are not left to the garbage collector.
+                for operation in carried:
+                    operation.sent = None
 
     def receive(self, reply: Sequence[bytes]) -> list[tuple[Operation, Any]]:
         """Take in the answer to the call that is under way: `read` and `advance`."""

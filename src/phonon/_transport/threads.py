@@ -361,6 +361,7 @@ class ThreadDriver:
                     continue
                 run.has_sent = True
             elif effect.__class__ is Done:
+                run.ticket = None  # which refers to the run
                 return effect.value
             elif effect is CALLER_GONE:
                 reply = run.caller_gone
@@ -437,6 +438,7 @@ class ThreadDriver:
             finally:
                 self._claims.release(lane, leader)
             if ticket.answers[0] is not UNANSWERED:
+                operation.owner = None  # nor does it refer to itself
                 if lane.queue:
                     self._pass_on(lane)
                 return cast("list[Any]", ticket.answers)
