@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-#: Returns seconds, from a clock that is never set. Where there is such a clock, it goes on while the
-#: machine sleeps.
+#: Returns seconds, from a clock that is never set. It goes on while the machine sleeps, where there
+#: is such a clock.
 clock: Callable[[], float] = partial(
     time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 )
