@@ -52,6 +52,7 @@ bench: $(VENV)/.peers ## measure against bare Redis and peers
 	$(BIN)/python benchmarks/locks.py
 	$(BIN)/python benchmarks/aio.py
 	$(BIN)/python benchmarks/paths.py
+	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/scale.py --keys 100000 --messages 1000000
 	$(BIN)/python benchmarks/backpressure.py --seconds 12
 
