@@ -125,9 +125,8 @@ _WRITERS: dict[type, tuple[int, Callable[[Any], Iterable[Any]]]] = {
 }
 
 # Forged data may have parts of any type and number. join() accepts only bytes or str:
-# bytearray(10**12)
-# would take a terabyte, and Decimal of a long int hours. Indexing fails if there are too few parts:
-# date(b"…") would make a date of four bytes without checking them.
+# bytearray(10**12) would take a terabyte, and Decimal of a long int hours. Indexing fails if there
+# are too few parts: date(b"…") would make a date of four bytes without checking them.
 _READERS: dict[int, Callable[[list[Any]], Any]] = {
     0x01: lambda p: int("".join(p), 16),
     0x02: lambda p: bytearray().join(p),
@@ -172,8 +171,7 @@ class _Writer:
     """A msgpack Packer that notices values which would not come back unchanged."""
 
     # msgpack calls no hook for bytearray, memoryview, ExtType and Timestamp, but writes data that
-    # would
-    # come back as another type. Each of them leaves one of these bytes in the data.
+    # would come back as another type. Each of them leaves one of these bytes in the data.
     _MARKS = bytes((0xC4, 0xC5, 0xC6, _HEAD_BYTE, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8))
 
     def __init__(self) -> None:
@@ -348,8 +346,7 @@ class ExactSerializer:
 
     def __init__(self) -> None:
         # Making a Packer takes longer than packing a small dict. It is removed while in use,
-        # because
-        # a signal handler or a finalizer must not write into its buffer meanwhile.
+        # because a signal handler or a finalizer must not write into its buffer meanwhile.
         self._writers: list[_Writer] = []
 
     def dumps(self, value: Any, where: str = "value") -> bytes:

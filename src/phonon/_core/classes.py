@@ -11,14 +11,12 @@ from typing import Any
 from phonon.errors import ConfigurationError, UnstableNameWarning
 
 #: Classes by name and by former names. The references are strong, because a class without others
-#: may
-#: still have data on the server.
+#: may still have data on the server.
 _classes: dict[str, type[Any]] = {}
 #: The names under which classes store data, even if the name now finds another class.
 _names: "weakref.WeakKeyDictionary[type[Any], str]" = weakref.WeakKeyDictionary()
 #: Separates a name from a version. Data of an unknown version is left to processes that know it,
-#: like
-#: the data of an unknown class.
+#: like the data of an unknown class.
 _VERSION = "@"
 
 

@@ -21,8 +21,7 @@ REMEMBERED = 6.5 * 24 * 3600.0
 
 
 #: The share of a lease on which a process does not rely, because the server's clock may be set
-#: forward
-#: by that much unnoticed; see JUMP in processes.lua.
+#: forward by that much unnoticed; see JUMP in processes.lua.
 MARGIN = 1 / 8
 #: Commands that Phonon sends besides those of the function library.
 ALSO_SENT = (b"BLMPOP",)

@@ -398,8 +398,8 @@ class Outbox:
                 some = pairs[first : first + CHUNK]
                 grouped = groups(some, [place(ending.resource) for ending, _ in some])
                 hand.expected = {name for group in grouped for name in group.names}
-                # The leaves are made when they are sent, not before batches are executed: a
-                # join in between would be held here, and undone on the server.
+                # The leaves are made when they are sent, not before batches are executed: a join in
+                # between would be held here, and undone on the server.
                 leaves = functools.partial(self._leaves, grouped, about)
                 answers = yield from executor.execute(hand, leaves)
                 for group, answer in zip(about, answers, strict=False):

@@ -204,8 +204,7 @@ class Takeover:
                 self.on_taken(TAKEN_OVER % words, whose)
         if me != self._identity.id:
             # This process was reborn meanwhile, perhaps because the server lost the reap: a former
-            # self
-            # is reaped again, and the next beat names any other process that is still dead.
+            # self is reaped again, and the next beat names any other process that is still dead.
             return
         self.former.pop(dead, None)
         if not left and operations.class_of_queue(dead) is None:

@@ -99,8 +99,7 @@ def _stores(call: Call) -> bool:
 
 
 #: Operations that were put into a lane: the lanes of the identity at that time, the lane, its
-#: queue,
-#: and the operations.
+#: queue, and the operations.
 Place: TypeAlias = tuple[list[Lane], Lane, deque[Operation], Sequence[Operation]]
 
 

@@ -46,8 +46,7 @@ _URLS = {
 } | {"embedded": re.compile("(?P<place>(?P<path>[^?#]*))")}
 
 #: Options of every client. The transport repeats calls itself, byte for byte; a client that
-#: repeated
-#: them too would only multiply the time until a failure is noticed.
+#: repeated them too would only multiply the time until a failure is noticed.
 OPTIONS: dict[str, Any] = {
     "socket_timeout": SOCKET_TIMEOUT,
     "socket_connect_timeout": SOCKET_TIMEOUT,
