@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from inspect import GEN_CREATED, getgeneratorstate
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from phonon._core import codec
 from phonon._core.copies import UNREFERENCED
@@ -23,13 +23,19 @@ if TYPE_CHECKING:
 MANY = 1024
 
 
-class Out(NamedTuple):
-    """An update whose session is to end.
+class Out(Protocol):
+    """An update whose session is to end."""
 
-    Attributes:
-        update: The update.
-        failed: Called if the end fails; the update may still have its data then.
-    """
+    @property
+    def update(self) -> Any:
+        """The update."""
+
+    def failed(self) -> None:
+        """Do what is to be done if the end fails; the update may still have its data then."""
+
+
+class _Ended(NamedTuple):
+    """An update whose session ends with a batch."""
 
     update: Any
     failed: Callable[[], None]
@@ -158,7 +164,7 @@ class BaseBatch:
             update: The update.
             failed: Called if that fails.
         """
-        self._endings[id(update)] = Out(update, failed or (lambda: self._keep(update)))
+        self._endings[id(update)] = _Ended(update, failed or (lambda: self._keep(update)))
 
     def _keep(self, update: "Update") -> None:
         if update.has_unsent():
@@ -350,7 +356,7 @@ def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
     while outs:
         now: dict[str, Out] = {}
         later = [o for o in outs if now.setdefault(o.update.resource_id, o) is not o]
-        endings = [Ending(resource, u, u.forced) for resource, (u, _) in now.items()]
+        endings = [Ending(resource, o.update, o.update.forced) for resource, o in now.items()]
         results = yield from engine.outbox.end(endings)
         for out, result in zip(now.values(), results, strict=True):
             if result.errors:
