@@ -178,7 +178,7 @@ def lock_status(row: Row, places: dict[bytes, tuple[str, int]]) -> LockStatus:
     first = held[0] if held else waiting_names[0] if waiting_names else b""
     mode: LockMode = _mode(name, first)
     if holding and not held:
-        mode = "semaphore" if is_semaphore(name) else "shared"  # the listing has no holder
+        mode = "semaphore" if is_semaphore(name) else "shared"  # too many sharers to list
     return LockStatus(decode(name), mode, tuple(holders), holding, tuple(waiters), waiting)
 
 

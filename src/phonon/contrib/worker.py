@@ -56,8 +56,8 @@ class Worker:
     def add(self, kind: Callable[..., U], key: Any, **content: Any) -> None:
         """Merge a message into its record, and store it.
 
-        When this returns, the data is on the server. Inside `once` or ``process.batch()`` the data is
-        on the server when that block ends.
+        When this returns, the data is on the server. Inside `once` or ``process.batch()`` the data
+        is on the server when that block ends.
 
         Args:
             kind: A subclass of `Update`.

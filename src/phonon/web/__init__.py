@@ -29,8 +29,8 @@ def create_app(
         url: The Redis or Valkey server; see `phonon.Admin`.
         namespace: The namespace.
         token: The token for acts (replay, discard, unlock, expire). None: the page is read-only.
-            hosts: The allowed host names, against DNS rebinding. None: any name, if the application
-        that mounts it checks them.
+        hosts: The allowed host names, against DNS rebinding. None: any name, if the application
+            that mounts it checks them.
         timeout: Seconds to go on asking a server that does not answer.
 
     Raises:
