@@ -5,7 +5,6 @@ import itertools
 import os
 import shutil
 import tempfile
-from types import TracebackType
 from typing import Any, Self
 
 import redis
@@ -87,12 +86,7 @@ class Lab:
         self._stack.callback(self.clock.stop)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def process(self, kind: Any = Process, **options: Any) -> Any:
