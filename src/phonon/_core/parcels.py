@@ -4,8 +4,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-#: Changes that are sent while others are made, and how many travel as one operation at the most.
+#: Changes that travel as one operation at the most, and how many are sent while others are made.
 GROUP = 128
+AHEAD = 32
 #: Bytes of partials in one operation, so that a few of them are a call.
 MOST_BYTES = 256 * 1024
 
@@ -113,7 +114,7 @@ def while_sending(making: Iterator[int], count: int) -> Iterator[object] | None:
         making: Makes some with each step, and tells how many.
         count: How many there are in all. If they are few, they are made now.
     """
-    if count >= 2 * GROUP:
+    if count >= 2 * AHEAD:
         return _worth_sending(making)
     deque(making, 0)
     return None
@@ -123,7 +124,7 @@ def _worth_sending(making: Iterator[int]) -> Iterator[None]:
     made = 0
     for some in making:
         made += some
-        if made >= GROUP:
+        if made >= AHEAD:
             yield
             made = 0
     yield
