@@ -623,9 +623,12 @@ def test_partials_of_a_long_session_are_merged_by_compiled_code(
     key = key_for(process, "partials", f"model.test_plain.{7}")
     decoded: list[Any] = []
     decode = process.engine.codec.decode
-    monkeypatch.setattr(
-        process.engine.codec, "decode", lambda *args: decoded.append(args) or decode(*args)
-    )
+
+    def watched(*arguments: Any) -> Any:
+        decoded.append(arguments)
+        return decode(*arguments)
+
+    monkeypatch.setattr(process.engine.codec, "decode", watched)
     for number in range(COMPACT_AT):
         records.add(7, hits=number, seen=str(number % 5))
     assert client.llen(key) == 1
@@ -637,7 +640,7 @@ def test_partials_of_a_long_session_are_merged_by_compiled_code(
         records.add(7, hits=number, seen="x")
     assert decoded
     assert b"damaged" in client.lrange(key, 0, -1)
-    client.lrem(key, 1, b"damaged")
+    client.lrem(key, 1, "damaged")
     found = records.read(7)
     assert found == Plain(
         7, hits=sum(range(COMPACT_AT)) + sum(range(COMPACT_AT - 2)), seen={*"01234x"}
