@@ -460,7 +460,7 @@ class Process(BaseProcess):
             reentrant: Whether the thread that has it may take it again.
             lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the lock, from any thread, once it is found to be lost.
-            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
+            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; -1
                 for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return phonon.lock.Lock(
@@ -492,7 +492,7 @@ class Process(BaseProcess):
             block: Whether to wait if all places are taken.
             lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the semaphore, from any thread, once a place is found to be lost.
-            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
+            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; -1
                 for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return phonon.lock.Semaphore(

@@ -71,8 +71,7 @@ class BaseReference:
                 "create_reference(..., parties=n)"
             )
         seconds = self._process.BLOCKING_TIMEOUT if timeout is None else timeout
-        check_timeout("timeout", seconds)
-        return self._waiting(seconds)
+        return self._waiting(check_timeout("timeout", seconds))
 
     def _waiting(self, seconds: float) -> Flow[bool]:
         done: bool = yield from self._engine.members.wait_for_parties(self.resource_key, seconds)
@@ -249,7 +248,7 @@ class Reference(BaseReference):
             reentrant: Whether the thread that has it may take it again.
             lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the lock, from any thread, once it is found to be lost.
-            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
+            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; -1
                 for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return self._process.lock(
@@ -281,7 +280,7 @@ class Reference(BaseReference):
         still holds the resource, and its `dereference` the last one.
 
         Args:
-            timeout: Seconds to wait at the most. None: `Process.BLOCKING_TIMEOUT`.
+            timeout: Seconds to wait at the most; -1 for ever. None: `Process.BLOCKING_TIMEOUT`.
 
         Returns:
             Whether all others have left. False if that took too long.
