@@ -287,6 +287,7 @@ class Reference(BaseReference):
 
         Raises:
             ConfigurationError: It was made without ``parties``.
+            ProcessStoppedError: The process was stopped meanwhile.
         """
         return bool(self._engine.run(self._wait(timeout)))
 
