@@ -1,11 +1,11 @@
 """The local clock."""
 
 import time
-from collections.abc import Callable
-from functools import partial
 
-#: Returns seconds, from a clock that is never set. It goes on while the machine sleeps, if the
-#: system has such a clock.
-clock: Callable[[], float] = partial(
-    time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-)
+#: A clock that goes on while the machine sleeps, if the system has one.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def clock() -> float:
+    """Return seconds, from a clock that is never set."""
+    return time.clock_gettime(_CLOCK)
