@@ -278,7 +278,7 @@ operation(UNLOCK, 3, function(c, o, i)
   -- The most frequent case: there are no waiters, and the caller has only the lock here.
   local alone = call('EXISTS', shared, queue, leases, T .. 'members:' .. resource, T .. 'running:' .. resource) == 0
   local waiters, leased = 0, 0
-  if not alone then
+  if not alone and call('EXISTS', shared, queue, leases) > 0 then
     local held, _, many, _, own = current_lock(c, resource)
     waiters, leased = many, own
     if waiters > 0 and held[1] ~= holder then -- a holder is not in the queue
