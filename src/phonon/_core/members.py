@@ -11,6 +11,7 @@ from phonon._core.identity import Identity, Waiter
 from phonon._protocol import operations
 from phonon._protocol.operations import Operation
 from phonon._protocol.partitions import decode, encode_resource, is_semaphore
+from phonon.errors import ProcessStoppedError
 
 #: Seconds after which a waiter asks again, in case its wake-up was lost.
 ASK_AGAIN = 5.0
@@ -82,6 +83,10 @@ class Members:
         """Return the partition of a resource, and the server's name of it."""
         return self._identity.partitions.place(resource)
 
+    def places(self, resources: Iterable[str]) -> list[tuple[int, bytes]]:
+        """Do what `place` does, for many."""
+        return list(map(self._identity.partitions.place, resources))
+
     def joins(self, more: Iterable[bytes] = ()) -> list[Operation]:
         """Return the operations that make a new identity a member of all that is held.
 
@@ -138,7 +143,11 @@ class Members:
         Returns:
             The entry to pass to `entered`, for each resource.
         """
-        return [self.enter(resource) for resource in resources]
+        held, unsure = self.held, self._entries
+        return [
+            None if resource in held and resource not in unsure else self.enter(resource)
+            for resource in resources
+        ]
 
     def enter(self, resource: str) -> Entry | None:
         """Do what `entering` does, for one resource."""
@@ -203,6 +212,9 @@ class Members:
 
         Returns:
             Whether that happened in time.
+
+        Raises:
+            ProcessStoppedError: The process was stopped meanwhile.
         """
         waiters: list[str] = []
         try:
@@ -217,7 +229,7 @@ class Members:
         deadline = identity.clock() + seconds
         waiter = ""
         try_again = True
-        found = False
+        found, left = False, seconds
         while try_again:
             if not waiter or operations.process_of(waiter) != identity.name:
                 waiter = operations.holder_name(identity.name, identity.new_number())
@@ -234,6 +246,11 @@ class Members:
             if try_again:
                 yield AwaitMail(partition, waiter, min(left, ASK_AGAIN))
         yield Send((operations.forget(partition, name, waiter),))
+        if self.stopping and left > 0 and not found:
+            raise ProcessStoppedError(
+                f"process {identity.name} was stopped, and waits no longer for the other parties "
+                f"of {resource!r}: make a new Process"
+            )
         return found
 
     def registry(self, process: bytes | None = None) -> Flow[list[str]]:

@@ -1,10 +1,12 @@
 """Models and their collections, in threads and real processes, on a real server."""
 
+import contextlib
 import copy
 import dataclasses
 import enum
 import os
 import pickle
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +18,12 @@ import pydantic
 import pytest
 
 from phonon import Model, Process
+from phonon._core.compaction import COMPACT_AT
 from phonon._models import collecting
 from phonon.errors import ConfigurationError, InvalidMessageError, ProcessStoppedError
 from phonon.fields import ID, Count, Counter, Latest, ListAppend, Max, SetAppend, Sum, Window
 from phonon.serializers import ExactSerializer
-from support.world import Make, Redis, keys_in, wait_until
+from support.world import Make, Redis, key_for, keys_in, wait_until
 
 T = TypeVar("T")
 
@@ -53,6 +56,15 @@ class Many(Model, name="test_many"):
     def on_complete_many(cls, records: Sequence[Self]) -> Any:
         cls.done.append(list(records))
         return [(record, ZeroDivisionError()) for record in records if record.id in cls.failing]
+
+
+class Plain(Model, name="test_plain"):
+    id: ID[int]
+    hits: Sum[int] = Sum()
+    seen: SetAppend[str] = SetAppend()
+
+    def on_complete(self) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +235,57 @@ def test_stop_ends_what_is_left(make: Make) -> None:
     assert [record.views for record in PageViews.done] == [3]
     with pytest.raises(ProcessStoppedError):
         views.add("ada", views=1)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("again", ["add", "durable", "local", "many", "end"])
+def test_a_message_that_comes_again_after_a_block_that_failed(
+    make: Make, stored: bool, again: str
+) -> None:
+    process = make()
+    views = process.collect(PageViews)
+    with process.batch(durable=stored):
+        views.add("ada", views=100)
+    with pytest.raises(ZeroDivisionError), process.batch():
+        views.add("ada", views=1)
+        raise ZeroDivisionError
+    if again in ("durable", "local"):
+        with process.batch(durable=again == "durable"):
+            views.add("ada", views=1)
+    elif again == "many":
+        views.add_many([{"user": "ada", "views": 1}])
+    elif again == "add":
+        views.add("ada", views=1)
+    process.stop()
+    assert sum(record.views for record in PageViews.done) == (100 if again == "end" else 101)
+
+
+def test_blocks_that_fail_and_blocks_that_do_not(make: Make) -> None:
+    """Random messages, of which a block that fails brings none."""
+    moves = random.Random(1)  # noqa: S311 - the same moves each time
+    process = make()
+    views = process.collect(PageViews, max_entries=3)
+    expected: dict[str, int] = {}
+    for _ in range(400):
+        kind = moves.choice(["add", "durable", "local", "failing"])
+        users = [f"user-{moves.randrange(6)}" for _ in range(moves.randrange(1, 6))]
+        if kind == "add":
+            for user in users:
+                views.add(user, views=1)
+        else:
+            with contextlib.suppress(ZeroDivisionError), process.batch(durable=kind != "local"):
+                for user in users:
+                    views.add(user, views=1)
+                if kind == "failing":
+                    raise ZeroDivisionError
+        if kind != "failing":
+            for user in users:
+                expected[user] = expected.get(user, 0) + 1
+    process.stop()
+    found = dict.fromkeys(expected, 0)
+    for record in PageViews.done:
+        found[record.user] += record.views
+    assert found == expected
 
 
 def test_threads_with_batches_of_their_own(make: Make) -> None:
@@ -603,3 +666,35 @@ def test_a_batch_that_fails_leaves_nothing_in_its_records(make: Make, durable: b
         views.add("ada", views=2)
     views.expire_all()
     assert [record.views for record in PageViews.done] == [6]
+
+
+def test_partials_of_a_long_session_are_merged_by_compiled_code(
+    make: Make, server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, client = make(), server.client()
+    records = process.collect(Plain)
+    key = key_for(process, "partials", f"model.test_plain.{7}")
+    decoded: list[Any] = []
+    decode = process.engine.codec.decode
+
+    def watched(*arguments: Any) -> Any:
+        decoded.append(arguments)
+        return decode(*arguments)
+
+    monkeypatch.setattr(process.engine.codec, "decode", watched)
+    for number in range(COMPACT_AT):
+        records.add(7, hits=number, seen=str(number % 5))
+    assert client.llen(key) == 1
+    assert not decoded
+
+    # One that cannot be read stays, and the others are merged as ever.
+    client.rpush(key, b"damaged")
+    for number in range(COMPACT_AT - 2):
+        records.add(7, hits=number, seen="x")
+    assert decoded
+    assert b"damaged" in client.lrange(key, 0, -1)
+    client.lrem(key, 1, "damaged")
+    found = records.read(7)
+    assert found == Plain(
+        7, hits=sum(range(COMPACT_AT)) + sum(range(COMPACT_AT - 2)), seen={*"01234x"}
+    )
