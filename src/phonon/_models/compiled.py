@@ -216,6 +216,8 @@ class Compiled:
 
     def usual(self) -> str:
         """Return the condition that no value needs a check; empty if some always do."""
+        if not self.others:
+            return ""
         conditions: list[str] = []
         for field in self.fields.values():
             line, *more = field.check_code(self._stamp)
