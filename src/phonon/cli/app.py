@@ -1,9 +1,11 @@
 """The group of commands.
 
-A command of this package is imported when it is used. A command of another distribution is found
-by its entry point.
+A command of this package is imported when it is used. Entry points find the commands of other
+distributions.
 """
 
+import io
+import sys
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -20,7 +22,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
 ENTRY_POINTS = "phonon.commands"
 
 
-#: The commands of this package, and where they are.
+#: The commands of this package, with module and name.
 COMMANDS = {
     "batches": "listing:batches",
     "completion": "completing:completion",
@@ -67,6 +69,9 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a name may have what it cannot encode
+                stream.reconfigure(errors="backslashreplace")
         with one_line_errors():
             return super().invoke(ctx)
 

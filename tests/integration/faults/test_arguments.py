@@ -1,4 +1,4 @@
-"""Every argument is checked where it is given; errors name it, its value and the remedy (19.14)."""
+"""Every argument is checked where it is given; errors name it, its value and the remedy."""
 
 import asyncio
 import inspect
@@ -33,7 +33,7 @@ NAN, INFINITY = float("nan"), float("inf")
 NO_NAME = [None, 42, b"x", Anything(), ["x"]]
 NO_FLAG = ["yes", 5, 0.5, [], Anything()]
 NO_COUNT = [2.5, 8 / 2, "3", True, NAN, Anything()]
-NO_TIME = ["5", NAN, True, [], Anything()]
+NO_TIME = ["5", -2, -0.001, NAN, True, [], Anything()]
 NO_SECONDS = [*NO_TIME, 0, -1, INFINITY]
 NO_FUNCTION = [5, "print", [], Anything()]
 NO_PROCESS: list[Any] = ["redis://localhost", 5, Process, Anything()]
