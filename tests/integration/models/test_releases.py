@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +222,8 @@ def test_an_upgrade_that_returns_no_dict_loses_nothing(make: Make, kind: str) ->
     if kind == "model":
         records = process.collect(Views)
         records.add("ada", views=3)
-        resource, end = "model.test_upgraded_views.ada", lambda: records.expire("ada")
+        resource = "model.test_upgraded_views.ada"
+        end: Callable[[], None] = partial(records.expire, "ada")
     else:
         row = Row(process, "ada", doc={"n": 3})
         resource, end = row.resource_id, row.end_session
