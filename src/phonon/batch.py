@@ -4,7 +4,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Sequence
 from inspect import GEN_CREATED, getgeneratorstate
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -29,10 +29,12 @@ class Out(NamedTuple):
     Attributes:
         update: The update.
         failed: Called if the end fails; the update may still have its data then.
+        has_left_cache: Whether a cache has removed the update; other threads may have filled it.
     """
 
     update: Any
     failed: Callable[[], None]
+    has_left_cache: bool = False
 
 
 class BaseBatch:
@@ -158,7 +160,8 @@ class BaseBatch:
             update: The update.
             failed: Called if that fails.
         """
-        self._endings[id(update)] = Out(update, failed or (lambda: self._keep(update)))
+        leaves = failed is not None
+        self._endings[id(update)] = Out(update, failed or (lambda: self._keep(update)), leaves)
 
     def _keep(self, update: "Update") -> None:
         if update.has_unsent():
@@ -195,9 +198,9 @@ class BaseBatch:
         self.joins, self.fresh, self._endings = {}, [], {}
         aside, self._aside = self._aside, []
         if self.is_failed:
+            own = {id(update) for update in fresh}
             self._undo(fresh, aside)
-            # A session that began before the block may end, because its cache has decided so.
-            outs = [out for out in outs if out.update._begun_ < self._opened]
+            outs = [out for out in outs if self._ends_all_the_same(out, own)]
             joins, fresh = ({} if self.durable else joins), []
         fresh += [other for _, other in aside if other.has_unsent()]
         self._before = {}
@@ -208,6 +211,16 @@ class BaseBatch:
         if not (joins or fresh or outs):
             return None
         return Closing(self._engine, self, joins, fresh, outs)
+
+    def _ends_all_the_same(self, out: Out, own: Container[int]) -> bool:
+        """Return whether a session ends although the block has failed, as its cache has decided.
+
+        It does if it began before the block, or has another thread's data.
+        """
+        update = out.update
+        if update._begun_ < self._opened:
+            return True
+        return out.has_left_cache and (id(update) not in own or update.has_unsent())
 
     def _undo(self, fresh: Iterable[Any], aside: Iterable[tuple[Any, Any]]) -> None:
         """Restore all updates to their content from before the block."""
@@ -350,7 +363,7 @@ def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
     while outs:
         now: dict[str, Out] = {}
         later = [o for o in outs if now.setdefault(o.update.resource_id, o) is not o]
-        endings = [Ending(resource, u, u.forced) for resource, (u, _) in now.items()]
+        endings = [Ending(resource, u, u.forced) for resource, (u, *_) in now.items()]
         results = yield from engine.outbox.end(endings)
         for out, result in zip(now.values(), results, strict=True):
             if result.errors:
