@@ -485,9 +485,16 @@ while True:
     except _KeyError:
         _record = None
     if _record is None or _record._batch_ is not _target:
-        _record = _ready(@ID, _batch, _target)
-        if _record is None:
-            continue
+        if _record is not None and @IDLE:
+            # The first message in the block of a record that has nothing. No call: see FoldCode.
+            _record._batch_ = _target
+            _record._unsent_ = True
+            _fresh = _target.fresh
+            _fresh += [_record]
+        else:
+            _record = _ready(@ID, _batch, _target)
+            if _record is None:
+                continue
     @PREPARE
     break
 """
@@ -519,7 +526,7 @@ def add(@PARAMETERS, **_unknown):
                 if _batch.asks and _passes_over(_batch, @ID):
                     return None
     @FIND
-    @COMMIT
+    @FOLD
     if not _record.is_used:
         _record.is_used = _record.is_used is not None
     _measures.folded += 1
@@ -554,7 +561,7 @@ def put_rows(_rows, _number, _batch, _target, _rejected):
         if _asks and _passes_over(_target, @ID):
             continue
         @FIND
-        @COMMIT
+        @FOLD
         @SEEN
         if not _record.is_used:
             _record.is_used = _record.is_used is not None

@@ -14,6 +14,7 @@ from typing import Any
 from phonon._core.local import EMPTY
 from phonon._models.field import Field
 from phonon._models.messages import mapping_of
+from phonon._models.packing import Packing
 from phonon.errors import ConfigurationError, InvalidMessageError
 
 #: One level of indentation.
@@ -51,6 +52,8 @@ class Compiled:
             "_int": int,
             "_float": float,
             "_list": list,
+            "_dict": dict,
+            "_NOTHING": {},
             "_len": len,
             "_zip": zip,
             "_EMPTY": EMPTY,
@@ -72,17 +75,18 @@ class Compiled:
         self._folds = {field: field.fold_code() for field in self.others}
         self._sealed = [field.name for field in self.others if field.seals]
         self._names = frozenset(field.name for field in self.others)
+        self._has_versions = any(code.prepare or code.most for code in self._folds.values())
         self._states: Any = type("_States", (), {"__slots__": self.slots})
         self._settlers: dict[tuple[str, ...], Any] = {}
         self._fold = self.build("fold", FOLD)
-        #: Moves the states of a record into its ``moved_``, which no signal handler can interrupt.
-        self.move: Callable[[Any], None] = self.build("move", _MOVE)
         #: Returns whether a record has a state.
         self.has_states: Callable[[Any], bool] = self.build("has_states", _HAS)
         #: Returns the doc of a record.
         self.doc_of: Callable[[Any], dict[str, Any]] = self.build("doc_of", _DOC)
         #: Gives a record the states of a doc.
         self.fill: Callable[[Any, Mapping[str, Any]], None] = self.build("fill", _FILL)
+        #: Stores records, and reads what was stored.
+        self.packing = Packing(self)
 
     # Docs: the states of a record's fields, by name
 
@@ -210,6 +214,18 @@ class Compiled:
                 lines += [f"if {field.name} is not None:", *(_STEP + line for line in code)]
         return lines
 
+    def usual(self) -> str:
+        """Return the condition that no value needs a check; empty if some always do."""
+        if not self.others:
+            return ""
+        conditions: list[str] = []
+        for field in self.fields.values():
+            line, *more = field.check_code(self._stamp)
+            if not more or not all(other.startswith(_STEP) for other in more):
+                return ""
+            conditions.append(line[3:-1].replace(" is not ", " is ").replace(" != ", " == "))
+        return " and ".join(conditions)
+
     def before_lines(self) -> list[str]:
         """Return the lines that examine checked values before they are folded."""
         return [line for code in self._folds.values() for line in code.before]
@@ -232,9 +248,26 @@ class Compiled:
         for field, code in self._folds.items():
             lines.append(f"if {field.name} is not None:")
             lines += [_STEP + line for line in code.commit]
-        if any(code.prepare or code.most for code in self._folds.values()):
+        if self._has_versions:
             lines.append("_record.version_ += 1")
         return lines
+
+    def _unless_usual(self, lines: list[str]) -> list[str]:
+        usual = self.usual()
+        if not usual:
+            return lines
+        return [f"_usual = {usual}", "if not _usual:", *(_STEP + line for line in lines)]
+
+    def fold_lines(self) -> list[str]:
+        """Return `commit_lines`, after shorter ones for a message that needed no check."""
+        if not self.usual():
+            return self.commit_lines()
+        lines = ["if _usual:"]
+        for code in self._folds.values():
+            lines += [_STEP + line for line in code.usual or code.commit]
+        if self._has_versions:
+            lines.append(f"{_STEP}_record.version_ += 1")
+        return [*lines, "else:", *(_STEP + line for line in self.commit_lines())]
 
     def tidy_lines(self) -> list[str]:
         """Return the lines that shorten states which have become long."""
@@ -308,10 +341,14 @@ class Compiled:
             lines.append(f"    {field.name} = _get({field.name!r}{default})")
         return lines
 
-    def source(self, template: str) -> str:
-        """Return the source of a function, given its template."""
-        blocks = {
-            "@CHECKS": [*self.check_lines(), *self.before_lines()],
+    def source(
+        self, template: str, more: Mapping[str, Sequence[str]] = MappingProxyType({})
+    ) -> str:
+        """Return the source of a function, given its template, and blocks of its own."""
+        blocks: dict[str, Sequence[str]] = {
+            **more,
+            "@CHECKS": self._unless_usual([*self.check_lines(), *self.before_lines()]),
+            "@FOLD": self.fold_lines(),
             "@BEFORE": self.before_lines(),
             "@PREPARE": self.prepare_lines(),
             "@COMMIT": self.commit_lines(),
@@ -324,6 +361,7 @@ class Compiled:
         lines: list[str] = []
         for line in (
             template.replace("@PARAMETERS", self.parameters())
+            .replace("@IDLE", _IDLE)
             .replace(
                 "@EMPTY",
                 " and ".join(["True", *(f"_record.{f.slot} is None" for f in self.others)]),
@@ -337,7 +375,11 @@ class Compiled:
         return "\n".join(lines) + "\n"
 
     def build(
-        self, name: str, template: str, namespace: Mapping[str, Any] = MappingProxyType({})
+        self,
+        name: str,
+        template: str,
+        namespace: Mapping[str, Any] = MappingProxyType({}),
+        blocks: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> Any:
         """Compile a function.
 
@@ -345,8 +387,9 @@ class Compiled:
             name: Its name.
             template: Its source, with ``@PARAMETERS``, ``@ID`` and lines that stand for blocks.
             namespace: The values of its free names.
+            blocks: The lines that marks of its own stand for.
         """
-        source = self.source(template)
+        source = self.source(template, blocks)
         file = f"<{name} of {self.model}>"
         # For tracebacks, which then show the line
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
@@ -354,6 +397,12 @@ class Compiled:
         exec(compile(source, file, "exec"), everything)  # noqa: S102 - the fields' own code
         return everything[name]
 
+
+#: Whether nothing is unsent of a record that no batch stores, and one is open that does.
+_IDLE = (
+    "_record._batch_ is None and _target is not None and not _record._unsent_ "
+    "and _record._emptied_ == _EMPTY and _record.aside_ is None and @EMPTY"
+)
 
 FOLD = """\
 def fold(@PARAMETERS, *, _record, **_unknown):
@@ -363,7 +412,7 @@ def fold(@PARAMETERS, *, _record, **_unknown):
     while True:
         @PREPARE
         break
-    @COMMIT
+    @FOLD
     @TIDY
     return @ID
 """
@@ -382,16 +431,6 @@ def settle(_columns, _records):
         @COMMIT
         _record.aside_ = None
         @TIDY
-"""
-
-_MOVE = """\
-def move(_record):
-    _doc = {}
-    _record.moved_ += (_doc,)
-    @MOVE
-    _record.version_ += 1
-    _record._unsent_ = False
-    _record._emptied_ = _EMPTY
 """
 
 _DOC = """\
