@@ -207,7 +207,7 @@ class MessagesClosing:
         batch: BaseMessages[Any],
         fresh: list[Any],
         joins: dict[str, Any],
-        outs: list[Out],
+        outs: Sequence[Out],
         *,
         stores: bool,
     ) -> None:
