@@ -4,7 +4,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Sequence
 from inspect import GEN_CREATED, getgeneratorstate
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
@@ -35,10 +35,17 @@ class Out(Protocol):
 
 
 class _Ended(NamedTuple):
-    """An update whose session ends with a batch."""
+    """An update whose session ends with a batch.
+
+    Attributes:
+        update: The update.
+        failed: Called if the end fails; the update may still have its data then.
+        has_left_cache: Whether a cache has removed the update; other threads may have filled it.
+    """
 
     update: Any
     failed: Callable[[], None]
+    has_left_cache: bool = False
 
 
 class BaseBatch:
@@ -82,7 +89,7 @@ class BaseBatch:
         # the updates that other threads had for the same records.
         self._before: dict[int, tuple[Any, bytes]] = {}
         self._aside: list[tuple[Any, Any]] = []
-        self._endings: dict[int, Out] = {}
+        self._endings: dict[int, _Ended] = {}
         self._depth = 0
         self._outer: Any = None
         self._pid = 0
@@ -164,7 +171,8 @@ class BaseBatch:
             update: The update.
             failed: Called if that fails.
         """
-        self._endings[id(update)] = _Ended(update, failed or (lambda: self._keep(update)))
+        leaves = failed is not None
+        self._endings[id(update)] = _Ended(update, failed or (lambda: self._keep(update)), leaves)
 
     def _keep(self, update: "Update") -> None:
         if update.has_unsent():
@@ -201,9 +209,9 @@ class BaseBatch:
         self.joins, self.fresh, self._endings = {}, [], {}
         aside, self._aside = self._aside, []
         if self.is_failed:
+            own = {id(update) for update in fresh}
             self._undo(fresh, aside)
-            # A session that began before the block may end, because its cache has decided so.
-            outs = [out for out in outs if out.update._begun_ < self._opened]
+            outs = [out for out in outs if self._ends_all_the_same(out, own)]
             joins, fresh = ({} if self.durable else joins), []
         fresh += [other for _, other in aside if other.has_unsent()]
         self._before = {}
@@ -214,6 +222,16 @@ class BaseBatch:
         if not (joins or fresh or outs):
             return None
         return Closing(self._engine, self, joins, fresh, outs)
+
+    def _ends_all_the_same(self, out: _Ended, own: Container[int]) -> bool:
+        """Return whether a session ends although the block has failed, as its cache has decided.
+
+        It does if it began before the block, or has another thread's data.
+        """
+        update = out.update
+        if update._begun_ < self._opened:
+            return True
+        return out.has_left_cache and (id(update) not in own or update.has_unsent())
 
     def _undo(self, fresh: Iterable[Any], aside: Iterable[tuple[Any, Any]]) -> None:
         """Restore all updates to their content from before the block."""
@@ -251,7 +269,7 @@ class Closing:
         batch: BaseBatch,
         joins: dict[str, Any],
         fresh: list[Any],
-        outs: list[Out],
+        outs: Sequence[Out],
     ) -> None:
         self._engine = engine
         self._batch = batch

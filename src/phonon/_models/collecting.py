@@ -263,7 +263,7 @@ class BaseCollection(Generic[P, M]):
         with self._cache._lock:  # noqa: SLF001 - a cache of ours
             record = self._cache._entries.get(key)  # noqa: SLF001
             if record is None:
-                record = self._new(key)
+                record = self._new(key, target)
                 self._cache.insert(key, record)
                 if batch is not None and target is None:
                     record._is_left_to_others_(self._engine, init_cache=False)
@@ -271,7 +271,7 @@ class BaseCollection(Generic[P, M]):
             if theirs is not None and theirs is not target and theirs.is_open:
                 # Another thread's batch stores the record. Our caller does not hear of that batch's
                 # end but must know when all is stored, so this message is stored by itself.
-                alone = self._new(key)
+                alone = self._new(key, target)
                 if target is None and batch is not None:
                     theirs.put_aside(record, alone)
                 record = alone
@@ -288,7 +288,7 @@ class BaseCollection(Generic[P, M]):
         resource = f"{prefix_of(self._engine, DATABASE, self._collection)}{key}"
         return bool(batch.passes_over(resource))
 
-    def _new(self, key: Any) -> ModelRecord:
+    def _new(self, key: Any, target: Any = None) -> ModelRecord:
         self._engine.ensure_alive()  # type: ignore[attr-defined]  # of threads or tasks
         record = object.__new__(self._record)
         record._id = key
@@ -296,6 +296,8 @@ class BaseCollection(Generic[P, M]):
         record.spec = record.odd_ = None
         self._compiled.fill(record, _NOTHING)
         record.attach(self._process)
+        if target is not None:
+            target.add(record)  # before it is kept: it had no content before the block
         return record
 
     def _wait_for_room(self) -> None:

@@ -1,6 +1,7 @@
 """A batch block whose body raises stores nothing of what was set inside."""
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from phonon import Model
+from phonon.fields import ID, Sum
 from support.both import APIS, Api, got
-from support.world import Redis
+from support.world import Make, Redis
 
 
 class Broken(Exception):  # noqa: N818 - it is what is broken
@@ -220,3 +223,68 @@ def test_what_another_thread_has_merged_meanwhile_stays(
         assert await world.totals() == {"record": 10 if is_failing else 12}
 
     play(APIS[0], server, namespace, scene)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_another_thread_has_outlives_a_block_that_drives_it_out(
+    server: Redis, namespace: str, stored: bool
+) -> None:
+    """It began after the block, whose message made it leave the cache."""
+
+    async def scene(world: World) -> None:
+        def fill() -> None:
+            world.cache.set("theirs", world.update("theirs", 10, init_cache=stored))
+
+        world.cache = world.api.cache(max_entries=1)
+        async with world.failing():
+            other = threading.Thread(target=fill)
+            other.start()
+            other.join()
+            await world.set("own", 1)
+            await world.set("own too", 1)
+        assert [(w.record, w.doc) for w in world.kind.written] == [("theirs", {"n": 10})]
+        assert await world.totals() == {"theirs": 10}
+
+    play(APIS[0], server, namespace, scene)
+
+
+def test_what_another_task_has_outlives_a_block_that_drives_it_out(
+    server: Redis, namespace: str
+) -> None:
+    async def scene(world: World) -> None:
+        world.cache = world.api.cache(max_entries=1)
+        async with world.failing():
+            await asyncio.create_task(
+                world.set("theirs", 10, init_cache=False), context=contextvars.Context()
+            )
+            await world.set("own", 1)
+        assert await world.totals() == {"theirs": 10}
+
+    play(APIS[1], server, namespace, scene)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_collection_keeps_what_others_have_in_it(make: Make, *, durable: bool) -> None:
+    class Visits(Model, name="blocks_visits"):
+        user: ID[str]
+        visits: Sum[int] = Sum()
+
+        def on_complete(self) -> None:
+            written.append((self.user, self.visits))
+
+    def fill() -> None:
+        with process.batch(durable=durable):
+            visits.add("theirs", visits=10)
+
+    written: list[tuple[str, int]] = []
+    process = make()
+    visits = process.collect(Visits, max_entries=1)
+    with suppress(Broken), process.batch():
+        other = threading.Thread(target=fill)
+        other.start()
+        other.join()
+        visits.add("own", visits=1)
+        raise Broken
+    assert written == [("theirs", 10)]
+    process.stop()
+    assert written == [("theirs", 10)], "and no empty record of the block's own key"
