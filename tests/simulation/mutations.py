@@ -242,7 +242,7 @@ MUTATIONS: dict[str, Mutation] = {
         "    if true then\n",
     ),
     "a lock is granted beside those that share it": _lua(
-        "    room = room and call('HLEN', shared) == 0\n", ""
+        "    room = room and sharers == 0\n", ""
     ),
     # Processes
     "a late beat marks others": _lua(
