@@ -47,6 +47,7 @@ $(VENV)/.peers: $(VENV)/.installed
 bench: $(VENV)/.peers ## measure against bare Redis and peers
 	$(BIN)/python benchmarks/compare.py --json docs/benchmarks.json --chart docs/benchmarks.svg $(ARGS)
 	$(BIN)/python benchmarks/round_trips.py
+	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/references.py
 	$(BIN)/python benchmarks/takeover.py
 	$(BIN)/python benchmarks/locks.py

@@ -31,7 +31,7 @@ from phonon_demo.app import asyncio_option
     "--seed",
     metavar="N",
     type=int,
-    help="Whom it strikes and when is chosen by chance; the same number chooses the same, but the "
+    help="The seed of the random strikes. The same number gives the same strikes, but the "
     "workers are never in the same state twice.  [default: another one each time]",
 )
 @click.option("--cut", is_flag=True, help="Also cut all connections to the server, now and then.")
@@ -60,11 +60,11 @@ def main(
     that they are believed dead and taken over, and then go on. In the end SQLite is audited.
 
     Every message has a number, and every row of the database keeps the numbers of all messages
-    that were added to it. What was acknowledged must be there exactly once. What a worker had not
-    acknowledged when it was killed is dealt again under another number; the old one may be there
-    or not, since nobody can know whether it was stored: with a real broker such a message is there
-    at least once. The figures of every key must be those of a plain loop over the messages that
-    are there, so none is there in part.
+    that were added to it. An acknowledged message must be there exactly once. A message that a
+    worker had not acknowledged when it was killed is dealt again under another number; the old
+    number may be there or not, because nobody can know whether it was stored: with a real broker
+    such a message is there at least once. The figures of every key must equal those of a plain
+    loop over the messages that are there, so none is there in part.
 
     \b
     Examples:

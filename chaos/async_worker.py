@@ -14,10 +14,10 @@ from phonon.errors import ServerUnreachableError
 
 
 class _Inbox:
-    """Receives the program's messages, to be awaited.
+    """Receives the program's messages for a task.
 
     Args:
-        link: The connection to it.
+        link: The connection to the program.
         stop: The handler of signals.
     """
 
@@ -42,7 +42,7 @@ class _Inbox:
                 await self._news.wait()
             finally:
                 self._loop.remove_reader(self._link.fileno())
-        return self._link.receive()  # it is there, or a signal is, which this raises
+        return self._link.receive()  # a message is there, or a signal, which this raises
 
 
 async def work(link: Link, settings: WorkerSettings, stop: Stop) -> None:
@@ -59,7 +59,8 @@ async def work(link: Link, settings: WorkerSettings, stop: Stop) -> None:
                 async with process.batch():
                     for message in messages:
                         await cache.set(message[0], job.update(process, message))
-                # Only now are they all on the server, and safe: a broker would be told here.
+                # Only now is all data on the server: here a program would acknowledge to its
+                # broker.
                 reporter.acknowledge(len(messages))
             await cache.expire_all()
             await process.stop()

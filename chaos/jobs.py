@@ -1,4 +1,4 @@
-"""Flights per aircraft, with the number of every message: what is lost or doubled can be named."""
+"""Flights per aircraft, with the numbers of all messages, so that a lost or doubled one shows."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ _FIGURES = {
 
 
 class NumberedUpdate(Update):
-    """Data about one aircraft, and the numbers of the messages that it came from."""
+    """Data about one aircraft, and the numbers of its messages."""
 
     def __init__(self, process: Process, message: Message) -> None:
         tailnum, *content, number = message
@@ -52,7 +52,7 @@ class NumberedUpdate(Update):
 
 
 class AsyncNumberedUpdate(NumberedUpdate, AsyncUpdate):
-    """The same for workers with an event loop, which let a thread write to SQLite."""
+    """A `NumberedUpdate` for workers with an event loop. A thread writes to SQLite."""
 
     async def execute(self) -> None:  # type: ignore[override]  # as an AsyncUpdate does
         """Write the session to the database."""

@@ -13,9 +13,9 @@ from phonon._core.heartbeat import DEAD_AFTER
 
 #: Seconds between two strikes of a kind, on average; the first comes after half of that.
 KILLS, PAUSES, CUTS, RESTARTS = 0.35, 1.5, 0.8, 6.0
-#: How long a pause is, in terms of the time after which a process counts as dead.
+#: The length of a pause, as a multiple of the time after which a process counts as dead.
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.1, 2.0
-#: Of so many kills, workers that are paused are not the victims.
+#: The share of kills that spare paused workers.
 SPARED = 0.8
 
 
@@ -63,17 +63,17 @@ class Schedule:
 
 
 class Killer:
-    """Strikes when its time has come.
+    """Kills and pauses workers, cuts connections and kills the server at random moments.
 
     Args:
-        chance: Decides when and whom.
+        chance: Chooses moments and victims.
         pool: The workers.
-        heartbeat: Theirs.
-        proxy: Cuts their connections; None if that is not wanted.
-        server: Is killed; None if that is not wanted.
+        heartbeat: The workers' heartbeat interval.
+        proxy: Cuts their connections; None for no cuts.
+        server: The server to kill; None to leave it alone.
 
     Attributes:
-        strikes: How often it has struck.
+        strikes: The number of strikes.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Killer:
         return max(0.0, min([self._schedule.next, *self._paused.values()]) - time.monotonic())
 
     def retire(self) -> None:
-        """Let everybody go on who is paused."""
+        """Let all paused workers go on."""
         for worker in list(self._paused):
             self._go_on(worker)
 
@@ -125,13 +125,13 @@ class Killer:
             worker.popen.send_signal(signal.SIGCONT)
 
     def _ready(self) -> list[Worker]:
-        """Return the workers that have begun; if there are none, those about to begin."""
+        """Return the workers that have begun, or those about to begin if there are none."""
         alive = self._pool.alive
         return [worker for worker in alive if worker.process] or alive
 
     def _kill(self) -> None:
         ready = self._ready()
-        # Most of those that are paused are to go on, believed dead: few live for as long as that.
+        # Most paused workers should go on after they are believed dead; few would live that long.
         running = [worker for worker in ready if worker not in self._paused]
         spared = running and self._chance.random() < SPARED
         worker = self._chance.choice(running if spared else ready)
@@ -141,7 +141,7 @@ class Killer:
 
     def _pause(self) -> None:
         running = [worker for worker in self._ready() if worker not in self._paused]
-        if len(running) > 1:  # somebody has to take over
+        if len(running) > 1:  # another worker has to take over
             worker = self._chance.choice(running)
             seconds = self._dead_after * self._chance.uniform(SHORTEST_PAUSE, LONGEST_PAUSE)
             self._paused[worker] = time.monotonic() + seconds

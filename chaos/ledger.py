@@ -1,8 +1,8 @@
 """Keeps books on every message, and compares them with what is in SQLite.
 
-The broker does not know whether a message was stored that a dead worker has not acknowledged. So
-such a message is dealt again under a number of its own, and the old number may be in the database
-or not. Every other difference is an error.
+If a dead worker has not acknowledged a message, the broker does not know whether it was stored. So
+the message is dealt again under another number, and the old number may be in the database or not.
+Every other difference is an error.
 """
 
 from collections import Counter
@@ -18,12 +18,13 @@ class Verdict(NamedTuple):
 
     Attributes:
         acknowledged: Messages acknowledged.
-        lost: Those of them that are not there.
+        lost: Acknowledged messages that are not there.
         doubled: Messages that were added more than once.
-        foreign: Messages in the row of a key that is not theirs.
-        unacknowledged: Messages that are there although they were never acknowledged, as they may.
-        keys: Keys that ought to be there, or are.
-        differing: Those whose figures are not those of a plain loop over the messages there.
+        foreign: Messages in the row of another key.
+        unacknowledged: Messages that are there although they were never acknowledged, which is
+        allowed.
+        keys: Keys that should be there, or are.
+        differing: Keys whose figures differ from a plain loop over the messages that are there.
     """
 
     acknowledged: int
@@ -58,16 +59,16 @@ class Ledger:
         return numbered
 
     def again(self, message: Message) -> Message:
-        """Give a message that is dealt again another number."""
+        """Give another number to a message that is dealt again."""
         return self.enter(message[:-1])
 
     def acknowledge(self, messages: Iterable[Message]) -> None:
-        """A worker has said that they are stored."""
+        """Note that a worker has acknowledged messages."""
         for message in messages:
             self._acknowledged[message[-1]] = 1
 
     def audit(self, found: Totals) -> Verdict:
-        """Compare what is in the database, by key, the numbers last, with the books."""
+        """Compare the database's rows, by key and with the numbers last, with the books."""
         times: Counter[int] = Counter()
         foreign = 0
         for key, (*_, numbers) in found.items():
@@ -92,7 +93,7 @@ class Ledger:
 
 
 def add_up(messages: Iterable[Message]) -> Totals:
-    """A plain loop in one process. It shares no code with what it checks."""
+    """Add messages up in a plain loop, which shares no code with the checked program."""
     flights: Counter[str] = Counter()
     miles: Counter[str] = Counter()
     air: Counter[str] = Counter()

@@ -1,10 +1,10 @@
-"""``python -m chaos.pipeline``: from a broker to a table, while everything is struck.
+"""``python -m chaos.pipeline``: strikes every part of a pipeline from a broker to a table.
 
 A producer, a broker, four workers and PostgreSQL. Workers are killed and paused until they are
 believed dead, so partitions are rebalanced and messages delivered again; connections are cut on
 both sides; PostgreSQL is shut down at once (``immediate``) and started again. In the end every
-figure in the table has to be that of a plain loop over the produced messages. With one of the
-checks switched off (``--without``) it must not be, or the run shows nothing.
+figure in the table has to equal that of a plain loop over the produced messages. With one of the
+checks switched off (``--without``) some must differ, or the run would prove nothing.
 """
 
 import contextlib
@@ -41,19 +41,19 @@ from phonon_demo.postgres import url_in
 from phonon_demo.server import onlooker
 from phonon_demo.signals import interruptible
 
-#: Seconds between two heartbeats, so that a dead worker is taken over from soon.
+#: Seconds between two heartbeats, so that a death is noticed soon.
 HEARTBEAT = 0.25
-#: Keys in a worker's collection: fewer than there are, so that sessions end all the time.
+#: Keys in a worker's collection: fewer than in the data, so that sessions end all the time.
 MAX_ENTRIES = 100
 #: Seconds between two strikes of a kind, on average.
 PAUSES, CUTS, RESTARTS = 4.0, 2.0, 15.0
-#: Between two kills, by source: a group of Kafka's needs four seconds to miss a member.
+#: Seconds between two kills, by source: a Kafka group needs four seconds to miss a member.
 KILLS = {"kafka": 5.0, "streams": 2.5}
-#: Messages a second that are produced.
+#: Messages produced per second.
 RATE = 1500
 #: Seconds between a write and the report of it.
 LINGER = 0.05
-#: How long a pause is, in seconds: longer than it takes to be believed dead.
+#: The length of a pause in seconds: longer than it takes to be declared dead.
 SHORTEST_PAUSE, LONGEST_PAUSE = 5 * HEARTBEAT, 10 * HEARTBEAT
 
 
@@ -63,8 +63,8 @@ class Options:
 
     Attributes:
         source: ``"kafka"`` or ``"streams"``.
-        kills: After how many kills to stop.
-        workers: How many there are.
+        kills: The number of kills after which to stop.
+        workers: The number of workers.
         seed: Chooses messages and strikes.
         without: The check that is switched off.
     """
@@ -80,18 +80,17 @@ class PipelineResult(NamedTuple):
     """The result of a run.
 
     Attributes:
-        produced: Messages.
-        handled: How often a worker has handled one, at the least: those who were killed could not
-            enter their last ones.
+        produced: Messages produced.
+        handled: Messages handled, at the least: a killed worker could not note its last ones.
         kills: Workers killed.
         pauses: Workers paused until they were believed dead.
         cuts: Connections cut, on both sides.
         restarts: How often PostgreSQL was shut down at once.
         keys: Rows.
-        differing: Rows that are not what they ought to be.
+        differing: Wrong rows.
         surplus: Flights in the table, less those produced.
-        parked: Batches that were given up on.
-        seconds: How long it took.
+        parked: Parked batches.
+        seconds: The time of the run.
     """
 
     produced: int
@@ -108,7 +107,7 @@ class PipelineResult(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether the table is right and no batch is parked."""
+        """Return whether the table is right and no batch is parked."""
         return not (self.differing or self.parked)
 
 
@@ -126,7 +125,7 @@ class StruckWorker(Worker):
 
     @property
     def is_at_work(self) -> bool:
-        """Whether the worker lives and has handled messages."""
+        """Return whether the worker lives and has handled messages."""
         return self.is_alive and any(self._handled.glob(f"{self.popen.pid}-*"))
 
     def pause(self, seconds: float) -> None:
@@ -220,7 +219,7 @@ def _messages(seed: int) -> Iterator[Message]:
 
 
 class UncheckedKafkaBroker(KafkaBroker):
-    """Knows what was stored by what the clients have committed."""
+    """Takes the offsets that clients have committed for the stored ones."""
 
     def stored(self, process: Process) -> int:
         """Return how many messages were committed."""
@@ -242,7 +241,7 @@ def _broker(options: Options, process: Process, url: str, topic: str) -> Broker:
 
 
 def run(options: Options) -> PipelineResult:
-    """Let the pipeline work and be struck, and compare."""
+    """Run the pipeline under strikes, and compare."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(interruptible())
@@ -257,7 +256,7 @@ def run(options: Options) -> PipelineResult:
         stack.callback(engine.dispose)
         sink = SqlTable(engine, FLIGHTS.table, FLIGHTS.model)
         sink.create_table()
-        engine.dispose()  # its connections will not survive
+        engine.dispose()  # its connections would be cut
         topic = f"flights-{uuid.uuid4().hex[:8]}"
         process = enter(onlooker(server.url, f"chaos-{uuid.uuid4().hex[:8]}"))
         broker = _broker(options, process, server.url, topic)
@@ -346,7 +345,7 @@ class _Chaos:
                 worker.go_on()
 
     def _kill(self) -> None:
-        # One that is at work, and has not only begun to start.
+        # A worker that has handled messages, not one that is still starting.
         running = [w for w in self._pool.workers if w.is_at_work and not w.paused_until]
         if running:
             self._chance.choice(running).kill()

@@ -1,4 +1,4 @@
-"""The worker of `chaos.pipeline`: that of the demo, which lingers, and may do without a check."""
+"""The worker of `chaos.pipeline`: the demo's worker, with a pause after writes, and less checks."""
 
 import contextlib
 import json
@@ -32,8 +32,8 @@ class StruckPlan(Plan):
 
     Attributes:
         without: A check that is switched off: ``"offsets"``, ``"ids"``, ``"token"`` or none.
-        linger: Seconds between a write and the report of it, for kills to come in between.
-        handled: The folder where a worker enters how many messages it has handled.
+        linger: Seconds between a write and the report of it, in which kills can come.
+        handled: The folder where a worker notes the number of messages that it has handled.
     """
 
     without: str = ""
@@ -42,7 +42,7 @@ class StruckPlan(Plan):
 
 
 class LingeringTable(CountedTable):
-    """A table whose writer takes its time to report back, so that it may die before.
+    """A table whose writer pauses before it reports back, so that it may die in between.
 
     Attributes:
         linger: Seconds.
@@ -63,7 +63,7 @@ class LingeringTable(CountedTable):
 
 @contextlib.contextmanager
 def keeping_what_fails() -> Iterator[None]:
-    """Go on when a database or the server is away: Phonon keeps the data, and tries it again."""
+    """Ignore errors of an unreachable database or server: Phonon keeps the data and retries."""
     try:
         yield
     except* (sa.exc.DBAPIError, ConnectionLostError):
@@ -71,7 +71,7 @@ def keeping_what_fails() -> Iterator[None]:
 
 
 class Handled:
-    """Enters how many messages were handled, into a file that outlives the worker."""
+    """Notes the number of handled messages in a file that outlives the worker."""
 
     def __init__(self, folder: str) -> None:
         path = Path(folder) / f"{os.getpid()}-{uuid.uuid4().hex}"
@@ -81,12 +81,12 @@ class Handled:
     def count(self) -> None:
         """Count one."""
         self._handled += 1
-        # In place: to truncate the file first would leave nothing if it is killed then.
+        # In place: a kill after truncating the file first would leave nothing.
         os.pwrite(self._file, b"%020d" % self._handled, 0)
 
 
 class UncheckedStream(StreamSource):
-    """Acknowledges what was stored, as other programs do, and checks no ids."""
+    """Acknowledges stored entries, as other programs do, and checks no ids."""
 
     def _store(self, storing: Any, stream: str, raw: Sequence[Any]) -> None:
         with keeping_what_fails(), self._process.batch():
@@ -129,7 +129,7 @@ def work(plan: StruckPlan) -> None:
 
 
 def _read_without_offsets(plan: Plan, process: Process, records: Any, handle: Handle) -> None:
-    """Read as other programs do: the client commits by itself what was stored."""
+    """Read as other programs do: the client commits the stored offsets by itself."""
     from confluent_kafka import Consumer  # noqa: PLC0415 - an extra
 
     stop = threading.Event()
@@ -145,7 +145,7 @@ def _read_without_offsets(plan: Plan, process: Process, records: Any, handle: Ha
         for message in messages:
             try:
                 consumer.store_offsets(message)
-            except Exception:  # noqa: BLE001, S112 - it is not this consumer's any more
+            except Exception:  # noqa: BLE001, S112 - another consumer has the partition now
                 continue
     consumer.close()
     with keeping_what_fails():
@@ -159,7 +159,7 @@ def _process(plan: Plan) -> Process:
                 url=plan.url,
                 namespace=plan.namespace,
                 heartbeat_interval=plan.heartbeat,
-                # A database that is away is no reason to give up, and nor are workers that die.
+                # No batch may be parked because the database is away, or because workers die.
                 retry=RetryPolicy(1_000_000, 0.05, longest_delay=0.5, crashes=1_000_000),
             )
         time.sleep(0.1)

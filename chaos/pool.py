@@ -1,4 +1,4 @@
-"""The worker processes, as the program sees them: some of them die."""
+"""The worker processes of a run, some of which die."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from chaos.jobs import Message
 from chaos.wire import Failed, Log, Progress, Ready, TookOver, WorkerSettings
 from phonon_demo.errors import WorkerError
 
-#: Lists of messages that a worker may have unacknowledged; then the program waits for it.
+#: The most unacknowledged lists of messages of a worker; then the program waits for it.
 WINDOW = 4
 #: Seconds for workers to end their sessions and leave when they are told to stop early.
 GRACE = 10.0
@@ -26,12 +26,12 @@ class Worker:
     """One worker process.
 
     Attributes:
-        number: From 1 on.
-        progress: What it has done so far.
+        number: The worker's number, from 1 on.
+        progress: Its progress so far.
         process: The id of its `phonon.Process`; empty until it is ready.
-        unacknowledged: The lists that it was sent and has not acknowledged, oldest first.
-        fate: How it has ended before its time; empty if it has not.
-        takeovers: What it has taken over from others.
+        unacknowledged: The lists that were sent and are not acknowledged, oldest first.
+        fate: How it ended before its time; empty if it has not.
+        takeovers: Its takeovers from others.
     """
 
     def __init__(self, number: int, settings: WorkerSettings) -> None:
@@ -44,7 +44,7 @@ class Worker:
         self.connection, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
-            self.popen = subprocess.Popen(  # noqa: S603 - no word of it comes from outside
+            self.popen = subprocess.Popen(  # noqa: S603 - all words are the program's own
                 # -P: a file in the user's folder must not take the place of a module.
                 [sys.executable, "-P", "-m", "chaos.worker", str(descriptor)],
                 pass_fds=[descriptor],
@@ -71,29 +71,29 @@ class Listener(Protocol):
     """The interface of an object that follows the workers."""
 
     def progressed(self, workers: Sequence[Worker]) -> None:
-        """Something has changed."""
+        """Take note of progress."""
 
     def log(self, text: str) -> None:
-        """A worker has something to say."""
+        """Show a line of a worker."""
 
     def acknowledged(self, messages: list[Message]) -> None:
-        """A worker has all of a list on the server."""
+        """Note that all data of a list is on the server."""
 
     def died(self, worker: Worker) -> None:
-        """A worker has ended before its time. What it has not acknowledged is in `Pool.orphans`."""
+        """Note that a worker has died. Its unacknowledged lists are in `Pool.orphans`."""
 
 
 class Pool:
-    """The worker processes of a run; a context manager that leaves none of them behind.
+    """The worker processes of a run; a context manager that ends all of them.
 
     Args:
-        settings: What they are to do.
-        count: How many.
-        listener: Who wants to know.
+        settings: The workers' settings.
+        count: The number of workers.
+        listener: Follows the workers.
 
     Attributes:
-        workers: The workers, also those that have ended.
-        orphans: Lists that were sent to workers which have ended without acknowledging them.
+        workers: The workers, including those that have ended.
+        orphans: Lists that their workers have not acknowledged before they ended.
     """
 
     def __init__(self, settings: WorkerSettings, count: int, listener: Listener) -> None:
@@ -134,14 +134,14 @@ class Pool:
         return alive
 
     def start(self) -> Worker:
-        """Start one more worker. It need not be ready."""
+        """Start one more worker, without waiting until it is ready."""
         self.workers.append(Worker(len(self.workers) + 1, self._setup))
         return self.workers[-1]
 
     def send(self, worker: Worker, messages: list[Message]) -> None:
         """Hand messages to a worker, when it has acknowledged enough of those before.
 
-        Should it have ended, they are orphans.
+        If the worker has ended, the messages become orphans.
         """
         self.listen(0)
         while len(worker.unacknowledged) >= WINDOW:
@@ -153,7 +153,7 @@ class Pool:
             self._send(worker, messages)
 
     def kill(self, worker: Worker) -> None:
-        """End a worker with SIGKILL. What it has said before that is heard."""
+        """End a worker with SIGKILL, and take in its last messages."""
         worker.popen.kill()
         while not worker.fate:
             self._hear(worker)
@@ -161,8 +161,8 @@ class Pool:
     def finish(self) -> None:
         """Tell the workers to end, and wait until they have left.
 
-        A worker that left before all is acknowledged would be the last to hold a key that another
-        is still to get.
+        All messages have to be acknowledged before. Otherwise a worker could leave as the last one
+        to hold a key that another worker gets later.
 
         Raises:
             WorkerError: A worker has ended before that.
@@ -175,7 +175,7 @@ class Pool:
             _require(alive, "while it ended its sessions")
 
     def close(self) -> None:
-        """End the workers. Those that do not leave in time are killed."""
+        """End the workers, and kill those that do not leave in time."""
         for worker in self.workers:
             worker.connection.close()  # which tells a worker to leave
         deadline = time.monotonic() + GRACE
@@ -188,7 +188,7 @@ class Pool:
                 self._listener.log(f"worker {worker.number} did not leave in time and was killed")
 
     def listen(self, timeout: float | None = None) -> None:
-        """Take in what workers have to say."""
+        """Take in the messages of workers."""
         talking = {w.connection: w for w in self.workers if not w.fate and not w.progress.done}
         ready: list[Any] = wait(list(talking), timeout)
         for connection in ready:
@@ -231,7 +231,7 @@ class Pool:
 
 
 def _require(workers: Sequence[Worker], when: str) -> None:
-    """All of them have to live."""
+    """Raise if one of the workers has ended."""
     for worker in workers:
         if worker.fate:
             raise WorkerError(f"{worker.name} {worker.fate} {when}")
@@ -243,7 +243,7 @@ def _path() -> str:
 
 
 def _fate(worker: Worker) -> str:
-    """Return how a worker ended that did not report why."""
+    """Return how a worker ended that did not report an error."""
     try:
         status = worker.popen.wait(GRACE)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
 """Passes bytes between workers and a server, until it cuts their connections.
 
-It neither knows nor cares what the bytes mean: a cut falls into the middle of a request, of an
-answer, or between the two, when the server has done what the worker will never be told.
+It does not look at the bytes, so a cut comes in the middle of a request or of an answer, or between
+the two, when the server has carried out a call whose answer the worker will never get.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Self
 
 _CHUNK = 1 << 16
-#: The length of a message of Kafka's protocol stands before it.
+#: The length in front of each message of Kafka's protocol.
 _LENGTH = struct.Struct(">i")
 
-#: Makes of what a server has sent what its client gets.
+#: Turns bytes of the server into those for the client.
 Replies = Callable[[bytes], bytes]
 
 
@@ -26,11 +26,11 @@ class CuttingProxy:
     """Listens on a socket; a context manager.
 
     Args:
-        path: Of the unix socket to make; short, such paths have a limit. None: a port of this host.
+        path: The unix socket to make, a short path. None: a port of this host.
         upstream: The path of the server's socket, or its host and port.
 
     Attributes:
-        path: Of its socket, or its host and port.
+        path: The path of its socket, or its host and port.
     """
 
     def __init__(self, path: Path | None, upstream: str | tuple[str, int]) -> None:
@@ -48,13 +48,13 @@ class CuttingProxy:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
-            # Closing alone would leave the thread waiting that accepts connections.
+            # close() alone would leave the accepting thread waiting.
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
 
     def cut(self) -> int:
-        """Cut all connections. Returns how many there were."""
+        """Cut all connections. Return their number."""
         with self._lock:
             clients = list(self._clients)
             for client in clients:
@@ -63,7 +63,7 @@ class CuttingProxy:
         return len(clients)
 
     def replies(self) -> Replies:
-        """Return what a new connection makes of the server's bytes: nothing else here."""
+        """Return the function for the server's bytes on a new connection."""
         return bytes
 
     def _accept(self) -> None:
@@ -88,10 +88,10 @@ class CuttingProxy:
 
 
 class KafkaProxy(CuttingProxy):
-    """A proxy in front of a broker of Kafka's, which tells its clients where to connect to.
+    """A proxy in front of a Kafka broker, which tells its clients where to connect.
 
-    Its answers name its host and port (metadata, and who coordinates a group). There the proxy puts
-    its own port, so that no client goes past it. All lengths stay as they are.
+    The broker's answers name its host and port (metadata, and the coordinator of a group). The
+    proxy replaces the port by its own, so that no client bypasses it. All lengths stay the same.
 
     Args:
         servers: Host and port of the broker.
@@ -105,7 +105,7 @@ class KafkaProxy(CuttingProxy):
         self._names = host.encode() + _LENGTH.pack(self.path[1])
 
     def replies(self) -> Replies:
-        """Return what passes whole answers on, with another port in them."""
+        """Return the function that passes whole answers on, with another port in them."""
         buffer = bytearray()
 
         def rewrite(data: bytes) -> bytes:
@@ -124,7 +124,7 @@ class KafkaProxy(CuttingProxy):
 
 
 def _relay(client: socket.socket, upstream: socket.socket, replies: Replies) -> None:
-    """Pass on what comes from either side, until one hangs up."""
+    """Pass on bytes from either side, until one hangs up."""
     poll = select.poll()
     sides: dict[int, tuple[socket.socket, socket.socket, Replies]] = {
         client.fileno(): (client, upstream, bytes),

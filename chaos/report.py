@@ -15,14 +15,14 @@ from chaos.killer import Strikes
 from chaos.ledger import Ledger, Verdict
 from chaos.pool import Worker
 
-#: Seconds between two lines of progress: on a terminal, where it is one line, and elsewhere.
+#: Seconds between two updates of the progress, on a terminal and elsewhere.
 LIVE_INTERVAL, LINE_INTERVAL = 0.1, 5.0
-#: Leftovers, as many as are listed.
+#: The most leftovers that are listed.
 LISTED = 10
 
 
 class Watcher:
-    """Keeps the books and shows how it goes; a context manager.
+    """Keeps the books and shows the progress; a context manager.
 
     Args:
         ledger: The books.
@@ -30,7 +30,7 @@ class Watcher:
 
     Attributes:
         deaths: Workers that have ended before their time.
-        strikes: What has happened.
+        strikes: The strikes so far.
     """
 
     def __init__(self, ledger: Ledger, *, verbose: bool) -> None:
@@ -55,16 +55,16 @@ class Watcher:
             self._status.stop()
 
     def started(self, workers: Sequence[Worker]) -> None:
-        """The first workers are at work."""
+        """Note that the first workers are at work."""
         self._begun = time.monotonic()
         self._say(f"{len(workers)} worker processes; the killer is loose")
 
     def finishing(self) -> None:
-        """The killer is gone."""
+        """Note that there are no more strikes."""
         self._say(f"{self._counts()}; no more strikes, waiting for the takeover of the last")
 
     def progressed(self, workers: Sequence[Worker]) -> None:
-        """Say now and then how it goes."""
+        """Show the progress now and then."""
         del workers
         now = time.monotonic()
         if now - self._said < (LIVE_INTERVAL if self._status else LINE_INTERVAL):
@@ -76,7 +76,7 @@ class Watcher:
             self._say(self._counts())
 
     def acknowledged(self, messages: list[Message]) -> None:
-        """Enter it into the books."""
+        """Enter acknowledged messages into the books."""
         self._acknowledged += len(messages)
         self._ledger.acknowledge(messages)
 
@@ -87,7 +87,7 @@ class Watcher:
             self._say(f"{worker.name} {worker.fate}")
 
     def log(self, text: str) -> None:
-        """Warnings by the hundred: this is what they are for."""
+        """Show a worker's line, if that is wanted: there are hundreds of warnings."""
         if self._verbose:
             self._say(text)
 
@@ -108,18 +108,18 @@ class RunResult:
     """The result of a run.
 
     Attributes:
-        seconds: How long it took.
-        strikes: What the killer did.
-        died: Workers that have ended before their time without its doing.
-        dealt: Messages dealt, those included that were dealt again.
-        redealt: Messages dealt again, under another number, because a worker died with them.
+        seconds: The time of the run.
+        strikes: The killer's strikes.
+        died: Workers that have ended before their time by themselves.
+        dealt: Messages dealt, including those that were dealt again.
+        redealt: Messages dealt again, under another number, because their worker died.
         verdict: The books against the database.
-        sessions: Sessions that are in the database.
-        taken_over: Open sessions taken over from the dead, as far as those lived to say it.
-        batches: Batches executed in doing so.
+        sessions: Sessions in the database.
+        taken_over: Open sessions taken over from dead workers, if reported before a further death.
+        batches: Batches executed in these takeovers.
         reborn: How often a worker was believed dead, and went on under a new id.
         repeats: Batches that came twice, and were skipped by their token.
-        parked: Batches that were given up on.
+        parked: Parked batches.
         leftovers: Keys that should not be on the server any more.
     """
 

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Container, Generator, Iterable, Sequence
 from inspect import GEN_CREATED, getgeneratorstate
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from phonon._core import codec
 from phonon._core.copies import UNREFERENCED
@@ -23,8 +23,19 @@ if TYPE_CHECKING:
 MANY = 1024
 
 
-class Out(NamedTuple):
-    """An update whose session is to end.
+class Out(Protocol):
+    """An update whose session is to end."""
+
+    @property
+    def update(self) -> Any:
+        """The update."""
+
+    def failed(self) -> None:
+        """Do what is to be done if the end fails; the update may still have its data then."""
+
+
+class _Ended(NamedTuple):
+    """An update whose session ends with a batch.
 
     Attributes:
         update: The update.
@@ -78,7 +89,7 @@ class BaseBatch:
         # the updates that other threads had for the same records.
         self._before: dict[int, tuple[Any, bytes]] = {}
         self._aside: list[tuple[Any, Any]] = []
-        self._endings: dict[int, Out] = {}
+        self._endings: dict[int, _Ended] = {}
         self._depth = 0
         self._outer: Any = None
         self._pid = 0
@@ -161,7 +172,7 @@ class BaseBatch:
             failed: Called if that fails.
         """
         leaves = failed is not None
-        self._endings[id(update)] = Out(update, failed or (lambda: self._keep(update)), leaves)
+        self._endings[id(update)] = _Ended(update, failed or (lambda: self._keep(update)), leaves)
 
     def _keep(self, update: "Update") -> None:
         if update.has_unsent():
@@ -212,7 +223,7 @@ class BaseBatch:
             return None
         return Closing(self._engine, self, joins, fresh, outs)
 
-    def _ends_all_the_same(self, out: Out, own: Container[int]) -> bool:
+    def _ends_all_the_same(self, out: _Ended, own: Container[int]) -> bool:
         """Return whether a session ends although the block has failed, as its cache has decided.
 
         It does if it began before the block, or has another thread's data.
@@ -258,7 +269,7 @@ class Closing:
         batch: BaseBatch,
         joins: dict[str, Any],
         fresh: list[Any],
-        outs: list[Out],
+        outs: Sequence[Out],
     ) -> None:
         self._engine = engine
         self._batch = batch
@@ -363,7 +374,7 @@ def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
     while outs:
         now: dict[str, Out] = {}
         later = [o for o in outs if now.setdefault(o.update.resource_id, o) is not o]
-        endings = [Ending(resource, u, u.forced) for resource, (u, *_) in now.items()]
+        endings = [Ending(resource, o.update, o.update.forced) for resource, o in now.items()]
         results = yield from engine.outbox.end(endings)
         for out, result in zip(now.values(), results, strict=True):
             if result.errors:

@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
@@ -219,15 +219,19 @@ class BaseCache(Generic[U]):
                 others.append((key, entry))
                 continue
             engine: Engine = entry.process().engine
-            failed = partial(self._failed, key, entry)
+            dropped = _Dropped(self, key, entry)
             batch = engine.batch if engine.batches else None
             theirs = entry._batch_
-            if theirs is not None and theirs is not batch and theirs.ends_for_others(entry, failed):
+            if (
+                theirs is not None
+                and theirs is not batch
+                and theirs.ends_for_others(entry, dropped.failed)
+            ):
                 continue
             if batch is not None:
-                batch.end(entry, failed)
+                batch.end(entry, dropped.failed)
             else:
-                by_engine.setdefault(engine, []).append(Out(entry, failed))
+                by_engine.setdefault(engine, []).append(dropped)
         return [Leaving(engine, outs) for engine, outs in by_engine.items()], others
 
     def _failed(self, key: Hashable, entry: Any) -> None:
@@ -279,6 +283,18 @@ class BaseCache(Generic[U]):
                 del self._entries[key]
             else:
                 entry._lock_ = self._lock
+
+
+class _Dropped(NamedTuple):
+    """An update that has left a cache. One object, because there may be thousands at a time."""
+
+    cache: BaseCache[Any]
+    key: Hashable
+    update: Any
+
+    def failed(self) -> None:
+        """Take the update back, if it still has its data."""
+        self.cache._failed(self.key, self.update)  # noqa: SLF001 - a class of this module
 
 
 class Leaving:
@@ -415,6 +431,7 @@ class LruCache(BaseCache[U]):
             return []
         errors: list[Exception] = []
         leaving, others = self._sort(out)
+        del out  # its pairs, thousands of them, are not needed while the sessions end
         for key, entry in others:
             try:
                 entry.end_session()

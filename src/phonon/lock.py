@@ -3,10 +3,8 @@
 import contextlib
 import functools
 import inspect
-import itertools
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -79,6 +77,14 @@ class _OnLost:
         return f"on_lost of {self._lock!r}"
 
 
+class _Engine:
+    """The parts of a lock's process, kept at the first use: an asyncio process may begin later."""
+
+    def __get__(self, lock: "BaseLock", kind: object = None) -> Any:
+        engine = lock.__dict__["_engine"] = check_owner(lock.process)
+        return engine
+
+
 class BaseLock:
     """The base of `Lock` and `AsyncLock`: everything but the waiting."""
 
@@ -86,6 +92,7 @@ class BaseLock:
     _package = "phonon"
     #: Whether its methods are awaited.
     _is_async = False
+    _engine: Any = _Engine()
 
     def __init__(
         self,
@@ -106,7 +113,8 @@ class BaseLock:
             check_timeout("timeout", timeout)
         self.process = process
         self._check_process()
-        check_callable("on_lost", on_lost, is_async=self._is_async)
+        if on_lost is not None:
+            check_callable("on_lost", on_lost, is_async=self._is_async)
         self.timeout = timeout
         self.lock_key = lock_key
         self.block = check_flag("block", block)
@@ -118,10 +126,6 @@ class BaseLock:
         self._places = 0
         #: The attempts through which this object has acquired the lock and not released it yet.
         self.taken: list[Attempt] = []
-
-    @functools.cached_property
-    def _engine(self) -> Any:
-        return check_owner(self.process)
 
     def _check_process(self) -> None:
         """Refuse a process of the other API."""
@@ -238,19 +242,16 @@ class BaseLock:
         blocking: bool | None,
         blocking_timeout: float | None,
         attempt: Attempt | None = None,
-    ) -> Flow[bool]:
+    ) -> Flow[Taken | None]:
         if blocking is not None:
             check_flag("blocking", blocking)
         if blocking_timeout is not None:
             check_timeout("blocking_timeout", blocking_timeout)
         block = blocking if block is None else block
         timeout = blocking_timeout if timeout is None else timeout
-        return self._trying(
+        return self._acquiring(
             self._seconds(block, timeout), self._engine.driver.me(), attempt or self.new_attempt()
         )
-
-    def _trying(self, seconds: float | None, owner: object, attempt: Attempt) -> Flow[bool]:
-        return (yield from self._acquiring(seconds, owner, attempt)) is None
 
     def _seconds(self, block: bool | None, timeout: float | None) -> float | None:
         """Return how many seconds to wait; None not to wait."""
@@ -275,10 +276,7 @@ class BaseLock:
             self.lease,
             engine.driver.my_name(),
         )
-        told = itertools.count()
-        answer = yield from engine.leases.acquire(
-            request, seconds, owner, partial(self._tell_loss, told), attempt
-        )
+        answer = yield from engine.leases.acquire(request, seconds, owner, self._tell_loss, attempt)
         if isinstance(answer, Taken):
             return answer
         # Here and not in the caller: an interrupt could keep the caller from doing it.
@@ -360,12 +358,15 @@ class BaseLock:
     def _take_out(self, attempt: Attempt | None) -> tuple[Attempt, Grant]:
         while True:
             attempt = attempt or self.latest
-            if attempt is None or attempt.grant is None:
+            grant = None if attempt is None else attempt.grant
+            if attempt is None or grant is None:
                 raise self._not_held()
-            with contextlib.suppress(ValueError):  # another thread was faster
+            try:
                 self.taken.remove(attempt)
-                return attempt, attempt.grant
-            attempt = None
+            except ValueError:
+                attempt = None  # another thread was faster
+            else:
+                return attempt, grant
 
     @property
     def latest(self) -> Attempt | None:
@@ -433,9 +434,9 @@ class BaseLock:
         grant.on_lost(grant)
         self._engine.leases.lose((grant,))
 
-    def _tell_loss(self, told: Iterator[int], grant: Grant) -> None:
+    def _tell_loss(self, grant: Grant) -> None:
         """Report a loss once, even if several threads find it at the same time."""
-        if next(told):
+        if next(grant.losses):
             return
         reports = self._engine.reports
         reports.report_error(self._lost(grant))
@@ -564,7 +565,7 @@ class Lock(BaseLock):
         attempt = self.new_attempt()
         try:
             flow = self._acquire(block, timeout, blocking, blocking_timeout, attempt)
-            return bool(self._engine.run(flow))
+            return self._engine.run(flow) is None
         except PhononError:
             raise
         except BaseException:

@@ -1,6 +1,6 @@
 """Sources of messages: a batch is stored together with its offsets or ids."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phonon._core.engine import Engine, errors_only
@@ -207,7 +207,7 @@ class MessagesClosing:
         batch: BaseMessages[Any],
         fresh: list[Any],
         joins: dict[str, Any],
-        outs: list[Out],
+        outs: Sequence[Out],
         *,
         stores: bool,
     ) -> None:

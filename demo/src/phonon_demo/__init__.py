@@ -1,6 +1,7 @@
 """``phonon demo``: an example of how a program of many processes uses Phonon, on real data.
 
-Begin with `worker`: it is what a user's program looks like. `demo` reads rows (`rows`), deals them
-out to worker processes (`broker`, `pool`), kills one of them (`deaths`), and checks (`check`) what
-they have written to SQLite (`sink`). `flights` and `sums` are the two updates.
+Begin with `worker`, which looks like a user's program; `async_worker` is the same for asyncio.
+`aggregations` has the models, and `updates` the same flights as an `Update`. `demo` reads rows
+(`rows`), sends them to a broker (`brokers`), kills one of the workers (`pool`), and compares the
+table with a plain loop.
 """

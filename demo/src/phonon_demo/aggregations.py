@@ -27,21 +27,21 @@ class Message(NamedTuple):
 
     @property
     def value(self) -> bytes:
-        """The content as it travels."""
+        """The content as JSON."""
         return json.dumps(self.content).encode()
 
 
 class Aggregation(NamedTuple):
-    """Something to add up.
+    """A way to add up messages.
 
     Attributes:
         table: The name of the table.
         model: The model of its records.
-        columns: The columns of the input that it reads.
-        message: Makes a message of a row's columns, or raises `Rejected`.
-        values: Makes the values of a record's fields of a message's content.
-        expected: Adds a message's content to a row that was computed so far: a plain loop, which
-            shares no code with the model. None begins a row.
+        columns: The columns of the input.
+        message: Turns a row's columns into a message, or raises `Rejected`.
+        values: Turns a message's content into the values of a record's fields.
+        expected: Adds a message's content to a row, or begins one if it is None: a plain loop,
+            which shares no code with the model.
     """
 
     table: str
@@ -163,5 +163,5 @@ def sums_of(key: str, columns: Sequence[str]) -> Aggregation:
     return Aggregation("totals", Totals, (key, *columns), message, _totals, _expected_totals)
 
 
-#: Jobs by name, for workers. They need neither the columns nor the making of messages.
+#: Aggregations by name, for workers, which need neither the columns nor `message`.
 AGGREGATIONS = {"flights": FLIGHTS, "sums": sums_of("", ())}

@@ -26,7 +26,7 @@ class Broker(Protocol):
         """Return how many messages the workers have stored."""
 
     def close(self) -> None:
-        """End it."""
+        """Remove the broker."""
 
 
 class StreamBroker:
@@ -97,5 +97,5 @@ class KafkaBroker:
         return sum(process.engine.run(sources.position(name)) or 0 for name in names)
 
     def close(self) -> None:
-        """End it."""
+        """Remove the broker."""
         del self._producer, self._cluster

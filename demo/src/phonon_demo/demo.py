@@ -62,7 +62,7 @@ class Lost:
     """A worker that was killed.
 
     Attributes:
-        name: What messages call it.
+        name: The worker's name in messages.
         at: When it was killed, by the monotonic clock.
         sessions: The number of sessions that it had open.
     """
@@ -278,5 +278,5 @@ def _line(name: str, number: int) -> None:
 
 
 def say(line: str) -> None:
-    """Say how it goes."""
+    """Show a line of progress."""
     click.echo(line, err=True)

@@ -4,10 +4,10 @@ from phonon.cli.errors import CommandError
 
 
 class InputError(CommandError):
-    """The input or an option cannot be used as it is; the message names the remedy."""
+    """The input or an option is unusable; the message names the remedy."""
 
     status = 2
 
 
 class WorkerError(CommandError):
-    """A worker has ended before its time; the message says which, and why."""
+    """A worker has ended before its time; the message names it and the reason."""

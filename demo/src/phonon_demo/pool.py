@@ -31,7 +31,7 @@ class Worker:
     """
 
     def __init__(self, plan: Plan, module: str = "phonon_demo.worker") -> None:
-        self.popen = subprocess.Popen(  # noqa: S603 - no word of it comes from outside
+        self.popen = subprocess.Popen(  # noqa: S603 - all words are the program's own
             # -P: a file in the user's folder must not take the place of a module.
             [sys.executable, "-P", "-m", module, json.dumps(asdict(plan))],
             env=os.environ
@@ -45,13 +45,13 @@ class Worker:
 
     @cached_property
     def process(self) -> str:
-        """The id of its `phonon.Process`; empty if it has ended before it was connected."""
+        """The id of its `phonon.Process`; empty if it ended before it had connected."""
         assert self.popen.stdout is not None  # noqa: S101 - for the type checker
         return self.popen.stdout.readline().strip()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the worker has not ended."""
+        """Return whether the worker has not ended."""
         return self.popen.poll() is None
 
     @property
@@ -63,17 +63,17 @@ class Worker:
         return f"ended with exit status {status}"
 
     def kill(self) -> None:
-        """Kill the worker with SIGKILL, and let go of it. A second call does nothing."""
+        """Kill the worker with SIGKILL, and close its pipe. A second call does nothing."""
         self.popen.kill()
         self.popen.wait()
         if self.popen.stdout is not None:
             self.popen.stdout.close()
 
     def leave(self) -> int:
-        """Wait until it has ended its sessions and left. Returns how many it has written.
+        """Wait until the worker has ended its sessions and left. Return how many it has written.
 
         Raises:
-            WorkerError: It does not leave, or fails.
+            WorkerError: The worker does not leave, or fails.
         """
         try:
             said, _ = self.popen.communicate(timeout=TIMEOUT)
@@ -88,7 +88,7 @@ class Worker:
 
 
 class Pool:
-    """The workers of a run; a context manager that leaves none of them behind.
+    """The workers of a run; a context manager that ends all of them.
 
     Args:
         workers: The workers, which have been started.
@@ -120,7 +120,7 @@ class Pool:
         return alive
 
     def leave(self) -> int:
-        """Let all leave, which end their sessions. Returns how many sessions they have written."""
+        """Let all workers end their sessions and leave. Return the number of written sessions."""
         alive = self.alive
         for worker in alive:
             worker.popen.send_signal(signal.SIGTERM)
@@ -128,14 +128,14 @@ class Pool:
 
 
 def wait_until_stored(broker: Broker, process: Process, pool: Pool, count: int) -> None:
-    """Wait until all messages are stored, and all of the dead is taken over.
+    """Wait until all messages are stored, and survivors have taken over from the dead worker.
 
     Raises:
         WorkerError: It takes too long, or no worker is left.
     """
     give_up = time.monotonic() + TIMEOUT
     while True:
-        living = len(pool.alive) + 1  # and the process that looks
+        living = len(pool.alive) + 1  # and this program's own process
         with contextlib.suppress(ConnectionError):
             stored = broker.stored(process)
             listed = int(process.client.zcard(process.heartbeat_hash_name))

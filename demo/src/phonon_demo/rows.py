@@ -1,4 +1,4 @@
-"""The rows of an input: CSV or JSON lines, gzip or not. A row that cannot be used is counted."""
+"""The rows of an input: CSV or JSON lines, gzip or not. Unusable rows are counted."""
 
 import contextlib
 import csv
@@ -20,24 +20,24 @@ T = TypeVar("T")
 STDIN = "-"
 _GZIP = b"\x1f\x8b"
 _DELIMITERS = ",;\t|"
-#: JSON objects that are looked at to learn which columns there are: not all have all of them.
+#: The number of JSON objects from which the columns are taken: not all have all columns.
 _SAMPLE = 100
 
-#: The number of a line, and the values of the wanted columns, or why there are none.
+#: The number of a line, and the values of the wanted columns, or the reason for the rejection.
 Record = tuple[int, "tuple[Any, ...] | Rejected"]
 
 
-class Rejected(ValueError):  # noqa: N818 - no failure: it is counted
-    """A row cannot be used. The text is the reason, the same for all rows of the kind."""
+class Rejected(ValueError):  # noqa: N818 - not an error of the program: it is counted
+    """A row is unusable. The text is the reason, the same for all rows of the kind."""
 
 
 class Rows(Generic[T]):
-    """The rows of an input, to be gone through once.
+    """The rows of an input, to iterate over once.
 
     Attributes:
-        name: What messages call the input.
-        rejected: The number of rows that could not be used, by reason.
-        first: The line of the first of them, by reason.
+        name: The input's name in messages.
+        rejected: The number of unusable rows, by reason.
+        first: The line of the first such row, by reason.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ def open_rows(
     Args:
         path: The file's name; ``-`` for standard input.
         columns: The columns whose values are wanted.
-        convert: Makes what is wanted of the values, or raises `Rejected`.
+        convert: Converts the values, or raises `Rejected`.
 
     Raises:
-        InputError: It cannot be opened or read, has no rows, or lacks a column.
+        InputError: The input cannot be opened or read, has no rows, or lacks a column.
     """
     name = "standard input" if path == STDIN else repr(path)
     with contextlib.ExitStack() as stack:
@@ -109,7 +109,7 @@ def _lines(name: str, stream: Any) -> Iterator[str]:
     """Yield the lines. Bytes that are not UTF-8 come as lone surrogates."""
     with _readable(name):
         raw = gzip.GzipFile(fileobj=stream) if stream.peek(2).startswith(_GZIP) else stream
-        # The csv module wants line ends as they are. "-sig" takes a byte order mark away.
+        # The csv module needs unchanged line ends. "-sig" removes a byte order mark.
         with io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as lines:
             yield from lines
 
@@ -123,7 +123,7 @@ def _csv(name: str, lines: Iterator[tuple[int, str]], columns: Sequence[str]) ->
     number = 0
     for number, line in lines:
         try:
-            # strict: what comes behind a closing quote is an error, and not guessed at.
+            # strict: text after a closing quote is an error.
             (fields,) = csv.reader([line], delimiter=delimiter, strict=True)
         except csv.Error:
             yield number, Rejected("bad CSV")
@@ -139,7 +139,7 @@ def _csv(name: str, lines: Iterator[tuple[int, str]], columns: Sequence[str]) ->
 
 
 def _json(name: str, lines: Iterator[tuple[int, str]], columns: Sequence[str]) -> Iterator[Record]:
-    """Read JSON lines, an object in each. Numbers come as the text they are written as."""
+    """Read JSON lines, an object in each. Numbers come as their text."""
     objects = ((number, _object(line)) for number, line in lines)
     sample = list(itertools.islice(objects, _SAMPLE))
     known = list(dict.fromkeys(key for _, each in sample if type(each) is dict for key in each))

@@ -1,4 +1,4 @@
-"""The demo's server: one of its own, or the user's, on which nothing may stay behind."""
+"""The demo's server: a private one, or the user's, on which no key may stay behind."""
 
 import contextlib
 import fcntl
@@ -36,10 +36,10 @@ def private_server(folder: Path) -> Iterator[str]:
 
 
 def onlooker(url: str, namespace: str) -> Process:
-    """Return a process that only looks on.
+    """Return a process that only observes.
 
-    It beats when it starts, and not again in any run: a beat would make it release what dead
-    workers held, which is the survivors' business, and is shown as theirs.
+    It beats when it starts, and not again in any run: a beat would make it release the resources of
+    dead workers, which the survivors have to do, and to report.
     """
     return Process(
         url=url,
@@ -51,7 +51,7 @@ def onlooker(url: str, namespace: str) -> Process:
 
 
 def keys_of(process: Process) -> Iterator[bytes]:
-    """Yield all keys of a process's namespace, a name without characters that have a meaning."""
+    """Yield all keys of a process's namespace, whose name has no special characters."""
     # The keys of the namespace itself begin with {name}, those of its partitions with {name/
     pattern = f"{{{process.namespace}[}}/]*"
     found: Iterator[bytes] = process.client.scan_iter(match=pattern, count=1000)
@@ -62,8 +62,8 @@ def keys_of(process: Process) -> Iterator[bytes]:
 def forgetting(process: Process) -> Iterator[None]:
     """Stop a process after the block, and remove all keys of its namespace.
 
-    The namespace was made for one run: nobody will ever come for what is left in it, be it the
-    sessions of a worker that was killed, or the number of its partitions.
+    The namespace was made for one run, so no later process needs the keys that are left in it: the
+    sessions of a killed worker, or the number of its partitions.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Signals that want a program to end, which has workers and a server to look after."""
+"""Turns signals into an exception, so that a program can end its workers and its server."""
 
 import contextlib
 import signal
@@ -9,10 +9,10 @@ from phonon.cli.errors import CommandInterrupt
 
 
 class Interrupted(CommandInterrupt):
-    """The user, or the system, wants the program to end.
+    """A signal of the user or the system to end the program.
 
     Attributes:
-        status: The exit status that says so.
+        status: The exit status: 128 plus the signal's number.
     """
 
     def __init__(self, number: int) -> None:
@@ -22,7 +22,7 @@ class Interrupted(CommandInterrupt):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn the first signal into `Interrupted`. Further ones do not disturb the tidying up."""
+    """Turn the first signal into `Interrupted`, and ignore further ones during the cleanup."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         del frame
@@ -30,7 +30,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(ours, signal.SIG_IGN)
         raise Interrupted(number)
 
-    # nohup, say, has reasons to ignore one.
+    # A signal that is ignored, by nohup for example, stays ignored.
     before = {
         number: handler
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""``phonon demo --updates``: flights as an `Update`, which says itself how data merges."""
+"""``phonon demo --updates``: flights as an `Update` with a `merge` of its own."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ AIRCRAFT = table_of(Aircraft, FLIGHTS.table)
 
 
 def flight(content: list[Any]) -> dict[str, Any]:
-    """Return what one message says about its aircraft."""
+    """Return the data of one message about its aircraft."""
     origin, dest, miles, delay, minutes = content
     return {
         "airports": {origin, dest},
@@ -26,7 +26,7 @@ def flight(content: list[Any]) -> dict[str, Any]:
 
 
 def added(one: Any, other: Any) -> dict[str, Any]:
-    """Return what two messages, sessions or rows say together."""
+    """Return the sum of two messages, sessions or rows."""
     delays = [each["worst_delay"] for each in (one, other) if each["worst_delay"] is not None]
     return {
         "airports": {*one["airports"], *other["airports"]},
@@ -42,7 +42,7 @@ class FlightUpdate(Update, name="phonon_demo_flights"):
     written: ClassVar[int] = 0
 
     def merge(self, other: "FlightUpdate") -> None:
-        """Add what another update knows."""
+        """Add another update's data."""
         self.doc = added(self.doc, other.doc)
 
     @classmethod
@@ -54,7 +54,7 @@ class FlightUpdate(Update, name="phonon_demo_flights"):
         cls.written += len(updates)
 
     def add_to_row(self, connection: sa.Connection) -> None:
-        """Add the session to its row, unless its token says that this was done before."""
+        """Add the session to its row, unless its token shows that this was done before."""
         with once(connection, self) as is_new:
             if not is_new:
                 return

@@ -1,4 +1,4 @@
-"""A worker, an OS process of its own. This is what a program that uses Phonon looks like.
+"""A worker process. A program that uses Phonon looks like this.
 
 It reads messages, merges them in a collection, and writes one record for each key and session. On
 SIGTERM and SIGINT it stores the batch in hand, ends its sessions and leaves.
@@ -74,7 +74,7 @@ def work(plan: Plan) -> None:
 
 
 def read(plan: Plan, process: Process, sessions: Any, handle: Handle) -> None:
-    """Hand each message to a function, and store what it has made of them, each message once."""
+    """Hand each message to a function, and store its data. Each message counts once."""
     if plan.source == "kafka":
         from phonon.sources.kafka import KafkaSource  # noqa: PLC0415 - an extra
 
@@ -83,7 +83,7 @@ def read(plan: Plan, process: Process, sessions: Any, handle: Handle) -> None:
             batch_size=BATCH, poll_timeout=0.1, sessions=sessions,
         ).run(lambda message: handle(message.key(), message.value()))  # fmt: skip
         return
-    from phonon.sources.streams import StreamSource  # noqa: PLC0415 - only if it is wanted
+    from phonon.sources.streams import StreamSource  # noqa: PLC0415 - only for this source
 
     StreamSource(
         process, plan.topic, GROUP,
@@ -92,7 +92,7 @@ def read(plan: Plan, process: Process, sessions: Any, handle: Handle) -> None:
 
 
 def kafka_config(plan: Plan) -> dict[str, Any]:
-    """Return the client's configuration: a dead member of the group is missed soon."""
+    """Return the client's configuration, with which the group notices a dead member soon."""
     return {
         "bootstrap.servers": plan.broker,
         "group.id": GROUP,
@@ -104,13 +104,13 @@ def kafka_config(plan: Plan) -> dict[str, Any]:
 
 
 def say(line: str) -> None:
-    """Tell the program that has started this worker."""
+    """Write a line for the program that has started this worker."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def end_with_the_parent() -> None:
-    """End soon after the program that has started this worker: it may have been killed."""
+    """End soon after the end of the program that has started this worker."""
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(1.0)
@@ -118,7 +118,7 @@ def end_with_the_parent() -> None:
 
 
 def main(work: Callable[[P], None], plan: type[P]) -> None:
-    """Work by the plan on the command line."""
+    """Work with the plan on the command line."""
     threading.Thread(target=end_with_the_parent, daemon=True).start()
     work(plan(**json.loads(sys.argv[1])))
 

@@ -1,6 +1,7 @@
 """Granted locks: acquiring, releasing, renewing, and finding that one was lost."""
 
 import contextlib
+import itertools
 import logging
 import math
 import threading
@@ -99,6 +100,7 @@ class Grant:
         until: When its own lease is over unless renewed, by the clock. It counts from before the
             request, so it is earlier than on the server. Infinite without such a lease.
         attempts: The attempts that have it: one for each time that its thread has taken the lock.
+        losses: Counts how often its loss was found. It is reported once.
         lost: Whether the lock was found to be lost.
         got_at: When the lock was granted, by the clock; 0 before.
     """
@@ -109,6 +111,7 @@ class Grant:
         "generation",
         "got_at",
         "holder",
+        "losses",
         "lost",
         "on_lost",
         "owner",
@@ -137,6 +140,7 @@ class Grant:
         self.until = math.inf if request.lease is None else asked + request.lease
         self.attempts: dict[Attempt, None] = {}
         self.lost = False
+        self.losses = itertools.count()
         self.on_lost = on_lost
 
     @property
@@ -250,15 +254,10 @@ class Leases:
             PhononError: The server does not answer, or refuses.
         """
         attempt = attempt or Attempt(request.partition, request.name)
-        begun = self._identity.clock()
         asking: _Asking | None = _Asking()
         attempt.asking = weakref.ref(asking)
         try:
-            got = yield from self._ask(request, seconds, owner, on_lost, attempt)
-            if isinstance(got, Grant):
-                got.got_at = self._identity.clock()
-                self._identity.measures.observe("lock_wait", got.got_at - begun)
-            return got
+            return (yield from self._ask(request, seconds, owner, on_lost, attempt))
         finally:
             asking = None
             for holder in attempt.holders:
@@ -273,26 +272,31 @@ class Leases:
         attempt: Attempt,
     ) -> Flow[Grant | Taken]:
         identity = self._identity
-        deadline = identity.clock() + (seconds or 0.0)
+        begun = identity.clock()
+        deadline = begun + (seconds or 0.0)
         place = attempt.place
-        holder = ""
+        holder = name = ""
         queued = False
         try:
             while not self.stopping:
-                if not holder or operations.process_of(holder) != identity.name:
+                if name != identity.name:
                     self._no_longer(holder)
-                    holder = self._new_holder(request, attempt)
+                    name = identity.name
+                    holder = self._new_holder(name, request, attempt)
                     queued = False
                 asked = identity.clock()
                 left = deadline - asked if seconds is not None else 0.0
-                lease_ms = 0 if request.lease is None else math.ceil(request.lease * 1000)
                 operation = operations.lock(
-                    *place, holder, queue=left > 0, lease_ms=lease_ms, thread=request.thread
+                    *place,
+                    holder,
+                    queue=left > 0,
+                    lease_ms=math.ceil((request.lease or 0.0) * 1000),
+                    thread=request.thread,
                 )
                 (answer,) = yield Send((operation,))
                 if isinstance(answer, Exception):
                     raise answer
-                if answer is REBORN or operations.process_of(holder) != identity.name:
+                if answer is REBORN or name != identity.name:
                     continue
                 if (yield CALLER_GONE) or self.stopping:
                     queued = queued or answer[0] in (_GRANTED, _WAIT)
@@ -302,6 +306,8 @@ class Leases:
                     self.take_again(grant, attempt)
                     self._add(grant)
                     if not self.stopping:
+                        grant.got_at = identity.clock()
+                        identity.measures.observe("lock_wait", grant.got_at - begun)
                         return grant
                     # A `stop` meanwhile may not have seen the grant.
                     self._remove(grant)
@@ -330,10 +336,10 @@ class Leases:
             "a new Process"
         )
 
-    def _new_holder(self, request: LockRequest, attempt: Attempt) -> Holder:
+    def _new_holder(self, process: str, request: LockRequest, attempt: Attempt) -> Holder:
         identity = self._identity
         holder = operations.holder_name(
-            identity.name, identity.new_number(), shared=request.shared, places=request.places
+            process, identity.new_number(), shared=request.shared, places=request.places
         )
         attempt.holders.append(holder)
         self.attempts[holder] = attempt

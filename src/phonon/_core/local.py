@@ -144,7 +144,7 @@ class LocalUpdate:
             return False
         try:
             if emptied.__class__ is not tuple:
-                return self._look_() != emptied
+                return self._look_(self._state_()) != emptied
             if self.spec is not None or self.doc:
                 return True
             values = self.state().values()
@@ -440,25 +440,30 @@ class LocalUpdate:
         if self._unsent_:
             return
         try:
-            self._emptied_ = self._values_() or self._look_()
+            state = self._state_()
+            self._emptied_ = self._values_(state) or self._look_(state)
         except Exception:  # noqa: BLE001 - execute may leave values that cannot be stored
             self._emptied_ = None
 
-    def _values_(self) -> tuple[Any, ...] | None:
-        """Return the values of its state, if that is all there is and each is plain or empty."""
-        if not self._has_state_ or self.spec is not None or self.doc:
+    def _state_(self) -> dict[str, Any] | None:
+        """Return the state; None if the class has none of its own."""
+        return self.state() if self._has_state_ else None
+
+    def _values_(self, state: dict[str, Any] | None) -> tuple[Any, ...] | None:
+        """Return the values of the state, if there is no more and each is plain or empty."""
+        if state is None or self.spec is not None or self.doc:
             return None
-        values = tuple(self.state().values())
+        values = tuple(state.values())
         for value in values:
             kind = type(value)
             if kind not in PLAIN and (kind not in CONTAINERS or value):
                 return None
         return values
 
-    def _look_(self) -> int:
+    def _look_(self, state: dict[str, Any] | None) -> int:
         """Return a digest of the content, to see whether it changes."""
-        if self._has_state_:
-            content: Any = (self.spec, self.doc, self.state())
+        if state is not None:
+            content: Any = (self.spec, self.doc, state)
         elif self.spec is None and type(self.doc) is dict and not self.doc:
             return EMPTY
         else:

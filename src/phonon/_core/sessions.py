@@ -156,8 +156,10 @@ class Sessions:
                 _, _, cache, key = heapq.heappop(heap)
                 due.append((cache, key))
             # A session that ended in another way leaves its deadline behind.
-            caches = {ref: ref() for ref in {ref for _, _, ref, _ in heap[:PIECE]}}
-            living = sum(len(cache) for cache in caches.values() if cache is not None)
+            # By identity: what refers to a cache that is gone has no hash.
+            refs = {id(ref): ref for _, _, ref, _ in heap[:PIECE]}
+            caches = [ref() for ref in refs.values()]
+            living = sum(len(cache) for cache in caches if cache is not None)
             if len(heap) > 2 * living + _LEFTOVERS:
                 self._heap = [item for item in heap if _is_there(item[2], item[3])]
                 heapq.heapify(self._heap)

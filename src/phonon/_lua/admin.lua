@@ -403,7 +403,7 @@ plain('admin_unlock', function(T, args)
   end
   local c = { T = T, pid = process_of(holder), registry = {} }
   local registry = T .. 'registry:' .. c.pid
-  prove_lock(c, resource)
+  look_at_lock(c, resource)
   call('ZCARD', registry)
   call('XLEN', T .. 'acts')
   free(c, resource, holder)

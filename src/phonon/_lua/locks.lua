@@ -35,25 +35,27 @@ local function free(c, resource, holder, lasts)
   return false
 end
 
--- Free a lock whose own lease is over.
-local function drop_expired(c, resource)
-  local leases = c.T .. 'leases:' .. resource
-  if call('EXISTS', leases) == 1 then
+-- Read the keys of a lock before anything is written: that raises if one is of a foreign type. Not
+-- needed if no other key of the lock exists. Answers { holder, token, since, thread } of the exclusive
+-- lock, and the numbers of sharers, waiters, waiters that were woken, and leases.
+local function look_at_lock(c, resource)
+  local T = c.T
+  return call('HMGET', T .. 'lock:' .. resource, 'holder', 'token', 'since', 'thread'),
+    call('HLEN', T .. 'shared:' .. resource), call('ZCARD', T .. 'queue:' .. resource),
+    call('HLEN', T .. 'woken:' .. resource), call('ZCARD', T .. 'leases:' .. resource)
+end
+
+-- Free what has a lease that is over, and answer the same.
+local function current_lock(c, resource)
+  local held, sharers, waiters, woken, leased = look_at_lock(c, resource)
+  if leased > 0 then
+    local leases = c.T .. 'leases:' .. resource
     for _, holder in ipairs(call('ZRANGEBYSCORE', leases, '-inf', fmt(now_ms(c)))) do
       free(c, resource, holder)
     end
+    return look_at_lock(c, resource)
   end
-end
-
--- Raise if a key is of a foreign type, before anything is written. Not needed if no other key of the
--- lock exists.
-local function prove_lock(c, resource)
-  local T = c.T
-  call('HLEN', T .. 'lock:' .. resource)
-  call('HLEN', T .. 'shared:' .. resource)
-  call('HLEN', T .. 'woken:' .. resource)
-  call('ZCARD', T .. 'queue:' .. resource)
-  call('ZCARD', T .. 'leases:' .. resource)
+  return held, sharers, waiters, woken, leased
 end
 
 local function quit_queue(c, resource, holder)
@@ -88,10 +90,13 @@ end
 -- is an exclusive waiter; before an exclusive one, or where places are limited, any waiter.
 local function waiter_in_front(c, resource, holder)
   local first, woken = first_waiter(c, resource, holder)
-  if not first then
+  if not first or first == holder then
     return nil
   end
   local together = is_shared(holder) and not places_of(holder)
+  if not together then
+    return first, woken
+  end
   local at = 0
   while true do
     local waiters = call('ZRANGE', c.T .. 'queue:' .. resource, at, at + 99)
@@ -99,7 +104,7 @@ local function waiter_in_front(c, resource, holder)
       if waiter == holder then
         return nil
       end
-      if not (together and is_shared(waiter)) then
+      if not is_shared(waiter) then
         if waiter ~= first then
           woken = tonumber(call('HGET', c.T .. 'woken:' .. resource, waiter) or nil)
         end
@@ -127,18 +132,30 @@ local function held_by(c, resource)
   return call('HLEN', c.T .. 'shared:' .. resource)
 end
 
+-- Whether a waiter can be granted the lock beside so many holders.
+local function fits(waiter, inside)
+  return inside < (places_of(waiter) or is_shared(waiter) and math.huge or 1)
+end
+
 -- Wake the waiters that can be granted the lock now: the first one, and if it is shared also the shared
 -- ones behind it, up to the first exclusive one, or as many as there are places left.
 local function wake_next(c, resource)
-  if not first_waiter(c, resource) then
+  local first = first_waiter(c, resource)
+  if not first then
     return
   end
   local inside = held_by(c, resource)
+  if not is_shared(first) then
+    if fits(first, inside) then
+      wake(c, resource, first)
+    end
+    return
+  end
   local at = 0
   repeat
     local waiters = call('ZRANGE', c.T .. 'queue:' .. resource, at, at + 99)
     for _, waiter in ipairs(waiters) do
-      if inside >= (places_of(waiter) or is_shared(waiter) and math.huge or 1) then
+      if not fits(waiter, inside) then
         return
       end
       wake(c, resource, waiter)
@@ -167,10 +184,9 @@ local function grant(c, resource, holder, lease_ms, thread)
 end
 
 -- One of the holders, for a message: holder, ms until its own lease is over or -1, since, thread.
-local function somebody(c, resource)
+local function somebody(c, resource, held, leased)
   local T = c.T
-  local held = call('HMGET', T .. 'lock:' .. resource, 'holder', 'since', 'thread')
-  local holder, since, thread = held[1], tonumber(held[2] or 0), held[3] or ''
+  local holder, since, thread = held[1], tonumber(held[3] or 0), held[4] or ''
   if not holder then
     local sharers = call('HGETALL', T .. 'shared:' .. resource)
     if not sharers[1] then
@@ -180,7 +196,7 @@ local function somebody(c, resource)
     local at, by = string.match(sharers[2], '^%d+ (%d+) (.*)$')
     since, thread = tonumber(at or 0), by or ''
   end
-  local till = call('ZRANGE', T .. 'leases:' .. resource, 0, 0, 'WITHSCORES')[2]
+  local till = leased > 0 and call('ZRANGE', T .. 'leases:' .. resource, 0, 0, 'WITHSCORES')[2]
   return holder, till and math.max(1, tonumber(till) - now_ms(c)) or -1, since, thread
 end
 
@@ -195,27 +211,30 @@ operation(LOCK, 6, function(c, o, i)
   if call('EXISTS', lock, shared, queue) == 0 then
     return grant(c, resource, holder, lease_ms, thread) -- the most frequent case: the lock is free
   end
-  prove_lock(c, resource)
   last_token(c)
-  drop_expired(c, resource)
-  local held = call('HMGET', lock, 'holder', 'token')
+  local held, sharers, waiters, many_woken, leased = current_lock(c, resource)
   if held[1] == holder then
     return { GRANTED, tonumber(held[2]) }
   end
-  local has = call('HGET', shared, holder)
+  local has = sharers > 0 and call('HGET', shared, holder)
   if has then
     return { GRANTED, tonumber(string.match(has, '^%d+')) }
   end
   local places = places_of(holder)
   local room = not held[1]
   if is_shared(holder) then
-    room = room and call('HLEN', shared) < (places or math.huge)
+    room = room and sharers < (places or math.huge)
   else
-    room = room and call('HLEN', shared) == 0
+    room = room and sharers == 0
   end
-  local first, woken = waiter_in_front(c, resource, holder)
+  local first, woken
+  if waiters > 0 then
+    first, woken = waiter_in_front(c, resource, holder)
+  end
   if room and not first then
-    quit_queue(c, resource, holder)
+    if waiters > 0 then
+      quit_queue(c, resource, holder)
+    end
     local granted = grant(c, resource, holder, lease_ms, thread)
     if is_shared(holder) then
       wake_next(c, resource) -- this waiter may have taken a place before its turn
@@ -224,10 +243,10 @@ operation(LOCK, 6, function(c, o, i)
   end
   if room and not woken then
     wake_next(c, resource) -- the waiter that was woken instead has not come
-    woken = now(c)
+    woken, many_woken = now(c), 1
   end
   -- The lock is taken, or free but promised to the waiter that was woken for it.
-  local owner, left_ms, since, by = somebody(c, resource)
+  local owner, left_ms, since, by = somebody(c, resource, held, leased)
   if room then
     owner, since, by = first, now_ms(c), ''
     left_ms = math.max(1, math.ceil((woken + UNTAKEN_US - now(c)) / 1000) + 1)
@@ -239,8 +258,8 @@ operation(LOCK, 6, function(c, o, i)
     return { BUSY, left_ms, owner, since, by }
   end
   call('ZADD', queue, 'NX', fmt(now(c)), holder)
-  if call('HDEL', T .. 'woken:' .. resource, holder) == 1 then
-    redis.pcall('LREM', T .. 'mailbox:' .. c.pid, 0, holder) -- this waiter has its grant and needs no wake-up
+  if many_woken > 0 and call('HDEL', T .. 'woken:' .. resource, holder) == 1 then
+    redis.pcall('LREM', T .. 'mailbox:' .. c.pid, 0, holder) -- this waiter has asked after its wake-up
   end
   if c.registry[resource] ~= BATCH then
     track(c, resource, LOCKER)
@@ -258,14 +277,16 @@ operation(UNLOCK, 3, function(c, o, i)
   local shared, queue, leases = T .. 'shared:' .. resource, T .. 'queue:' .. resource, T .. 'leases:' .. resource
   -- The most frequent case: there are no waiters, and the caller has only the lock here.
   local alone = call('EXISTS', shared, queue, leases, T .. 'members:' .. resource, T .. 'running:' .. resource) == 0
-  local others = not alone and call('EXISTS', shared, queue, leases) > 0
-  if others then
-    prove_lock(c, resource)
-    drop_expired(c, resource)
-    quit_queue(c, resource, holder)
+  local waiters, leased = 0, 0
+  if not alone and call('EXISTS', shared, queue, leases) > 0 then
+    local held, _, many, _, own = current_lock(c, resource)
+    waiters, leased = many, own
+    if waiters > 0 and held[1] ~= holder then -- a holder is not in the queue
+      quit_queue(c, resource, holder)
+    end
   end
-  local mine = free(c, resource, holder, not others)
-  if others then
+  local mine = free(c, resource, holder, leased == 0)
+  if waiters > 0 then
     wake_next(c, resource)
   end
   if alone and mine then
@@ -280,10 +301,8 @@ end)
 -- answers RENEWED | NOT_HELD
 operation(RENEW, 4, function(c, o, i)
   local resource, holder, lease_ms, T = o[i + 1], o[i + 2], o[i + 3], c.T
-  prove_lock(c, resource)
-  drop_expired(c, resource)
-  if call('HGET', T .. 'lock:' .. resource, 'holder') ~= holder
-    and call('HEXISTS', T .. 'shared:' .. resource, holder) == 0 then
+  local held = current_lock(c, resource)
+  if held[1] ~= holder and call('HEXISTS', T .. 'shared:' .. resource, holder) == 0 then
     call('ZREM', T .. 'leases:' .. resource, holder)
     settle(c, resource)
     return NOT_HELD

@@ -28,7 +28,7 @@ local function reap_one(c, resource, dead, recovers, died, out)
   if not run[1] and total > 0 and call('EXISTS', T .. 'batch:' .. resource) == 1 then
     state_error(T .. 'batch:' .. resource, 'exists although nothing is running')
   end
-  prove_lock(c, resource)
+  look_at_lock(c, resource)
   last_token(c)
   local held = call('HGET', T .. 'lock:' .. resource, 'holder')
   local sharers = call('HKEYS', T .. 'shared:' .. resource)

@@ -340,7 +340,8 @@ class Lane:
 
     def is_under_way(self, call: Call) -> bool:
         """Return whether a call is not answered yet; another sender may have been faster."""
-        return self._at().once.get("call") is call
+        once = self._position.once
+        return (self._at().once if "next" in once else once).get("call") is call
 
     def refuse(self, error: Exception, call: Call | None = None) -> None:
         """Note that the server refused the whole call: ask about it under the same number.
@@ -410,6 +411,11 @@ class Lane:
             self._position = position.once.setdefault(
                 "next", _Position(call.sequence, stamp, again, answered)
             )
+            if not again:
+                # Nobody asks any more what became of them. With this they refer to each other no
+                # more, and are not left to the garbage collector.
+                for operation in carried:
+                    operation.sent = None
 
     def receive(self, reply: Sequence[bytes]) -> list[tuple[Operation, Any]]:
         """Take in the answer to the call that is under way: `read` and `advance`."""

@@ -304,6 +304,7 @@ class AsyncDriver:
                     continue
                 run.has_sent = True
             elif effect.__class__ is Done:
+                run.ticket = None  # the two refer to each other
                 return effect.value
             elif effect is CALLER_GONE:
                 reply = run.caller_gone
@@ -356,7 +357,7 @@ class AsyncDriver:
             for _, lane, _, _ in ticket.places:
                 self._kick(lane)
         if ticket.is_done:
-            return cast("list[Any]", ticket.answers)
+            return cast("list[Any]", ticket.collect())
         future = ticket.future = self.loop.create_future()
         if run.running is None:
             # In a task of its own a flow waits without a limit.
@@ -368,7 +369,7 @@ class AsyncDriver:
         finally:
             ticket.future = None
             self._waiting.pop(ticket, None)
-        return cast("list[Any]", ticket.answers)
+        return cast("list[Any]", ticket.collect())
 
     def _kick(self, lane: Lane) -> None:
         """Wake the pump of a lane's node, so that it sends the lane's calls."""

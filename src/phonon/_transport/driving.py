@@ -134,6 +134,16 @@ class Ticket:
         self._answered = at
         return at == end
 
+    def collect(self) -> list[Any]:
+        """Return the answers, all of which are there.
+
+        The operations do not refer to the ticket any more, which refers to them: the answers of
+        thousands of sessions would be left to the garbage collector.
+        """
+        for operation in self.send.operations:
+            operation.owner = None
+        return self.answers
+
     def answer(self, index: int, answer: Any) -> None:
         """Take in the answer to one operation. A second answer to it is ignored."""
         if self.answers[index] is UNANSWERED:

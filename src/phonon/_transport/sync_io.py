@@ -327,16 +327,16 @@ class Flight:
         if connection is None:
             return
         deadline = time.monotonic() + self._node.reply_timeout
-        replies: list[Any] = []
         try:
-            replies.extend(connection.read(deadline) for _ in range(self._sent))
+            for left in reversed(range(self._sent)):
+                reply = connection.read(deadline)
+                if not left:
+                    self._connection = None
+                    self._node.give_back(connection)
+                yield reply  # worked on while the server makes the next one
         except GONE:
             self.abort()
             self._node.retire()
-        else:
-            self._connection = None
-            self._node.give_back(connection)
-        yield from replies
 
     def abort(self) -> None:
         """Close the connection, unless all answers were read."""

@@ -361,6 +361,7 @@ class ThreadDriver:
                     continue
                 run.has_sent = True
             elif effect.__class__ is Done:
+                run.ticket = None  # the two refer to each other
                 return effect.value
             elif effect is CALLER_GONE:
                 reply = run.caller_gone
@@ -439,11 +440,11 @@ class ThreadDriver:
             if ticket.answers[0] is not UNANSWERED:
                 if lane.queue:
                     self._pass_on(lane)
-                return cast("list[Any]", ticket.answers)
+                return cast("list[Any]", ticket.collect())
         elif operations:
             ticket.enqueue(identity)
         self._await(ticket, deadline)
-        return cast("list[Any]", ticket.answers)
+        return cast("list[Any]", ticket.collect())
 
     def _stream(self, ticket: _Ticket, more: Iterator[object]) -> None:
         """Send operations once, while others are made; `_await` handles those without an answer."""

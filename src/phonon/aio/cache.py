@@ -113,6 +113,7 @@ class AsyncLruCache(BaseCache[U]):
             return []
         errors: list[Exception] = []
         leaving, others = self._sort(out)
+        del out  # see LruCache._end
         for key, entry in others:
             try:
                 ending = entry.end_session()

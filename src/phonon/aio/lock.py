@@ -81,7 +81,7 @@ class AsyncLock(BaseLock):
     ) -> bool:
         """See `Lock.acquire`."""
         flow = self._acquire(block, timeout, blocking, blocking_timeout)
-        return bool(await self._engine.run(flow))
+        return await self._engine.run(flow) is None
 
     async def release(self) -> None:
         """See `Lock.release`."""

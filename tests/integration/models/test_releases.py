@@ -230,8 +230,10 @@ def test_an_upgrade_that_returns_no_dict_loses_nothing(make: Make, kind: str) ->
     key = key_for(process, "partials", resource)
     layout, name, *rest = msgpack.unpackb(client.lrange(key, 0, -1)[0])
     assert name.endswith("@2")
-    # As the first version of the class has stored it
-    client.lset(key, 0, msgpack.packb([layout, name.removesuffix("@2"), *rest]))
+    # As the first version of the class has stored it; four of them are merged together
+    older = msgpack.packb([layout, name.removesuffix("@2"), *rest])
+    client.lset(key, 0, older)
+    client.rpush(key, *[older] * 3)
 
     with pytest.raises(TypeError, match=r"\.upgrade\(\) returned None: it returns"):
         end()
@@ -240,7 +242,7 @@ def test_an_upgrade_that_returns_no_dict_loses_nothing(make: Make, kind: str) ->
     assert not done
     mended.append(True)
     process.replay(parked.resource, parked.token)
-    assert done == [("ada", 3)]
+    assert done == [("ada", 12)]
 
 
 def test_an_update_never_absorbs_one_of_another_resource_or_class(make: Make) -> None:

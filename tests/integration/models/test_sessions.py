@@ -139,6 +139,18 @@ def test_ends_are_spread(make: Make) -> None:
     assert late == {}, "these ended before their deadlines"
 
 
+def test_a_dropped_cache_does_not_keep_others_from_ending(make: Make) -> None:
+    process = make()
+    with process.engine.sessions._lock:  # its worker does not look before the cache is gone
+        dropped: LruCache[Sums] = LruCache()
+        dropped.set("dropped", Sums(process, "dropped", doc={"n": 1}))
+        del dropped
+        gc.collect()
+    cache: LruCache[Sums] = LruCache()
+    cache.set("a", Sums(process, "a", doc={"n": 1}, soft_session=0.3))
+    wait_until(lambda: [key for key, _ in Sums.done] == ["a"])
+
+
 def test_there_is_one_worker_for_all_caches(make: Make) -> None:
     before = {thread.ident for thread in threading.enumerate()}
     process = make()

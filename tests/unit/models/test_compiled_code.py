@@ -1,6 +1,7 @@
 """The code of models: a message is merged as a whole, whatever interrupts it."""
 
 import dis
+import linecache
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
@@ -57,7 +58,7 @@ def test_a_state_changes_without_a_call(name: str, kind: Any) -> None:
     make: Any = getattr(fields, name)
     more = {"merge": max, "zero": 0} if make is Custom else {}
     code = compiled(field=make(data_type=kind, **more))
-    function = "def commit(_record, field):\n" + "".join(f"    {x}\n" for x in code.commit_lines())
+    function = "def commit(_record, field):\n" + "".join(f"    {x}\n" for x in code.fold_lines())
     names = [i.opname for _, i in instructions_of(compile(function, "", "exec"))]
     assert BREAKS.isdisjoint(names[names.index("RESUME", 2) :])
 
@@ -68,11 +69,21 @@ def test_nothing_comes_between_the_look_for_a_record_and_its_change(template: st
     source = code.source(_filled(template, {"@TOUCH": "", "@SEEN": "", "@COUNT": ""}))
     lines = source.splitlines()
     first = next(i for i, line in enumerate(lines, 1) if line.strip() == "_record = _entries[id]")
-    last = next(i for i, line in enumerate(lines, 1) if "high_state_ = high" in line)
+    last = max(i for i, line in enumerate(lines, 1) if "high_state_ = high" in line)
     seldom = {"continue"}, {"_record = _ready(id, _batch, _target)"}
     for line, instruction in instructions_of(compile(source, "", "exec")):
         if first <= line <= last and instruction.opname in BREAKS:
             assert {lines[line - 1].strip()} in seldom
+
+
+def test_states_move_out_of_a_record_at_once() -> None:
+    take = compiled(total=Sum(int), kinds=SetAppend(str), high=Max(int)).packing.take
+    lines = linecache.getlines(take.__code__.co_filename)
+    first = next(i for i, line in enumerate(lines, 1) if "_record.moved_ +=" in line)
+    last = next(i for i, line in enumerate(lines, 1) if "_record._emptied_ =" in line)
+    assert last > first + 3
+    for line, instruction in instructions_of(take.__code__):
+        assert not (first <= line <= last and instruction.opname in BREAKS), lines[line - 1]
 
 
 #: What a field's code calls before its state changes, and behind that.
