@@ -58,18 +58,18 @@ class Options:
 
 
 def run(options: Options, job: Job | None = None) -> int:
-    """Let workers work and be struck, and audit what is left.
+    """Run workers under strikes, and audit the result.
 
     Args:
-        options: What the user wants.
-        job: What the workers do, instead of the right thing; its messages end with a number.
+        options: The options.
+        job: Another job for the workers, for tests; its messages end with a number.
 
     Returns:
         The exit status: 0 if nothing was lost, doubled or left behind, else 1.
 
     Raises:
         PhononError: The server cannot be started.
-        WorkerError: A worker has given up, or there is something that nobody takes over.
+        WorkerError: A worker has given up, or no survivor takes over from a dead one.
         Interrupted: By a signal.
     """
     job = job or Job()
@@ -104,8 +104,8 @@ class _Chaos:
     """One run.
 
     Args:
-        options: What the user wants.
-        process: One of the same namespace, to look with.
+        options: The options.
+        process: A process of the same namespace, to observe with.
     """
 
     def __init__(self, options: Options, process: Process) -> None:
@@ -121,7 +121,7 @@ class _Chaos:
     def work(
         self, settings: WorkerSettings, proxy: CuttingProxy | None, server: MortalServer
     ) -> None:
-        """Strike while the workers work; then let them finish."""
+        """Strike the working workers; then let them finish."""
         options = self._options
         with self._watcher, Pool(settings, options.workers, self._watcher) as pool:
             self._pool = pool
@@ -156,7 +156,7 @@ class _Chaos:
             self._pool.start()
 
     def _deal(self) -> None:
-        """Give every worker what it has room for."""
+        """Send every worker as many lists as it has room for."""
         for worker in self._able():
             while len(worker.unacknowledged) < WINDOW and not worker.fate:
                 self._take_back()
@@ -173,14 +173,14 @@ class _Chaos:
         return [worker for worker in ready if not self._killer.is_paused(worker)]
 
     def _take_back(self) -> None:
-        """Take what was not acknowledged, to deal it again under other numbers."""
+        """Take back unacknowledged messages, to deal them again under other numbers."""
         while self._pool.orphans:
             orphans = self._pool.orphans.popleft()
             self._redealt += len(orphans)
             self._again.append([self._ledger.again(message) for message in orphans])
 
     def _finish(self) -> None:
-        """Have all acknowledged and all taken over, and end the workers."""
+        """Wait until all is acknowledged and taken over, and end the workers."""
         pool = self._pool
         self._watcher.finishing()
         give_up = time.monotonic() + TIMEOUT
@@ -208,7 +208,7 @@ class _Chaos:
             return True
         if any(worker.unacknowledged or not worker.process for worker in living):
             return True
-        # The dead are listed until all of them is taken over. We are listed as well.
+        # A dead process is listed until it is taken over completely. This one is listed as well.
         try:
             listed = int(process.client.zcard(process.heartbeat_hash_name))
         except (redis.ConnectionError, redis.TimeoutError):  # a disk that is busy holds it up
@@ -216,7 +216,7 @@ class _Chaos:
         return listed != len(living) + 1
 
     def result(self, database: sqlite3.Connection, job: Job) -> RunResult:
-        """Audit what is left in the database and on the server."""
+        """Audit the database and the server."""
         workers = self._pool.workers
         takeovers = [takeover for worker in workers for takeover in worker.takeovers]
         return RunResult(
@@ -236,7 +236,7 @@ class _Chaos:
         )
 
     def _leftovers(self) -> list[str]:
-        """Keys that do not go by themselves, but for those of the process that looks."""
+        """Return keys without an expiry, except those of the observing process."""
         process = self._process
         client = process.client
         me = process.id
@@ -245,7 +245,7 @@ class _Chaos:
             kind = name.partition("}:")[2]
             if kind in {"token", "epoch", "partitions", f"lane:{me}"} or client.ttl(name) >= 0:
                 continue
-            # Those that list processes list this one, and nobody else.
+            # Keys that list processes must list only this one.
             if kind in {"processes", "listings", "cards", "reports", "lanes"}:
                 others = _members(client, name) - {me}
                 left += [f"{name}: process {other}" for other in sorted(others)]
@@ -255,18 +255,18 @@ class _Chaos:
 
 
 def _members(client: Any, name: str) -> set[str]:
-    """Return what a set, a sorted set or a hash has in it."""
+    """Return the members of a set, a sorted set or a hash."""
     read = {b"set": client.smembers, b"zset": lambda key: client.zrange(key, 0, -1)}
     found = read.get(client.type(name), client.hkeys)(name)
     return {member.decode() for member in found}
 
 
 def _flights() -> list[Message]:
-    """Return the messages, as yet without numbers."""
+    """Return the messages, without numbers yet."""
     with flights() as rows:
         return [(key, *content) for key, content in rows]
 
 
 def _read(database: sqlite3.Connection, job: Job) -> Totals:
-    """Return what is in SQLite."""
+    """Return the rows in SQLite."""
     return {key: job.figures(stored) for key, *stored in database.execute(job.table.select)}

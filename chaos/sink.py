@@ -1,8 +1,8 @@
-"""The SQLite database that sessions are written to, each batch exactly once.
+"""The SQLite database for sessions, with each batch exactly once.
 
-Every row has the token of the last batch that was added to it, and the upsert does nothing unless
-the batch's own is greater. So a batch that is executed twice, because the process that executed it
-died before it could say so, changes nothing the second time: check and addition are one statement.
+Every row has the token of its last batch, and the upsert does nothing unless the new token is
+greater. So a batch that is executed twice, because its process died before it could report back,
+changes nothing the second time: check and addition are one statement.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Table:
 
     @property
     def create(self) -> str:
-        """The SQL that makes it."""
+        """The SQL that makes the table."""
         figures = "".join(f"{_quoted(figure)}, " for figure in self.figures)
         return (
             f"CREATE TABLE {self.name} ({self.key} TEXT PRIMARY KEY, {figures}"
@@ -71,8 +71,8 @@ def _quoted(name: str) -> str:
 class Sink:
     """One worker's connection to the database. It is opened by the first write.
 
-    An update that came here from another process was made without its constructor, so it has no
-    attribute to find the connection by: there is one a process, `Sink.current`.
+    An update from another process was made without its constructor, so it has no attribute with the
+    connection. Each process has one connection, `Sink.current`.
 
     Args:
         path: The database, made by `create`.
@@ -91,7 +91,7 @@ class Sink:
         self._upsert = table.upsert
         self._written = written
         self._connection: sqlite3.Connection | None = None
-        # A batch that failed is tried again by another thread.
+        # Another thread retries a failed batch.
         self._lock = threading.Lock()
         self.writes = 0
         self.repeats = 0
@@ -120,7 +120,7 @@ def connect(path: str) -> sqlite3.Connection:
     connection = sqlite3.connect(
         path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
     )
-    # With the write-ahead log that is safe against the end of a process, of any and at any time.
+    # With the write-ahead log this is safe if any process ends at any time.
     connection.execute("PRAGMA synchronous = NORMAL")
     return connection
 

@@ -12,16 +12,16 @@ from phonon.settings import Durability
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """To a worker: what to do.
+    """To a worker: its settings.
 
     Attributes:
-        job: What to add up.
-        url: Phonon's server.
-        namespace: This run's.
+        job: The job.
+        url: The URL of Phonon's server.
+        namespace: The namespace of this run.
         database: The SQLite file.
         max_entries: The size of the worker's cache, keys.
         heartbeat: Seconds between two heartbeats.
-        durability: What the server must have done with data before it is acknowledged.
+        durability: How safe data must be before it is acknowledged.
         patience: Seconds for which a server that is not there at the start is tried again.
         asyncio: Whether the worker is a program with an event loop.
     """
@@ -50,7 +50,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Progress:
-    """From a worker: what it has done so far.
+    """From a worker: its progress so far.
 
     Attributes:
         lists: Lists acknowledged.
@@ -71,12 +71,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class TookOver:
-    """From a worker: it has seen to what a dead one had left.
+    """From a worker: it has taken over from a dead one.
 
     Attributes:
         dead: The id of the dead one's `phonon.Process`.
         sessions: The resources that it has released.
-        batches: Of these, how many had a batch that fell to this worker, which has executed it.
+        batches: How many of these had a batch, which this worker has executed.
     """
 
     dead: str
@@ -96,8 +96,8 @@ class Failed:
     """From a worker: it gives up.
 
     Attributes:
-        text: Why, in one line.
-        traceback: Where, unless the reason is outside of the program.
+        text: The reason in one line.
+        traceback: The traceback, unless the reason is outside of the program.
     """
 
     text: str

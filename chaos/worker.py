@@ -1,4 +1,4 @@
-"""A worker of the chaos run, an OS process of its own.
+"""A worker process of the chaos run.
 
 It takes messages, merges them in a cache, and acknowledges them once they are on the server. On
 SIGTERM and SIGINT it finishes the list in hand, ends its sessions and leaves.
@@ -32,17 +32,17 @@ class ParentGone(Exception):  # noqa: N818 - it tells a worker to stop
 
 
 class Stopped(BaseException):
-    """A signal wants the worker to leave, and it has nothing in hand."""
+    """A signal asks the worker to leave, and it has no list in hand."""
 
 
 class Stop:
-    """The handler of signals that want the worker to leave.
+    """The handler of signals that ask the worker to leave.
 
-    An exception that is raised just anywhere would leave things half done. So this one is raised
-    only while the worker waits for messages; otherwise it is the next attempt to wait that raises.
+    An exception at any moment would leave work half done. So the handler raises only while the
+    worker waits for messages; otherwise the next attempt to wait raises.
 
     Attributes:
-        number: The signal that has come; None as yet.
+        number: The signal that has come; None before.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Link:
 
     Args:
         connection: The connection.
-        stop: What ends the waiting.
+        stop: The handler that ends the waiting.
     """
 
     def __init__(self, connection: "Connection[Any, Any]", stop: Stop) -> None:
@@ -81,7 +81,7 @@ class Link:
         self._lock = threading.Lock()  # other threads log
 
     def send(self, message: Ready | Progress | TookOver | Log | Failed) -> None:
-        """Tell the program."""
+        """Send a message to the program."""
         try:
             with self._lock:
                 self._connection.send(message)
@@ -89,15 +89,15 @@ class Link:
             raise ParentGone from error
 
     def fileno(self) -> int:
-        """The descriptor on which the program is heard."""
+        """The descriptor for messages of the program."""
         return self._connection.fileno()
 
     def receive(self) -> Any:
         """Wait for the program.
 
         Raises:
-            ParentGone: It is there no more.
-            Stopped: By a signal.
+            ParentGone: The program has gone.
+            Stopped: A signal has come.
         """
         try:
             with self._stop:
@@ -107,7 +107,7 @@ class Link:
 
 
 class _LogToProgram(logging.Handler):
-    """The terminal belongs to the program, which may have a live display on it."""
+    """Sends log lines to the program, whose terminal may have a live display."""
 
     def __init__(self, link: Link) -> None:
         super().__init__(logging.WARNING)
@@ -123,7 +123,7 @@ class _LogToProgram(logging.Handler):
 
 
 class ProgressReporter:
-    """Tells the program how far this worker is."""
+    """Reports this worker's progress to the program."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -131,13 +131,13 @@ class ProgressReporter:
         self.lists = self.messages = self.reborn = 0
 
     def acknowledge(self, messages: int) -> None:
-        """All of a list is on the server."""
+        """Note that all data of a list is on the server."""
         self.lists += 1
         self.messages += messages
         self.report()
 
     def written(self) -> None:
-        """A session was written; say so now and then."""
+        """Note that a session was written, and report now and then."""
         if time.monotonic() - self._reported > REPORT_INTERVAL:
             # The program may be gone; sessions are written all the same.
             with contextlib.suppress(ParentGone):
@@ -148,7 +148,7 @@ class ProgressReporter:
         self.reborn += isinstance(error, DeclaredDeadError)
 
     def report(self, *, done: bool = False) -> None:
-        """Tell the program."""
+        """Send a message to the program."""
         self._reported = time.monotonic()
         sink = Sink.current
         self._link.send(
@@ -171,7 +171,7 @@ def work(link: Link, settings: WorkerSettings) -> None:
             with process.batch():
                 for message in messages:
                     cache.set(message[0], job.update(process, message))
-            # Only now are they all on the server, and safe: a broker would be told here.
+            # Only now is all data on the server: here a program would acknowledge to its broker.
             reporter.acknowledge(len(messages))
         cache.expire_all()
         process.stop()
@@ -203,7 +203,7 @@ def _connect(settings: WorkerSettings, reporter: ProgressReporter) -> Process:
 def failure(error: BaseException) -> Failed:
     """Return the report of an error to the program."""
     while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]  # they tend to be all alike
+        error = error.exceptions[0]  # usually all are alike
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     if isinstance(error, PhononError | sqlite3.Error):
         return Failed(text)
@@ -211,7 +211,7 @@ def failure(error: BaseException) -> Failed:
 
 
 def main() -> None:
-    """Do what the program at the other end of the connection says."""
+    """Work for the program at the other end of the connection."""
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
