@@ -135,11 +135,15 @@ def wait_until_stored(broker: Broker, process: Process, pool: Pool, count: int) 
     """
     give_up = time.monotonic() + TIMEOUT
     while True:
-        living = len(pool.alive) + 1  # and this program's own process
+        alive = pool.alive
+        # A worker that replaces a dead one is listed before it says its id. Until then the dead one
+        # may be counted in its place.
+        have_begun = all(worker.process for worker in alive)
+        living = len(alive) + 1  # and this program's own process
         with contextlib.suppress(ConnectionError):
             stored = broker.stored(process)
             listed = int(process.client.zcard(process.heartbeat_hash_name))
-            if stored >= count and listed == living:
+            if have_begun and stored >= count and listed == living:
                 return
             if time.monotonic() > give_up:
                 raise WorkerError(
