@@ -11,8 +11,6 @@ from phonon.errors import ConfigurationError
 from phonon.settings import check_name
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from phonon.process import Process
 
 M = TypeVar("M")
@@ -65,7 +63,6 @@ class BaseMessages(BaseBatch, Generic[M]):
         #: such as executing a session that has ended, is not theirs.
         self.is_stored = False
         #: Whether the block has ended as it should, so that the last message is complete.
-        self._complete = False
         self._measure_at = MOST_RECORDS
         self.asks = progress.asks
         if self.asks:
@@ -165,11 +162,6 @@ class BaseMessages(BaseBatch, Generic[M]):
 
     # The end
 
-    def _ends(self, error: BaseException | None) -> None:
-        """End the block. If it raised, drop its data: the broker still has the messages."""
-        if self._depth == 1:
-            self._complete = error is None
-
     def _closing(self) -> "MessagesClosing | None":  # type: ignore[override]  # the same for `close`
         self.is_open = False
         outs = [self._endings.pop(key) for key in list(self._endings)]
@@ -177,13 +169,13 @@ class BaseMessages(BaseBatch, Generic[M]):
         self.fresh, self.joins = [], {}
         self._engine.close_batch(self, self._outer)
         self._return_aside()
-        if not self._complete:
+        if not self.is_complete:
             drop(self, fresh)
             fresh = []
         elif fresh and not self._has_begun:
             drop(self, fresh)
             raise self._outside()
-        stores = self._complete and self._has_begun
+        stores = self.is_complete and self._has_begun
         if not (stores or joins or outs):
             return None
         return MessagesClosing(self._engine, self, fresh, joins, outs, stores=stores)
@@ -227,7 +219,7 @@ class MessagesClosing:
             errors += yield from _storing(engine, self._batch, progress, self._fresh)
         if self._joins:
             errors += yield from engine.outbox.store((), list(self._joins))
-        self._batch.is_stored = self._batch._complete and not errors  # noqa: SLF001 - its other half
+        self._batch.is_stored = self._batch.is_complete and not errors
         # Only now: their last data has to be stored with the books, not by the end of a session.
         errors += yield from end_all(engine, self._outs)
         return errors
@@ -296,15 +288,6 @@ class Messages(BaseMessages[M], Batch):
             raise
         for error in errors:
             raise error
-
-    def __exit__(
-        self,
-        kind: "type[BaseException] | None",
-        error: BaseException | None,
-        traceback: "TracebackType | None",
-    ) -> None:
-        self._ends(error)
-        super().__exit__(kind, error, traceback)
 
 
 class BaseSource:

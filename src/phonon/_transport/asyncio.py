@@ -77,11 +77,6 @@ MOST_MAIL = 1000
 _Future = asyncio.Future[Any]
 
 
-def _resolve(future: _Future, value: Any) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
 class AsyncSignal:
     """Wakes one task. Any thread may set it, before the task waits or while it does.
 
@@ -101,10 +96,10 @@ class AsyncSignal:
         if waiter is None:
             return
         if _running_loop() is self._loop:
-            _resolve(waiter, True)  # noqa: FBT003 - the value
+            async_io.settle(waiter, True)  # noqa: FBT003 - the value
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(_resolve, waiter, True)  # noqa: FBT003 - the value
+            self._loop.call_soon_threadsafe(async_io.settle, waiter, True)  # noqa: FBT003 - the value
 
     async def wait(self, seconds: float) -> bool:
         """Wait until it is set, and unset it. Return whether it was set."""
@@ -132,13 +127,14 @@ class _Ticket(Ticket):
     def tell(self) -> None:
         """Wake the task, if all answers are there."""
         future = self.future
-        if future is not None and not future.done() and self.is_done:
-            future.set_result(None)
+        if future is not None and self.is_done:
+            async_io.settle(future)
 
     def fail(self, error: Exception) -> None:
         """Tell the task that there are no answers yet."""
-        if self.future is not None and not self.future.done():
-            self.future.set_exception(error)
+        if self.future is not None:
+            with contextlib.suppress(asyncio.InvalidStateError):
+                self.future.set_exception(error)
 
 
 class AsyncWorker:
@@ -225,7 +221,6 @@ class AsyncDriver:
         # Tickets in the order of their deadlines, and the timer for the first.
         self._waiting: dict[_Ticket, None] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._trouble: Exception | None = None
         self._mail = _Mail()
         self._readers: dict[int | None, asyncio.Task[None]] = {}
         identity.on_rebirth(self.look_again)
@@ -426,18 +421,13 @@ class AsyncDriver:
         until = self.loop.time() + patience
         steps = exchange(self.server, requests, [call for _, call in calls], patience)
         replies = await async_io.run(steps)
-        moved = False
-        lost: Exception | None = None
-        for (lane, call), reply in zip(calls, replies, strict=True):
-            if isinstance(reply, Exception):
-                self._trouble = reply
-                if isinstance(reply, ConnectionLostError):
-                    lost = reply
-            moved = self._receiver.take(lane, call, reply) or moved
-        if lost is not None and self.loop.time() < until:
-            # Given up early: the server does not let us in.
+        early = self.loop.time() < until
+        moved, hopeless = self._receiver.take_all(calls, replies, early=early)
+        if hopeless:
             self._fail({lane for lane, _ in calls})
-        if self._trouble is not None and any(lane.state is State.FENCED for lane, _ in calls):
+        if self._receiver.trouble is not None and any(
+            lane.state is State.FENCED for lane, _ in calls
+        ):
             for ticket in list(self._waiting):
                 if ticket.run.background and ticket.send.first:
                     self._fail_if_fenced(ticket)
@@ -462,7 +452,7 @@ class AsyncDriver:
         for ticket in list(self._waiting):
             if ticket.deadline <= now:
                 self._waiting.pop(ticket)
-                ticket.fail(self._lost())
+                ticket.fail(self.lost())
         if self._waiting:
             earliest = min(ticket.deadline for ticket in self._waiting)
             self._timer = self.loop.call_at(earliest, self._overdue)
@@ -471,20 +461,16 @@ class AsyncDriver:
         lanes = set(lanes)
         for ticket in list(self._waiting):
             if not lanes.isdisjoint(ticket.lanes()):
-                ticket.fail(self._lost())
+                ticket.fail(self.lost())
 
     def _fail_if_fenced(self, ticket: _Ticket) -> None:
         """The heartbeat's own flow must not wait for a rebirth, which is its to do."""
         if any(lane.state is State.FENCED for lane in ticket.lanes()):
-            ticket.fail(self._lost())
+            ticket.fail(self.lost())
 
-    def _lost(self) -> ConnectionLostError:
-        trouble = self._trouble
-        if isinstance(trouble, ConnectionLostError):
-            return ConnectionLostError(*trouble.args)
-        if isinstance(trouble, ResponseError):
-            trouble = self.explain(trouble)
-        return self.server.lost(trouble)
+    def lost(self) -> ConnectionLostError:
+        """Return the error for a caller whose call is not answered, with the reason if known."""
+        return self.server.lost(self._receiver.trouble)
 
     def deliver(self, operation: Operation, answer: Any) -> None:
         """Hand the answer to an operation, which a rebirth has found, to the task that waits."""
@@ -590,7 +576,7 @@ class AsyncDriver:
         mail.groups[future] = group
         if group not in self._readers:
             self._readers[group] = self._start(self._read_mail(group), "phonon-mail", Context())
-        timer = self.loop.call_later(effect.seconds, _resolve, future, False)  # noqa: FBT003 - the value
+        timer = self.loop.call_later(effect.seconds, async_io.settle, future, False)  # noqa: FBT003 - the value
         try:
             return bool(await future)
         finally:
@@ -678,7 +664,7 @@ class AsyncDriver:
             self._timer.cancel()
             self._timer = None
         for ticket in list(self._waiting):
-            ticket.fail(self._lost())
+            ticket.fail(self.lost())
         self._mail.wake_all()
         left = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in left:
@@ -705,7 +691,7 @@ class _Mail:
         """Wake the task that a mail is for."""
         future = self.waiting.get(waiter)
         if future is not None:
-            _resolve(future, True)  # noqa: FBT003 - the value
+            async_io.settle(future, True)  # noqa: FBT003 - the value
         elif is_nudge(waiter):
             self.wake_all()
         else:
@@ -722,7 +708,7 @@ class _Mail:
     def wake_all(self) -> None:
         """Wake all tasks: they ask again."""
         for future in list(self.groups):
-            _resolve(future, True)  # noqa: FBT003 - the value
+            async_io.settle(future, True)  # noqa: FBT003 - the value
 
 
 async def _outcome_of(function: Callable[[], Any]) -> Outcome:

@@ -10,13 +10,14 @@ from redis.exceptions import ResponseError
 
 from phonon._core.flows import EXECUTING, FlowRun, Outcome, Send
 from phonon._protocol.answers import Reply
-from phonon._protocol.lane import Call, Lane, move
+from phonon._protocol.lane import Call, Lane, State, move
 from phonon._protocol.library import Library, Request
 from phonon._protocol.operations import Code, Operation
 from phonon._protocol.partitions import ENCODING, ERRORS, Partitions
 from phonon._transport.server import Reply as Answer
 from phonon._transport.server import Server
 from phonon._transport.steps import Steps
+from phonon.errors import ConnectionLostError
 
 #: Errors that end a lane, unless it was closing.
 REFUSALS = frozenset({"PHONONFENCED", "PHONONLOST", "PHONONSTALE"})
@@ -234,6 +235,33 @@ class Receiver:
     def __init__(self, identity: LaneOwner, explain: Explain) -> None:
         self.identity = identity
         self.explain = explain
+        #: The last reply that was an error.
+        self.trouble: Exception | None = None
+
+    def take_all(
+        self, calls: Sequence[tuple[Lane, Call]], replies: Sequence[Any], *, early: bool
+    ) -> tuple[bool, bool]:
+        """Take in the replies to calls.
+
+        Args:
+            calls: The calls.
+            replies: Their replies.
+            early: Whether a call without an answer was given up before its time.
+
+        Returns:
+            Whether a lane can go on at once; and whether waiting is no use, because the server does
+            not let us in, or refuses even to say what became of a call that it has refused.
+        """
+        moved = hopeless = False
+        for (lane, call), reply in zip(calls, replies, strict=True):
+            moved = self.take(lane, call, reply) or moved
+            if isinstance(reply, Exception):
+                self.trouble = reply
+                if isinstance(reply, ConnectionLostError):
+                    hopeless = hopeless or early
+                elif call.error is not None and lane.state is State.REFUSED:
+                    hopeless = True
+        return moved, hopeless
 
     def take(self, lane: Lane, call: Call, reply: Any) -> bool:
         """Take in a reply to a call, or the error that there is none.

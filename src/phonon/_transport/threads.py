@@ -277,7 +277,6 @@ class ThreadDriver:
         self._claims = _Claims()
         self._waiting: dict[_Ticket, None] = {}
         self._mail = _Mail()
-        self._trouble: Exception | None = None
         self._closed = False
         identity.on_rebirth(self.look_again)
 
@@ -534,7 +533,7 @@ class ThreadDriver:
                     and any(lane.state is State.FENCED for lane in lanes)
                 ):
                     # The heartbeat's own flow must not wait for a rebirth, which is its to do.
-                    raise self._lost()
+                    raise self.lost()
                 steal = not bell.wait(min(left, pause))
                 pause = min(pause * 2, LOOK_AGAIN)
         finally:
@@ -565,22 +564,17 @@ class ThreadDriver:
     def _exchange(self, calls: Sequence[tuple[Lane, Call]], patience: float) -> bool:
         requests = self._requests(calls)
         server = self.server
+        is_awaited = patience > 0
         if not server.colocated:
             # The lanes of nodes that answer do not wait for one that does not.
             patience = 0
         until = time.monotonic() + patience
         sent = [call for _, call in calls]
         replies = sync_io.run(exchange(server, requests, sent, patience))
-        moved = False
-        lost: Exception | None = None
-        for (lane, call), reply in zip(calls, replies, strict=True):
-            if isinstance(reply, Exception):
-                self._trouble = reply
-                if isinstance(reply, ConnectionLostError):
-                    lost = reply
-            moved = self._receiver.take(lane, call, reply) or moved
-        if lost is not None and time.monotonic() < until:
-            raise lost  # given up early: the server does not let us in
+        early = time.monotonic() < until
+        moved, hopeless = self._receiver.take_all(calls, replies, early=early)
+        if hopeless and is_awaited:
+            raise self.lost()
         return moved
 
     def _pass_on(self, lane: Lane) -> None:
@@ -595,13 +589,9 @@ class ThreadDriver:
                 bell.set()
                 return
 
-    def _lost(self) -> ConnectionLostError:
-        trouble = self._trouble
-        if isinstance(trouble, ConnectionLostError):
-            return ConnectionLostError(*trouble.args)
-        if isinstance(trouble, ResponseError):
-            trouble = self.explain(trouble)
-        return self.server.lost(trouble)
+    def lost(self) -> ConnectionLostError:
+        """Return the error for a caller whose call is not answered, with the reason if known."""
+        return self.server.lost(self._receiver.trouble)
 
     def deliver(self, operation: Operation, answer: Any) -> None:
         """Hand the answer to an operation, which a rebirth has found, to the thread that waits."""
@@ -770,7 +760,7 @@ class ThreadDriver:
         self._claims.forget()
         self._waiting = {}
         self._mail = _Mail()
-        self._trouble = None
+        self._receiver.trouble = None
 
 
 class _Mail:
