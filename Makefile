@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# Tests start hundreds of interpreters: each of them would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all chaos lint bench docs imports hooks changelog build release-check workflows clean
 
@@ -21,9 +24,9 @@ $(VENV)/.installed: pyproject.toml demo/pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## run the main job on real data with an embedded server
 	$(BIN)/phonon demo $(ARGS)
 
-# Tests wait more than they compute: three workers use two cores, and each has servers of its own.
+# Tests wait more than they compute: four workers use two cores, and each has servers of its own.
 test: $(VENV)/.installed ## run the tests, but for the slow exhaustive ones
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not chaos" $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not slow and not chaos" $(ARGS)
 
 test-all: $(VENV)/.installed ## run all tests, as CI does
 	PHONON_TEST_EXAMPLES=1 $(BIN)/python -m pytest -n 3 --dist worksteal --maxfail 10 $(ARGS)
@@ -49,6 +52,7 @@ bench: $(VENV)/.peers ## measure against bare Redis and peers
 	$(BIN)/python benchmarks/locks.py
 	$(BIN)/python benchmarks/aio.py
 	$(BIN)/python benchmarks/paths.py
+	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/scale.py --keys 100000 --messages 1000000
 	$(BIN)/python benchmarks/backpressure.py --seconds 12
 

@@ -21,6 +21,11 @@ def resident() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
 
 
+def on_server(process: Process) -> int:
+    """The bytes of the server's memory."""
+    return int(process.client.info("memory")["used_memory"])
+
+
 @contextmanager
 def processes(count: int = 1, **options: Any) -> Iterator[list[Process]]:
     """Processes on a server of their own."""

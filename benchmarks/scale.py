@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common import processes, resident
-from phonon import LruCache, Process, Update
+from common import on_server, processes, resident
+from phonon import LruCache, Update
 
 BATCH = 1000
 HELD = 1000
@@ -50,11 +50,6 @@ def peak() -> Iterator[Callable[[], int]]:
     finally:
         ended.set()
         thread.join()
-
-
-def on_server(process: Process) -> int:
-    """The bytes of the server's memory."""
-    return int(process.client.info("memory")["used_memory"])
 
 
 def many_keys(keys: int) -> None:

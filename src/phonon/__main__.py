@@ -1,4 +1,4 @@
-"""``python -m phonon``."""
+"""Runs the command line as ``python -m phonon``."""
 
 from phonon.cli import main
 

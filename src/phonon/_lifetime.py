@@ -1,4 +1,4 @@
-"""Stops processes at the end of the interpreter, and renews them after a fork."""
+"""Stops processes at the end of the interpreter, and resets their copies after a fork."""
 
 import atexit
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger("phonon")
 
 #: Packages whose children end without the interpreter's exit functions.
 _PACKAGES = (multiprocessing.util.__name__, "billiard.util")
-#: Behind all others: finalizers of the user's may still need their process.
+#: The last of all: finalizers of the user's may still need their process.
 _LAST = -100
 
 
@@ -30,7 +30,7 @@ class Forkable(Protocol):
     """A process that has a copy in a forked child."""
 
     def begin_after_fork(self) -> None:
-        """Be the child's copy."""
+        """Reset the child's copy."""
 
 
 _stoppable: "weakref.WeakSet[Stoppable]" = weakref.WeakSet()
@@ -40,10 +40,10 @@ _watched: dict[str, int] = {}
 
 
 def is_to_be_forked() -> bool:
-    """Return whether this is uWSGI's master, which has imported the program for its workers.
+    """Return whether this is uWSGI's master, which imports the program for its workers.
 
     It forks in C, without regard to other threads: if one of them runs Python code at that moment,
-    no Python code runs in the worker ever again.
+    the worker can never run Python code again.
     """
     uwsgi = sys.modules.get("uwsgi")
     return uwsgi is not None and uwsgi.worker_id() == 0
@@ -56,17 +56,17 @@ def stop_at_exit(process: Stoppable) -> None:
 
 
 def forget(process: Stoppable) -> None:
-    """Leave a process alone at the end of the interpreter: it has been stopped."""
+    """Do not stop a process at the end of the interpreter: it has been stopped."""
     _stoppable.discard(process)
 
 
 def tell_of_forks(process: Forkable) -> None:
-    """Have a process's copy in a forked child begin anew."""
+    """Reset a process's copy in each forked child."""
     _forkable.add(process)
 
 
 def stop_all(**_: object) -> None:
-    """Leave nothing to take over. Celery's signals give arguments."""
+    """Stop all processes, so that nothing is left to take over. Celery passes arguments."""
     for process in list(_stoppable):
         try:
             process.stop()
@@ -75,7 +75,7 @@ def stop_all(**_: object) -> None:
 
 
 def _watch_all() -> None:
-    """Have all that ends children in a way of its own call `stop_all` before."""
+    """Make packages that end their children in another way call `stop_all` first."""
     for package in _PACKAGES:
         _watch(package)
     signals = sys.modules.get("celery.signals")
@@ -93,7 +93,7 @@ def _watch(package: str, *, anew: bool = False) -> None:
     _watched[package] = os.getpid()
     util.Finalize(None, stop_all, exitpriority=_LAST)
     if is_first:
-        # A child forgets the finalizers of its parent, and runs this afterwards.
+        # A child drops its parent's finalizers, and then runs this.
         util.register_after_fork(stop_all, lambda _: _watch(package, anew=True))
 
 
@@ -102,9 +102,9 @@ def _after_fork_in_child() -> None:
     for process in list(_forkable):
         process.begin_after_fork()
     if _stoppable:
-        _watch_all()  # what forks may have been imported after the process was made
+        _watch_all()  # the forking package may have been imported after the process was made
 
 
-# After the non-daemon threads have ended, which may use a process until then.
+# Runs after the non-daemon threads have ended, which may use a process until then.
 atexit.register(stop_all)
 forks.call_in_child(_after_fork_in_child)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from phonon.update import Update
 
-#: From so many updates on, those of one record that only the batch refers to are merged.
+#: Number of updates from which on those of one record are merged, if only the batch has them.
 MANY = 1024
 
 
@@ -29,7 +29,7 @@ class Out(NamedTuple):
 
     Attributes:
         update: The update.
-        failed: Called if that goes wrong, and the update may still have its data.
+        failed: Called if the end fails; the update may still have its data then.
     """
 
     update: Any
@@ -44,10 +44,10 @@ class BaseBatch:
         durable: Whether to store the data of updates that are made with ``init_cache=False``.
 
     Attributes:
-        is_open: Whether it collects.
+        is_open: Whether the batch collects.
         joins: Resources to join, each with the update that opens its session, if there is one.
         fresh: Updates to store. One that was merged into another may be among them.
-        merge_at: When there are more than so many, `shrink` is called.
+        merge_at: The number of updates above which `shrink` is called.
         is_failed: Whether the block's body has raised, so that nothing of it is stored.
         is_complete: Whether the block's body has come to its end.
     """
@@ -56,12 +56,12 @@ class BaseBatch:
     asks: bool = False
 
     def passes_over(self, resource: str) -> bool:
-        """Return whether what a message brings to a resource is stored already."""
+        """Return whether the data of a message for a resource is stored already."""
         del resource
         return False
 
     def ends_for_others(self, update: "Update", failed: Callable[[], None]) -> bool:
-        """Return whether the session ends with the block that another thread ends meanwhile."""
+        """Let another thread's block end a session, if it is ending one; return whether it will."""
         del update, failed
         return False
 
@@ -74,8 +74,8 @@ class BaseBatch:
         self.is_failed = self.is_complete = False
         self._engine = engine
         self._opened = 0.0
-        # What is to be undone if the body raises: the content that updates had before the block,
-        # and what other threads have for updates that are in it.
+        # For undoing the block if its body raises: the content that updates had before it, and
+        # the updates that other threads had for the same records.
         self._before: dict[int, tuple[Any, bytes]] = {}
         self._aside: list[tuple[Any, Any]] = []
         self._endings: dict[int, Out] = {}
@@ -91,24 +91,24 @@ class BaseBatch:
         self.joins.setdefault(resource)
 
     def take_join(self, resource: str) -> bool:
-        """Remove a resource from those to be joined. Return whether it was one."""
+        """Remove a resource from those to be joined. Return whether it was present."""
         if resource not in self.joins:
             return False
         del self.joins[resource]
         return True
 
     def add(self, update: "Update") -> None:
-        """Store what the update has unsent when the block ends."""
+        """Store the update's unsent data when the block ends."""
         if update._batch_ is not self:
             update._batch_ = self
             self.fresh.append(update)
 
     def add_new(self, update: "Update") -> None:
-        """Store an update that was made in the block, when it ends."""
+        """Store an update that was made in the block, when the block ends."""
         self.add(update)
 
     def replace(self, spent: "Update", update: "Update") -> None:
-        """Store an update into which another one was merged, in the place of that."""
+        """Store an update instead of another one that was merged into it."""
         fresh = self.fresh
         last = bool(fresh) and fresh[-1] is spent and spent is not update
         if update._batch_ is not self:
@@ -121,7 +121,7 @@ class BaseBatch:
             fresh.pop()
 
     def keep(self, update: "Update") -> None:
-        """Remember what an update has unsent before anything of the block is merged into it.
+        """Remember an update's unsent data before anything of the block is merged into it.
 
         Raises:
             NotStorableError: A value has a type that cannot be stored.
@@ -131,23 +131,23 @@ class BaseBatch:
             self._before[id(update)] = update, partial
 
     def put_aside(self, update: "Update", other: Any) -> None:
-        """Keep apart what a thread that is not in the block has merged into one of its updates."""
+        """Keep an update apart that another thread would merge into one of this block's."""
         self._aside.append((update, other))
 
     def shrink(self) -> None:
-        """Merge updates of the same record and class that only the batch refers to."""
+        """Merge updates of the same record and class if only the batch refers to them."""
         waiting, self.fresh = self.fresh, []
-        waiting.reverse()  # the very list, or it would be one more reference to each
+        waiting.reverse()  # in place: a copy would be one more reference to each update
         firsts: dict[tuple[str, type], Any] = {}
         kept: list[Any] = []
         while waiting:
             update = waiting.pop()
             first = firsts.setdefault((update.resource_id, type(update)), update)
-            # One that the user has may still be changed.
+            # The user may still change an update that the user refers to.
             if first is not update and sys.getrefcount(update) <= UNREFERENCED:
                 try:
                     first.refresh(update)
-                except Exception:  # noqa: BLE001 - merging raises again when the batch is executed
+                except Exception:  # noqa: BLE001 - the merge raises again when the batch is executed
                     kept.append(update)
             else:
                 kept.append(update)
@@ -159,7 +159,7 @@ class BaseBatch:
 
         Args:
             update: The update.
-            failed: Called if that goes wrong.
+            failed: Called if that fails.
         """
         self._endings[id(update)] = Out(update, failed or (lambda: self._keep(update)))
 
@@ -196,7 +196,7 @@ class BaseBatch:
         return False
 
     def _open(self) -> None:
-        """Collect what this thread or task does from now on."""
+        """Collect the actions of this thread or task from now on."""
         if not self.is_open:
             if self._is_left:
                 self._block = None
@@ -210,9 +210,9 @@ class BaseBatch:
         self._depth += 1
 
     def _leaves(self, error: BaseException | None, *, outermost: bool) -> bool:
-        """Leave a block. Return whether the batch is to be closed: the block was the outermost."""
+        """Leave a block. Return whether it was the outermost one, so that the batch is closed."""
         self._depth -= 1
-        # A block that was forked inside of is the parent's, and `stop` closes a batch itself.
+        # After a fork inside the block it belongs to the parent, and `stop` closes a batch itself.
         if (self._depth and not outermost) or not self.is_open or self._pid != os.getpid():
             return False
         self.is_failed = error is not None
@@ -220,10 +220,10 @@ class BaseBatch:
         return True
 
     def _closing(self) -> "Closing | None":
-        """Collect no more.
+        """Stop collecting.
 
         Returns:
-            What is to be sent; None if that is nothing.
+            The contents to send; None if the batch is empty.
         """
         self.is_open = False
         self._engine.close_batch(self, self._outer)
@@ -232,13 +232,13 @@ class BaseBatch:
         aside, self._aside = self._aside, []
         if self.is_failed:
             self._undo(fresh, aside)
-            # A session from before the block may end at any time, as its cache has decided.
+            # A session that began before the block may end, because its cache has decided so.
             outs = [out for out in outs if out.update._begun_ < self._opened]
             joins, fresh = ({} if self.durable else joins), []
         fresh += [other for _, other in aside if other.has_unsent()]
         self._before = {}
         if self._engine.stopped and not joins:
-            # `stop` has ended what it knew of, so there may be nothing to complain about.
+            # `stop` has ended the sessions that it knew of, so possibly nothing is left to store.
             fresh = [update for update in fresh if update.has_unsent()]
             outs = [out for out in outs if out.update.has_unsent()]
         if not (joins or fresh or outs):
@@ -246,7 +246,7 @@ class BaseBatch:
         return Closing(self._engine, self, joins, fresh, outs)
 
     def _undo(self, fresh: Iterable[Any], aside: Iterable[tuple[Any, Any]]) -> None:
-        """Have all updates be as they were before the block."""
+        """Restore all updates to their content from before the block."""
         for update in fresh:
             update._batch_ = None
             update.discard()
@@ -257,7 +257,7 @@ class BaseBatch:
             update.refresh(other)
 
     def _return_aside(self) -> None:
-        """Store by itself what is not of the block."""
+        """Store the updates of other threads by themselves."""
         aside, self._aside = self._aside, []
         if aside:
             self._engine.outbox.unstored += [other for _, other in aside if other.has_unsent()]
@@ -309,7 +309,7 @@ class Closing:
         return errors
 
     def interrupted(self) -> None:
-        """Keep all, if nothing was begun. What was begun goes on in the background."""
+        """Keep the data if the flow has not begun. A flow that has begun goes on by itself."""
         if has_begun(self.flow):
             return
         for update in self._fresh:
@@ -322,7 +322,7 @@ class Closing:
 
 
 class Batch(BaseBatch):
-    """Collects what one thread does with a process, and sends it together.
+    """Collects the actions of one thread with a process, and sends them together.
 
     Made by `Process.batch`.
 
@@ -332,7 +332,7 @@ class Batch(BaseBatch):
     """
 
     def close(self) -> list[BaseException]:
-        """Send everything, and collect no more. Returns what went wrong."""
+        """Send everything, and stop collecting. Return the errors."""
         closing = self._closing()
         if closing is None:
             return []
@@ -374,7 +374,7 @@ def raise_together(message: str, errors: Sequence[Exception]) -> None:
 
 
 def has_begun(flow: Generator[Any, Any, Any]) -> bool:
-    """Return whether anything of a flow has run: then it goes on, or has ended."""
+    """Return whether a flow has been started; it may have ended."""
     return getgeneratorstate(flow) != GEN_CREATED
 
 
@@ -382,7 +382,7 @@ def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
     """End sessions, many at a time.
 
     Returns:
-        What went wrong.
+        The errors.
     """
     errors: list[BaseException] = []
     while outs:
@@ -399,9 +399,9 @@ def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
 
 
 def merge_updates(updates: Iterable[Any]) -> list[Any]:
-    """Merge updates of the same record and class; what does not merge stays by itself.
+    """Merge updates of the same record and class; one that does not merge stays by itself.
 
-    So does an update in a cache: other threads may merge into it, or take its data, meanwhile.
+    An update in a cache stays by itself too: other threads may merge into it, or take its data.
     """
     firsts: dict[tuple[str, type], Any] = {}
     apart: list[Any] = []
@@ -413,6 +413,6 @@ def merge_updates(updates: Iterable[Any]) -> list[Any]:
         if first is not update:
             try:
                 first.refresh(update)
-            except Exception:  # noqa: BLE001 - merging raises again when the batch is executed
+            except Exception:  # noqa: BLE001 - the merge raises again when the batch is executed
                 apart.append(update)
     return [*firsts.values(), *apart]

@@ -1,4 +1,4 @@
-"""A local cache of updates that merges what it is given and ends the session of what it drops."""
+"""A local cache of updates. It merges updates by key, and ends the sessions of those it drops."""
 
 import math
 import threading
@@ -20,9 +20,9 @@ from phonon.update import Update
 
 U = TypeVar("U")
 
-#: What `set` has to answer most often, and nothing has left the cache.
+#: The most frequent answer of `set`, with nothing that has left the cache.
 _MERGED: tuple[bool, tuple[()]] = (False, ())
-#: Sessions ended at a time, so that no more than those have left the cache and wait.
+#: Sessions ended at a time, so that no more updates than these wait outside of the cache.
 PIECE = 5000
 
 
@@ -49,7 +49,7 @@ class BaseCache(Generic[U]):
         size, most = len(self._entries), self.max_entries
         return f"<{self._package}.{type(self).__name__}: {size} of {most} entries>"
 
-    #: Where users import it from, for a repr.
+    #: The package from which users import the class, for its repr.
     _package = "phonon"
     #: Whether its methods are awaited.
     _is_async = False
@@ -70,13 +70,13 @@ class BaseCache(Generic[U]):
         """Return the update whose end raised last, if any did."""
         return self._last_failed
 
-    # What the public methods do with the cache itself. None of it waits.
+    # The part of the public methods that works on the entries. None of it waits.
 
     def _put(self, key: Hashable, update: U) -> tuple[bool | None, Sequence[tuple[Hashable, U]]]:
-        """Add an update, or merge it. Return the answer of `set`, and what has left the cache."""
+        """Add or merge an update. Return the answer of `set`, and the entries that have left."""
         lock = self._lock
-        # Faster than a with statement, and as safe: an exception that a signal handler raises comes
-        # right behind a call, and none is between the two ends and the calls of the lock.
+        # Faster than a with statement, and as safe: a signal handler's exception can only come
+        # right after a call, and there is no other call next to those of the lock.
         try:
             lock.acquire()
             entry: Any = self._entries.get(key)
@@ -87,7 +87,7 @@ class BaseCache(Generic[U]):
                 try:
                     direct = entry._lock_ is lock and entry._direct_
                 except AttributeError:
-                    direct = False  # no update of ours
+                    direct = False  # not an update of Phonon's
                 if entry.absorb(update) if direct else _refresh(entry, update):
                     self._entries.pop(key, None)
                     result = None, ((key, entry),)
@@ -95,7 +95,7 @@ class BaseCache(Generic[U]):
                     try:
                         self._entries.move_to_end(key)
                     except KeyError:
-                        # A signal handler has ended it in the middle: this is left of it.
+                        # A signal handler has ended the session meanwhile; the entry is left over.
                         result = None, ((key, entry),)
         except BaseException as error:
             if lock._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - interrupted while it waited
@@ -115,7 +115,7 @@ class BaseCache(Generic[U]):
             if engine is not self._known_to:
                 engine.caches.add(self)
                 self._known_to = engine
-            # One that was made before the block is stored by it all the same.
+            # The block also stores an update that was made before it.
             batch = engine.batch if engine.batches else None
             if batch is not None and batch.durable:
                 batch.keep(update)
@@ -160,16 +160,16 @@ class BaseCache(Generic[U]):
             return entry
 
     def _is_over(self, entry: Any, now: float) -> bool:
-        # An update with an is_expired of its own goes by that alone.
+        # If the class has an is_expired of its own, that alone decides.
         return (entry.ends_at_() <= now or not entry._direct_) and _is_expired(entry)
 
     def restore(self, key: Hashable, update: Any) -> None:
-        """Take an update back whose data could not be sent."""
+        """Take back an update whose data could not be sent."""
         self._failed(key, update)
 
     def _look_up(self, key: Hashable) -> tuple[U | None, list[tuple[Hashable, U]]]:
         check_key(key)
-        notice()  # what a forked child finds here is its parent's
+        notice()  # in a forked child the entries belong to the parent
         with self._lock:
             entry = self._entries[key]
             if not _is_expired(entry):
@@ -180,17 +180,17 @@ class BaseCache(Generic[U]):
 
     def _pop(self, key: Hashable) -> list[tuple[Hashable, U]]:
         check_key(key)
-        notice()  # what a forked child finds here is its parent's
+        notice()  # in a forked child the entries belong to the parent
         with self._lock:
             return [(key, self._entries.pop(key))]
 
     def _pop_oldest(self) -> list[tuple[Hashable, U]]:
-        notice()  # what a forked child finds here is its parent's
+        notice()  # in a forked child the entries belong to the parent
         with self._lock:
             return [self._entries.popitem(last=False)] if self._entries else []
 
     def _keys(self, *, expired: bool = False) -> list[Hashable]:
-        notice()  # what a forked child finds here is its parent's
+        notice()  # in a forked child the entries belong to the parent
         with self._lock:
             if not expired:
                 return list(self._entries)
@@ -206,12 +206,12 @@ class BaseCache(Generic[U]):
                     out.append((key, entry))
         return out
 
-    # What has left the cache
+    # Entries that have left the cache
 
     def _sort(
         self, out: Sequence[tuple[Hashable, U]]
     ) -> tuple[list["Leaving"], list[tuple[Hashable, Any]]]:
-        """Return what ends in flows, and what is no update of ours; open batches take theirs."""
+        """Sort entries: some end in flows, some are foreign objects, some go to an open batch."""
         by_engine: dict[Engine, list[Out]] = {}
         others: list[tuple[Hashable, Any]] = []
         for key, entry in out:
@@ -233,8 +233,8 @@ class BaseCache(Generic[U]):
     def _failed(self, key: Hashable, entry: Any) -> None:
         self._last_failed = entry
         if isinstance(entry, Update) and entry.has_unsent():
-            # It never left this process: it is still ours to send. Not as the oldest, which would
-            # be the next to go, and fail again in place of all others.
+            # The data never left this process, so it has to be sent again. It does not become the
+            # oldest entry, which would be the next to go, and fail again instead of all others.
             with self._lock:
                 newer = self._entries.get(key)
                 if isinstance(newer, Update):
@@ -248,7 +248,7 @@ class BaseCache(Generic[U]):
         """Remove the updates of one process; return how their sessions end.
 
         Returns:
-            Each ending, with what to call if it has failed: what was not sent is here again then.
+            Each ending, with the function to call if it has failed: that puts unsent data back.
         """
         with self._lock:
             found = [
@@ -295,7 +295,7 @@ class Leaving:
         self.flow: Flow[list[BaseException]] = end_all(engine, outs)
 
     def interrupted(self) -> None:
-        """Put all back, if nothing was begun. What was begun goes on in the background."""
+        """Put all back if the flow has not begun. A flow that has begun goes on by itself."""
         if not has_begun(self.flow):
             for out in self._outs:
                 out.failed()
@@ -304,8 +304,8 @@ class Leaving:
 class LruCache(BaseCache[U]):
     """Merges updates by key, least recently used out first.
 
-    An update that leaves the cache, because it is the oldest of too many, expired, or told to,
-    ends its session. All methods may be called from several threads.
+    The session of an update ends when the update leaves the cache: because there are too many and
+    it is the oldest, because it is expired, or by a call. Several threads may call all methods.
 
     Args:
         max_entries: The number of keys to keep at the most.
@@ -339,15 +339,14 @@ class LruCache(BaseCache[U]):
                 ``refresh``, and without ``is_expired`` its session is never over by itself.
 
         Returns:
-            True if the cache has grown, or would have but for an older entry that went; False if
-            the update was merged; None if it was merged into one whose session was over, which
-            has been ended.
+            True if the update is a new entry; False if it was merged into an entry; None if it was
+            merged into an entry whose session was over, and that session has been ended.
 
         Raises:
             ConfigurationError: The key belongs to another record, or to another class. Nothing was
                 merged.
-            Exception: What ``merge`` raised; or what ending an evicted or expired entry's session
-                raised, and then the update that was passed is in the cache, or merged.
+            Exception: The error that ``merge`` raised; or an error from ending the session of an
+                evicted or expired entry, and then the given update is in the cache, or merged.
         """
         result = self._put(key, update)
         if result is _MERGED:
@@ -365,7 +364,7 @@ class LruCache(BaseCache[U]):
 
         Raises:
             KeyError: The key is not in the cache.
-            Exception: What ending the session raised.
+            Exception: The error that ending the session raised.
         """
         entry, out = self._look_up(key)
         raise_together("ending a session failed", self._end(out))
@@ -376,15 +375,15 @@ class LruCache(BaseCache[U]):
 
         Raises:
             KeyError: The key is not in the cache.
-            Exception: What ending the session raised.
+            Exception: The error that ending the session raised.
         """
         raise_together("ending a session failed", self._end(self._pop(key)))
 
     def expire_oldest(self) -> None:
-        """End the session of the entry that was not used for the longest time, if there is one.
+        """End the session of the least recently used entry, if there is one.
 
         Raises:
-            Exception: What ending the session raised.
+            Exception: The error that ending the session raised.
         """
         raise_together("ending a session failed", self._end(self._pop_oldest()))
 
@@ -392,7 +391,7 @@ class LruCache(BaseCache[U]):
         """End all sessions, many at a time.
 
         Raises:
-            ExceptionGroup: What ending some of them raised; the others have been ended.
+            ExceptionGroup: The errors that ending some of them raised; the others have ended.
         """
         self._end_keys(self._keys(), expired=False)
 
@@ -400,7 +399,7 @@ class LruCache(BaseCache[U]):
         """End the sessions that are over.
 
         Raises:
-            ExceptionGroup: What ending some of them raised; the others have been ended.
+            ExceptionGroup: The errors that ending some of them raised; the others have ended.
         """
         self._end_keys(self._keys(expired=True), expired=True)
 
@@ -411,7 +410,7 @@ class LruCache(BaseCache[U]):
         raise_all(errors)
 
     def _end(self, out: Sequence[tuple[Hashable, U]]) -> list[Exception]:
-        """End the sessions of entries that have left the cache. Returns what went wrong."""
+        """End the sessions of entries that have left the cache. Return the errors."""
         if not out:
             return []
         errors: list[Exception] = []

@@ -18,22 +18,22 @@ class BaseRecordCache(Limits, BaseCache[Any]):
 
     Args:
         max_entries: The number of keys to keep at the most.
-        on_fork: Called in a forked child, once the parent's records are gone.
+        on_fork: Called in a forked child, after the parent's records were dropped.
     """
 
     def __init__(self, max_entries: int, on_fork: Callable[[], None]) -> None:
         super().__init__(max_entries)
         self._on_fork = on_fork
-        #: Records that have left the cache, and whose sessions are not being ended yet.
+        #: Records that have left the cache, and whose sessions have still to be ended.
         self.left: list[tuple[Hashable, Any]] = []
 
     def insert(self, key: Hashable, record: Any) -> None:
-        """Add a record; the lock is held. What leaves the cache for it is in `left`."""
+        """Add a record, under the lock. Records that leave the cache for it are in `left`."""
         self._make_room()
         self.left += self._insert(key, record)
 
     def drain(self) -> list[tuple[Hashable, Any]]:
-        """Remove and return what has left the cache."""
+        """Remove and return the records that have left the cache."""
         with self._lock:
             left = self.left[:]
             del self.left[:]
@@ -41,13 +41,13 @@ class BaseRecordCache(Limits, BaseCache[Any]):
 
     def endings_for(self, engine: Engine) -> list[tuple[Any, Callable[[], object]]]:
         """Remove the records; see `BaseCache`."""
-        # An interrupt may have come before their sessions were ended.
+        # Records are left over if an interrupt came before their sessions were ended.
         for key, record in self.drain():
             self.restore(key, record)
         return super().endings_for(engine)
 
     def forget_for(self, engine: Engine) -> None:
-        """Drop the records: after a fork they are the parent's."""
+        """Drop the records, which belong to the parent after a fork."""
         super().forget_for(engine)
         del self.left[:]
         self._on_fork()
@@ -57,17 +57,17 @@ class RecordCache(BaseRecordCache, LruCache[Any]):
     """The records of a collection, for threads."""
 
     def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
-        """End the sessions of records that have left the cache. Returns the errors."""
+        """End the sessions of records that have left the cache. Return the errors."""
         return self._end(out)
 
 
 class Collection(BaseCollection[P, M]):
-    """Merges messages into records by key; keys without messages for the longest go first.
+    """Merges messages into records by key; the keys without messages for the longest time go first.
 
     Made by `Process.collect`. A record that leaves the collection ends its session. The last
-    process to end it runs the model's ``on_complete`` on the merged data of all processes. All
-    methods may be called from several threads. The order in which keys leave is that of a clock
-    (second chance), which comes close to the order of use and costs a message nothing.
+    process to end it runs the model's ``on_complete`` on the merged data of all processes. Several
+    threads may call all methods. Keys leave in the order of a clock (second chance), which is close
+    to the order of use and costs nothing for a message.
 
     Inside `Process.batch` all data is on the server when the block ends; outside of a block, when
     the method returns. Inside ``batch(durable=False)`` it stays here until the session ends.
@@ -99,16 +99,16 @@ class Collection(BaseCollection[P, M]):
 
         Args:
             values: The message's values, the ID first.
-            named: The same by name.
+            named: The same values by name.
 
         Raises:
-            InvalidMessageError: The model does not take it. Nothing of it was merged.
+            InvalidMessageError: The model refuses the message. No part of it was merged.
             ConnectionLostError: The server does not answer. The data is kept and stored once, when
                 the server is back: do not hand the message back to its broker.
-            BacklogFullError: Too much is unfinished; this was not taken in.
+            BacklogFullError: Too much work is unfinished; the message was not taken in.
             Exception: The error of ending an evicted record's session; the message was merged.
         """
-        raise NotImplementedError  # each instance has its own, which is compiled
+        raise NotImplementedError  # each instance has a compiled one
 
     def add_many(self, rows: Iterable[Any]) -> list[Rejected]:
         """Merge many messages: dicts, dataclasses, msgspec structs or pydantic models.
@@ -117,10 +117,10 @@ class Collection(BaseCollection[P, M]):
             rows: The messages.
 
         Returns:
-            Those that the model does not take, with their numbers. All others were merged.
+            The messages that the model refuses, with their numbers. All others were merged.
 
         Raises:
-            ConfigurationError: It is a single message.
+            ConfigurationError: The argument is a single message.
             ConnectionLostError: The server does not answer; see `add`.
             Exception: As `add`.
         """
@@ -134,26 +134,26 @@ class Collection(BaseCollection[P, M]):
         for first, piece in self._pieces(rows, TOGETHER):
             with self._process.batch():
                 self._rows(piece, first, rejected)
-            # A signal handler that stops the process in the middle ends the block there.
+            # A signal handler that stops the process ends the block at this point.
             self._engine.check()
         return rejected
 
     def add_table(self, table: Any) -> list[Rejected]:
         """Merge the rows of a table, which has a column for each field.
 
-        They are grouped and reduced by pyarrow (``pip install phonon[columns]``), and merged with
-        one merge a key.
+        pyarrow (``pip install phonon[columns]``) groups and reduces the rows, so that there is one
+        merge for each key.
 
         Args:
             table: A polars or pandas frame, an Arrow table or record batch, or anything else with
                 the Arrow PyCapsule interface.
 
         Returns:
-            The rows that the model does not take, with their numbers. All others were merged.
+            The rows that the model refuses, with their numbers. All others were merged.
 
         Raises:
-            ConfigurationError: pyarrow is not installed, or this is no table.
-            InvalidMessageError: There is no column for the ID, or one that the model does not have.
+            ConfigurationError: pyarrow is not installed, or this is not a table.
+            InvalidMessageError: The ID has no column, or the model does not have a column's field.
             ConnectionLostError: The server does not answer; see `add`.
             Exception: As `add`.
         """
@@ -161,7 +161,7 @@ class Collection(BaseCollection[P, M]):
         if rows.table is None:
             return self.add_many(rows.rows)
         self._wait_for_room()
-        # Not one in another: it would make that durable.
+        # Not inside another batch, which would become durable.
         with nullcontext() if self._engine.batch is not None else self._process.batch():
             out = self._put_table(rows)
             raise_together("ending sessions failed", self._cache.end(out))
@@ -169,16 +169,16 @@ class Collection(BaseCollection[P, M]):
         return [Rejected(*each) for each in rows.rejected]
 
     def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
-        """Merge a record that shows one message; its ``on_complete`` may be given arguments.
+        """Merge a record of one message, with arguments for its ``on_complete``.
 
         Args:
             record: A record that you have made, as in ``PageViews("ada", views=1)``.
-            arguments: The arguments of ``on_complete`` if this process completes the session; the
-                last ones count.
-            named: The same by name.
+            arguments: The arguments of ``on_complete`` if this process completes the session; later
+                ones replace earlier ones.
+            named: The same arguments by name.
 
         Raises:
-            InvalidMessageError: The model does not take it. Nothing of it was merged.
+            InvalidMessageError: The model refuses the message. No part of it was merged.
             ConnectionLostError: The server does not answer; see `add`.
             Exception: As `add`.
         """
@@ -192,25 +192,25 @@ class Collection(BaseCollection[P, M]):
         """Return the data that all processes have stored of a key in its open session.
 
         Returns:
-            The record; None if nothing is stored.
+            The record; None if no data is stored.
         """
         found: M | None = self._engine.run(self._reading(key))  # type: ignore[attr-defined]  # of threads
         return found
 
     def expire(self, key: Any) -> None:
-        """End the session of a key here.
+        """End this process's session of a key.
 
         Raises:
-            KeyError: The key is not here.
+            KeyError: The key is not in the collection.
             Exception: The error of ending the session.
         """
         self._cache.expire(key)
 
     def expire_all(self) -> None:
-        """End all sessions here, many at a time.
+        """End all sessions of this process, many at a time.
 
         Raises:
-            ExceptionGroup: The errors of ending some of them; the others have been ended.
+            ExceptionGroup: The errors of ending some of them; the others have ended.
         """
         self._cache.expire_all()
 

@@ -1,4 +1,4 @@
-"""The original's connection: one process for the program, made by `connect`."""
+"""The connection of the original Phonon: `connect` makes one process for the program."""
 
 import threading
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ _process: Process | None = None
 def connect(
     hosts: Sequence[str] | None = None, port: int = 6379, db: int = 1, **options: Any
 ) -> Process:
-    """Return the program's process, which the first call makes, and any after it has stopped.
+    """Return the program's process. The first call makes it, and any call after its stop.
 
     Args:
         hosts: One host of a server, or several nodes of a cluster.
-        port: The server's port, where a host has none.
+        port: The server's port, for hosts without one.
         db: The server's database.
-        options: Those of `Process`.
+        options: The options of `Process`.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -44,7 +44,7 @@ def process() -> Process:
     """Return the process that `connect` has made.
 
     Raises:
-        ConfigurationError: It was not called.
+        ConfigurationError: `connect` was not called.
     """
     with _lock:
         if _process is None:

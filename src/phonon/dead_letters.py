@@ -1,4 +1,4 @@
-"""Dead letters: batches that failed too often, kept until somebody replays or discards them."""
+"""Dead letters: batches that failed too often, kept until they are replayed or discarded."""
 
 from phonon._core.dead_letters import Parked
 

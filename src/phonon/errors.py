@@ -12,11 +12,11 @@
     │   ├── AuthenticationError              it refused the user name or password
     │   └── ForeignKeyError                  a key of Phonon's holds a value of another type
     ├── ServerUnreachableError (ConnectionError)   no server answered
-    │   └── ConnectionLostError              it stopped answering in the middle of a call
+    │   └── ConnectionLostError              it stopped answering during a call
     ├── EmbeddedServerError                  the bundled server could not be started
     ├── AlreadyLockedError                   another holder has the lock
     │   └── DeadlockError (RuntimeError)     the holder is this very thread
-    ├── LockLostError                        a lock is no longer held
+    ├── LockLostError                        a lock is not held any more
     ├── BacklogFullError                     too much work is unfinished to take in more
     ├── BatchLostError                       a batch was executed here, and taken over meanwhile
     ├── BatchRunningError                    a parked batch cannot run while another one does
@@ -24,13 +24,13 @@
     ├── ProcessMissingError (LookupError)    there is no such process
     ├── DeclaredDeadError                    the process counted as dead, and is another one now
     ├── ServerStateLostError                 the server has come back without its data
-    ├── SourceLostError                      a source that was claimed here is claimed no longer
-    ├── AlreadyStoredError                   messages that another delivery of them has stored
+    ├── SourceLostError                      a claim of a source is not valid any more
+    ├── AlreadyStoredError                   messages were stored by an earlier delivery
     ├── UnknownClassError                    a batch of a class that is not imported here
     ├── ProcessStoppedError                  ``stop()`` was called
     └── ForkedError                          an object of the parent, used in a forked child
 
-An exception that the user's own ``merge``, ``execute`` or callback raises is passed on as it is.
+An exception that the user's own ``merge``, ``execute`` or callback raises is passed on unchanged.
 """
 
 from typing import Any
@@ -69,7 +69,7 @@ class InvalidMessageError(PhononError, ValueError):
 
 
 class NotStorableError(PhononError, TypeError):
-    """A value is of a type that cannot be stored, or too large; the message says where it is."""
+    """A value has a type that cannot be stored, or is too large; the message names its place."""
 
 
 class UndecodableError(PhononError):
@@ -77,7 +77,7 @@ class UndecodableError(PhononError):
 
 
 class ServerError(PhononError):
-    """The server answered with an error. Nothing of the call was applied."""
+    """The server answered with an error. No part of the call was applied."""
 
 
 class ServerTooOldError(ServerError):
@@ -105,9 +105,9 @@ class EmbeddedServerError(PhononError):
 
 
 class AlreadyLockedError(PhononError, LockError):
-    """Another holder has the lock, and waiting was not wanted or took too long.
+    """Another holder has the lock, and the caller did not wait, or waited too long.
 
-    Code that was written for redis-py's locks catches it as its `LockError`.
+    Code that was written for redis-py's locks can catch it as redis-py's `LockError`.
 
     Attributes:
         holder: The holder, a `phonon.lock.LockHolder`, if it is known.
@@ -123,9 +123,9 @@ class DeadlockError(AlreadyLockedError, RuntimeError):
 
 
 class LockLostError(PhononError, LockNotOwnedError, RuntimeError):
-    """A lock that was held is held no longer: it expired, or the server lost it.
+    """A lock is not held any more: it expired, or the server lost it.
 
-    Code that was written for redis-py's locks or the standard library's catches it as theirs.
+    Code for locks of redis-py or of the standard library can catch it as their error.
     """
 
 
@@ -141,8 +141,8 @@ class BatchLostError(PhononError):
 
     This process was silent for too long and was declared dead. The new owner executes the batch
     under the same token: a database that checks the token has it once, any other may have it
-    twice. It is not raised, because executed batches cannot be undone, but logged and handed to the
-    process's ``on_error``.
+    twice. The error is logged and passed to the process's ``on_error``. It is not raised, because
+    an executed batch cannot be undone.
 
     Attributes:
         resource: The batch's resource.
@@ -164,21 +164,21 @@ class BatchMissingError(PhononError, LookupError):
 
 
 class ProcessMissingError(PhononError, LookupError):
-    """There is no such process: it has stopped, or it was taken over to its end."""
+    """There is no such process: it has stopped, or it was taken over completely."""
 
 
 class DeclaredDeadError(PhononError):
     """The process was silent for too long and counts as dead; survivors take over.
 
-    The process itself notices, goes on under a new id, and repeats the refused calls. So this is
-    logged and handed to the process's ``on_error``, and not raised.
+    The process notices this, goes on under a new id, and repeats the refused calls. So the error is
+    not raised, but logged and passed to the process's ``on_error``.
     """
 
 
 class ServerStateLostError(PhononError):
     """The server has come back without its data; the message names the data.
 
-    It is logged and handed to the process's ``on_error``. Local data is kept.
+    The error is logged and passed to the process's ``on_error``. Local data is kept.
 
     Attributes:
         calls: The number of answered calls that are gone; 0 if it is not known.
@@ -190,13 +190,13 @@ class ServerStateLostError(PhononError):
 
 
 class SourceLostError(PhononError):
-    """A source that was claimed here is read by another consumer now, or has another position.
+    """Another consumer has claimed a source of this process, or its position has changed.
 
-    Nothing of the batch was stored that was not stored before. If the source is still this
-    consumer's, claim it again, go to its position, and read on from there.
+    The call has stored no new data of the batch. If this consumer is still assigned to the source,
+    claim it again, go to its position, and read on from there.
 
     Attributes:
-        source: Its name.
+        source: The source's name.
     """
 
     def __init__(self, message: str, source: str = "") -> None:
@@ -205,10 +205,10 @@ class SourceLostError(PhononError):
 
 
 class AlreadyStoredError(PhononError):
-    """Messages of the batch were stored before, by another delivery of them.
+    """Messages of the batch were stored before, by an earlier delivery.
 
-    The messages merged with them were not stored either. Handle the same messages again: this
-    process now knows the stored ones, and skips them.
+    The call has not stored the messages that were merged with them. Handle the same messages again:
+    this process now knows the stored ones, and skips them.
 
     Attributes:
         ids: The ids of the stored messages.

@@ -86,7 +86,7 @@ class _OnLost:
 class BaseLock:
     """The base of `Lock` and `AsyncLock`: everything but the waiting."""
 
-    #: Where users import it from, for a repr.
+    #: The package from which users import the class, for its repr.
     _package = "phonon"
     #: Whether its methods are awaited.
     _is_async = False
@@ -120,7 +120,7 @@ class BaseLock:
         self.on_lost = on_lost
         self._name = self._encode(lock_key)
         self._places = 0
-        #: What was acquired through this object and not given back yet.
+        #: The attempts through which this object has acquired the lock and not released it yet.
         self.taken: list[Attempt] = []
         self._blocks: dict[int, _Block] = {}
 
@@ -134,10 +134,10 @@ class BaseLock:
         check_api(type(self), process_is_async=is_async, is_async=self._is_async)
 
     def _check_decorated(self, function: Callable[..., Any]) -> None:
-        """Refuse a function that a decorator cannot hold the lock around.
+        """Refuse a function around which a decorator cannot hold the lock.
 
         Raises:
-            ConfigurationError: It is no function, or its body runs after the call has returned.
+            ConfigurationError: It is not a function, or its body runs after the call has returned.
         """
         name = getattr(function, "__qualname__", repr(function))
         is_coroutine = inspect.iscoroutinefunction(function)
@@ -193,10 +193,10 @@ class BaseLock:
         return _token_of(grant)
 
     def owned(self) -> bool:
-        """Return whether this object holds the lock: without asking, and never for too long.
+        """Return whether this object surely holds the lock, without asking the server.
 
-        Also False once the lease is over, counted from before the request for it, or once others
-        may have declared this process dead.
+        The answer is False as well once the lease is over, counted from before the request for it,
+        or once others may have declared this process dead.
         """
         notice()
         grant = self._grant
@@ -205,20 +205,20 @@ class BaseLock:
     # Acquiring
 
     def new_attempt(self) -> Attempt:
-        """Return what notes what a call takes, in case it is interrupted."""
+        """Return a record of what a call acquires, in case the call is interrupted."""
         return Attempt(self._engine.identity.partitions.of(self._name), self._name)
 
     def entering(self, attempt: Attempt | None = None) -> Flow[bool]:
-        """Take the lock as the lock was made.
+        """Take the lock with the options of its constructor.
 
         Args:
-            attempt: Notes what it takes.
+            attempt: Records what the call acquires.
 
         Returns:
-            Whether it is held. False only for a caller that has gone meanwhile.
+            Whether the lock is held. False only for a caller that has gone meanwhile.
 
         Raises:
-            AlreadyLockedError: It is taken.
+            AlreadyLockedError: Another holder has the lock.
         """
         return self._entering(
             self._seconds(None, None), self._engine.driver.me(), attempt or self.new_attempt()
@@ -228,7 +228,7 @@ class BaseLock:
         taken = yield from self._acquiring(seconds, owner, attempt)
         if taken is None:
             return True
-        # A caller that has gone, perhaps while its error was prepared, gets no answer.
+        # A caller that has gone, perhaps while its error was prepared, gets no error.
         if (yield CALLER_GONE):
             return False
         refusal = yield from self._refusal(taken, seconds)
@@ -270,7 +270,7 @@ class BaseLock:
     def _acquiring(
         self, seconds: float | None, owner: object, attempt: Attempt
     ) -> Flow[Taken | None]:
-        """Take the lock; the result is None, or who has it."""
+        """Take the lock. The result is None, or the answer that names the holder."""
         if self._takes_again(owner, attempt, waits=bool(seconds)):
             return None
         engine = self._engine
@@ -288,22 +288,22 @@ class BaseLock:
         )
         if isinstance(answer, Taken):
             return answer
-        # Here and not in the caller, which an interrupt may keep from it.
+        # Here and not in the caller: an interrupt could keep the caller from doing it.
         self.taken.append(attempt)
         if self.lease is not None:
             engine.leases.start_work()
         return None
 
     def _takes_again(self, owner: object, attempt: Attempt, *, waits: bool) -> bool:
-        """Return whether this thread has the lock, and has taken it once more."""
+        """Take the lock once more if this thread has it already; return whether it did."""
         leases = self._engine.leases
         for grant in leases.here(self._name, owner):
             if self.reentrant and (self.shared or not grant.request.shared):
                 leases.take_again(grant, attempt)
                 self.taken.append(attempt)
                 return True
-            # Shared twice would go well until a waiter for the exclusive lock comes in between. Two
-            # places of a semaphore are another matter: a thread may take several.
+            # Sharing twice works until a waiter for the exclusive lock comes in between. A thread
+            # may take several places of a semaphore, though.
             if waits and not self._places:
                 raise DeadlockError(
                     f"this thread holds {self.lock_key!r} already and would wait for itself: "
@@ -331,12 +331,12 @@ class BaseLock:
         """Give the lock back.
 
         Args:
-            taken: What has taken it. None: this thread's latest.
+            taken: The attempt that acquired it. None: this thread's latest.
 
         Raises:
-            LockLostError: It was not held any more, or never was.
+            LockLostError: The lock was not held any more, or never was.
         """
-        # A task of another loop, or of a forked child, must not take the grant out of the object.
+        # A task of another loop, or of a forked child, must not remove the grant from the object.
         self._engine.driver.check()
         attempt, grant = self._take_out(taken)
         if grant.generation is not self._engine.generation:
@@ -356,7 +356,7 @@ class BaseLock:
         try:
             released = yield from self._engine.leases.release(grant)
         except ServerError:
-            # It refused, so the lock is still ours: to be renewed, and to be released again.
+            # The server refused, so the lock is still ours: it is renewed, and can be released.
             grant.attempts[attempt] = None
             self.taken.append(attempt)
             raise
@@ -376,7 +376,7 @@ class BaseLock:
 
     @property
     def latest(self) -> Attempt | None:
-        """What this thread took last, or another one: any thread may release a lock."""
+        """This thread's latest attempt, or else another thread's: any thread may release a lock."""
         self._engine.leases.settle()
         taken = self.taken
         if not taken:
@@ -436,7 +436,7 @@ class BaseLock:
     # Losing
 
     def _found_lost(self, grant: Grant) -> None:
-        """Report the loss here and now: `on_lost` is called before a caller gets the error."""
+        """Report the loss at once, so that `on_lost` is called before a caller gets the error."""
         grant.lost = True
         grant.on_lost(grant)
         self._engine.leases.lose((grant,))
@@ -486,7 +486,7 @@ class BaseLock:
         return (yield from self._described([(waiter, 0, 0, b"") for waiter in waiters]))
 
     def _described(self, rows: list[tuple[bytes, int, int, bytes]]) -> Flow[list[LockHolder]]:
-        """Return holders, given their names, tokens, since when in ms, and threads."""
+        """Return holders, given for each its name, token, start in ms, and thread."""
         names = [_text(row[0]) for row in rows]
         infos = yield from self._engine.members.process_info(
             [(process_of(name).encode(), 0.0) for name in names]
@@ -523,24 +523,25 @@ class _Block:
 class Lock(BaseLock):
     """Exclusive or shared access to a resource, across processes and threads.
 
-    Made by `Process.lock` or `Reference.lock`; use it in a ``with`` block. It lasts as long as its
-    process's lease, which the heartbeat renews, or as a lease of its own. Waiters are served in
-    order of arrival, and woken when it is their turn. One object may be used by several threads,
-    each of which takes and releases the lock for itself.
+    Made by `Process.lock` or `Reference.lock`; use it in a ``with`` block. A lock lasts as long as
+    its process's lease, which the heartbeat renews, or as a lease of its own. A waiter is served in
+    order of arrival, and woken when its turn comes. Several threads may use one object; each of
+    them takes and releases the lock for itself.
 
     Args:
-        process: The process that wants it.
+        process: The process that wants the lock.
         lock_key: The resource, any text.
-        block: Whether to wait if it is taken: `Process.BLOCKING_TIMEOUT` seconds at the most.
-        shared: Whether to share it with others that do. A later one does not go in before an
-            exclusive one that waits.
-        reentrant: Whether the thread that has the lock may take it again; it is free when it was
-            released as often. Otherwise that raises at once: no other thread would release it.
+        block: Whether to wait if the lock is taken: `Process.BLOCKING_TIMEOUT` seconds at the most.
+        shared: Whether to share the lock with other shared holders. A shared request that comes
+            after a waiting exclusive one is granted after it.
+        reentrant: Whether the thread that has the lock may take it again; the lock is free when it
+            was released as often. Otherwise taking it again raises at once, because the thread
+            would wait for itself.
         lease: Seconds that a grant lasts unless renewed. None: as long as the process's lease. Give
             one to have the lock freed sooner than a process is declared dead.
-        on_lost: Called with this lock, from any thread, once it is found to be lost.
-        timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0 for
-            ever. None: `Process.BLOCKING_TIMEOUT`.
+        on_lost: Called with this lock, from any thread, once the lock is found to be lost.
+        timeout: Seconds to wait at the most, unless `acquire` is given another number; below 0
+            waits for ever. None: `Process.BLOCKING_TIMEOUT`.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -569,7 +570,7 @@ class Lock(BaseLock):
         """Take the lock.
 
         Args:
-            block: Whether to wait if it is taken. None: as the lock was made.
+            block: Whether to wait if the lock is taken. None: as given to the constructor.
             timeout: Seconds to wait at the most; below 0 for ever. None:
                 `Process.BLOCKING_TIMEOUT`.
             blocking: Another name of ``block``, which the locks of the standard library and of
@@ -590,7 +591,7 @@ class Lock(BaseLock):
         except PhononError:
             raise
         except BaseException:
-            # Behind an interrupt nobody would release what was granted already.
+            # After an interrupt no code would release a lock that was granted already.
             self._engine.leases.forsaken.append((attempt, self.taken))
             self._engine.leases.start_work()
             raise
@@ -599,7 +600,7 @@ class Lock(BaseLock):
         """Give the lock back.
 
         Raises:
-            LockLostError: It was not held any more, or never was.
+            LockLostError: The lock was not held any more, or never was.
             ServerError: The server refused; the lock is still held.
         """
         attempt = None
@@ -609,39 +610,39 @@ class Lock(BaseLock):
         except PhononError:
             raise
         except BaseException:
-            # Behind an interrupt nobody would call again, as at the end of a with block.
+            # After an interrupt, at the end of a with block say, no code would call this again.
             self._engine.leases.forsaken.append((attempt or self.latest, self.taken))
             self._engine.leases.start_work()
             raise
 
     def extend(self, additional_time: float | None = None, replace_ttl: bool = False) -> bool:
-        """Make the lock's own lease longer, for a time in which it cannot be renewed.
+        """Make the lock's own lease longer, before a time in which it cannot be renewed.
 
-        It is never made shorter, so that a call which the network delivers late cannot shorten it.
-        A lock without a lease of its own lasts as long as its process's, and is only checked.
+        The lease is never made shorter, not even by a call that the network delivers late. A lock
+        without a lease of its own lasts as long as its process's lease, and is only checked.
 
         Args:
-            additional_time: Seconds to add to its remaining time. None: start it anew.
-            replace_ttl: Whether they replace the remaining time, if that is less.
+            additional_time: Seconds to add to the remaining time. None: start the lease anew.
+            replace_ttl: Whether these seconds replace the remaining time, if that is less.
 
         Returns:
             True.
 
         Raises:
-            LockLostError: It is not held any more.
+            LockLostError: The lock is not held any more.
             ConfigurationError: ``additional_time`` is not above 0.
         """
         return bool(self._engine.run(self._extend(additional_time, replace_ttl=replace_ttl)))
 
     def reacquire(self) -> bool:
-        """Start the lease anew; redis-py's name for ``extend()``."""
+        """Start the lease anew: the name that redis-py has for ``extend()``."""
         return self.extend()
 
     def check(self) -> None:
         """Ask the server whether the lock is still held, and renew it.
 
         Raises:
-            LockLostError: It is not, or never was.
+            LockLostError: The lock is not held any more, or never was.
         """
         self._engine.run(self._check())
 
@@ -663,7 +664,8 @@ class Lock(BaseLock):
         """Decorate a function: each call of it takes the lock, and gives it back.
 
         Raises:
-            ConfigurationError: It is a coroutine function or a generator, whose body runs later.
+            ConfigurationError: The function is a coroutine function or a generator, whose body runs
+                later.
         """
         self._check_decorated(function)
 
@@ -721,7 +723,7 @@ class Lock(BaseLock):
         except PhononError as lost:
             if error is None:
                 raise
-            # The body's own exception is the one to see.
+            # The user has to see the body's own exception.
             error.add_note(f"phonon: {lost}")
         except BaseException:
             self._engine.leases.forsaken.append((attempt or self.latest, self.taken))
@@ -735,7 +737,7 @@ class Lock(BaseLock):
 if TYPE_CHECKING:
 
     class HeldLock(Lock):
-        """A lock in its ``with`` block, where it is known to have a token."""
+        """The type of a lock inside its ``with`` block, where its token is never None."""
 
         @property
         def token(self) -> int:
@@ -769,16 +771,16 @@ class BaseSemaphore(BaseLock):
 
 
 class Semaphore(BaseSemaphore, Lock):
-    """A number of places, across processes and threads, to be held at the same time.
+    """A number of places that processes and threads can hold at the same time.
 
-    Made by `Process.semaphore`. Waiters are served in order of arrival. The place of a process
-    that dies is free again when it is declared dead.
+    Made by `Process.semaphore`. Waiters are served in order of arrival. When a process dies, its
+    place is free again as soon as the process is declared dead.
 
     Args:
         process: The process that wants a place.
-        name: The semaphore's name, any text. It has nothing to do with a resource of that name.
+        name: The semaphore's name, any text. A resource of the same name is independent of it.
         places: The number of places; all processes must name the same number.
-        options: As of a `Lock`, but for ``shared``.
+        options: The arguments of `Lock`, except ``shared``.
 
     Example:
         >>> with process.semaphore("connections", 10) as place:

@@ -1,8 +1,8 @@
 """Metrics of processes, for Prometheus and OpenTelemetry (extras of those names).
 
-A process counts all the time, once for a list of operations and not for each. An exporter reads
-the counters when it is asked, so it costs the work nothing. Labels are bounded: a class, or how
-something ended; never a key.
+A process counts all the time, once for a list of operations and not for each. An exporter reads the
+counters on request, so it does not slow down the work. Labels are bounded: a class or an outcome,
+never a key.
 """
 
 import itertools
@@ -22,13 +22,13 @@ class Metric(NamedTuple):
     """The name and the meaning of one metric.
 
     Attributes:
-        name: In Prometheus, with unit and without ``_total``.
-        otel: In OpenTelemetry.
+        name: The name in Prometheus, with unit and without ``_total``.
+        otel: The name in OpenTelemetry.
         kind: ``"counter"``, ``"gauge"`` or ``"histogram"``.
-        unit: As OpenTelemetry writes it.
-        text: Its description.
-        labels: The names of its labels.
-        read: Returns its values by their labels' values, given the process's parts.
+        unit: The unit, as OpenTelemetry writes it.
+        text: The description.
+        labels: The names of the labels.
+        read: Returns the values by label values, given the process's parts.
     """
 
     name: str
@@ -233,7 +233,7 @@ METRICS = (
 
 
 def read(process: "BaseProcess") -> dict[str, Any]:
-    """Return all metrics of a process that are numbers, by name; by labels where they have some."""
+    """Return all numeric metrics of a process by name, and by labels if they have some."""
     check_owner(process)
     found: dict[str, Any] = {}
     for metric in METRICS:
@@ -270,7 +270,7 @@ class PrometheusCollector:
         self._processes = processes
 
     def describe(self) -> Iterable[Any]:
-        """Return the metrics without values: registering reads no counter."""
+        """Return the metrics without values, so that registering reads no counter."""
         return [self._family(metric) for metric in METRICS]
 
     def collect(self) -> Iterator[Any]:
@@ -295,7 +295,7 @@ class PrometheusCollector:
 
 
 def _sums(metric: Metric, processes: Iterable["BaseProcess"]) -> dict[tuple[str, ...], Any]:
-    """Add a metric up: a process's id changes, and would be a label without bounds."""
+    """Add a metric up over processes, because ids change and would be unbounded labels."""
     sums: dict[tuple[str, ...], Any] = {}
     for process in processes:
         engine = process.engine
@@ -310,7 +310,7 @@ def _sums(metric: Metric, processes: Iterable["BaseProcess"]) -> dict[tuple[str,
 
 
 def _added(buckets: list[tuple[str, int]], histogram: Any) -> list[tuple[str, int]]:
-    """Return a histogram's buckets as Prometheus counts them, each with all below it, added up."""
+    """Return a histogram's buckets in Prometheus's form, each including all lower ones."""
     bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
     before = [count for _, count in buckets] or [0] * len(bounds)
     sums = itertools.accumulate(histogram.counts)
@@ -324,7 +324,7 @@ def instrument(*processes: "BaseProcess", meter_provider: Any = None) -> None:
 
     Args:
         processes: The processes.
-        meter_provider: Whose meter to use; None for the global one.
+        meter_provider: The provider of the meter; None for the global one.
 
     Raises:
         ConfigurationError: The extra is not installed.
@@ -379,7 +379,7 @@ def _recording(histograms: dict[str, Any], namespace: str) -> Callable[[str, flo
     return record
 
 
-#: Where the values of histograms come from.
+#: The attributes of `Measures` that histograms read.
 _SOURCES = {
     "phonon_execute_seconds": "seconds",
     "phonon_batch_partials": "batch_partials",

@@ -33,10 +33,10 @@ class Model:
     ``PageViews("ada", views=1)``, shows one message.
 
     Args:
-        name: How the server knows the class; without it, by its module and qualified name. With
-            a name of its own it can be moved and renamed while data of it is under way. (A class
-            keyword, as are the following.)
-        aliases: Former names, under which data may still be under way.
+        name: The server's name of the class; by default its module and qualified name. A class with
+            a given name can be moved and renamed while its data is on the server. (A class keyword,
+            like the following ones.)
+        aliases: Former names, under which the server may still have data.
         version: The version of the fields. Data of earlier ones goes through `upgrade`.
 
     Attributes:
@@ -44,8 +44,8 @@ class Model:
             and is the same in every attempt at the batch; else None.
 
     Raises:
-        ConfigurationError: The fields cannot be a model's.
-        InvalidMessageError: The arguments are no message of this model.
+        ConfigurationError: The class is not a valid model.
+        InvalidMessageError: The arguments are not a valid message of this model.
 
     Example:
         >>> from phonon.fields import ID, Counter, Sum
@@ -83,7 +83,7 @@ class Model:
                     f"{cls.__qualname__} has a name and no ID: add a field that is its key, as in "
                     "id: ID[str]"
                 )
-            return  # a base of models
+            return  # a base class of models
         if kinds.index("id") or kinds.count("id") > 1:
             raise ConfigurationError(
                 f"a model has one ID, which is its first field; those of {cls.__qualname__} are "
@@ -114,19 +114,20 @@ class Model:
             return NotImplemented
         return all(self.__dict__[name] == other.__dict__[name] for name in self._fields)
 
-    __hash__ = None  # type: ignore[assignment]  # it is equal to others with the same content
+    __hash__ = None  # type: ignore[assignment]  # equality is by content, which may change
 
     # To override
 
     def on_complete(self) -> Any:
-        """Write the record to the database: its session is over.
+        """Write the record to the database, because its session is over.
 
         It may run again if it raises or if its process dies before it could report back. A
-        database that stores `token` beside the record, in the same transaction, and skips a token
-        that is not greater than the stored one, has every batch exactly once.
+        database has every batch exactly once if it stores `token` beside the record, in the same
+        transaction, and skips a token that is not greater than the stored one.
 
-        It may be a coroutine function; the model needs an `AsyncProcess` then. It may have
-        arguments, which `phonon.registry.register` was given; None where another process was.
+        It may be a coroutine function; then the model needs an `AsyncProcess`. It may have
+        arguments, which `phonon.registry.register` takes; they are None if another process took
+        them.
         """
         raise NotImplementedError(f"{type(self).__qualname__} must define on_complete()")
 
@@ -138,7 +139,7 @@ class Model:
             records: Up to 250 of them, each of another key and with its `token`.
 
         Returns:
-            Pairs of those that failed and their errors; None if none did. See
+            Pairs of a failed record and its error; None if all succeeded. See
             `Update.execute_many`.
         """
         raise NotImplementedError(f"{cls.__qualname__} must define on_complete_many()")
@@ -162,14 +163,14 @@ class Model:
     def fields(cls) -> Mapping[str, Field[Any, Any]]:
         """Return the fields by name, the ID first.
 
-        Each knows its ``kind`` (``"sum"``), its ``value_type`` (``int``) and its ``zero``, the
-        value of a record without messages.
+        A field has a ``kind`` (``"sum"``), a ``value_type`` (``int``) and a ``zero``, the value of
+        a record without messages.
         """
         return dict(cls._fields)
 
     @classmethod
     def source(cls) -> str:
-        """Return the code that checks a message and folds it into a record, to look at it."""
+        """Return the code that checks a message and folds it into a record, for inspection."""
         return cls._code().source(FOLD)
 
     # Machinery
@@ -190,7 +191,7 @@ class Model:
 
     @classmethod
     def no_arguments(cls) -> tuple[None, ...]:
-        """Return the arguments of `on_complete` where none were given: all None."""
+        """Return the default arguments of `on_complete`: all None."""
         parameters = list(inspect.signature(cls.on_complete).parameters.values())[1:]
         return (None,) * sum(
             p.default is p.empty and p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}
@@ -255,7 +256,7 @@ def _fields_of(cls: type[Model]) -> dict[str, Field[Any, Any]]:
         if isinstance(value, Field) and name not in own:
             own[name] = copy.copy(value)
     found.update(own)
-    # Of attributes without annotations only a person sees the order.
+    # The order of attributes without annotations is not known.
     first = [n for n, field in own.items() if field.kind == "id" and n not in annotations]
     if first:
         found = {first[0]: found[first[0]], **found}
@@ -323,7 +324,7 @@ def _field(cls: type[Model], name: str, annotation: Any) -> Field[Any, Any] | No
 
 
 def _bound(cls: type[Model]) -> dict[Any, Any]:
-    """Return what the type variables of generic bases stand for."""
+    """Return the types that replace the type variables of generic bases."""
     bound: dict[Any, Any] = {}
     for base in getattr(cls, "__orig_bases__", ()):
         origin = typing.get_origin(base)
@@ -333,10 +334,10 @@ def _bound(cls: type[Model]) -> dict[Any, Any]:
 
 
 def _check_annotation(cls: type[Model], name: str, annotation: Any) -> None:
-    """Refuse what type checkers would take for a field, and what would be none.
+    """Refuse an annotation that type checkers take for a field, although it is none.
 
     Raises:
-        ConfigurationError: It is such an annotation.
+        ConfigurationError: The annotation is of this kind.
     """
     origin = typing.get_origin(annotation)
     inner = [part for part in typing.get_args(annotation) if _is_field(part)]

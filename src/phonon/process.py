@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 M = TypeVar("M")
 
-#: The default, which an address as the first argument leaves in force.
+#: The default session length, also if an address is the first argument.
 SESSION_LENGTH = 900.0
-#: Seconds between two looks at unfinished work; they grow.
+#: The first pause between two looks at unfinished work, in seconds; it grows.
 FIRST_PAUSE = 0.005
 
 
@@ -57,8 +57,8 @@ class BaseProcess:
     """The base of `Process` and `AsyncProcess`: everything but the waiting."""
 
     AlreadyLocked: ClassVar = AlreadyLockedError
-    #: The lease of locks in earlier versions, seconds. A lock lasts as long as its process's lease
-    #: now: give ``lease=Process.TTL`` to have the old behaviour.
+    #: The lease of locks in earlier versions, seconds. Now a lock lasts as long as its process's
+    #: lease: give ``lease=Process.TTL`` for the old behaviour.
     TTL: ClassVar[float] = 60.0
     #: Seconds between two attempts to reach a server that does not answer, at the most.
     RETRY_SLEEP: ClassVar[float] = 0.5
@@ -71,7 +71,7 @@ class BaseProcess:
 
     @property
     def engine(self) -> Any:
-        """The process's parts; nothing of them is public."""
+        """The process's parts, which are private."""
         raise NotImplementedError
 
     @property
@@ -147,7 +147,7 @@ class BaseProcess:
             yield FLUSH
             yield from outbox.catch_up()
             if outbox.is_unfinished and engine.identity.clock() < deadline:
-                yield Sleep(pause)  # its worker goes on with them
+                yield Sleep(pause)  # meanwhile the outbox's worker goes on with them
                 pause *= 2
                 continue
             if not errors and outbox.is_unfinished:
@@ -164,7 +164,7 @@ class BaseProcess:
         if process is None or process == identity.id:
             changed: int = yield from self.engine.members.track(resource, there=there)
             return changed
-        # Only a process itself has a lane. To correct its registry from outside repeats harmlessly.
+        # Only the process itself has a lane. Repeating a correction of its registry is harmless.
         partition, name = self.engine.members.place(resource)
         prefix = identity.partitions.prefixes[partition]
         key = prefix + b"registry:" + process
@@ -215,19 +215,19 @@ class Process(BaseProcess):
 
     One interpreter may have several processes, each of which counts for itself. A process connects
     when it is made, and then sends heartbeats from a daemon thread. Use it in a ``with`` block, or
-    call `stop`: both end its open sessions. A process that ends without that (``kill -9``) is
+    call `stop`: both end its open sessions. A process that ends in another way (``kill -9``) is
     declared dead after four heartbeat intervals without a heartbeat; the others then take over its
     resources and finish its batches. A process that was only paused for so long goes on under a new
     id: it keeps its local data, and has lost its locks and the batches that it was executing.
 
-    After ``os.fork`` the child's copy becomes another process, with a new id, that holds nothing;
-    the parent keeps its memberships and locks. Workers of ``multiprocessing`` and of Celery stop
-    their processes when they end.
+    After ``os.fork`` the child's copy becomes another process, with a new id and without
+    memberships and locks; the parent keeps its own. Workers of ``multiprocessing`` and of Celery
+    stop their processes when they end.
 
     Args:
         session_length: Has no effect: a membership lasts as long as its process's lease, which the
             heartbeat renews. It is still checked: seconds, at least two heartbeat intervals. A URL
-            in its place is taken as ``url``.
+            in this place is used as ``url``.
         host: The server's host.
         port: The server's port.
         db: The server's database.
@@ -236,27 +236,27 @@ class Process(BaseProcess):
             it starts, and after every heartbeat. All processes release the locks and memberships of
             dead ones.
         hosts: Nodes of a cluster, ``"host:port"`` each, instead of ``host`` and ``port``.
-        url: Where the server is, instead of those: ``redis://``, ``rediss://``, ``unix://``,
+        url: The server's URL, instead of those: ``redis://``, ``rediss://``, ``unix://``,
             ``redis+cluster://``, ``redis+sentinel://`` or ``embedded://``.
         client: A ``redis.Redis`` or ``redis.RedisCluster`` to use, instead of those.
         namespace: Processes of different namespaces do not see each other. Any text.
         partitions: The number of partitions of the namespace, 1 to 16384. Its first process fixes
             it; None adopts that number, or 16. More partitions let a large cluster share the work
             evenly.
-        serializer: How partials are encoded; the same in all processes.
+        serializer: Encodes partials; the same in all processes.
         retry: When a batch whose ``execute`` fails is tried again, and when it is parked.
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`. The call itself is kept, and goes on in the background.
         durability: The confirmation that a call which stores data waits for.
-        on_error: Called, from any thread, with every error that has no caller to be raised to: a
-            `BatchLostError`, `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`, or one
-            that ``execute`` raised in the background. All of them are logged as well.
-        executor: Threads that run ``execute`` where several sessions end together, in place of the
-            calling one, so that slow writes overlap. A resource's batches stay in order. It is
-            yours to shut down, after `stop`; a forked child does without. A thread that ends a
+        on_error: Called, from any thread, with every background error: a `BatchLostError`,
+            `LockLostError`, `DeclaredDeadError` or `ServerStateLostError`, or an error that
+            ``execute`` raised in the background. All of them are logged as well.
+        executor: Threads that run ``execute`` if several sessions end together, instead of the
+            calling thread, so that slow writes overlap. A resource's batches stay in order. Shut
+            it down yourself, after `stop`; a forked child does not use it. A thread that ends a
             session waits for these threads, so do not end sessions in them.
-        max_backlog: The most unfinished sessions and calls, because ``execute`` fails or the server
-            does not answer, with which new updates are taken in.
+        max_backlog: The most unfinished sessions and calls with which new updates are taken in.
+            Work is unfinished if ``execute`` fails or the server does not answer.
         overflow: Whether a new update then waits for room, for `BLOCKING_TIMEOUT` at the most
             (``"block"``), or raises a `BacklogFullError` at once (``"raise"``).
 
@@ -265,7 +265,7 @@ class Process(BaseProcess):
 
     Raises:
         ConfigurationError: An argument is invalid.
-        ServerUnreachableError: There is no server. Phonon never looks for another one.
+        ServerUnreachableError: There is no server at that address.
         ServerError: The server cannot be used: too old, wrong password.
 
     Example:
@@ -345,7 +345,7 @@ class Process(BaseProcess):
             )
             try:
                 if not _lifetime.is_to_be_forked():
-                    self._engine.start()  # otherwise with the first call, in a worker
+                    self._engine.start()  # otherwise the first call in a worker does this
             except BaseException:
                 self._engine.close()
                 raise
@@ -392,7 +392,7 @@ class Process(BaseProcess):
 
     @property
     def engine(self) -> ThreadEngine:
-        """The process's parts; nothing of them is public."""
+        """The process's parts, which are private."""
         return self._engine
 
     def __repr__(self) -> str:
@@ -417,17 +417,17 @@ class Process(BaseProcess):
     def create_reference(
         self, resource: str, block: bool = True, parties: int | None = None
     ) -> Reference:
-        """Become a member of a resource.
+        """Join a resource, and return a reference to it.
 
         Inside `batch` the membership begins when the block ends, unless ``parties`` is given.
 
         Args:
             resource: The resource's name, any text.
             block: Whether the reference's locks wait by default.
-            parties: The number of different processes that are to hold the resource, if it is
-                known: no process is the last before so many have joined, so that the first one to
-                finish is not taken for the last while others have not begun. A process that has
-                died counts as one that has left. All processes must name the same number.
+            parties: The number of different processes that will hold the resource, if known. No
+                process is the last one before so many have joined: otherwise the first one to
+                finish could count as the last while others have not begun. A process that has died
+                counts as one that has left. All processes must name the same number.
 
         Raises:
             ConfigurationError: An argument is invalid.
@@ -453,13 +453,13 @@ class Process(BaseProcess):
 
         Args:
             lock_key: The resource's name, any text.
-            block: Whether to wait if it is taken.
-            shared: Whether to share it with others that do.
-            reentrant: Whether the thread that has it may take it again.
+            block: Whether to wait if the lock is taken.
+            shared: Whether to share the lock with other shared holders.
+            reentrant: Whether the thread that has the lock may take it again.
             lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
-            on_lost: Called with the lock, from any thread, once it is found to be lost.
-            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
-                for ever. None: `Process.BLOCKING_TIMEOUT`.
+            on_lost: Called with the lock, from any thread, once the lock is found to be lost.
+            timeout: Seconds to wait at the most, unless `acquire` is given another number; below 0
+                waits for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return phonon.lock.Lock(
             self,
@@ -482,16 +482,16 @@ class Process(BaseProcess):
         on_lost: "Callable[[phonon.lock.Lock], object] | None" = None,
         timeout: float | None = None,
     ) -> "phonon.lock.Semaphore":
-        """Return a semaphore, for a ``with`` block: a number of places to be held at the same time.
+        """Return a semaphore, for a ``with`` block: places that can be held at the same time.
 
         Args:
-            name: Its name, any text.
+            name: The semaphore's name, any text.
             places: The number of places; all processes must name the same number.
             block: Whether to wait if all places are taken.
             lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the semaphore, from any thread, once a place is found to be lost.
-            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
-                for ever. None: `Process.BLOCKING_TIMEOUT`.
+            timeout: Seconds to wait at the most, unless `acquire` is given another number; below 0
+                waits for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return phonon.lock.Semaphore(
             self, name, places, block, lease=lease, on_lost=on_lost, timeout=timeout
@@ -512,15 +512,15 @@ class Process(BaseProcess):
 
         Args:
             model: A subclass of `Model`.
-            max_entries: The number of keys to keep in this process at the most. The one without a
-                message for the longest time makes room for another.
+            max_entries: The number of keys to keep in this process at the most. The key without a
+                message for the longest time makes room for a new one.
             idle: Seconds without a message after which this process leaves a key's session.
             longest: Seconds after which it ends the session although messages keep coming.
             largest: The number of messages from this process after which it ends the session.
-            ignore_unknown: Whether to pass over a message's fields that the model does not have.
-            sink: The sink that its records are written to, in place of the model's ``on_complete``;
-                see `phonon.sinks`. All of the model's records in this interpreter are written to
-                it, also those that are taken over from processes that have died.
+            ignore_unknown: Whether to ignore a message's fields that the model does not have.
+            sink: The sink to write records to, in place of the model's ``on_complete``; see
+                `phonon.sinks`. All of the model's records in this interpreter are written to it,
+                including those that are taken over from processes that have died.
 
         Raises:
             ConfigurationError: An argument is invalid, or the model never completes.
@@ -539,16 +539,16 @@ class Process(BaseProcess):
     def source(self, name: str, position: int | None = None) -> Source:
         """Claim an ordered source of messages, such as a partition of a Kafka topic.
 
-        From now on no other consumer can store messages of the source, also not one that has lost
-        it in a rebalance and does not know it yet.
+        From now on no other consumer can store messages of the source, not even one that has lost
+        it in a rebalance and does not know that yet.
 
         Args:
-            name: A name that no other source has: topic and partition, for example.
-            position: A position to move the source to, so that messages are stored again, or passed
-                over. None: it goes on at its position.
+            name: A unique name: topic and partition, for example.
+            position: A new position for the source, so that messages are stored again, or
+                skipped. None keeps its position.
 
         Returns:
-            The source: ask it for its `position`, seek there, and give it batches of messages.
+            The source. Seek to its `position`, and give it batches of messages.
 
         Raises:
             SourceLostError: Another consumer has claimed it at the same time.
@@ -584,11 +584,11 @@ class Process(BaseProcess):
 
         References created, updates made and sessions ended inside the block are merged per key
         and travel in one exchange, so that a batch of messages costs hardly more than one. After
-        the block everything set inside it is on the server, and the messages can be acknowledged.
-        If the block's body raises, nothing that was set inside is stored, and caches are as they
-        were before: hand all messages back to their broker. Only these effects of the body stay:
-        locks, modifications, `Reference.dereference`, `stop`, data that another thread has stored
-        or ended meanwhile, and the ends of sessions from before the block that a cache has ended.
+        the block all of its data is on the server, and the messages can be acknowledged. If the
+        block's body raises, no data of the block is stored, and caches are as they were before:
+        hand all messages back to their broker. Only these effects of the body stay: locks,
+        modifications, `Reference.dereference`, `stop`, data that another thread has stored or ended
+        meanwhile, and the ends of sessions from before the block that a cache has ended.
 
         If leaving the block raises, data that could not be stored is kept and goes with the next
         batch or with `flush`: acknowledge the messages when that has returned. Do not hand them
@@ -601,11 +601,10 @@ class Process(BaseProcess):
             messages: With ``dedupe``: the messages. Loop over the batch, and make the updates of
                 each message there.
             dedupe: The scope of the messages' ids: the name of a queue, for example. A message
-                whose id was stored is not stored again. If the block raises, nothing of it is
-                stored. Leaving the block raises `AlreadyStoredError` if another delivery of a
-                message was stored that this process did not know of: handle the same messages
-                again.
-            message_id: Returns a message's id: a str, bytes or int. None: its attribute, or method,
+                whose id was stored is not stored again. If the block raises, no data of it is
+                stored. Leaving the block raises `AlreadyStoredError` if an earlier delivery of a
+                message was stored without this process knowing: handle the same messages again.
+            message_id: Returns a message's id: a str, bytes or int. None: its attribute or method
                 ``id``, its key ``"MessageId"``, or the first item of a tuple.
             window: Seconds for which ids are remembered on the server.
         """
@@ -627,26 +626,26 @@ class Process(BaseProcess):
         raise_together("not everything could be stored", self._errors(self._flush()))
 
     def add_to_registry(self, resource: str, registry_key: str | None = None) -> int:
-        """Enter a resource into a registry. Phonon keeps this process's by itself.
+        """Enter a resource into a registry. Phonon maintains this process's registry itself.
 
         Args:
             resource: The resource's name.
             registry_key: Another process's `registry_key`; None for this one's.
 
         Returns:
-            1 if it was not there yet.
+            1 if the resource was not there yet.
         """
         return int(self._engine.run(self._track(resource, registry_key, there=True)))
 
     def remove_from_registry(self, resource: str, registry_key: str | None = None) -> int:
-        """Remove a resource from a registry. Phonon keeps this process's by itself.
+        """Remove a resource from a registry. Phonon maintains this process's registry itself.
 
         Args:
             resource: The resource's name.
             registry_key: Another process's `registry_key`; None for this one's.
 
         Returns:
-            1 if it was there.
+            1 if the resource was there.
         """
         return int(self._engine.run(self._track(resource, registry_key, there=False)))
 
@@ -672,23 +671,23 @@ class Process(BaseProcess):
 
         Raises:
             BatchMissingError: There is no such parked batch.
-            UndecodableError: It cannot be read.
-            UnknownClassError: Its class is not imported here.
+            UndecodableError: A partial cannot be read.
+            UnknownClassError: The batch's class is not imported here.
         """
         found: list[Update] = self._engine.run(self._look(resource, token))
         return found
 
     def replay(self, resource: str, token: int) -> None:
-        """Execute a parked batch after all, here and now.
+        """Execute a parked batch now, in this process.
 
-        It gets a new token, so that a database that has seen later ones accepts it. If it fails
-        again, it is tried and parked like any other.
+        The batch gets a new token, so that a database that has seen later ones accepts it. If the
+        batch fails again, it is tried again and parked like any other.
 
         Raises:
             BatchMissingError: There is no such parked batch.
             BatchRunningError: Another batch of the resource is being executed.
-            UnknownClassError: Its class is not imported here. It stays parked.
-            UndecodableError: It cannot be read. It stays parked.
+            UnknownClassError: The batch's class is not imported here. The batch stays parked.
+            UndecodableError: A partial cannot be read. The batch stays parked.
             Exception: The error of ``execute``.
         """
         raise_together("the batch failed again", self._errors(self._replay(resource, token)))
@@ -702,19 +701,19 @@ class Process(BaseProcess):
         self._engine.run(self._discard(resource, token))
 
     def stop(self) -> None:
-        """End the sessions that this process still holds, release its locks, and disappear.
+        """End the sessions that this process still holds, release its locks, and deregister.
 
-        A second call does nothing; anything else raises `ProcessStoppedError` afterwards. Inside
+        A second call does nothing; any other call raises `ProcessStoppedError` afterwards. Inside
         `batch` this ends the block. Let other threads finish their blocks first.
 
         Raises:
             Exception: Some sessions could not be ended; several errors come as an ExceptionGroup.
                 Survivors take over the data on the server.
         """
-        notice()  # a forked child ends its own copy, which has a lock of its own
+        notice()  # a forked child stops its own copy, which has a separate lock
         _lifetime.forget(self)
         engine = self._engine
-        # A worker's on_error may call this while another thread stops the process, and waits for
+        # A worker's on_error may call this while another thread stops the process and waits for
         # the worker.
         if not self._stop_lock.acquire(blocking=not engine.is_worker):
             return
@@ -735,7 +734,7 @@ class Process(BaseProcess):
         raise_together("stopping left something undone", errors_only(errors))
 
     def begin_after_fork(self) -> None:
-        """Be a process of its own: the child's copy. Threads of the parent may have held locks."""
+        """Reset the child's copy. Threads of the parent may have held its locks."""
         self._stop_lock = threading.RLock()
         self._engine.driver.executor = None  # its threads are the parent's
         self._engine.after_fork_in_child()
@@ -745,7 +744,7 @@ class Process(BaseProcess):
 
 
 def url_first(session_length: Any, url: str | None) -> tuple[Any, str | None]:
-    """Return session length and URL, where a URL may have been given in the first one's place.
+    """Return session length and URL, also if the URL was given in place of the first.
 
     Raises:
         ConfigurationError: There are two URLs.

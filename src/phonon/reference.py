@@ -1,4 +1,4 @@
-"""References: the users of a resource, its modifications, and the last one to leave."""
+"""References: they count the users of a resource and its modifications, and find the last user."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ __all__ = ["BaseReference", "Holder", "Reference"]
 class BaseReference:
     """The base of `Reference` and `AsyncReference`: everything but the waiting."""
 
-    #: Where users import it from, for a repr.
+    #: The package from which users import the class, for its repr.
     _package = "phonon"
     #: Whether its methods are awaited.
     _is_async = False
@@ -54,7 +54,7 @@ class BaseReference:
     # Flows
 
     def joining(self) -> Flow[None]:
-        """Become a member, or make sure that the process is one."""
+        """Join the resource, or make sure that the process is a member."""
         members: Members = self._engine.members
         if self.parties is None:
             return members.join(self.resource_key)
@@ -95,7 +95,7 @@ class BaseReference:
         return found
 
     def _dereference(self, callback: Callable[[], Any] | None, block: bool | None) -> Flow[bool]:
-        """Let go, and call the callback if this process was the last.
+        """Leave the resource, and call the callback if this process was the last member.
 
         The lock is taken around both unless this thread holds it exclusively.
         """
@@ -115,24 +115,24 @@ class BaseReference:
         last = False
         try:
             if not (yield from lock.entering(attempt)):
-                return False  # the caller has gone: without the lock the reference stays held
+                return False  # the caller has gone, so the reference stays held
             try:
                 last = yield from self._leaving(callback, batch)
             except GeneratorExit:
                 raise
-            except BaseException as error:  # noqa: BLE001 - it is raised when the lock is released
+            except BaseException as error:  # noqa: BLE001 - raised after the lock is released
                 failure = error
             if failure is None:
                 yield from lock.releasing(attempt)
                 return last
-            # If the server does not answer, that goes on in the background, and this raises now.
+            # If the server does not answer, the release goes on in the background, and this raises.
             released: Outcome = yield Branch(lock.releasing(attempt))
             if released.error is not None:
                 failure.add_note(f"phonon: {released.error}")
-            raise failure  # noqa: TRY301 - told apart from an interrupt
+            raise failure  # noqa: TRY301 - handled apart from interrupts
         except BaseException as error:
             if not isinstance(error, PhononError | GeneratorExit) and error is not failure:
-                # Interrupted, with the lock perhaps granted.
+                # Interrupted: the lock may have been granted.
                 self._engine.leases.forsaken.append((attempt, lock.taken))
                 self._engine.leases.start_work()
             raise
@@ -142,7 +142,7 @@ class BaseReference:
         # An open batch must not join the resource after this.
         if batch is not None and batch.take_join(resource):
             yield from members.join(resource)
-        # An update of ours may have data that is nowhere else yet.
+        # An update in this process may have unsent data.
         opener = members.held.get(resource)
         parcel = opener() if opener is not None else None
         ending = Ending(resource, parcel, self.force_expiry, callback is not None)
@@ -154,10 +154,11 @@ class BaseReference:
         _check(result)
         last = result.last
         if not last and not result.left:
-            # A leave before this one, whose caller has gone, has had its answer: it was the last.
+            # Let an earlier leave whose caller has gone take in its answer: it may have been the
+            # last.
             yield from outbox.settling()
         gone = yield CALLER_GONE
-        # A leave whose caller had gone was the last of an earlier session.
+        # An earlier leave without a caller was the last one of its session.
         if not gone and resource in members.undelivered_results:
             members.undelivered_results.discard(resource)
             last = True
@@ -166,7 +167,7 @@ class BaseReference:
         if callback is not None:
             yield from self._calling(callback, result.modifications)
         elif gone:
-            # The caller has got a ConnectionLostError. The next call says so.
+            # The caller has got a ConnectionLostError. The next call reports it.
             members.undelivered_results.add(resource)
         return True
 
@@ -179,9 +180,9 @@ class BaseReference:
         error = outcome.error or never_run(outcome.value)
         if error is None:
             return
-        # As before the call: this process may try again, or another one be the last.
+        # Restore the state before the call: this process may try again, or another one may be last.
         times = {process.encode(): count for process, count in modifications.items()}
-        # If the server does not answer, that goes on in the background, and this raises now.
+        # If the server does not answer, the release goes on in the background, and this raises.
         restored: Outcome = yield Branch(self._engine.members.restore(self.resource_key, times))
         if restored.error is not None:
             error.add_note(f"phonon: and it is not held again: {restored.error}")
@@ -189,9 +190,9 @@ class BaseReference:
 
 
 def _check(result: SessionResult) -> None:
-    """Raise errors that kept the session from ending, and interrupts. Log errors of ``execute``.
+    """Raise interrupts, and errors that prevented the end. Log errors of ``execute``.
 
-    Its batch is kept and tried again; the process has left the resource all the same.
+    A failed batch is kept and tried again; the process has left the resource all the same.
     """
     for error in result.errors:
         if not result.sent or not isinstance(error, Exception):
@@ -201,20 +202,20 @@ def _check(result: SessionResult) -> None:
 class Reference(BaseReference):
     """A process's membership in a resource.
 
-    Made by `Process.create_reference`. A process is a member once, however often and from however
-    many threads it creates the reference: all these objects stand for the same membership, and
-    the first `dereference` ends it. To count threads separately, give each a `Process`.
+    Made by `Process.create_reference`. A process is a member once, even if several threads create
+    the reference several times: all these objects stand for the same membership, and the first
+    `dereference` ends it. To count threads separately, give each thread a `Process`.
 
     Args:
         process: The process that is a member.
         resource: The name of the resource, any text.
         block: Whether `lock` waits by default.
-        parties: The number of different processes that the session is to have, if it is known: no
-            process is the last before so many have joined.
+        parties: The number of different processes that the session will have, if known. No process
+            is the last one before so many have joined.
 
     Attributes:
         resource_key: The name of the resource.
-        force_expiry: If true, `dereference` executes all data stored so far, although others still
+        force_expiry: If true, `dereference` executes all data stored so far, even if others still
             hold the resource.
 
     Raises:
@@ -244,13 +245,13 @@ class Reference(BaseReference):
         """Return a lock on the resource, for a ``with`` block.
 
         Args:
-            block: Whether to wait if it is taken. None: as the reference was told to.
-            shared: Whether to share it with others that do.
-            reentrant: Whether the thread that has it may take it again.
+            block: Whether to wait if the lock is taken. None: as given to the reference.
+            shared: Whether to share the lock with other shared holders.
+            reentrant: Whether the thread that has the lock may take it again.
             lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
-            on_lost: Called with the lock, from any thread, once it is found to be lost.
-            timeout: Seconds to wait at the most, where `acquire` is not told otherwise; below 0
-                for ever. None: `Process.BLOCKING_TIMEOUT`.
+            on_lost: Called with the lock, from any thread, once the lock is found to be lost.
+            timeout: Seconds to wait at the most, unless `acquire` is given another number; below 0
+                waits for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return self._process.lock(
             self.resource_key,
@@ -277,17 +278,17 @@ class Reference(BaseReference):
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the announced number of processes have joined, and all others have left.
 
-        Only for a reference made with ``parties``. Afterwards this process is the only one that
-        still holds the resource, and its `dereference` the last one.
+        Only for a reference made with ``parties``. Afterwards only this process still holds the
+        resource, and its `dereference` is the last one.
 
         Args:
             timeout: Seconds to wait at the most. None: `Process.BLOCKING_TIMEOUT`.
 
         Returns:
-            Whether all others have left. False if that took too long.
+            Whether all others have left in time.
 
         Raises:
-            ConfigurationError: It was made without ``parties``.
+            ConfigurationError: The reference was made without ``parties``.
         """
         return bool(self._engine.run(self._wait(timeout)))
 
@@ -303,7 +304,7 @@ class Reference(BaseReference):
         return int(self._engine.run(self._times_modified()))
 
     def modified_by(self) -> dict[str, int]:
-        """Return which process modified the resource how often in this session."""
+        """Return how often each process has modified the resource in this session."""
         found: dict[str, int] = self._engine.run(self._modified_by())
         return found
 
@@ -319,29 +320,29 @@ class Reference(BaseReference):
         kwargs: Mapping[str, Any] | None = None,
         block: bool | None = None,
     ) -> bool:
-        """Let go of the resource.
+        """Leave the resource.
 
         If the resource has partials of updates and this process is the last, they are executed
         before the callback is called.
 
         Args:
-            callback: Called if this process is the last to let go. It runs under the resource's
-                lock, which is taken around the whole call unless this thread holds it. If it
-                raises, the process holds the resource again, as before the call, and the error is
-                passed on. It is called at most once: work that must survive a crash is an
-                `Update`.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-            block: Whether to wait for that lock. None: as the reference was told to.
+            callback: Called if this process is the last to leave. It runs under the resource's
+                lock, which is held around the whole call unless this thread has it already. If
+                the callback raises, the process holds the resource again, as before the call, and
+                the error is passed on. It is called at most once: use an `Update` for work that
+                must survive a crash.
+            args: Positional arguments of the callback.
+            kwargs: Keyword arguments of the callback.
+            block: Whether to wait for the lock. None: as given to the reference.
 
         Returns:
             Whether this process was the last. Of all processes that held the resource in one
             session, exactly one gets True. A process that did not hold it gets False.
 
         Raises:
-            AlreadyLockedError: The lock is taken; the reference is still held.
+            AlreadyLockedError: Another holder has the lock; the reference is still held.
             ConnectionLostError: The server does not answer. The call goes on when it does, unless
-                it was still to get the lock; to call again is right in both cases.
+                it was still waiting for the lock; calling again is right in both cases.
         """
         check_callable("callback", callback, is_async=True)  # a coroutine function: see `bound`
         run = None if callback is None else bound(callback, args, kwargs)
@@ -351,12 +352,12 @@ class Reference(BaseReference):
 def bound(
     callback: Callable[..., Any], args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
 ) -> Callable[[], Any]:
-    """Return a function of the callback's name that calls it with arguments."""
+    """Return a function with the callback's name that calls it with arguments."""
     given, named = check_arguments(args, kwargs)
 
     def run() -> Any:
         return callback(*given, **named)
 
-    # Errors name it: a coroutine function, say, that nothing awaits.
+    # An error, about a coroutine function for example, shows this name.
     run.__qualname__ = getattr(callback, "__qualname__", repr(callback))
     return run

@@ -1,6 +1,6 @@
-"""The original's registry: one collection for each model, in a process that `connect` has made.
+"""The registry of the original Phonon: one collection for each model, in the process of `connect`.
 
-It is there for programs that were written for the original; others make a `Process`, and collect.
+It serves programs that were written for the original. Others make a `Process`, and call `collect`.
 """
 
 import threading
@@ -56,16 +56,16 @@ class Registry:
             return found
 
     def register(self, model: Model, *args: Any, **kwargs: Any) -> None:
-        """Merge a record that shows one message.
+        """Merge a record of one message.
 
         Args:
             model: The record.
-            args: The arguments of ``on_complete`` once the data is safe: a broker's message to
-                finish, say. It is called for each message that this process has registered.
-            kwargs: The same by name.
+            args: The arguments of ``on_complete``, such as a broker's message to acknowledge.
+                ``on_complete`` is called for each message that this process has registered.
+            kwargs: The same arguments by name.
 
         Raises:
-            InvalidMessageError: Its model does not take it. Nothing was merged.
+            InvalidMessageError: The model refuses the message. Nothing was merged.
             ConnectionLostError: The server does not answer; the data is kept, and stored once.
         """
         self.collection(type(model)).add_record(model, args, kwargs)
@@ -77,7 +77,7 @@ _registry = Registry()
 def configure(
     max_entries: int = 10_000, idle: float | None = 1800, longest: float | None = None
 ) -> None:
-    """Set how many keys are kept, and when sessions end; for models that are registered from now.
+    """Set how many keys are kept, and when sessions end, for models that are registered later.
 
     Args:
         max_entries: Keys to keep of each model at the most.
@@ -92,5 +92,5 @@ def configure(
 
 
 def register(model: Model, *args: Any, **kwargs: Any) -> None:
-    """Merge a record that shows one message; see `Registry.register`."""
+    """Merge a record of one message; see `Registry.register`."""
     _registry.register(model, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 ``ExactSerializer`` writes MessagePack: the native types of MessagePack (None, bool, int up to 64
 bits, float, str, bytes, list, dict), and the types of this table as a list whose first element, its
-head, is an extension without a body. Every other type is refused: it would come back as another::
+head, is an extension without a body. Any other type is refused: it would come back as another one::
 
     0x01  int          str: hexadecimal (only of an int beyond 64 bits)
     0x02  bytearray    bytes
@@ -58,17 +58,17 @@ class Serializer(Protocol):
     """
 
     name: str
-    """A short id, stored beside the data, by which a reader with another serializer notices."""
+    """A short id, stored with the data, by which a reader detects another serializer."""
 
     def dumps(self, value: Any) -> bytes:
-        """Returns the bytes from which ``loads`` makes an equal value of the same type.
+        """Return the bytes from which ``loads`` makes an equal value of the same type.
 
         Raises:
-            NotStorableError: The value, or a part of it, would not come back as it is.
+            NotStorableError: The value, or a part of it, would not come back unchanged.
         """
 
     def loads(self, data: bytes) -> Any:
-        """Returns the value that ``dumps`` was given.
+        """Return the value that was given to ``dumps``.
 
         Raises:
             UndecodableError: ``dumps`` did not write this data, or it was damaged since.
@@ -85,7 +85,7 @@ _DATE, _TIME = ("year", "month", "day"), ("hour", "minute", "second", "microseco
 def _key(zone: ZoneInfo) -> str:
     try:
         zone.__reduce__()
-    except pickle.PicklingError:  # from_file(): its rules need not be those that its key leads to
+    except pickle.PicklingError:  # from_file(): its rules may differ from those of its key
         raise NotStorableError("a ZoneInfo that was read from a file") from None
     return zone.key
 
@@ -98,7 +98,7 @@ def _factory(value: defaultdict[Any, Any]) -> str | None:
 
 
 def _plain(value: dict[Any, Any]) -> dict[Any, Any]:
-    if getattr(value, "__dict__", None):  # OrderedDict and Counter take attributes, as any object
+    if getattr(value, "__dict__", None):  # OrderedDict and Counter can have attributes
         raise NotStorableError(f"a {type(value).__name__} with attributes of its own")
     return dict(value)
 
@@ -113,7 +113,7 @@ _WRITERS: dict[type, tuple[int, Callable[[Any], Iterable[Any]]]] = {
     time: (0x07, attrgetter(*_TIME, "tzinfo", "fold")),
     datetime: (0x08, attrgetter(*_DATE, *_TIME, "tzinfo", "fold")),
     timedelta: (0x09, attrgetter("days", "seconds", "microseconds")),
-    timezone: (0x0A, lambda v: v.__reduce__()[1]),  # tzname() makes a name up if none was given
+    timezone: (0x0A, lambda v: v.__reduce__()[1]),  # tzname() invents a name if none was given
     ZoneInfo: (0x0B, lambda v: [_key(v)]),
     tuple: (0x10, iter),
     set: (0x11, iter),
@@ -124,9 +124,9 @@ _WRITERS: dict[type, tuple[int, Callable[[Any], Iterable[Any]]]] = {
     defaultdict: (0x16, lambda v: [_factory(v), dict(v)]),
 }
 
-# Forged parts are of any type and number. join() refuses all but bytes or str: bytearray(10**12)
-# would take a terabyte, Decimal of a long int hours. An index refuses too few of them: date(b"…")
-# would make a date out of four bytes without looking at them.
+# Forged data may have parts of any type and number. join() accepts only bytes or str:
+# bytearray(10**12) would take a terabyte, and Decimal of a long int hours. Indexing fails if there
+# are too few parts: date(b"…") would make a date of four bytes without checking them.
 _READERS: dict[int, Callable[[list[Any]], Any]] = {
     0x01: lambda p: int("".join(p), 16),
     0x02: lambda p: bytearray().join(p),
@@ -170,8 +170,8 @@ def _spell(value: Any) -> list[Any]:
 class _Writer:
     """A msgpack Packer that notices values which would not come back unchanged."""
 
-    # msgpack asks no hook about bytearray, memoryview, ExtType and Timestamp, but writes what would
-    # come back as another type. Each of them leaves one of these bytes in the data.
+    # msgpack calls no hook for bytearray, memoryview, ExtType and Timestamp, but writes data that
+    # would come back as another type. Each of them leaves one of these bytes in the data.
     _MARKS = bytes((0xC4, 0xC5, 0xC6, _HEAD_BYTE, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8))
 
     def __init__(self) -> None:
@@ -188,7 +188,7 @@ class _Writer:
             data: bytes = self._packer.pack(value)
         except UnicodeEncodeError:  # lone surrogates
             return _pack_carefully(value)
-        # Bytes, a float of four, and text in some scripts have more marks than heads, too.
+        # Bytes, a float of four bytes, and text in some scripts may contain these bytes as well.
         marks = len(data) - len(data.translate(None, self._MARKS))
         if marks == self._heads or _is_shallow(value, _SHALLOW):
             return data
@@ -199,7 +199,7 @@ _SHALLOW = 4
 
 
 def _is_shallow(value: Any, levels: int) -> bool:
-    """Returns whether a value is nested in few levels, of types that msgpack never confuses."""
+    """Return whether a value has few levels, and only types that msgpack never confuses."""
     kind = type(value)
     if kind is dict:
         return _ATOMS.issuperset(map(type, value)) and _is_shallow(value.values(), levels)
@@ -217,7 +217,7 @@ _ITERABLE = frozenset({list, tuple, set, frozenset, type({}.values())})
 
 @dataclass(eq=False, slots=True)
 class _Held:
-    """A value under a type that msgpack does not know, so that it asks for the spelling."""
+    """Wraps a value in a type that msgpack does not know, so that it calls the hook."""
 
     value: Any
 
@@ -227,7 +227,7 @@ def _hold(value: Any) -> Any:
 
 
 def _spell_held(held: Any) -> Any:
-    value = held.value if type(held) is _Held else held  # an int beyond 64 bits was not held
+    value = held.value if type(held) is _Held else held  # an int beyond 64 bits is not wrapped
     if type(value) is list:
         return [_hold(item) for item in value]
     if type(value) is dict:
@@ -242,12 +242,12 @@ def _pack_carefully(value: Any) -> bytes:
 
 
 _show = partial(reprlib.aRepr.repr_instance, level=0)  # survives a broken __repr__
-_DEEPEST = 500  # what every version of msgpack takes, with some levels to spare for heads
+_DEEPEST = 500  # every version of msgpack takes it, with some levels to spare for heads
 _STORABLE = "None, bool, float, str, bytes, list, dict, " + ", ".join(k.__name__ for k in _WRITERS)
 
 
 def _steps(value: Any) -> Iterator[tuple[str, Any]]:
-    """Gives the parts of a value that has a spelling, each with its step of the path."""
+    """Yield the parts of a value, each with its step of the path."""
     if type(value) in {OrderedDict, Counter, defaultdict}:
         yield "", dict(value)
     elif type(value) is dict:
@@ -263,7 +263,7 @@ def _steps(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _refusal(value: Any, where: str, error: Exception) -> NotStorableError:
-    """Walks as msgpack did, up to the value that it failed at, for the sake of the path."""
+    """Walk like msgpack up to the value at which it failed, to find the value's path."""
     fault = f"{where}: {error}, so it"
     walk = [(where, iter([("", value)]))]
     while walk and not isinstance(error, RecursionError):
@@ -271,7 +271,7 @@ def _refusal(value: Any, where: str, error: Exception) -> NotStorableError:
         step, part = next(parts, (None, None))
         if step is None:
             walk.pop()
-        elif len(walk) - 1 > _DEEPEST:  # not a level later: a list may hold itself twice
+        elif len(walk) - 1 > _DEEPEST:  # not a level later: a list may contain itself twice
             fault = f"{walk[4][0]}…: a value that holds itself or is nested too deep"
             break
         elif type(part) not in _ATOMS:
@@ -286,7 +286,7 @@ def _refusal(value: Any, where: str, error: Exception) -> NotStorableError:
 
 
 class _Reading:
-    """The reading of data with heads, which knows whether each is the first of a list."""
+    """Reads data with heads, and checks that each head is the first item of a list."""
 
     _heads = 0
 
@@ -302,7 +302,7 @@ class _Reading:
 
     def unpack(self, data: bytes) -> Any:
         value = _unpack(data, self.head, self.array)
-        if self._heads:  # it would reach the user in the place of a value
+        if self._heads:  # it would reach the user in place of a value
             raise ValueError("an extension that does not start a list")
         return value
 
@@ -312,7 +312,7 @@ def _no_head(code: int, body: bytes) -> Any:
 
 
 def _unpack(data: bytes, head: Callable[[int, bytes], Any], array: Any = None) -> Any:
-    # timestamp=3: msgpack asks no hook about its own extension; let it be a type of ours.
+    # timestamp=3: msgpack calls no hook for its own extension, so it becomes a datetime here.
     return msgpack.unpackb(
         data,
         ext_hook=head,
@@ -324,15 +324,15 @@ def _unpack(data: bytes, head: Callable[[int, bytes], Any], array: Any = None) -
 
 
 class ExactSerializer:
-    """Writes values so that they come back as they were, type for type, or refuses them.
+    """Writes values so that they come back unchanged, type for type, or refuses them.
 
-    The types are those of the table at the top of this module. Subclasses of them are other types
-    and are refused: enums, named tuples, numpy's floats. A dict's keys may be of any type that is
-    hashable and in the table; a ZoneInfo comes back as ``ZoneInfo(key)``; 500 levels may be nested.
+    It takes the types of the table at the top of this module. It refuses their subclasses, because
+    those are other types: enums, named tuples, numpy's floats. A dict's keys may have any hashable
+    type in the table; a ZoneInfo comes back as ``ZoneInfo(key)``; 500 levels may be nested.
 
-    Reading runs no code, imports nothing and takes memory in proportion to the data, also for
-    hostile data. A user who may write to the server can choose keys that collide in a dict, which
-    takes time.
+    Reading runs no code, imports nothing and takes memory in proportion to the data, even for
+    hostile data. A user with the right to write to the server can choose keys that collide in a
+    dict, which takes time.
 
     Example:
         >>> serializer = ExactSerializer()
@@ -341,16 +341,16 @@ class ExactSerializer:
     """
 
     name = "x1"
-    _KEPT = 256 * 1024  # a Packer's buffer never shrinks: one that wrote more is not kept
-    _SCANNED = 1024  # what the headers in shorter data can claim does no harm
+    _KEPT = 256 * 1024  # a Packer's buffer never shrinks, so one that wrote more is dropped
+    _SCANNED = 1024  # false lengths in shorter data do no harm
 
     def __init__(self) -> None:
-        # To make a Packer takes longer than to pack a small dict. It is taken out while in use, for
-        # a signal handler or a finalizer that comes in between must not write into its buffer.
+        # Making a Packer takes longer than packing a small dict. It is removed while in use,
+        # because a signal handler or a finalizer must not write into its buffer meanwhile.
         self._writers: list[_Writer] = []
 
     def dumps(self, value: Any, where: str = "value") -> bytes:
-        """Writes a value, see ``Serializer``; errors start with ``where``, like ``doc``."""
+        """Return a value's bytes, see ``Serializer``; errors start with ``where``, like ``doc``."""
         try:
             writer = self._writers.pop()
         except IndexError:
@@ -364,17 +364,17 @@ class ExactSerializer:
         return data
 
     def loads(self, data: bytes) -> Any:
-        """Read the output of ``dumps``, see ``Serializer``."""
+        """Return the value of the output of ``dumps``, see ``Serializer``."""
         try:
             if len(data) > self._SCANNED:
-                # Nested lists that each claim the length of all data would get the memory before
-                # they turn out to be short; skipping over them first takes none.
+                # Nested lists that claim the length of all data would get the memory before they
+                # turn out to be short. Skipping over them first takes no memory.
                 scan = msgpack.Unpacker(max_buffer_size=len(data))
                 scan.feed(data)
                 scan.skip()
             return _Reading().unpack(data) if _HEAD_BYTE in data else _unpack(data, _no_head)
         except MemoryError:
-            raise  # it tells of this machine and nothing of the data
+            raise  # the cause is this machine, not the data
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:100].encode("ascii", "replace").decode()
             raise UndecodableError(
@@ -383,7 +383,7 @@ class ExactSerializer:
 
 
 class SignedPickleSerializer:
-    """Stores any object that can be pickled, for programs that trust everybody who has the key.
+    """Stores any object that can be pickled, for programs that trust everybody with the key.
 
     Warning:
         Unpickling runs code that the data chooses. Anyone who knows the key and can write to the
@@ -415,7 +415,7 @@ class SignedPickleSerializer:
             )
 
     def dumps(self, value: Any, where: str = "value") -> bytes:
-        """Writes a value, see ``Serializer``; errors start with ``where``, like ``doc``."""
+        """Return a value's bytes, see ``Serializer``; errors start with ``where``, like ``doc``."""
         try:
             pickled = pickle.dumps(value, protocol=5)
         except Exception as error:

@@ -25,7 +25,7 @@ __all__ = [
     "check_whole",
 ]
 
-#: Read where no address is given.
+#: The environment variable with the URL, if no argument names the server.
 URL_VARIABLE: Final = "PHONON_URL"
 _DEFAULT_ADDRESS: Final = ("localhost", 6379, 1)
 
@@ -34,17 +34,17 @@ _DEFAULT_ADDRESS: Final = ("localhost", 6379, 1)
 
 
 def check_name(argument: str, value: Any) -> str:
-    """Refuse a name that is no text.
+    """Refuse a name that is not text.
 
     Args:
         argument: The argument's name, for the message.
-        value: What was given.
+        value: The value of the argument.
 
     Returns:
         The name.
 
     Raises:
-        ConfigurationError: It is not a str.
+        ConfigurationError: The value is not a str.
     """
     if isinstance(value, str):
         return value
@@ -58,10 +58,10 @@ def check_name(argument: str, value: Any) -> str:
 
 
 def check_position(value: Any) -> None:
-    """Refuse a position in a source that is no offset.
+    """Refuse a position in a source that is not an offset.
 
     Raises:
-        ConfigurationError: It is neither None nor an int of 0 or more.
+        ConfigurationError: The value is neither None nor an int of 0 or more.
     """
     if value is not None and (type(value) is not int or value < 0):
         raise ConfigurationError(
@@ -71,10 +71,10 @@ def check_position(value: Any) -> None:
 
 
 def check_timeout(argument: str, value: Any) -> float:
-    """Refuse a value that is no number of seconds to wait; infinity is one.
+    """Refuse a value that is not a number of seconds to wait; infinity is allowed.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: The value is refused.
     """
     if not is_number(value) or math.isnan(value):
         raise ConfigurationError(
@@ -89,7 +89,7 @@ def check_key(value: Any) -> None:
     """Refuse a cache's key that is not hashable.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: The value is refused.
     """
     try:
         hash(value)
@@ -103,7 +103,7 @@ def check_owner(value: Any) -> Any:
     """Return the parts of a process.
 
     Raises:
-        ConfigurationError: It is no process.
+        ConfigurationError: The value is not a process.
     """
     engine = getattr(value, "engine", None)
     if engine is None or isinstance(value, type):
@@ -114,14 +114,14 @@ def check_owner(value: Any) -> Any:
 
 
 def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a callback, as they are now.
+    """Return copies of a callback's arguments.
 
     Args:
-        args: Positional ones; None for none.
-        kwargs: By name; None for none.
+        args: Positional arguments; None for none.
+        kwargs: Keyword arguments; None for none.
 
     Raises:
-        ConfigurationError: They cannot be that.
+        ConfigurationError: ``args`` or ``kwargs`` has a wrong type.
     """
     if args is not None and (isinstance(args, str | bytes) or not isinstance(args, Sequence)):
         raise ConfigurationError(
@@ -138,10 +138,10 @@ def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
 
 
 def check_parties(value: Any) -> int | None:
-    """Refuse a number of parties that is none.
+    """Refuse an invalid number of parties.
 
     Raises:
-        ConfigurationError: It is no whole number, or below 1.
+        ConfigurationError: The value is not a whole number, or below 1.
     """
     if value is None:
         return None
@@ -155,10 +155,10 @@ def check_parties(value: Any) -> int | None:
 
 
 def check_places(value: Any) -> int:
-    """Refuse a semaphore's number of places that is none.
+    """Refuse an invalid number of a semaphore's places.
 
     Raises:
-        ConfigurationError: It is no whole number, or below 1.
+        ConfigurationError: The value is not a whole number, or below 1.
     """
     places = check_whole("places", value)
     if places < 1:
@@ -169,15 +169,15 @@ def check_places(value: Any) -> int:
 
 
 def check_api(kind: type, *, process_is_async: bool, is_async: bool) -> None:
-    """Refuse an object of one API for a process of the other: its calls would do nothing.
+    """Refuse an object of one API with a process of the other: its calls would do nothing.
 
     Args:
         kind: The object's class.
-        process_is_async: Whether it is an `AsyncProcess`.
-        is_async: Whether the object is made for one.
+        process_is_async: Whether the process is an `AsyncProcess`.
+        is_async: Whether the object is made for an `AsyncProcess`.
 
     Raises:
-        ConfigurationError: They do not fit.
+        ConfigurationError: Object and process do not fit.
     """
     if process_is_async is is_async:
         return
@@ -190,15 +190,15 @@ def check_api(kind: type, *, process_is_async: bool, is_async: bool) -> None:
 
 
 def check_callable(argument: str, value: Any, *, is_async: bool) -> None:
-    """Refuse a callback that cannot be called. None is fine.
+    """Refuse a callback that cannot be called. None is allowed.
 
     Args:
         argument: The argument's name, for the message.
-        value: What was given.
-        is_async: Whether a coroutine function can be awaited.
+        value: The value of the argument.
+        is_async: Whether a coroutine function is allowed.
 
     Raises:
-        ConfigurationError: It is not callable, or a coroutine function where nothing awaits it.
+        ConfigurationError: The value is not callable, or a coroutine function that is not allowed.
     """
     if value is None:
         return
@@ -214,7 +214,7 @@ def check_callable(argument: str, value: Any, *, is_async: bool) -> None:
         )
 
 
-# What a process is given
+# Arguments of a process
 
 
 def check_process(
@@ -235,7 +235,7 @@ def check_process(
     """Refuse settings of a process that are invalid, before anything has begun.
 
     Raises:
-        ConfigurationError: One is. The message names it, its value and the remedy.
+        ConfigurationError: A setting is invalid. The message has its name, value and remedy.
     """
     for name, value in (
         ("session_length", session_length),
@@ -296,7 +296,7 @@ def _check_retry(value: Any) -> None:
 
 
 def _check_again(argument: str, value: RetryPolicy | Durability) -> None:
-    """Refuse what ``_replace`` has made, which checks nothing."""
+    """Check a value again, because ``_replace`` checks nothing."""
     try:
         type(value)(*value)
     except ConfigurationError as error:
@@ -317,7 +317,7 @@ def check_executor(value: Any) -> None:
     """Refuse an executor that cannot run ``execute``.
 
     Raises:
-        ConfigurationError: It is none, or has processes instead of threads.
+        ConfigurationError: The value is not an executor, or has processes instead of threads.
     """
     if isinstance(value, ProcessPoolExecutor):
         raise ConfigurationError(
@@ -331,22 +331,22 @@ def check_executor(value: Any) -> None:
         )
 
 
-# Where the server is
+# The server's address
 
 
 def url_of(
     url: Any, hosts: Sequence[str] | None, client: Any, address: tuple[Any, Any, Any]
 ) -> str | None:
-    """Return the URL of the server that arguments name; None if a client does.
+    """Return the server's URL from the arguments; None if they have a client.
 
     Args:
-        url: The URL, if it was given.
-        hosts: Nodes of a cluster, if they were given.
-        client: A client, if one was given.
+        url: The URL, if given.
+        hosts: Nodes of a cluster, if given.
+        client: A client, if given.
         address: Host, port and database.
 
     Raises:
-        ConfigurationError: They contradict each other, or are invalid.
+        ConfigurationError: The arguments contradict each other, or one is invalid.
     """
     if client is not None:
         if url is not None or hosts is not None:

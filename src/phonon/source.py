@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 M = TypeVar("M")
 
-#: Records of one partition that are stored by one operation, which blocks the server for about two
-#: milliseconds. A batch of more is stored in pieces, each of whole messages.
+#: The most records of one partition in one operation, which blocks the server for about two
+#: milliseconds. A larger batch is stored in pieces, each of whole messages.
 MOST_RECORDS = 512
-#: How long ids of messages are remembered unless something else is said, seconds.
+#: Seconds for which ids of messages are remembered by default.
 WINDOW = 3600.0
 
 
 class _Watched(list[Any]):
-    """The updates of a batch that looks at each new one."""
+    """The updates of a batch that checks each new one."""
 
     __slots__ = ("_takes",)
 
@@ -32,7 +32,7 @@ class _Watched(list[Any]):
         self._takes = takes
 
     def append(self, update: Any) -> None:
-        """Add a new update, unless its message is stored already here."""
+        """Add a new update, unless its partition has the message already."""
         if self._takes(update):
             super().append(update)
 
@@ -59,10 +59,9 @@ class BaseMessages(BaseBatch, Generic[M]):
         self._messages = messages
         self._mark = mark
         self._has_begun = False
-        #: Whether all data of the messages is on the server: an error after that,
-        #: such as executing a session that has ended, is not theirs.
+        #: Whether all data of the messages is on the server. A later error, such as from executing
+        #: a session that has ended, does not concern the messages.
         self.is_stored = False
-        #: Whether the block has ended as it should, so that the last message is complete.
         self._measure_at = MOST_RECORDS
         self.asks = progress.asks
         if self.asks:
@@ -76,17 +75,17 @@ class BaseMessages(BaseBatch, Generic[M]):
         return self._progress.skips(partition)
 
     def ends_for_others(self, update: Any, failed: Callable[[], None]) -> bool:
-        """End a session when the block ends that another thread ends while the block is open.
+        """End another thread's session when the block ends, if it ends while the block is open.
 
-        To end it at once would store data of messages without their offsets or ids.
+        Ending it at once would store data of messages without their offsets or ids.
 
         Returns:
-            Whether that is so. If not, the block has ended meanwhile.
+            Whether the block will end it. If not, the block has ended already.
         """
         self.end(update, failed)
         return self.is_open or self._endings.pop(id(update), None) is None
 
-    # What is collected
+    # Collecting
 
     def add_new(self, update: Any) -> None:
         """Store a new update when the block ends, unless it is stored already."""
@@ -100,14 +99,14 @@ class BaseMessages(BaseBatch, Generic[M]):
             list.append(self.fresh, update)
 
     def replace(self, spent: Any, update: Any) -> None:
-        """Store an update into which another one was merged, in the place of that."""
+        """Store an update instead of another one that was merged into it."""
         fresh = self.fresh
         if fresh and fresh[-1] is spent and spent is not update:
             fresh.pop()
         self.add(update)
 
     def shrink(self) -> None:
-        """Merge updates of the same record and class that only the batch refers to."""
+        """Merge updates of the same record and class if only the batch refers to them."""
         watched = isinstance(self.fresh, _Watched)
         self.fresh = list(self.fresh)
         super().shrink()
@@ -129,7 +128,7 @@ class BaseMessages(BaseBatch, Generic[M]):
     # Going on from message to message
 
     def _begin(self, message: M) -> bool:
-        """Go on to a message. Return whether it has to be handled at all."""
+        """Go on to a message. Return whether it has to be handled."""
         if not self.is_open:
             raise ConfigurationError("loop over the batch inside of its with block")
         wanted = self._progress.begin(self._mark(message))
@@ -190,7 +189,7 @@ class MessagesClosing:
         fresh: Updates to store.
         joins: Resources to join.
         outs: Updates whose sessions are to end.
-        stores: Whether there is anything to store, be it only the source's position.
+        stores: Whether there is anything to store, if only the source's position.
     """
 
     def __init__(
@@ -215,7 +214,7 @@ class MessagesClosing:
         engine = self._engine
         errors: list[BaseException] = []
         if self._stores:
-            progress = self._batch._progress  # noqa: SLF001 - its other half
+            progress = self._batch._progress  # noqa: SLF001 - a class of this module
             errors += yield from _storing(engine, self._batch, progress, self._fresh)
         if self._joins:
             errors += yield from engine.outbox.store((), list(self._joins))
@@ -225,8 +224,8 @@ class MessagesClosing:
         return errors
 
     def interrupted(self) -> None:
-        """Drop all, if nothing was begun; calls that were begun go on in the background."""
-        self._batch._progress.failed()  # noqa: SLF001 - its other half
+        """Drop all if the flow has not begun. Calls that have begun go on in the background."""
+        self._batch._progress.failed()  # noqa: SLF001 - a class of this module
         if not has_begun(self.flow):
             drop(self._batch, self._fresh)
             for out in self._outs:
@@ -234,7 +233,7 @@ class MessagesClosing:
 
 
 def drop(batch: BaseBatch, updates: Iterable[Any]) -> None:
-    """Drop the updates' unsent data: the broker delivers its messages again."""
+    """Drop the updates' unsent data, because the broker delivers its messages again."""
     for update in updates:
         if update._batch_ is batch:
             update._batch_ = None
@@ -248,8 +247,8 @@ def drop(batch: BaseBatch, updates: Iterable[Any]) -> None:
 def _storing(
     engine: Engine, batch: BaseBatch, progress: Progress, fresh: list[Any]
 ) -> Flow[list[BaseException]]:
-    # Records of collections are merged already. One that is merged into another one would keep what
-    # it shows, for the next message to be folded into.
+    # A collection has one record a key, so its records need no merge. A record that was merged into
+    # another one would keep its states, and the next message would be folded into them.
     cached = [update for update in fresh if update.folds_]
     loose = merge_updates(update for update in fresh if not update.folds_)
     try:
@@ -264,11 +263,11 @@ def _storing(
 
 
 class Messages(BaseMessages[M], Batch):
-    """A batch of messages that is stored with its offsets or ids, or not at all.
+    """A batch of messages, stored together with its offsets or ids.
 
-    Loop over it inside of its ``with`` block, and make the updates of each message there: messages
-    that are stored are passed over. When the block ends, everything is on the server, and the
-    messages can be acknowledged. If the block raises, nothing of it is stored.
+    Loop over it inside its ``with`` block, and make the updates of each message there. The loop
+    skips messages that are stored already. When the block ends, everything is on the server, and
+    the messages can be acknowledged. If the block raises, no data of it is stored.
 
     Made by `Source.batch`, and by `Process.batch` with ``dedupe``.
     """
@@ -308,26 +307,26 @@ class BaseSource:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether an error occurred, so that the source has to be claimed again."""
+        """True after an error: the source has to be claimed again."""
         return self._claim.in_doubt
 
     def position(self) -> int | None:
         """Return the first offset that is not stored everywhere, from which to read on.
 
         Returns:
-            None if nothing was ever stored: begin anywhere.
+            The offset; None if nothing was ever stored, so that the reader may begin anywhere.
 
         Raises:
-            SourceLostError: Something went wrong: call `claim` first.
+            SourceLostError: There was an error: call `claim` first.
         """
         self._check()
         return self._claim.position
 
     def report_end(self, offset: int) -> None:
-        """Tell how far the broker's messages reach, so that operators see how many wait.
+        """Report the end of the broker's messages, so that operators see how many wait.
 
         Args:
-            offset: The first one that there is no message of yet.
+            offset: The first offset without a message.
         """
         self._claim.end = offset
 
@@ -343,10 +342,9 @@ class BaseSource:
 class Source(BaseSource):
     """An ordered source of messages, like a partition of a Kafka topic, that this process reads.
 
-    The offset up to which its messages are stored is kept in Phonon, in the same atomic step as
-    their data. So a message that is delivered again is passed over, and offsets need not be
-    committed anywhere else. From the moment when the source is claimed no other process can store
-    its messages.
+    Phonon stores the offset up to which messages are stored, in the same atomic step as their data.
+    So a message that is delivered again is skipped, and offsets need not be committed anywhere
+    else. As soon as the source is claimed, no other process can store its messages.
 
     Made by `Process.source`.
 
@@ -364,13 +362,13 @@ class Source(BaseSource):
         """Collect the data of messages, and store it with the source's position.
 
         Args:
-            messages: In growing order of offsets. Those that are stored are passed over.
-            offset: Returns a message's offset. None: its attribute, or method, ``offset``, or the
+            messages: The messages, in growing order of offsets. Stored ones are skipped.
+            offset: Returns a message's offset. None: its attribute or method ``offset``, or the
                 first item of a tuple.
 
         Returns:
-            For a ``with`` block, to be looped over. Leaving the block raises `SourceLostError` if
-            another consumer has claimed the source: nothing is stored then. After that, or any
+            A context manager to loop over in its block. Leaving the block raises `SourceLostError`
+            if another consumer has claimed the source: then nothing is stored. After this or any
             other error, `claim` the source again, and read on from its `position`.
         """
         return Messages(self._process.engine, self._progress(), messages, offset or offset_of)
@@ -379,8 +377,8 @@ class Source(BaseSource):
         """Claim the source again: after an error, or when the broker has assigned it again.
 
         Args:
-            position: A position to move the source to, so that messages are stored again, or passed
-                over.
+            position: A new position for the source, so that messages are stored again, or
+                skipped. None keeps its position.
 
         Raises:
             SourceLostError: Another consumer was faster.
@@ -390,10 +388,10 @@ class Source(BaseSource):
         self._claim = engine.run(engine.sources.claim(self.name, position))
 
     def settle(self) -> None:
-        """Store the source's position in all partitions: when it falls silent, or is handed over.
+        """Store the position in all partitions, for a source that falls silent or is handed over.
 
-        Batches do so about once a second. Without this the next reader may go a little further back
-        than it has to.
+        Batches do this about once a second. Without it the next reader may begin a little earlier
+        than necessary.
 
         Raises:
             SourceLostError: Another consumer has claimed it.
@@ -411,13 +409,13 @@ class Source(BaseSource):
         raise_together("not everything was stored", errors_only(errors))
 
     def forget(self) -> None:
-        """Delete the source's position: it is new when it is claimed again."""
+        """Delete the source's position, so that it is a new source when it is claimed again."""
         engine = self._process.engine
         engine.run(engine.sources.drop(self._claim))
 
 
 def offset_of(message: Any) -> Any:
-    """Return the offset of a message of one of the usual clients."""
+    """Return the offset of a message, as the usual clients have it."""
     if isinstance(message, tuple):
         return message[0]
     offset = message.offset
@@ -425,7 +423,7 @@ def offset_of(message: Any) -> Any:
 
 
 def id_of(message: Any) -> Any:
-    """Return the id of a message of one of the usual clients."""
+    """Return the id of a message, as the usual clients have it."""
     if isinstance(message, tuple):
         return message[0]
     if isinstance(message, dict):

@@ -1,7 +1,7 @@
 """Spans of executions, through OpenTelemetry's API (extra ``opentelemetry``).
 
-An execution happens long after the messages that it comes of, and often for many traces together.
-So it is a span of its own, a root, with a link to the span of each message.
+An execution happens long after its messages, and often for many traces together. So it is a root
+span with a link to the span of each message.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["instrument"]
 
-#: Links of one execution: as many as the specification lets a span have unless told otherwise.
+#: The most links of one execution: the specification's default limit for a span.
 MOST_LINKS = 128
-#: Resources whose messages' spans are kept: the latest ones.
+#: The number of resources whose messages' spans are kept: the latest ones.
 MOST_RESOURCES = 65536
 #: Seconds by which a difference of two readings of the clock may be rounded.
 CLOCK_ERROR = 1e-6
@@ -29,15 +29,15 @@ CLOCK_ERROR = 1e-6
 def instrument(*processes: "BaseProcess", tracer_provider: Any = None) -> None:
     """Make a span of each execution, with links to the spans in which its updates were made.
 
-    Known are the updates that were made in this process, within a span, since `instrument` was
-    called: messages that other processes have merged have no link, and nor has a message of a
-        collection of
-    models. A retry has the same links. The span is made when `execute` has ended, so spans made in
-    there are not its children. Without an SDK in the program nothing is recorded.
+    Links lead to updates that were made in this process, within a span, after the call of
+    `instrument`: there are no links to messages that other processes have merged, or that a
+        collection of models has taken. A retry has the same links. The span is made when `execute`
+    has ended, so spans made in there are not its children. Without an SDK in the program nothing
+    is recorded.
 
     Args:
         processes: The processes.
-        tracer_provider: Whose tracer to use; None for the global one.
+        tracer_provider: The provider of the tracer; None for the global one.
 
     Raises:
         ConfigurationError: The extra is not installed.
@@ -61,9 +61,9 @@ class _Made(NamedTuple):
     """An update that was made.
 
     Attributes:
-        cls: Its class.
-        at: When, by the monotonic clock.
-        span: The context of the span in which it was.
+        cls: The update's class.
+        at: When it was made, by the monotonic clock.
+        span: The context of the span in which it was made.
     """
 
     cls: type
@@ -78,7 +78,7 @@ class _Tracing:
         self._api = api
         self._tracer = tracer
         self._namespace = engine.options.namespace
-        # A signal handler or a finalizer may make an update while its own thread does.
+        # Reentrant: a signal handler or a finalizer may make an update at any moment.
         self._lock = threading.RLock()
         self._known: OrderedDict[str, list[_Made]] = OrderedDict()
         engine.trace = self.made
@@ -99,15 +99,15 @@ class _Tracing:
                 self._known.popitem(last=False)
 
     def left(self, resource: str) -> None:
-        """Forget a session that is executed elsewhere."""
+        """Forget a session that another process executes."""
         with self._lock:
             self._known.pop(resource, None)
 
     def executed(
         self, resource: str, cls: type, seconds: float, error: BaseException | None
     ) -> None:
-        """Make the span of an execution that has ended. Those of its messages go with success."""
-        # What was made while it ran belongs to the next session.
+        """Make the span of an execution that has ended. After success, drop its messages' spans."""
+        # Updates that were made while it ran belong to the next session.
         begun = time.monotonic() - seconds + CLOCK_ERROR
         with self._lock:
             known = self._known.get(resource, ())
@@ -117,9 +117,9 @@ class _Tracing:
                 self._known[resource] = rest
             elif error is None:
                 self._known.pop(resource, None)
-        # The record was executed, also if an exporter raises.
+        # An exporter's error must not affect the execution.
         with contextlib.suppress(Exception):
-            # A span in which several messages came has one link.
+            # One link for each span, even if it had several messages.
             once = {(span.trace_id, span.span_id): span for span in spans}
             self._record(resource, cls, seconds, error, list(once.values()))
 
@@ -135,7 +135,7 @@ class _Tracing:
         end = time.time_ns()
         span = self._tracer.start_span(
             f"execute {cls.__qualname__}",
-            # A root: the caller's span may be that of the last message only.
+            # A root span: the caller's span may belong to the last message only.
             context=api.set_span_in_context(api.INVALID_SPAN),
             links=[api.Link(context) for context in messages],
             start_time=end - int(seconds * 1e9),

@@ -39,16 +39,16 @@ class Update(LocalUpdate):
     former names as well, and with ``version=2`` what version 1 has stored goes through `upgrade`.
 
     Args:
-        process: The process it belongs to. None, for a unit test of `merge` and `execute`: nothing
-            of the update can be stored.
+        process: The process it belongs to. None, for a unit test of `merge` and `execute`: then
+            nothing of the update can be stored.
         _id: The record's key; with ``database`` and ``collection`` it names the resource.
         database: The name of the database, for your `execute`.
         collection: The name of the collection or table, for your `execute`.
         spec: What identifies the record, for your `execute`. The update has a copy.
         doc: The data. The update has a copy.
         init_cache: Whether to store the data on the server at once, so that it survives this
-            process. Inside `Process.batch` all is stored, when the block ends, unless that is told
-            otherwise.
+            process. Inside `Process.batch` all data is stored when the block ends, unless
+            ``durable=False`` is given there.
         block: Taken for compatibility; ending a session needs no lock.
         hard_session: Seconds after which the session is over although messages keep coming.
         soft_session: Seconds without a message after which the session is over.
@@ -62,7 +62,7 @@ class Update(LocalUpdate):
         NotStorableError: A value has a type that cannot be stored.
         ConnectionLostError: The server does not answer. The data is kept and stored once, when the
             server is back: do not hand the message back to its broker.
-        BacklogFullError: Too much is unfinished; this was not taken in.
+        BacklogFullError: Too much work is unfinished; the update was not taken in.
         ConfigurationError: An argument is invalid.
 
     Example:
@@ -129,7 +129,7 @@ class Update(LocalUpdate):
             self.resource_id = resource = f"test.test.{_id}"
         else:
             self.resource_id = resource = f"{prefix_of(engine, database, collection)}{_id}"
-        # What the class says already is not said again for each message.
+        # An argument that equals the class's default needs no attribute of the instance.
         if block is not True:
             self.block = check_flag("block", block)
         if init_cache is not True and init_cache is not False:
@@ -194,7 +194,7 @@ class Update(LocalUpdate):
                         plain = False
                         break
                 if kind is list or kind is set:
-                    # One that nobody else has need not be copied.
+                    # A value without other references needs no copy.
                     changeable = changeable or not plain or getrefcount(value) > UNSHARED
         if not plain:
             self._check_(engine, spec, doc)
@@ -230,11 +230,11 @@ class Update(LocalUpdate):
     def merge(self, other: Any) -> None:
         """Combine another update of the same record into this one.
 
-        Partial results meet in no particular order of processes, so the outcome must not depend
-        on it: addition, union, maximum, "latest by its own time stamp" are fine.
+        Partial results of several processes meet in any order, so the outcome must not depend on
+        the order: addition, union, maximum, "latest by its own time stamp" are fine.
 
-        It runs in any process that has the class, also while the session goes on, and its result is
-        merged again. Of what is merged `execute` sees the result only.
+        `merge` runs in any process that has the class, also while the session goes on, and its
+        result is merged again. `execute` sees the final result only.
 
         Args:
             other: An instance of the same class.
@@ -244,12 +244,12 @@ class Update(LocalUpdate):
     def execute(self) -> Any:  # None; something to await in an AsyncUpdate
         """Write the merged record to the database.
 
-        It may run again if it raises or if its process dies before it could report back. A
-        database that stores `token` beside the record, in the same transaction, and skips a token
-        that is not greater than the stored one, has every batch exactly once.
+        `execute` may run again if it raises or if its process dies before it could report back.
+        A database has every batch exactly once if it stores `token` beside the record, in the
+        same transaction, and skips a token that is not greater than the stored one.
 
-        In a process that took over from a dead one the instance was not made by your constructor:
-        it has what `state` returned, ``spec``, ``doc``, ``collection`` and ``database``.
+        In a process that took over from a dead one your constructor has not run: the instance has
+        the attributes of `state`, ``spec``, ``doc``, ``collection`` and ``database``.
         """
         if not self.executes_many():
             raise NotImplementedError(f"{type(self).__qualname__} must define execute()")
@@ -261,47 +261,47 @@ class Update(LocalUpdate):
         """Write many merged records to the database at once, if it is overridden.
 
         Sessions that end together, as in `LruCache.expire_all` and at the end of a
-        `Process.batch` block, come in lists of up to 250, each update with its `token`. What holds
-        for `execute` holds for each of them. A class may define this one, `execute`, or both.
+        `Process.batch` block, come in lists of up to 250, each update with its `token`. The rules
+        of `execute` apply to each of them. A class may define this method, `execute`, or both.
 
         Args:
             updates: The records, each of another resource.
 
         Returns:
-            Pairs of those that failed and their errors; None if none did. They are kept and tried
-            again, as when `execute` raises.
+            Pairs of a failed update and its error; None if all succeeded. The failed ones are kept
+            and tried again, as when `execute` raises.
 
         Raises:
-            Exception: It is called again for each record by itself, so that only those that are at
-                fault fail: whatever it had written must not count (a transaction is rolled back)
+            Exception: The method is called again for each record by itself, so that only the bad
+                records fail. So a write of the first call must be rolled back with its transaction,
                 or be recognized by its token.
         """
         raise NotImplementedError(f"{cls.__qualname__} must define execute() or execute_many()")
 
     def state(self) -> dict[str, Any]:
-        """Return the attributes of your own that are part of the record, by name."""
+        """Return your own attributes that are part of the record, by name."""
         return {}
 
     def reset_states(self) -> Any:
-        """Empty the attributes that `state` returns: their content is on the server now.
+        """Empty the attributes that `state` returns, because their content is on the server now.
 
         ``doc`` is emptied already. Set them here, or return them as a dict.
         """
 
     def clear(self) -> Any:
-        """Do what `reset_states` does, whose later name it is; override either."""
+        """Do the same as `reset_states`, under a newer name; override either."""
         return self.reset_states()
 
     @classmethod
     def upgrade(cls, old: dict[str, Any], version: int) -> dict[str, Any]:
-        """Return what an earlier version of the class has stored as this version stores it.
+        """Convert the stored content of an earlier version of the class to this version.
 
         Args:
             old: ``spec``, ``doc`` and the attributes of its `state`, by name; yours to change.
-            version: Which version has stored it.
+            version: The version that has stored it.
 
         Returns:
-            The same for this version.
+            The same attributes, as this version has them.
         """
         raise NotImplementedError(f"{cls.__qualname__} must define upgrade(old, version)")
 
@@ -321,7 +321,7 @@ class Update(LocalUpdate):
         return reference
 
     def cache(self) -> None:
-        """Store what is unsent on the server, so that it survives this process.
+        """Store the unsent data on the server, so that it survives this process.
 
         Raises:
             NotStorableError: A value has a type that cannot be stored.
@@ -343,11 +343,11 @@ class Update(LocalUpdate):
         A session that is over is not extended.
 
         Args:
-            other: It is spent afterwards.
+            other: The newer update, which is empty afterwards.
 
         Raises:
-            ConfigurationError: It is of another record or class. Nothing was merged.
-            ForkedError: This update is the parent process's.
+            ConfigurationError: It belongs to another record or class. Nothing was merged.
+            ForkedError: This update belongs to the parent process.
         """
         self._own_engine_()
         if type(other) is not type(self) or other.resource_id != self.resource_id:
@@ -355,21 +355,21 @@ class Update(LocalUpdate):
         self._locked_(self._absorb_slowly_, other, self._now_())
 
     def is_expired(self) -> bool:
-        """Return whether the session is over: silent for too long, or just too long."""
+        """Return whether the session is over: silent for ``soft_session``, or too long in all."""
         return self._is_over_(self._now_())
 
     def end_session(self, block: bool = True) -> None:
-        """End the session here: the data goes to the server, or to the database if we are the last.
+        """End the session: send the data to the server, or to the database if this is the last one.
 
-        An expired update, or one whose reference is told to (``ref.force_expiry``), executes what
-        has come together so far although other processes still hold the record. Inside
+        An expired update, or one whose reference has ``force_expiry`` set, executes the data that
+        has come together so far, even if other processes still hold the record. Inside
         `Process.batch` the session ends when the block does.
 
         Args:
             block: Taken for compatibility; ending a session needs no lock.
 
         Raises:
-            Exception: What `execute` raised. The batch is kept and tried again.
+            Exception: The error that `execute` raised. The batch is kept and tried again.
             NotStorableError: A value has a type that cannot be stored; the data is still here.
             ConnectionLostError: The server does not answer. The session ends when it is back.
         """
@@ -387,10 +387,10 @@ class Update(LocalUpdate):
             raise_first(errors)
 
     def force_expiry(self) -> None:
-        """Execute what has come together so far, although other processes may hold the record.
+        """Execute the data that has come together so far, even if other processes hold the record.
 
         Raises:
-            Exception: As `end_session`.
+            Exception: As from `end_session`.
         """
         self._check_loop_(self._own_engine_())
         self.ref.force_expiry = True
@@ -400,7 +400,7 @@ class Update(LocalUpdate):
             self.ref.force_expiry = False
 
     def set_force_expiry(self, value: bool = True) -> None:
-        """Have the next `end_session` execute what has come together so far, or not any more."""
+        """Set whether the next `end_session` executes the data that has come together so far."""
         self.ref.force_expiry = check_flag("value", value)
 
     @classmethod
@@ -411,16 +411,16 @@ class Update(LocalUpdate):
     # Flows
 
     def storing(self, engine: Engine) -> Flow[list[BaseException]]:
-        """Store what is unsent, and wait for what is under way.
+        """Store the unsent data, and wait for data that is under way.
 
         Returns:
-            What went wrong.
+            The errors.
         """
         if self.has_unsent():
             errors: list[BaseException] = yield from engine.outbox.store((self,))
             return errors
-        # Another call may be on its way with this data. A lane keeps the order, so the answer to
-        # this one comes after that one's.
+        # Another thread may be sending this data. A lane keeps the order, so the answer to this
+        # join comes after the answer to that call.
         yield from engine.members.join(self.resource_id)
         return []
 
@@ -428,20 +428,20 @@ class Update(LocalUpdate):
         """End the session.
 
         Returns:
-            What went wrong.
+            The errors.
         """
         ending = Ending(self.resource_id, self, self.forced)
         (result,) = yield from engine.outbox.end((ending,))
         return result.errors
 
     def beginning(self, engine: Engine) -> Flow[list[BaseException]]:
-        """Store the data of a new update. What the server refuses is not kept: the caller has it.
+        """Store the data of a new update. Data that the server refuses is not kept.
 
         Returns:
-            What went wrong.
+            The errors.
         """
         errors: list[BaseException] = yield from engine.outbox.store((self,))
-        # A caller who has gone was told that the data is kept.
+        # A caller that has gone was told that the data is kept.
         if errors and not (yield CALLER_GONE) and not self.discard():
             errors[0].add_note("phonon: the data is kept all the same: do not hand it back")
         return errors
@@ -467,7 +467,7 @@ class Update(LocalUpdate):
         self._open_(engine)
 
     def _is_left_to_others_(self, engine: Engine, *, init_cache: bool) -> bool:
-        """Leave the rest to a batch, or to the update that opened the session, if there is one."""
+        """Let an open batch, or the update that opened the session, store this; return if so."""
         batch = engine.batch
         if batch is not None and (batch.durable or init_cache):
             batch.add_new(self)
@@ -512,14 +512,14 @@ class Update(LocalUpdate):
         )
 
     def _own_(self, state: Mapping[str, Any], engine: Engine) -> None:
-        """Have attributes of its own in place of the caller's, who may go on changing them."""
+        """Copy the attributes, because the caller may go on changing its objects."""
         for name, value in state.items():
             if type(value) not in PLAIN and getattr(self, name, None) is value:
                 own = copied(value)
                 setattr(self, name, _deep_copy(value, engine) if own is DEEP else own)
 
     def _check_(self, engine: Engine, spec: Any, doc: Any) -> None:
-        """Refuse what cannot be stored where it is made, not where it would be lost."""
+        """Refuse at once a value that cannot be stored: later the data would be lost."""
         self.spec, self.doc = spec, doc
         codec.dump(self, engine.codec.serializer)
         for name, value in (("_id", self._id), ("spec", spec), ("doc", doc)):
@@ -528,7 +528,7 @@ class Update(LocalUpdate):
 
 
 class _NoHeaders(dict[str, bytes]):
-    """The headers of `Update` itself, which is no class of records."""
+    """The headers of `Update` itself, which has no records."""
 
     def get(self, *_: Any) -> NoReturn:
         raise ConfigurationError(
@@ -547,9 +547,9 @@ def _deep_copy(value: Any, engine: Engine) -> Any:
 class ConflictFreeUpdate(Update):
     """An update whose numbers add up.
 
-    The default `merge` adds the numbers in ``doc``, also in nested dicts, and takes over what is
-    new. Of anything else the greater value stays, so that the outcome does not depend on the
-    order in which processes meet.
+    The default `merge` adds the numbers in ``doc``, also in nested dicts, and copies new keys. Of
+    two values that are not numbers the greater one stays, so that the outcome does not depend on
+    the order in which processes meet.
 
     Example:
         >>> class Views(ConflictFreeUpdate):
@@ -571,7 +571,7 @@ def add_up(mine: Update, other: Update) -> None:
     """Add the numbers in one update's doc to those in another's.
 
     Raises:
-        TypeError: A doc is no dict, or something in it does not add up.
+        TypeError: A doc is not a dict, or two of its values do not add up.
     """
     for update in (mine, other):
         if update.doc is not None and not isinstance(update.doc, Mapping):

@@ -211,7 +211,7 @@ LANE = {
     "bytes are not bounded": Mutation("", "if operations and (size > MOST_BYTES or", "if operations and (False or"),
     "close goes with others": Mutation("", "(size > MOST_BYTES or operation.words[0] == _CLOSE)", "(size > MOST_BYTES)"),
     "others go with close": Mutation("", "            operations.append(operation)\n            if operation.words[0] == _CLOSE:\n                break\n", "            operations.append(operation)\n"),
-    "a call is taken from the queue and stays in it": Mutation("", "                remove(operation)  # the first one, as a rule", "                pass"),
+    "a call is taken from the queue and stays in it": Mutation("", "                remove(operation)  # usually the first one in the queue", "                pass"),
     "a fenced lane sends": Mutation("", "        if self._fenced:\n            return None\n", ""),
     "a fenced lane has work": Mutation("", "        if self._fenced:\n            return False\n", ""),
     "operations do not wait for the former self": Mutation("", "return self.queue if first or deferred is None else deferred", "return self.queue"),

@@ -14,10 +14,10 @@ def is_number(value: Any) -> bool:
 
 
 def check_seconds(argument: str, value: Any) -> float:
-    """Refuse what is no positive, finite number of seconds.
+    """Refuse a value that is not a positive, finite number of seconds.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: The value is refused.
     """
     if not is_number(value) or not 0 < value < math.inf:
         raise ConfigurationError(
@@ -29,10 +29,10 @@ def check_seconds(argument: str, value: Any) -> float:
 
 
 def check_flag(argument: str, value: Any) -> bool:
-    """Refuse what is neither true nor false: a number of seconds, say, in a flag's place.
+    """Refuse a value that is neither true nor false, such as seconds in place of a flag.
 
     Raises:
-        ConfigurationError: It is neither.
+        ConfigurationError: The value is refused.
     """
     if value is True or value is False:
         return value
@@ -44,10 +44,10 @@ def check_flag(argument: str, value: Any) -> bool:
 
 
 def check_whole(argument: str, value: Any) -> int:
-    """Refuse what is no whole number.
+    """Refuse a value that is not a whole number.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: The value is refused.
     """
     if not isinstance(value, bool):
         try:

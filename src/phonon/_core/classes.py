@@ -10,20 +10,20 @@ from typing import Any
 
 from phonon.errors import ConfigurationError, UnstableNameWarning
 
-#: By name and by former names. Strong references: a class with no other one may still have
-#: data on the server.
+#: Classes by name and by former names. The references are strong, because a class without others
+#: may still have data on the server.
 _classes: dict[str, type[Any]] = {}
-#: The names under which classes write, also of those that are not found under them any more.
+#: The names under which classes store data, even if the name now finds another class.
 _names: "weakref.WeakKeyDictionary[type[Any], str]" = weakref.WeakKeyDictionary()
-#: Between a name and a version. Data of a version that is not known here is left to processes that
-#: know it, as is that of an unknown class.
+#: Separates a name from a version. Data of an unknown version is left to processes that know it,
+#: like the data of an unknown class.
 _VERSION = "@"
 
 
 def register(
     cls: type[Any], name: str | None = None, aliases: Sequence[str] = (), version: int = 1
 ) -> None:
-    """Make a class known by its name, so that its batches can be executed here.
+    """Register a class by its name, so that its batches can be executed here.
 
     Args:
         cls: The class.
@@ -32,7 +32,7 @@ def register(
         version: The version of its stored data. Data of earlier versions is upgraded.
 
     Raises:
-        ConfigurationError: Another class has that name, and is still in use; or an argument is
+        ConfigurationError: Another class that is still in use has that name, or an argument is
             invalid.
     """
     if name is None:
@@ -82,7 +82,7 @@ def _warn_of_main(cls: type[Any]) -> None:
 
 
 def _stack_level() -> int:
-    """Return how far up the frame of the class statement is, seen from where a warning is given."""
+    """Return the stack level of the class statement, for a warning."""
     level, frame = 1, sys._getframe(1)  # noqa: SLF001 - there is no other way to find it
     while (
         frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "phonon"
@@ -116,9 +116,9 @@ def _module_of(cls: type[Any]) -> str:
 
 
 def _is_redefinition(known: type[Any], cls: type[Any]) -> bool:
-    """Return whether a class is the same one, defined again: a module or a notebook cell runs anew.
+    """Return whether a class replaces the known one: its module or notebook cell ran again.
 
-    Inside a function each call makes another class, which may do something else.
+    A class statement inside a function makes another class with each call.
     """
     return (
         known.__qualname__ == cls.__qualname__
@@ -128,10 +128,10 @@ def _is_redefinition(known: type[Any], cls: type[Any]) -> bool:
 
 
 def _drop_if_unused(name: str, cls: type[Any]) -> None:
-    """Let a class's name go to another one, if nothing refers to it any more.
+    """Free the name of a class for another one, if nothing refers to the class any more.
 
     Raises:
-        ConfigurationError: Something does: batches of one would be executed by the other.
+        ConfigurationError: The class is in use: each class would execute the other's batches.
     """
     known = weakref.ref(_classes[name])
     names = [each for each, its in _classes.items() if its is known()]
@@ -150,7 +150,7 @@ def _drop_if_unused(name: str, cls: type[Any]) -> None:
     )
 
 
-#: Methods that a subclass may have of its own, and that are called from the inside.
+#: Methods that a subclass may override, and that Phonon calls.
 _OVERRIDDEN = (
     "merge",
     "state",
@@ -164,14 +164,14 @@ _OVERRIDDEN = (
 
 
 def check_methods(cls: type[Any], *, is_async: bool) -> None:
-    """Refuse methods that would never run, where their class is defined.
+    """Refuse methods that would never run, when their class is defined.
 
     Raises:
         TypeError: A method has a ``yield`` in it, or is a coroutine function that nothing awaits,
             as ``merge`` and ``state`` always are, and ``execute`` in a class without an event loop.
     """
     for name in _OVERRIDDEN:
-        method = getattr(cls, name, None)  # it may come from a class beside it
+        method = getattr(cls, name, None)  # a mixin may define it
         function = getattr(method, "__func__", method)
         where = f"{cls.__qualname__}.{name}"
         if isgeneratorfunction(function) or isasyncgenfunction(function):
@@ -206,12 +206,12 @@ def resolve(name: str) -> tuple[type[Any], int] | None:
     return cls, version
 
 
-#: A forged number may be of any length.
+#: The longest version number: a forged one may be of any length.
 _MOST_DIGITS = 9
 
 
 def known_name(cls: type[Any]) -> str:
-    """Return the name of a class; its qualified one if it is not known to the server."""
+    """Return the server's name of a class; its qualified name if it has none."""
     return _names.get(cls) or cls.__qualname__
 
 

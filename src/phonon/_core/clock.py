@@ -2,7 +2,7 @@
 
 import time
 
-#: Goes on while the machine sleeps, where there is such a clock.
+#: A clock that goes on while the machine sleeps, if the system has one.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 

@@ -28,8 +28,8 @@ log = logging.getLogger("phonon")
 FORMAT = 1
 #: _id, database, collection, spec, doc, state
 CONTENT_LENGTH = 6
-#: Data longer than this is looked through before it is decoded: a forged array header of five bytes
-#: makes msgpack allocate eight times the data's length, at each level.
+#: Longer data is checked before it is decoded: a forged array header of five bytes makes msgpack
+#: allocate eight times the data's length, at each level.
 _LOOK_THROUGH = 2048
 
 
@@ -43,14 +43,14 @@ class Storable(Protocol):
     doc: Any
     resource_id: str
     is_async: ClassVar[bool]
-    #: The class's own: how its partials begin, by the serializer's name.
+    #: The first bytes of the class's partials, by the serializer's name; never inherited.
     _headers_: ClassVar[dict[str, bytes]]
 
     def merge(self, other: Any) -> None:
-        """Combine another one of the same record into this one."""
+        """Combine another update of the same record into this one."""
 
     def state(self) -> dict[str, Any]:
-        """Return the attributes of its own, by name."""
+        """Return the attributes of the subclass, by name."""
 
     @classmethod
     def executes_many(cls) -> bool:
@@ -58,10 +58,10 @@ class Storable(Protocol):
 
     @classmethod
     def lacks_(cls) -> str:
-        """Return what is missing in this interpreter to execute its records."""
+        """Return what this interpreter lacks to execute the class's records; empty if nothing."""
 
     def attach(self, process: Any) -> None:
-        """Belong to a process."""
+        """Give the update a process."""
 
     def begin_execution(self, merged: Any, token: int) -> Any:
         """Return the instance that executes a merged record."""
@@ -72,7 +72,7 @@ class Storable(Protocol):
 
 _BIN8 = [bytes((0xC4, length)) for length in range(0x100)]
 
-#: The names of attributes that a class's `state` has been seen to return.
+#: The lists of attribute names that a class's `state` has returned so far.
 _states: "weakref.WeakKeyDictionary[type[Any], set[tuple[str, ...]]]" = weakref.WeakKeyDictionary()
 
 
@@ -85,7 +85,7 @@ def pack(update: Storable, serializer: Serializer, state: dict[str, Any] | None 
     Args:
         update: The update.
         serializer: Encodes the content.
-        state: What its `state` returns; None if it has not been asked yet.
+        state: The value of its `state`; None to call that here.
 
     Raises:
         NotStorableError: A value has a type that cannot be stored; the message names the attribute.
@@ -101,7 +101,7 @@ def pack(update: Storable, serializer: Serializer, state: dict[str, Any] | None 
 
 
 def too_large(update: Storable, size: int, most: int) -> NotStorableError:
-    """Return the error for content that the server does not take."""
+    """Return the error for content that is too large for the server."""
     return NotStorableError(
         f"{type(update).__qualname__} of {update.resource_id!r} has {size:,} bytes, and the server "
         f"takes {most:,}: make it smaller, or raise the server's proto-max-bulk-len and "
@@ -132,7 +132,7 @@ def dump(update: Storable, serializer: Serializer, state: dict[str, Any] | None 
 
 
 def state_of(update: Storable) -> dict[str, Any]:
-    """Return what an update's `state` returns."""
+    """Return the value of an update's `state`."""
     try:
         return update.state()
     except StopIteration as error:
@@ -145,7 +145,7 @@ def stopped(update: Storable, method: str, error: StopIteration) -> RuntimeError
 
 
 def _explain(serializer: Serializer, value: Any, where: str) -> None:
-    """Raise the error that names where the value is, if it is this one that cannot be stored."""
+    """Raise an error that names the attribute, if this value cannot be stored."""
     if isinstance(serializer, ExactSerializer):
         serializer.dumps(value, where)
         return
@@ -156,7 +156,7 @@ def _explain(serializer: Serializer, value: Any, where: str) -> None:
 
 
 def _header(cls: type[Any], serializer: Serializer) -> bytes:
-    """Return how all partials of a class begin."""
+    """Return the first bytes of all partials of a class."""
     named = [FORMAT, classes.name_of(cls), serializer.name]
     parts = [msgpack.packb(part, unicode_errors="surrogatepass") for part in named]
     header: bytes = b"\x94" + b"".join(parts)
@@ -171,8 +171,8 @@ def merge(mine: Storable, other: Storable) -> None:
     """Call a class's `merge`.
 
     Raises:
-        TypeError: It has returned something: a coroutine, say, that nobody awaits.
-        Exception: What it raises.
+        TypeError: It returned a value, such as a coroutine that nobody awaits.
+        Exception: The error that it raised.
     """
     try:
         result: object = mine.merge(other)  # type: ignore[func-returns-value]  # it should not
@@ -188,14 +188,14 @@ def returned(
     method: str = "merge",
     does: str = "changes self and returns None",
 ) -> TypeError:
-    """Return the error for a method that has returned what nobody looks at."""
+    """Return the error for a method whose value would be ignored."""
     if iscoroutine(result):
         result.close()
     return TypeError(f"{type(update).__qualname__}.{method}() returned {result!r}: it {does}")
 
 
 class UpdateCodec:
-    """Makes records of partials, and partials of records.
+    """Turns partials into records, and records into partials.
 
     Args:
         serializer: Encodes contents.
@@ -215,7 +215,7 @@ class UpdateCodec:
         self._owner = owner
         self._is_async = is_async
         self._key = key
-        #: Of which resources and classes it was logged that their partials are not merged early.
+        #: Resources and classes for which the log already says that partials are not merged early.
         self._unmerged: set[tuple[str, str]] = set()
 
     def can_execute(self, class_name: str) -> bool:
@@ -227,14 +227,14 @@ class UpdateCodec:
         """Merge the partials of a batch, class by class, in the order of the classes' first ones.
 
         Args:
-            resource: Whose.
+            resource: The batch's resource.
             partials: In the order in which they were stored.
-            local: The update whose session ended here; it executes what is of its class.
+            local: The update whose session ended here; it executes the record of its class.
 
         Raises:
             UnknownClassError: A class is not known here.
-            UndecodableError: Something cannot be read.
-            Exception: The user's ``merge`` has raised.
+            UndecodableError: A partial cannot be read.
+            Exception: The user's ``merge`` raised it.
         """
         merged: dict[type[Any], Any] = {}
         where = ""
@@ -252,13 +252,13 @@ class UpdateCodec:
         ]
 
     def kept(self, resource: str, partial: bytes, local: Any, content: Any) -> list["UpdateRecord"]:
-        """Return what `records` does for the one partial that an update has sent last.
+        """Do what `records` does, for the only partial of a batch, which an update has just sent.
 
         Args:
-            resource: Whose.
+            resource: The batch's resource.
             partial: The partial.
             local: The update.
-            content: What its `take_last` has returned.
+            content: The content that its `take_last` has returned.
         """
         return [KeptRecord(self, resource, partial, local, content)]
 
@@ -278,14 +278,15 @@ class UpdateCodec:
             )
 
     def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:
-        """Merge partials into fewer, class by class, for as long as their session goes on.
+        """Merge partials of an open session into fewer, class by class.
 
-        What is executed in the end is the same: each class has its partials in the order in which
-        they were stored, and the classes come in the order of their first ones. What cannot be
-        merged here stays as it is, and what cannot be read is not passed over.
+        The records that are executed in the end are the same: each class keeps its partials in the
+        order in which they were stored, and the classes keep the order of their first partials. A
+        partial that cannot be merged stays as it is, and none is moved past a partial that cannot
+        be read.
 
         Returns:
-            Partials that come to the same as these.
+            Partials with the same content.
         """
         where = self._key("partials", resource)
         merged: list[bytes | None] = list(partials)
@@ -295,7 +296,7 @@ class UpdateCodec:
                 update = self.decode(resource, partial, where)
             except UnknownClassError as error:
                 self._not_merged(resource, error.class_name, error)
-            except Exception as error:  # noqa: BLE001 - setting its attributes may run the user's code
+            except Exception as error:  # noqa: BLE001 - setting attributes may run the user's code
                 self._not_merged(resource, "", error)
                 self._merge_groups(resource, groups, merged)
                 groups.clear()
@@ -320,8 +321,8 @@ class UpdateCodec:
                 partial = pack(first, self.serializer)
                 most = self._owner().engine.most_bytes
                 if len(partial) > most:
-                    raise too_large(first, len(partial), most)  # noqa: TRY301 - as what pack raises
-            except Exception as error:  # noqa: BLE001 - it will be raised when the batch is executed
+                    raise too_large(first, len(partial), most)  # noqa: TRY301 - handled like the errors of pack
+            except Exception as error:  # noqa: BLE001 - the error comes again when the batch is executed
                 self._not_merged(resource, classes.name_of(cls), error)
                 continue
             merged[at] = partial
@@ -329,7 +330,7 @@ class UpdateCodec:
                 merged[i] = None
 
     def _not_merged(self, resource: str, class_name: str, error: Exception) -> None:
-        """Log it once: the same partials are met again and again."""
+        """Log that partials do not merge, once: the same ones come up again and again."""
         if (resource, class_name) in self._unmerged:
             return
         if len(self._unmerged) >= MOST_UNMERGED:
@@ -348,10 +349,10 @@ class UpdateCodec:
         self._check_loop(type(update), resource)
 
     def decode(self, resource: str, partial: bytes, where: str) -> Any:
-        """Make an update of a partial, without calling its constructor.
+        """Turn a partial into an update, without calling its constructor.
 
         Args:
-            resource: The resource that it is stored under.
+            resource: The resource under which it is stored.
             partial: The partial.
             where: The key that holds it, for messages.
 
@@ -451,14 +452,14 @@ class UpdateRecord:
 
 
 class KeptRecord(UpdateRecord):
-    """A batch of nothing but what an update of this process has sent last: it need not be decoded.
+    """A batch whose only partial an update of this process has just sent: nothing is decoded.
 
     Args:
-        codec: Decodes the partial, if there is newer data in the update.
-        resource: Whose.
+        codec: Decodes the partial, if the update has newer data by now.
+        resource: The batch's resource.
         partial: The partial.
         local: The update.
-        content: What its `take_last` has returned.
+        content: The content that its `take_last` has returned.
     """
 
     __slots__ = ("_codec", "_content", "_partial", "_resource")
@@ -489,10 +490,10 @@ def _place(resource: str, where: str) -> str:
 
 
 def _look_through(data: bytes) -> None:
-    """Find out, in memory of constant size, whether data has all the elements that it announces.
+    """Check, in memory of constant size, that data has just the elements that it announces.
 
     Raises:
-        ValueError: It has not, or has something behind them.
+        ValueError: The data ends too early, or goes on behind them.
     """
     unpacker = msgpack.Unpacker(max_buffer_size=len(data))
     unpacker.feed(data)
@@ -505,7 +506,7 @@ def _look_through(data: bytes) -> None:
 
 
 def _set_state(update: Any, state: dict[Any, Any], resource: str, where: str) -> None:
-    """Set attributes of a decoded update: those that its `state` names, and no others."""
+    """Set the attributes of a decoded update that its `state` names; refuse all others."""
     cls = type(update)
     names = tuple(state)
     known = _states.get(cls)
@@ -553,7 +554,7 @@ def _may_be_set(cls: type[Any], name: Any) -> bool:
 _OWN_MODULES = frozenset({"phonon._core.local", "phonon.update", "phonon.aio.update"})
 _OWN_NAMES = frozenset({"_id", "database", "collection", "spec", "doc", "resource_id", "token"})
 
-#: So many resources and classes are remembered. To log one twice is better than to remember all.
+#: How many resources and classes are remembered: logging twice is better than growing for ever.
 MOST_UNMERGED = 1000
-#: So many lists of attributes a class are remembered: `state` may return others each time.
+#: How many lists of attributes are remembered a class: `state` may return another each time.
 MOST_STATES = 100

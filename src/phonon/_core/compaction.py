@@ -1,9 +1,9 @@
-"""Merging partials of a session that goes on, so that a busy one neither grows nor ends slowly.
+"""Merges partials of open sessions, so that a busy session neither grows nor ends slowly.
 
-The process whose `append` was the last of a number merges the collected partials: it reads
-partials, merges them, and replaces them if they are still there. No process's death loses anything
-at any point: until the one step that replaces them, the partials are as they were. The step may be
-refused (the session has ended, another process was faster) without harm.
+Each time a session has so many more partials, the process that stored the last one merges some: it
+reads partials, merges them, and replaces them if they are unchanged. A process that dies meanwhile
+loses no data, because the partials stay as they are until the one step that replaces them. That
+step may be refused (the session has ended, another process was faster) without harm.
 """
 
 import functools
@@ -17,15 +17,15 @@ from phonon._protocol import operations
 from phonon._protocol.operations import Operation
 from phonon.errors import PhononError
 
-#: Each time that so many more partials have come together it is time to merge; as in prelude.lua.
+#: The growth of a session, in partials, after which some are merged; as in prelude.lua.
 COMPACT_AT = 64
-#: Of so many partials at least one must go; otherwise it is left for a time when more is won.
+#: The merge must remove one in so many partials; otherwise it is left for later.
 WORTHWHILE = 4
 
 #: Sessions whose partials are merged at a time: a bound on what is held in memory.
 TOGETHER = 8
 
-#: Merges partials of a resource, in their order, into fewer. Those that it cannot merge it leaves.
+#: Merges partials of a resource, in order, into fewer, and leaves those that do not merge.
 Merge = Callable[[bytes, list[bytes]], list[bytes]]
 
 
@@ -33,9 +33,9 @@ class LongSession(NamedTuple):
     """A session with many partials.
 
     Attributes:
-        partition: Where its resource is.
-        name: The server's name of that.
-        partials: How many there are.
+        partition: The resource's partition.
+        name: The server's name of the resource.
+        partials: The number of its partials.
     """
 
     partition: int
@@ -44,17 +44,17 @@ class LongSession(NamedTuple):
 
 
 def window(count: int) -> int:
-    """Return how many of the last partials to look at, when there are so many.
+    """Return how many of the last partials to read, given their number.
 
-    Most often that is all of them. Where partials have piled up that no process here can merge, it
-    is now and then many and mostly few: to look at all of them would be more work each time.
+    Usually all of them. If many partials have piled up that no process can merge, it is usually
+    few and now and then many: reading all of them each time would be more and more work.
     """
     times = count // COMPACT_AT
     return COMPACT_AT * (times & -times)
 
 
 def digest(partials: Iterable[bytes]) -> str:
-    """Return the digest by which the server sees that the partials are still the same."""
+    """Return the digest with which the server checks that the partials are unchanged."""
     total = hashlib.sha1(usedforsecurity=False)
     for partial in partials:
         total.update(b"%d:" % len(partial))
@@ -67,11 +67,11 @@ def compact(identity: Identity, sessions: Sequence[LongSession], merge: Merge) -
 
     Args:
         identity: The process. It need not be a member.
-        sessions: Those with many partials.
-        merge: Merges some.
+        sessions: The sessions with many partials.
+        merge: Merges partials.
 
     Returns:
-        How many sessions have fewer now.
+        How many sessions have fewer partials now.
     """
     shorter = 0
     for first in range(0, len(sessions), TOGETHER):
@@ -84,7 +84,7 @@ def compact(identity: Identity, sessions: Sequence[LongSession], merge: Merge) -
 def _merged(
     identity: Identity, sessions: Sequence[LongSession], merge: Merge
 ) -> Flow[list[Operation]]:
-    """Return the operations that replace partials by what they come to."""
+    """Return the operations that replace partials by their merge."""
     requests = []
     for partition, name, count in sessions:
         words = b"%d" % (count - window(count)), b"%d" % (count - 1)
@@ -115,7 +115,7 @@ def _complete(
     """Fetch partials that did not fit into the first answer.
 
     Returns:
-        Whether they are all here: they may have been taken into a batch meanwhile.
+        Whether all were fetched: a batch may have taken them meanwhile.
     """
     partition, name = place
     last = b"%d" % (start + size - 1)

@@ -1,10 +1,10 @@
-"""Copies of the caller's data, which is made sure to be storable without encoding it."""
+"""Copies the caller's data, and checks that it can be stored, without encoding it."""
 
 from sys import getrefcount
 from types import SimpleNamespace
 from typing import Any
 
-# Types that need no look inside to be stored, and those that are looked into without ado.
+# Types that can be stored without a look inside, and containers whose items are checked.
 PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 FLAT = frozenset({list, tuple, set, frozenset})
 CONTAINERS = FLAT | {dict}
@@ -16,7 +16,7 @@ DEEP: Any = object()
 def copied(value: Any) -> Any:
     """Return a copy of a plain value, or of a collection of such; else `DEEP`.
 
-    The caller's data is the caller's, who may refill one dict for each message.
+    A copy is needed because the caller may refill the same dict for each message.
     """
     kind = type(value)
     if kind in PLAIN:
@@ -61,8 +61,8 @@ def _of_a_variable() -> int:
     return getrefcount(thing)
 
 
-#: What `getrefcount` says of an attribute of one object that nobody else has, where a loop over the
-#: items of what `state` has returned asks; versions of Python count differently.
+#: The `getrefcount` of a value that only one attribute refers to, as measured in a loop over the
+#: items of `state`; versions of Python count differently.
 UNSHARED = _of_an_attribute()
-#: What it says of an object that only the function has that asks.
+#: The `getrefcount` of an object that only a local variable refers to.
 UNREFERENCED = _of_a_variable()

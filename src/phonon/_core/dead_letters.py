@@ -1,4 +1,4 @@
-"""Dead letters: batches that failed too often, kept until somebody replays or discards them."""
+"""Dead letters: batches that failed too often, kept until they are replayed or discarded."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -16,23 +16,23 @@ from phonon.errors import BatchMissingError, BatchRunningError, ConfigurationErr
 
 #: Partials, or resources, read at a time.
 PIECE = 1000
-#: Lua's numbers are exact up to here: a greater token was never handed out.
+#: Lua's numbers are exact up to here, so a greater token cannot exist.
 _MOST = 2**53
 
 _MISSING, _RUNNING = int(Reply.MISSING), int(Reply.RUNNING)
 
 
 class Parked(NamedTuple):
-    """A batch that was given up on.
+    """A batch that was parked.
 
     Attributes:
-        resource: The resource that it belongs to.
-        token: Its number, for `Process.replay` and `Process.discard`.
-        error: The error of its last attempt: type and text.
-        attempts: How often it was tried.
+        resource: The batch's resource.
+        token: The batch's number, for `Process.replay` and `Process.discard`.
+        error: The error of the last attempt: type and text.
+        attempts: The number of attempts.
         owner: The id of the process that tried last.
         since: When its session ended, seconds since the epoch by the server's clock.
-        parked_at: When it was given up on.
+        parked_at: When it was parked.
         size: The number of its partials.
 
     Example:
@@ -71,11 +71,11 @@ class PartialChecker(Protocol):
 
 
 class DeadLetters:
-    """The batches of a namespace that were given up on.
+    """The parked batches of a namespace.
 
     Args:
-        identity: Who looks.
-        members: Knows where resources are.
+        identity: The identity of this process.
+        members: Knows the partitions of resources.
         executor: Executes replayed batches.
         codec: Reads partials.
     """
@@ -89,7 +89,7 @@ class DeadLetters:
         self._codec = codec
 
     def find(self) -> Flow[list[Parked]]:
-        """Return all of the namespace, by resource and token.
+        """Return all parked batches of the namespace, ordered by resource and token.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -159,7 +159,8 @@ class DeadLetters:
         """
         partition, name = self._members.place(resource)
         stored = _stored_token(resource, token)
-        # A batch of an unknown class would be handed off, and lose its error and its place here.
+        # A batch of an unknown class would be handed off, and not be parked with its error any
+        # more.
         first = yield from self._piece(partition, name, stored, 0, 1)
         if not first:
             raise missing(resource, token)
@@ -176,7 +177,7 @@ class DeadLetters:
                     "done"
                 )
             if answer is not REBORN and answer[-1] is not False:
-                # Else a survivor has taken it over, and executes it.
+                # Otherwise a survivor has taken it over, and executes it.
                 run = Run(*answer)
                 hand.add(
                     RunningBatch(
@@ -201,7 +202,7 @@ class DeadLetters:
 
 
 def missing(resource: str, token: int) -> BatchMissingError:
-    """Return the error for a batch that is not there."""
+    """Return the error for a batch that does not exist."""
     return BatchMissingError(
         f"{resource!r} has no parked batch {token}: it was replayed or discarded; "
         "Process.parked() lists those that there are"
@@ -209,7 +210,7 @@ def missing(resource: str, token: int) -> BatchMissingError:
 
 
 def _stored_token(resource: str, token: Any) -> int:
-    """Return a token as the server has it."""
+    """Return the server's form of a token."""
     if not isinstance(token, int) or isinstance(token, bool):
         raise ConfigurationError(
             f"token is a number, not {token!r}: give the token of an entry of Process.parked()"
@@ -221,14 +222,14 @@ def _stored_token(resource: str, token: Any) -> int:
 
 
 def parse_entry(name: bytes, token: bytes, entry: bytes, size: int) -> Parked:
-    """Return a dead letter as the server keeps it."""
+    """Return the dead letter of an entry on the server."""
     try:
         known = msgpack.unpackb(entry, raw=True)
         error = known[b"error"].decode("utf-8", "replace")
         owner = known[b"owner"].decode("utf-8", "replace")
         numbers = [int(known[field]) for field in (b"attempts", b"since", b"at")]
     except (ValueError, KeyError, TypeError, AttributeError, msgpack.exceptions.UnpackException):
-        # A foreign or damaged entry must not keep the others from being listed.
+        # A foreign or damaged entry must not hide the others.
         error, owner, numbers = "UndecodableError: its entry cannot be read", "", [0, 0, 0]
     attempts, since, at = numbers
     number = int(token) * TOKENS if token.isdigit() else 0

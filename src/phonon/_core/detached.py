@@ -1,7 +1,7 @@
-"""Stands in for a process where a unit test makes an update without one.
+"""Stands in for a process if a unit test makes an update without one.
 
-Such an update merges and executes. It cannot be stored, so a method that needs a server
-raises an error that says what to do.
+Such an update merges and executes. It cannot be stored, so a method that needs a server raises an
+error with the remedy.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from phonon.serializers import ExactSerializer
 
 
 class DetachedEngine:
-    """The parts of a process that an update uses by itself.
+    """The parts of a process that an update uses without a server.
 
     Args:
         is_async: Whether it stands in for the engine of an `AsyncProcess`.
@@ -32,7 +32,7 @@ class DetachedEngine:
         self.codec = SimpleNamespace(serializer=ExactSerializer())
         self.outbox = SimpleNamespace(full=False)
         self.members = SimpleNamespace(held={})
-        self.sessions = SimpleNamespace(watch=lambda *_: None)  # they end with `expire` only
+        self.sessions = SimpleNamespace(watch=lambda *_: None)  # only `expire` ends them
         self.prefixes: dict[tuple[str, str], str] = {}
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.batches: frozenset[Any] = frozenset()
@@ -41,7 +41,7 @@ class DetachedEngine:
 
     @property
     def batch(self) -> NoReturn:
-        """There is none, and nothing that could be sent without one."""
+        """Refuse: a caller with a batch is about to store data."""
         raise _refusal()
 
     def ensure_alive(self) -> NoReturn:

@@ -42,13 +42,13 @@ from phonon.errors import PhononError, ProcessStoppedError
 
 log = logging.getLogger("phonon")
 
-#: Updates share this many locks; two updates that share one merely take turns.
+#: The number of locks that updates share; two updates with the same lock take turns.
 STRIPES = 64
 #: Seconds between two looks at a worker that is to end.
 _LOOK = 0.002
 #: Seconds between two attempts to bring unanswered calls to their end, in `stop`.
 _PAUSE = 0.05
-#: Seconds in which those that wait for locks have to go when the process stops.
+#: Seconds for which a stopping process waits for its lock waiters to leave.
 _DISMISSAL = 5.0
 
 
@@ -71,7 +71,7 @@ class SessionCache(Protocol):
         """Remove the updates of that process; return their endings, and a function for failures."""
 
     def forget_for(self, engine: "Engine") -> None:
-        """Drop the updates of that process: they are the parent's."""
+        """Drop the updates of that process, because they belong to the parent."""
 
     @property
     def surplus(self) -> int:
@@ -82,7 +82,7 @@ class _ThreadLocal(threading.local):
     """The attributes of each thread.
 
     Attributes:
-        batch: The batch that it has opened last.
+        batch: The batch that the thread has opened last.
     """
 
     batch: Any = None
@@ -93,12 +93,12 @@ class Engine:
 
     Args:
         options: The options of the process.
-        public: Returns the public object, or None if nobody has it any more.
-        library: Names the server's functions.
+        public: Returns the public object, or None if it was garbage-collected.
+        library: Knows the names of the server's functions.
         make_driver: Makes the driver, given the identity whose lanes it sends.
         make_codec: Makes the codec, given the engine.
         on_error: The user's function for background errors.
-        address: Where the server is, for messages.
+        address: The server's address, for messages.
         client: The redis-py client.
 
     Attributes:
@@ -106,9 +106,9 @@ class Engine:
         caches: The caches that hold updates of this process.
         prefixes: The beginnings of resource names, by database and collection.
         batches: The open batches; each thread or task has its own in ``local``.
-        durable_batches: Those that store what is merged while they are open.
+        durable_batches: The open batches that store the data of every merge.
         is_async: Whether its calls are awaited.
-        most_bytes: How long a partial may be, which the server has to take in one piece.
+        most_bytes: The longest partial, which the server has to take in one piece.
         messages: Counts the updates that are made.
         stripes: Locks of updates. They are never held across I/O, so they serve asyncio as well.
     """
@@ -181,7 +181,7 @@ class Engine:
             backlog=lambda: self.outbox.size,
         )
         self.presence.sources = self.sources.listed
-        self.presence.counters = lambda: self.identity.measures.figures()  # noqa: PLW0108 - another one after a fork
+        self.presence.counters = lambda: self.identity.measures.figures()  # noqa: PLW0108 - the measures are another object after a fork
         self.heartbeat = Heartbeat(
             self.identity,
             self.rebirth,
@@ -202,7 +202,7 @@ class Engine:
         self.takeover.start_worker = lambda: self._ensure(
             "takeover",
             self.takeover.work,
-            anyhow=True,  # it is asked for where the one before has ended, or is about to
+            anyhow=True,  # the caller knows that the one before has ended, or is about to
         )
         self.takeover.on_taken = lambda text, dead: self.reports.emit(
             Event("takeover", text, process=dead)
@@ -221,12 +221,12 @@ class Engine:
         self._begin()
 
     def _begin(self) -> None:
-        """Hold nothing, and have no workers: at first, and in a forked child."""
+        """Start without workers and batches: at first, and in a forked child."""
         self._started = False
         self._starting = threading.RLock()
         self._spawning = threading.RLock()
         self._workers: dict[str, Any] = {}
-        #: Workers in whose place others were started, and which may not have ended yet.
+        #: Workers that were replaced by others and may not have ended yet.
         self._former_workers: dict[str, list[Any]] = {}
         self.outbox.signal = self.driver.signal()
         self.leases.signal = self.driver.signal()
@@ -236,7 +236,7 @@ class Engine:
         self.messages = self.identity.measures.messages
         #: Updates that were merged into others here; counted as `Measures.folded` is.
         self.merged = 0
-        #: Told each update that is made, where messages are traced; a forked child does not.
+        #: Called with each new update, if messages are traced; a forked child traces none.
         self.trace: Callable[[Any], object] | None = None
         self.batches: set[Any] = set()
         self.durable_batches: set[Any] = set()
@@ -254,20 +254,20 @@ class Engine:
 
     @staticmethod
     def make_local() -> Any:
-        """Return an object with attributes of their own for each thread or task."""
+        """Return an object whose attributes are separate for each thread or task."""
         return _ThreadLocal()
 
     # Life
 
     def starting(self) -> Flow[None]:
-        """Appear among the processes."""
+        """Register the process on the server."""
         if not self.identity.lanes:
             yield from self.identity.start()
 
     def start_heart(self) -> None:
-        """Begin to beat."""
+        """Start the heartbeat."""
         self._started = True
-        # One that has died of a bug may still be about to end.
+        # A heartbeat that failed by a bug may still be about to end.
         self._ensure("heartbeat", self._beating, anyhow=True)
 
     def _beating(self) -> Flow[None]:
@@ -275,7 +275,7 @@ class Engine:
         try:
             yield from self.heartbeat.work()
         finally:
-            # It may have died of a bug, or its task was cancelled: the next call starts another.
+            # It may have failed by a bug, or its task was cancelled: the next call starts another.
             # A forked child drops its copy of the parent's heartbeat, which goes on there.
             if os.getpid() == pid:
                 self._started = self.heartbeat.stopping
@@ -283,8 +283,8 @@ class Engine:
                     log.error("the heartbeat thread of process %s has died", self.name)
 
     def _ensure(self, name: str, work: Callable[[], Flow[Any]], *, anyhow: bool = False) -> None:
-        """Start a worker, unless it runs; or anyhow, if it is about to end."""
-        # A worker that has just been started may come here itself, before it is entered.
+        """Start a worker, unless it runs; with ``anyhow`` even if the old one is about to end."""
+        # A worker that has just been started may call this itself, before it is registered.
         with self._spawning:
             worker = self._workers.get(name)
             if worker is not None and worker.is_alive():
@@ -316,7 +316,7 @@ class Engine:
             self.driver.spawn(flow(), f"phonon-{name}-{self.identity.name[:8]}")
 
     def after_fork_in_child(self) -> None:
-        """Be another process, which holds nothing: the child's copy of a process."""
+        """Become another process without memberships: the child's copy."""
         for cache in list(self.caches):
             cache.forget_for(self)
         for part in (
@@ -350,7 +350,7 @@ class Engine:
 
     @property
     def generation(self) -> object:
-        """Another object in a forked child, by which the parent's objects are recognized."""
+        """An object that differs in a forked child, to recognize the parent's objects."""
         return self.identity.generation
 
     @property
@@ -369,14 +369,14 @@ class Engine:
         return batch if batch in self.batches else None
 
     def open_batch(self, batch: Any) -> None:
-        """Have this thread or task collect in a batch."""
+        """Make this thread or task collect in a batch."""
         self.local.batch = batch
         self.batches.add(batch)
         if batch.durable:
             self.durable_batches.add(batch)
 
     def close_batch(self, batch: Any, outer: Any) -> None:
-        """Collect in a batch no more, but in the one around it, if there is one."""
+        """Stop collecting in a batch, and go on in the enclosing one, if there is one."""
         self.local.batch = outer
         self.batches.discard(batch)
         self.durable_batches.discard(batch)
@@ -384,10 +384,10 @@ class Engine:
     # The end
 
     def stopping(self) -> Flow[list[BaseException]]:
-        """End all sessions, release all locks, execute due batches, and disappear.
+        """End all sessions, release all locks, execute due batches, and deregister.
 
         Returns:
-            What went wrong.
+            The errors.
         """
         errors: list[BaseException] = []
         if not self._started:
@@ -408,7 +408,7 @@ class Engine:
             yield from self._settle()
             errors += yield from self.leases.release_all()
             errors += yield from self._leave_all()
-            # A batch that has failed just now is not tried again at once: survivors take it over.
+            # A batch that has just failed is not retried here: survivors take it over.
             errors += yield from self.outbox.retry(math.inf, begun)
             yield from self._close_lanes(begun)
         except PhononError as error:
@@ -421,7 +421,7 @@ class Engine:
         self.sessions.stopping = self.outbox.stopping = True
         if "heartbeat" in names:
             self.heartbeat.stopping = True
-        self.identity.reborn()  # those that wait for locks look up, and find that it is over
+        self.identity.reborn()  # wakes the lock waiters, which find that the process stops
         yield from self._await_workers(*names)
 
     def _await_workers(self, *names: str) -> Flow[None]:
@@ -430,27 +430,27 @@ class Engine:
             latest = () if worker is None else (worker,)
             for each in (*self._former_workers.get(name, ()), *latest):
                 while each.is_alive() and not each.is_me():
-                    # At each look: after an interrupt a part may have two workers, and its bell
+                    # In each round: after an interrupt a part may have two workers, and its signal
                     # wakes only one.
                     for part in (self.sessions, self.outbox, self.leases, self.heartbeat):
                         if part.stopping and part.signal is not None:
                             part.signal.set()
-                    # It may wait for a lane that our own outer frame leads, if a signal handler
-                    # calls in the middle of that: nobody else would send for it.
+                    # If a signal handler stops the process, the worker may wait for a lane whose
+                    # leader is an outer frame of this thread: only this flush sends for it.
                     yield FLUSH
                     yield Sleep(_LOOK)
 
     def _dismiss_waiters(self) -> Flow[None]:
-        """Send waiters away: one that leaves its line after the lanes are closed would stay in it.
+        """Make lock waiters leave their queues before the lanes are closed.
 
-        One in whose frame `stop` is called, by a signal handler, cannot go: it is taken out.
+        A waiter in whose frame a signal handler calls `stop` cannot leave: it is removed.
         """
         identity = self.identity
         give_up = clock() + _DISMISSAL
         me = identity.me()
         own = [(name, each) for name, each in list(identity.waiters.items()) if each.owner is me]
         if own:
-            yield Read(identity.nudges(identity.id))  # it finds the end once `stop` has returned
+            yield Read(identity.nudges(identity.id))  # the waiter notices once `stop` has returned
             for waiter, _ in own:
                 identity.waiters.pop(waiter, None)
             yield Send([each.leave(each.partition, each.name, waiter) for waiter, each in own])
@@ -459,7 +459,7 @@ class Engine:
             yield Sleep(_LOOK)
 
     def _settle(self) -> Flow[None]:
-        """Bring to their end the flows whose callers have gone, as long as a caller would wait."""
+        """Finish the flows whose callers have gone, for as long as a caller would wait."""
         give_up = clock() + getattr(self.driver, "retry_timeout", 0.0)
         yield from self.outbox.catch_up()
         while self.outbox.detached and clock() < give_up:
@@ -467,7 +467,7 @@ class Engine:
             yield from self.outbox.catch_up()
 
     def _leave_all(self) -> Flow[list[BaseException]]:
-        # The server's word, not our memory: it names all that we may be responsible for.
+        # Ask the server: its registry names all resources that this process may have to answer for.
         names = yield from self.members.registered()
         resources = dict.fromkeys(decode(name) for name in names if not is_semaphore(name))
         resources.update(dict.fromkeys(self.members.held))
@@ -480,12 +480,12 @@ class Engine:
         return [error for result in results for error in result.errors]
 
     def _close_lanes(self, begun: int) -> Flow[None]:
-        """Close the lanes, then disappear. The heart beats until they are closed.
+        """Close the lanes, then deregister. The heartbeat goes on until they are closed.
 
         Args:
-            begun: What has failed since is left to the survivors.
+            begun: The `Outbox.mark` of the stop's beginning: later failures are left to survivors.
         """
-        compared = False  # an interrupt may have left on the server what nothing here knows of
+        compared = False  # an interrupt may have left locks on the server that are unknown here
         identity = self.identity
         partitions = range(identity.partitions.count)
         answers: list[Any] = [REBORN]
@@ -504,7 +504,7 @@ class Engine:
                 ):
                     answers[p] = answer
             if any(answer is REBORN for answer in answers):
-                # Declared dead at the last moment: what the new identity has got is left as well.
+                # Declared dead at the last moment: the new identity has lanes to close as well.
                 self.heartbeat.closing = False
                 yield from self.takeover.work()
                 yield from self._await_workers("takeover")
@@ -517,7 +517,7 @@ class Engine:
         yield from read(identity.in_namespace("unlist" if closed else "expire", identity.id))
 
     def close(self) -> None:
-        """Do no more. A second call does nothing."""
+        """Close the driver. A second call does nothing."""
         self.stopped = True
         self.outbox.stopping = self.heartbeat.stopping = self.sessions.stopping = True
         self.leases.stopping = self.members.stopping = True
@@ -530,7 +530,7 @@ class Engine:
 
 
 def _card(interval: float) -> dict[str, str | int | float]:
-    """Return where this process runs, for people to read."""
+    """Return where this process runs, for operators."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -541,7 +541,7 @@ def _card(interval: float) -> dict[str, str | int | float]:
 
 
 def errors_only(errors: Iterable[BaseException]) -> list[Exception]:
-    """Return errors; interrupts among them are raised here and now."""
+    """Return errors. Raise an interrupt if there is one among them."""
     for error in errors:
         if not isinstance(error, Exception):
             raise error
@@ -554,14 +554,14 @@ class ThreadEngine(Engine):
     is_async = False
 
     def start(self) -> None:
-        """Appear among the processes, and begin to beat."""
+        """Register the process, and start its heartbeat."""
         with self._starting:
             if not self._started:
                 self.driver.run(self.starting())
                 self.start_heart()
 
     def ensure_alive(self) -> None:
-        """Start workers that a fork, or a bug in a thread, has ended.
+        """Start the workers again that a fork or a bug has ended.
 
         Raises:
             ProcessStoppedError: `stop` was called.
@@ -576,15 +576,15 @@ class ThreadEngine(Engine):
         return self.driver.run(flow)
 
     def close(self) -> None:
-        """Do no more. A second call does nothing."""
+        """Close the driver. A second call does nothing."""
         super().close()
         self.driver.close()
 
     def stop(self) -> list[BaseException]:
-        """End everything. Returns what went wrong.
+        """End everything. Return the errors.
 
-        A signal handler may call it in the middle of a call of its thread that holds a lock of
-        ours. The workers, which it waits for, may wait for that lock; so it is let go meanwhile.
+        A signal handler may call this while its thread holds one of Phonon's locks. The workers,
+        for which it waits, may need that lock; so it is released meanwhile.
         """
         if self.stopped:
             return []
@@ -598,7 +598,7 @@ class ThreadEngine(Engine):
                 lock._acquire_restore(state)  # noqa: SLF001 - as above
 
     def _locks(self) -> list[Any]:
-        """Return the locks that a caller's thread may hold, and a worker want."""
+        """Return the locks that a caller's thread may hold while a worker wants them."""
         parts: list[Any] = [self.leases, self.identity.measures]
         return [
             self._starting,
@@ -632,7 +632,7 @@ class TaskEngine(Engine):
 
     @staticmethod
     def make_local() -> Any:
-        """Return an object with attributes of their own for each task."""
+        """Return an object whose attributes are separate for each task."""
         return _TaskLocal()
 
     def tell(self, function: Callable[..., object], *arguments: object) -> None:
@@ -649,12 +649,12 @@ class TaskEngine(Engine):
                 self.driver.spawn(flow(), f"phonon-tell-{self.identity.name[:8]}")
 
     async def start(self) -> None:
-        """Appear among the processes, and begin to beat."""
+        """Register the process, and start its heartbeat."""
         await self.driver.run(self.starting())
         self.start_heart()
 
     def ensure_alive(self) -> None:
-        """Refuse work after a stop, or in another loop, and start a heart that died.
+        """Refuse work after a stop or in another loop, and restart a heartbeat that died.
 
         Raises:
             ProcessStoppedError: `stop` was called.
@@ -675,7 +675,7 @@ class TaskEngine(Engine):
         return await self.driver.run(flow)
 
     async def stop(self) -> list[BaseException]:
-        """End everything. Returns what went wrong."""
+        """End everything. Return the errors."""
         if self.stopped:
             return []
         try:

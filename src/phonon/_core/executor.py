@@ -23,7 +23,7 @@ from phonon.errors import BatchLostError, PhononError, UndecodableError, Unknown
 
 log = logging.getLogger("phonon")
 
-#: A partition's token is multiplied by this; an index is added where a batch has several classes.
+#: A partition's token times this, plus the index of a class in its batch, is the token users see.
 TOKENS = 1024
 #: Records that ``execute_many`` is given at once, at the most.
 MOST_TOGETHER = 250
@@ -31,7 +31,7 @@ MOST_TOGETHER = 250
 PIECE = 1000
 #: Bytes of a batch's partials that are held in memory before they are merged.
 MOST_HELD = 4 * 1024 * 1024
-#: As much of an error's text as is kept with a batch, characters.
+#: Characters of an error's text that are kept with a batch.
 ERROR_LENGTH = 4000
 
 _RUN, _AGAIN, _LOST = int(Reply.RUN), int(Reply.AGAIN), int(Reply.LOST)
@@ -45,27 +45,27 @@ class Record(Protocol):
     together: Any
 
     def begin(self, token: int) -> Any:
-        """Return the instance that executes; it knows its token until `finish`."""
+        """Return the instance that executes, with its token set until `finish`."""
 
     def finish(self) -> None:
-        """The execution has ended."""
+        """Note that the execution has ended."""
 
 
 class RecordReader(Protocol):
-    """Makes records of partials."""
+    """Turns partials into records."""
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> Sequence[Record]:
         """Merge the partials of a batch, class by class.
 
         Args:
-            resource: Whose.
+            resource: The batch's resource.
             partials: In the order in which they were stored.
-            local: The update whose session ended here; it executes what is of its class.
+            local: The update whose session ended here; it executes the record of its class.
 
         Raises:
             UnknownClassError: A class is not known here.
-            UndecodableError: Something cannot be read.
-            Exception: The user's ``merge`` has raised.
+            UndecodableError: A partial cannot be read.
+            Exception: The user's ``merge`` raised it.
         """
 
     def kept(self, resource: str, partial: bytes, local: Any, content: Any) -> Sequence[Record]:
@@ -75,7 +75,7 @@ class RecordReader(Protocol):
         """Merge partials into fewer."""
 
     def check(self, partial: bytes) -> None:
-        """Raise if the batch that a partial is of cannot be executed here.
+        """Check that this process can execute the batch of a partial.
 
         Raises:
             UnknownClassError: Its class is not known here.
@@ -87,20 +87,20 @@ class RecordReader(Protocol):
 
 
 class RunningBatch:
-    """A batch of this process's, on its way through execution.
+    """A batch of this process on its way through execution.
 
     Attributes:
-        resource: Whose.
-        name: The server's name of it.
+        resource: The batch's resource.
+        name: The server's name of the resource.
         partition: Where it is.
-        run: What the server has answered; its content is in ``partials``.
+        run: The server's answer; its content is in ``partials``.
         local: The update whose session ended here, if there is one.
-        errors: Where what went wrong is noted; of the session that ended with this batch.
+        errors: Collects the errors of the session that ended with this batch.
         background: Whether no caller waits for these errors.
-        kept: The content of its only partial, if that is ``local``'s and need not be decoded.
-        partials: The batch's content, as far as it is here and not merged.
-        records: What it comes to, class by class, and ``at`` the one whose turn it is.
-        job: What runs that one.
+        kept: The content of its only partial, if ``local`` has kept it, so that nothing is decoded.
+        partials: The part of the batch's content that is here and not merged yet.
+        records: The merged records, one a class; ``at`` is the index of the next one to run.
+        job: The job that runs that record.
         error: Why the batch has failed.
         pause: Seconds until it is tried again.
     """
@@ -158,17 +158,18 @@ class RunningBatch:
 
 
 class Hand:
-    """The batches that one flow has in hand, and those that an answer may bring it.
+    """The batches that one flow executes, and those that an answer may bring it.
 
-    Executors know hands weakly: a signal handler's exception may end the flow at any point of it.
-    Then its batches are not busy any more, and the heartbeat finds that this process has forgotten
-    them.
+    An executor refers to its hands weakly, because a signal handler's exception may end the flow at
+    any point. Then the batches are not busy any more, and the heartbeat finds that this process has
+    forgotten them.
 
     Attributes:
-        batches: By resource and token. Another attempt at them is not begun.
-        expected: The resources of operations under way that a batch may come with. An answer may
-            lie here, unseen, while others of the same `Send` are still to come.
-        concluding: The resources of batches that are being reported: others may come behind them.
+        batches: By resource and token. No other flow begins an attempt at them.
+        expected: The resources of operations under way whose answers may bring a batch. An answer
+            may have arrived already while the flow waits for others of the same `Send`.
+        concluding: The resources of batches that are being reported. The answer may bring the next
+            batch of the resource.
     """
 
     __slots__ = ("__weakref__", "batches", "concluding", "expected")
@@ -182,15 +183,15 @@ class Hand:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # An exception that is kept somewhere keeps the flow's frame, and this.
+        # An exception that the user keeps also keeps the flow's frame, and with it this hand.
         self.batches, self.expected, self.concluding = {}, (), ()
 
     def add(self, batch: RunningBatch) -> None:
-        """Have another batch in hand."""
+        """Add a batch."""
         self.batches[batch.name, batch.run.token] = batch
 
     def drop(self, batch: RunningBatch) -> None:
-        """Have a batch in hand no more."""
+        """Remove a batch."""
         self.batches.pop((batch.name, batch.run.token), None)
 
 
@@ -198,11 +199,11 @@ class Executor:
     """Executes batches.
 
     Args:
-        identity: Who it is.
-        codec: Makes records of partials.
-        policy: What to do with what failed.
+        identity: The identity of this process.
+        codec: Turns partials into records.
+        policy: When to retry and when to park a batch that failed.
         reports: Told about failures.
-        schedule: Called with a batch that failed and is to be tried again in so many seconds.
+        schedule: Called with a batch that failed, and the seconds after which it is tried again.
     """
 
     def __init__(
@@ -221,11 +222,11 @@ class Executor:
         self.begin()
 
     def begin(self) -> None:
-        """Execute nothing: in a forked child."""
+        """Start without batches: at first, and in a forked child."""
         self._hands: weakref.WeakValueDictionary[int, Hand] = weakref.WeakValueDictionary()
 
     def hand(self) -> Hand:
-        """Return a hand for a flow, empty."""
+        """Return an empty hand for a flow."""
         hand = Hand()
         self._hands[id(hand)] = hand
         return hand
@@ -233,7 +234,7 @@ class Executor:
     @property
     def hands(self) -> list[Hand]:
         """Return the hands of all flows."""
-        # A list of references is one step, which no other thread comes in between.
+        # Making the list is one step, which no other thread can interrupt.
         found = [reference() for reference in self._hands.valuerefs()]
         return [hand for hand in found if hand is not None]
 
@@ -246,16 +247,16 @@ class Executor:
         return any(name in hand.expected or name in hand.concluding for hand in self.hands)
 
     def count_background(self) -> int:
-        """Return how many batches are being executed that no caller waits for."""
+        """Return how many batches are executed without a caller that waits for them."""
         return sum(b.background for hand in self.hands for b in list(hand.batches.values()))
 
     def execute(
         self, hand: Hand, more: Callable[[list[Operation]], Iterator[object] | None] | None = None
     ) -> Flow[list[Any]]:
-        """Execute batches of ours, and those that come up behind them.
+        """Execute batches of ours, and the batches that follow them.
 
-        A batch stays on the server until ``complete`` says that it is done, so that a process that
-        dies in between leaves it to a survivor, under the same token.
+        A batch stays on the server until ``complete`` reports it as done. If the process dies
+        before that, a survivor executes the batch under the same token.
 
         Args:
             hand: The batches.
@@ -279,8 +280,8 @@ class Executor:
             answers += got[own:]
             for operation, some, answer in zip(sent, reported, got, strict=False):
                 for batch, told in zip(some, operation.each(answer), strict=True):
-                    # First: if it is to be tried again, that may be due before we are done here,
-                    # and what is in hand is not tried.
+                    # First: its retry may be due before this flow is done, and a batch in a hand
+                    # is not retried.
                     hand.drop(batch)
                     following = self._concluded(batch, told)
                     if following is not None:
@@ -301,7 +302,7 @@ class Executor:
     # Before
 
     def _prepare(self, batches: Iterable[RunningBatch]) -> Flow[None]:
-        """Fetch what did not come along, and merge."""
+        """Fetch the missing partials, and merge."""
         sizes: Counter[int] = Counter()
         for batch in batches:
             if batch.run.crashes > self._policy.crashes:
@@ -317,8 +318,8 @@ class Executor:
                 try:
                     batch.records = self._records_of(batch)
                 except UndecodableError:
-                    # It would be parked at once. An exception that a signal handler raises in the
-                    # middle of decoding looks the same, and does not come again.
+                    # Read it once more, as it would be parked at once: an exception that a signal
+                    # handler raises during decoding looks the same, and does not come twice.
                     batch.records = self._records_of(batch)
             except BaseException as error:  # noqa: BLE001 - the user's merge: the batch has failed
                 batch.error = error
@@ -335,8 +336,8 @@ class Executor:
         """Fetch the partials that did not come with the batch, merging them as they come.
 
         Returns:
-            False if another process has the batch. What is here then is not all of it, and to
-            execute that under its token would keep the new owner's from counting.
+            False if another process has the batch. Then this process has only a part of it. If it
+            executed that part under the batch's token, the new owner's record would not count.
         """
         at = len(batch.partials)
         enough = MOST_HELD
@@ -356,17 +357,18 @@ class Executor:
             batch.partials.extend(piece)
             if sum(map(len, batch.partials)) > enough:
                 outcome = yield from call(lambda: self._codec.merge(batch.resource, batch.partials))
-                # What went wrong does so again when the batch is executed, and is dealt with there.
+                # An error of the merge comes again when the batch is executed, and is handled
+                # there.
                 if outcome.error is None:
                     batch.partials[:] = outcome.value
-                # What does not merge is not merged over and over.
+                # Partials that do not merge must not be tried again with each piece.
                 enough = max(MOST_HELD, 2 * sum(map(len, batch.partials)))
         return True
 
     # The user's code
 
     def _run_some(self, batches: Sequence[RunningBatch]) -> Flow[None]:
-        """Run the next record of each batch. A batch without a job has come to its end."""
+        """Run the next record of each batch. A batch without a job has no records left."""
         self._begin_jobs(batches)
         jobs: dict[int, Job] = {}
         for batch in batches:
@@ -377,7 +379,7 @@ class Executor:
         if jobs:
             yield Execute(list(jobs.values()))
         ended = [b for b in batches if b.job is not None and b.job.outcome is not None]
-        # In the caller's thread they run one after the other: each is given its share of the time.
+        # In the caller's thread the jobs run one after the other: each counts a share of the time.
         seconds = (clock() - begun) / max(1, len(ended))
         counts: Counter[tuple[type, bool]] = Counter()
         for batch in ended:
@@ -414,8 +416,8 @@ class Executor:
         if isinstance(job, _ManyJob):
             error = job.error_of(batch.records[batch.at])
             if error is _AGAIN_ALONE:
-                # It is not known which of them was at fault, so each is executed by itself: then
-                # what is at fault holds up nothing else.
+                # Any of the records may be the cause, so each is executed by itself: then a bad
+                # record does not delay the others.
                 instance = record.begin(batch.token + batch.at)
                 batch.job = _ManyJob(job.cls, [instance])
                 return
@@ -423,7 +425,7 @@ class Executor:
             error = outcome.error
             if error is None and outcome.value is not None:
                 error = never_run(outcome.value)
-        executed: Any = record  # what it has executed is in each of them
+        executed: Any = record  # each of its records has its own outcome
         cls = type(executed.instance)
         record.finish()
         counts[cls, error is not None] += 1
@@ -442,7 +444,7 @@ class Executor:
     def _conclusions(
         self, batches: Iterable[RunningBatch]
     ) -> tuple[list[Operation], list[Sequence[RunningBatch]]]:
-        """Return the operations that report batches, and of which batches each of them is."""
+        """Return the operations that report batches, each with its batches."""
         executed: list[RunningBatch] = []
         sent: list[Operation] = []
         reported: list[Sequence[RunningBatch]] = []
@@ -467,14 +469,14 @@ class Executor:
             return operations.hand_off(*place, operations.class_queue(error.class_name))
         attempts = self._policy.attempts
         if isinstance(error, UndecodableError) or batch.run.crashes > self._policy.crashes:
-            attempts = 0  # it will not become readable
+            attempts = 0  # a retry would not make it readable
         batch.pause = self._policy.pause(batch.run.attempts + 1)
         return operations.fail(*place, _text_of(error), int(batch.pause * 1000), attempts)
 
     def _concluded(self, batch: RunningBatch, answer: Any) -> RunningBatch | None:
-        """See to what a batch came to; returns the one that comes up behind it."""
+        """Handle the answer to a report. Return the resource's next batch, if it came with it."""
         if isinstance(answer, Exception) or answer is REBORN:
-            # Nothing is lost: the batch is still ours, and is reported once more.
+            # The report failed, but the batch is still ours: it is reported again.
             error = batch.error or (answer if isinstance(answer, Exception) else None)
             if error is not None:
                 self._failed(batch, error, self._policy.pause(1))
@@ -537,7 +539,7 @@ class Executor:
             self._reports.notify(error)
 
     def _handed_off(self, batch: RunningBatch, error: UnknownClassError) -> None:
-        """A batch was left to others. There may be very many of that kind: log the first one."""
+        """Note that a batch was left to others. Log one a class: there may be very many."""
         if self._reports.once(f"class {error.class_name}"):
             is_known = classes.find(error.class_name) is not None
             whom = "an AsyncProcess" if is_known else "a process"
@@ -545,20 +547,20 @@ class Executor:
             error.add_note(f"phonon: {text}; their data is kept")
             log.warning("%s: %s", text, error)
             self._reports.notify(error)
-        if not batch.background:  # it was taken over, and is in better hands: nothing to raise
+        if not batch.background:  # a batch that was taken over has no caller to raise to
             batch.errors.append(error)
 
     def compact(self, sessions: Sequence[LongSession]) -> Flow[int]:
-        """Merge some partials of sessions that go on."""
+        """Merge some partials of open sessions."""
         merge = self._codec.merge
         return compact(self._identity, sessions, lambda name, some: merge(decode(name), some))
 
 
 class _NotFetchedError(PhononError):
-    """The server did not answer with all of a batch: it is no fault of the batch's.
+    """The server did not answer with all of a batch, which is not the batch's fault.
 
     Args:
-        cause: What callers are told.
+        cause: The error that callers get.
     """
 
     def __init__(self, cause: PhononError) -> None:
@@ -571,7 +573,7 @@ _AGAIN_ALONE = PhononError("executed by itself")
 
 
 def _is_unreported(batch: RunningBatch) -> bool:
-    """Return whether a batch was not executed, by no fault of its own: the server is not told."""
+    """Return whether a batch was not executed for another reason than an error of its own."""
     return batch.error is _TAKEN_OVER or isinstance(batch.error, _NotFetchedError)
 
 
@@ -587,7 +589,7 @@ class _ManyJob(Job):
         self._failed: dict[int, BaseException | None] | TypeError | None = None
 
     def error_of(self, record: Any) -> BaseException | None:
-        """Return what went wrong with a record."""
+        """Return the error of a record."""
         outcome = self.outcome
         assert outcome is not None  # noqa: S101 - for the type checker
         if outcome.error is not None:
@@ -603,7 +605,7 @@ class _ManyJob(Job):
         return self._failed.get(id(record.instance))
 
     def _read(self, value: Any) -> dict[int, BaseException | None] | TypeError:
-        """Return the errors by record, or the error that what was returned is not that."""
+        """Return the errors by record, or a TypeError if the value has another form."""
         failed: dict[int, BaseException | None] = {}
         known = set(map(id, self.instances))
         why = ""
@@ -614,7 +616,7 @@ class _ManyJob(Job):
                 elif error is not None and not isinstance(error, BaseException):
                     why = f"{error!r} is no exception"
                 failed[id(update)] = error
-        except Exception as error:  # noqa: BLE001 - what the user returned is not what is asked for
+        except Exception as error:  # noqa: BLE001 - the user's value has another form
             why = str(error)
         if not why:
             return failed
@@ -625,6 +627,6 @@ class _ManyJob(Job):
 
 
 def _text_of(error: BaseException) -> bytes:
-    """Return an error as it is kept with a batch."""
+    """Return the text of an error that is kept with a batch."""
     text = f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
     return text.encode("utf-8", "backslashreplace")

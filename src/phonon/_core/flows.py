@@ -1,12 +1,11 @@
 """Effects: the requests of a flow to its driver.
 
 A *flow* is a generator that holds one conversation. It yields effects and is sent their results, so
-that one text of it serves threads, asyncio and the simulation.
+that the same flow runs in threads, in asyncio and in the simulation.
 
-A flow may lose its caller: its answer does not come in time, or the caller is cancelled or
-interrupted. Its driver then goes on with it in the background (`FlowRun`): data that it has in hand
-is stored once, a batch that falls to it is executed. A flow that has to know asks with
-`CALLER_GONE`.
+A flow may lose its caller: the answer does not come in time, or the caller is cancelled or
+interrupted. Then the driver goes on with the flow in the background (`FlowRun`): its data is stored
+once, and a batch that it gets is executed. A flow finds out by yielding `CALLER_GONE`.
 """
 
 from collections import deque
@@ -22,8 +21,8 @@ from phonon._protocol.operations import Operation
 T = TypeVar("T")
 
 
-#: Whether the user's code runs that belongs to a batch: the bound on unfinished work does not stop
-#: it, for the work may wait for it. Drivers set it around jobs.
+#: Whether user code of a batch is running. The bound on unfinished work does not block such code,
+#: because that work may wait for it. Drivers set this around jobs.
 EXECUTING: ContextVar[bool] = ContextVar("phonon_executing", default=False)
 
 
@@ -36,14 +35,14 @@ class Outcome(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Something of the user's to run.
+    """A call of the user's code.
 
     Attributes:
         function: The function to run; in asyncio also a coroutine function, or one that returns an
             awaitable.
         outcome: Its outcome; None as long as it has not ended.
-        running: The driver's handle, once it has begun.
-        is_callers: Whether it runs in the caller's thread, although there is an executor.
+        running: The driver's handle, once the job has begun.
+        is_callers: Whether the job runs in the caller's thread although there is an executor.
     """
 
     function: Callable[[], Any]
@@ -53,23 +52,23 @@ class Job:
 
 
 class Signal(Protocol):
-    """Something to wait for, made by a driver. Any thread may set it."""
+    """An object to wait for, made by a driver. Any thread may set it."""
 
     def set(self) -> None:
-        """Wake the flow that waits, now or as soon as it does."""
+        """Wake the flow, now or as soon as it waits."""
 
 
 class Send(NamedTuple):
     """Send operations through their lanes. The result is their answers, in order.
 
-    An answer is what the server packed; an exception if the operation failed or was refused; or
-    `REBORN` for one that is not repeated under another identity.
+    An answer is the server's; an exception if the operation failed or was refused; or `REBORN` if
+    the operation is not repeated under another identity.
 
     Attributes:
         operations: The operations to send.
-        first: Whether they go before those that wait for the former self to be reaped.
+        first: Whether they go before the operations that wait for the former self's reap.
         more: Appends further operations to the list, a group at a time. A driver may send a group
-            while the next one is made, so that the server and this process work side by side.
+            while the next one is made, so that the server and this process work at the same time.
     """
 
     operations: Sequence[Operation]
@@ -77,7 +76,7 @@ class Send(NamedTuple):
     more: Iterator[object] | None = None
 
     def make_all(self) -> None:
-        """Have all operations in the list."""
+        """Make all operations, and append them to the list."""
         deque(self.more or (), 0)
 
 
@@ -94,17 +93,17 @@ class Read(NamedTuple):
 
 
 class Sleep(NamedTuple):
-    """Pause. A flow without a caller does not."""
+    """Pause. A flow without a caller goes on at once."""
 
     seconds: float
 
 
 class AwaitMail(NamedTuple):
-    """Wait until a waiter is woken through its process's mailbox. The result is whether it was.
+    """Wait until a waiter is woken through its process's mailbox. The result: was it woken?
 
     Attributes:
-        partition: Where its resource is.
-        waiter: Its name.
+        partition: The resource's partition.
+        waiter: The waiter's name.
         seconds: How long to wait at the most.
     """
 
@@ -114,10 +113,10 @@ class AwaitMail(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Wait for a signal, which is unset by that. The result is whether it was set.
+    """Wait for a signal, and unset it. The result: was it set?
 
     Attributes:
-        signal: Made by the driver.
+        signal: The signal, made by the driver.
         seconds: How long to wait at the most.
     """
 
@@ -128,18 +127,18 @@ class Wait(NamedTuple):
 class Execute(NamedTuple):
     """Run the user's code.
 
-    The driver sets each job's outcome. It returns when all have ended, or after some time when some
-    have, so that finished batches can be completed; the flow then yields the rest again.
+    The driver sets each job's outcome. It returns when all jobs have ended, or after some time when
+    some have, so that finished batches can be completed. The flow then yields the rest again.
     """
 
     jobs: Sequence[Job]
 
 
 class Branch(NamedTuple):
-    """Run another flow as one whose caller has gone. The result is its `Outcome`.
+    """Run another flow like one whose caller has gone. The result is its `Outcome`.
 
-    If the server does not answer it, it goes on in the background, and the outcome is that error:
-    the flow that waited can do other things meanwhile.
+    If the server does not answer, the other flow goes on in the background, and the outcome is that
+    error, so that the flow that waited can go on.
     """
 
     flow: Generator[Any, Any, Any]
@@ -148,9 +147,9 @@ class Branch(NamedTuple):
 class Effect(Enum):
     """Effects without arguments."""
 
-    #: The result is whether nobody waits for this flow's result any more.
+    #: The result: is this flow without a caller?
     CALLER_GONE = "caller gone"
-    #: Send what is queued in any lane, once.
+    #: Send the calls of all lanes, once.
     FLUSH = "flush"
 
 
@@ -174,7 +173,7 @@ def single(operation: Operation) -> Flow[Any]:
     """Send one operation.
 
     Raises:
-        PhononError: It failed, or was refused.
+        PhononError: The operation failed, or was refused.
     """
     (answer,) = yield Send((operation,))
     if isinstance(answer, Exception):
@@ -203,10 +202,10 @@ def call(function: Callable[[], Any]) -> Flow[Outcome]:
 
 
 def never_run(value: Any) -> TypeError | None:
-    """Return an error if a return value shows that code of the user's never ran.
+    """Return an error if a return value shows that the user's code never ran.
 
-    Generators and coroutines are seen by the drivers. Other iterators may be what is left of work
-    that was done: a cursor of a database, say, or a file.
+    The drivers detect generators and coroutines. Other iterators may be leftovers of finished work,
+    such as a database cursor or a file.
     """
     if isinstance(value, map | filter):
         return TypeError(
@@ -217,29 +216,29 @@ def never_run(value: Any) -> TypeError | None:
 
 
 class Done(NamedTuple):
-    """The last effect of each flow: it has returned."""
+    """The last effect of each flow, when it has returned."""
 
     value: Any
 
 
 class FlowRun:
-    """A flow under way. Its driver may go on with it after its caller has gone.
+    """A running flow. Its driver may go on with it after its caller has gone.
 
     Args:
         flow: The flow.
-        name: Its name, for people.
-        background: Whether it never had a caller. An unanswered `Send` is raised inside it then,
-            since nothing else would go on with it.
+        name: The flow's name, for messages.
+        background: Whether it never had a caller. Then the error of an unanswered `Send` is raised
+            inside the flow, because nothing else would go on with it.
 
     Attributes:
-        effects: The effect that it waits for, as its only element; empty before it begins.
+        effects: The effect that the flow waits for, as the only element; empty before the start.
         ticket: The ticket for the answers, if the effect is a `Send`.
-        caller_gone: Whether nobody waits for its result any more.
-        has_sent: Whether the lanes got anything of it.
-        running: The driver's handle, where it goes on by itself.
+        caller_gone: Whether the flow has no caller any more.
+        has_sent: Whether the flow has put operations into lanes.
+        running: The driver's handle, if the flow goes on by itself.
     """
 
-    # Those that most runs never change cost nothing here: each message may be one.
+    # Class attributes that most runs never set: a run may be made for each message.
     name = ""
     background = False
     ticket: Any = None
@@ -265,21 +264,21 @@ class FlowRun:
         return self.flow.gi_frame is None or (bool(effects) and type(effects[0]) is Done)
 
     def advance(self, reply: Any) -> None:
-        """Send the flow the result of its effect, and keep its next one.
+        """Send the flow the result of its effect, and keep its next effect.
 
-        Nothing comes between the flow's step and the keeping of what it yields: a signal handler
-        that raises there would leave a flow whose effect is lost.
+        The flow's step and keeping its effect are one step for signal handlers: a handler that
+        raised in between would leave a flow whose effect is lost.
 
         Raises:
-            BaseException: What the flow raises.
+            BaseException: The error of the flow.
         """
         self.effects.extend(map(self.flow.send, (reply,)))
 
     def throw(self, error: BaseException) -> None:
-        """Raise an error where the flow waits, and keep its next effect.
+        """Raise an error inside the flow, and keep its next effect.
 
         Raises:
-            BaseException: What the flow raises.
+            BaseException: The error of the flow.
         """
         self.effects.extend(map(self.flow.throw, (error,)))
 

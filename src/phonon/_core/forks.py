@@ -1,9 +1,9 @@
-"""Forks: notices that this is another process of the operating system.
+"""Detects that this is another process of the operating system, after a fork.
 
-`os.fork` runs the functions that `os.register_at_fork` was given. A fork in C does not: uWSGI's, or
-that of any library which a program is embedded in. Then two processes would go on under one
-identity, with one sequence of numbers and the same connections. So every function that begins
-something for the user asks `SAME` first, which costs about as much as reading an attribute.
+`os.fork` runs the functions that were given to `os.register_at_fork`. A fork in C does not: uWSGI
+and other programs that embed Python fork like this. Then two processes would go on under one
+identity, with one sequence of numbers and the same connections. So every function that a user
+calls checks `SAME` first, which costs about as much as reading an attribute.
 """
 
 import mmap
@@ -16,7 +16,7 @@ _WIPE_ON_FORK = 18
 
 
 class _Mark(Protocol):
-    """The first item is true, except in a forked child that has not noticed that it is one."""
+    """The first item is true, except in a forked child that has not called `notice` yet."""
 
     def __getitem__(self, index: int, /) -> int: ...
 
@@ -24,7 +24,7 @@ class _Mark(Protocol):
 
 
 class _ByNumber:
-    """Compares process numbers, where the kernel wipes no pages: a system call each time."""
+    """Compares process numbers if the kernel cannot wipe pages. Costs a system call each time."""
 
     def __init__(self) -> None:
         self._pid = 0
@@ -52,17 +52,17 @@ SAME[0] = 1
 
 
 def call_in_child(function: Callable[[], object]) -> None:
-    """Have a function called in each forked child, before anything of the user's begins there."""
+    """Have a function called in each forked child, before any call of the user's there."""
     _in_child.append(function)
 
 
 def notice() -> None:
-    """Be a forked child: call the hooks of one. A second call does nothing."""
+    """Call the hooks of a forked child. A second call does nothing."""
     if SAME[0]:
         return
     for function in _in_child:
         function()
-    SAME[0] = 1  # last: an interrupt on the way here leaves it to the next call
+    SAME[0] = 1  # last: after an interrupt before this, the next call does the work
 
 
 os.register_at_fork(after_in_child=notice)

@@ -1,4 +1,4 @@
-"""The heartbeat: renews the lease, verifies the lanes, looks after the dead, and sweeps."""
+"""The heartbeat: renews the lease, verifies the lanes, and finds dead processes."""
 
 import logging
 import time
@@ -20,20 +20,20 @@ log = logging.getLogger("phonon")
 
 #: A process may be declared dead after this many heartbeat intervals without a heartbeat.
 DEAD_AFTER = 4
-#: Seconds after another process's deadline at which to look after it.
+#: Seconds after another process's deadline at which to check it.
 DEATH_GRACE = 0.01
-#: As many dead processes are named by one beat. See HANDED_OUT in processes.lua.
+#: The most dead processes that the answer to a beat names. See HANDED_OUT in processes.lua.
 HANDED_OUT = 4
-#: Every so many beats the lanes of processes that are not listed are looked for.
+#: The number of beats between two searches for lanes of processes that are not registered.
 SWEEP_EVERY = 4
-#: So many pages of what the server says is ours are compared before the process stops.
+#: How many pages of this process's locks and batches are compared before it stops.
 MOST_PAGES = 16
-#: Seconds by which the server's clock may be ahead of ours then.
+#: Seconds by which the server's clock may be ahead of this one in that comparison.
 AHEAD = 3600
 
 
 class _Known(NamedTuple):
-    """The state of a lane before the server was asked."""
+    """The state of a lane before the question to the server."""
 
     lane: Lane
     answered: int
@@ -44,15 +44,15 @@ class Heartbeat:
     """Keeps a process alive.
 
     Args:
-        identity: Who it is.
-        rebirth: Called when it was declared dead.
-        takeover: Called for other processes that were.
+        identity: The identity of this process.
+        rebirth: Called when this process was declared dead.
+        takeover: Called for other processes that were declared dead.
         outbox: Takes up batches that their executor has forgotten.
         leases: Locks with leases of their own.
         interval: Seconds between two beats.
         recovers: Whether the process executes the batches of dead ones.
-        is_wanted: Tells whether anybody still has the process. If not it stops beating, and
-            survivors take it over.
+        is_wanted: Tells whether the public process object still exists. If not, the heartbeat
+            stops, and survivors take over.
         report: Returns the facts that operators see about the process.
     """
 
@@ -82,7 +82,7 @@ class Heartbeat:
         self.begin()
 
     def begin(self) -> None:
-        """Have beaten never: at first, and in a forked child."""
+        """Start without a beat: at first, and in a forked child."""
         self.stopping = False
         self.closing = False
         self.beats = 0
@@ -97,7 +97,7 @@ class Heartbeat:
     def work(self) -> Flow[None]:
         """Beat until the process stops, also after errors.
 
-        A process that has stopped beating is taken for dead while it works.
+        If a heartbeat ended by an error, others would take over from a process that still works.
         """
         pause = 0.0
         while not self.stopping and self._is_wanted():
@@ -177,7 +177,7 @@ class Heartbeat:
         return float(next_death) if identity.may_mark else self._interval
 
     def _has_lost(self, known: list[_Known], found: list[Any]) -> bool:
-        """Return whether the server knows less of a lane than it has answered.
+        """Return whether the server has lost calls that it had answered.
 
         All lanes are compared, so that each loss is reported.
         """
@@ -200,7 +200,7 @@ class Heartbeat:
         return has_lost
 
     def compare(self) -> Flow[None]:
-        """Compare all at once, before the process stops.
+        """Compare all locks and batches with the server, before the process stops.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -215,7 +215,7 @@ class Heartbeat:
                 break
 
     def _compare(self, found: list[Any]) -> None:
-        """Take up batches and locks that the server names as ours, and that are unknown here."""
+        """Take up this process's batches and locks on the server that are unknown here."""
         for partition, answer in enumerate(found):
             if isinstance(answer, Exception):
                 continue
@@ -231,11 +231,11 @@ class Heartbeat:
             self._leases.compare(partition, locks, gone)
 
     def sweep(self) -> Flow[None]:
-        """Take over the lanes of processes that are not listed.
+        """Take over the lanes of processes that are not registered.
 
-        A rollback of the server may have taken a listing. The lanes are read before the processes,
-        and one is an orphan only when it was found twice, and for longer than a lease: until then
-        its process may not know, and believes that it still holds its resources.
+        A rollback of the server may have removed a registration. Lanes are read before processes,
+        and a lane is an orphan only when it was found twice over more than a lease: until then its
+        process may not know of the rollback, and relies on its resources.
         """
         identity = self._identity
         surveys = yield Read(identity.everywhere("survey"), self._interval)

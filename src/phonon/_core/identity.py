@@ -15,26 +15,26 @@ from phonon._protocol.operations import Operation
 from phonon._protocol.partitions import DEFAULT_PARTITIONS, Partitions
 from phonon.errors import ConfigurationError, ServerError
 
-#: A fenced lane is remembered for a week by the server. A call whose fate is asked for later than
-#: this many seconds after the last heartbeat is not known any more.
+#: The server remembers a fenced lane for a week. Later than this many seconds after the last
+#: heartbeat the outcome of a call is not known any more.
 REMEMBERED = 6.5 * 24 * 3600.0
 
 
-#: This share of a lease a process does not count on. The server's clock may be set forward by that
-#: much without its noticing; see JUMP in processes.lua.
+#: The share of a lease on which a process does not rely, because the server's clock may be set
+#: forward by that much unnoticed; see JUMP in processes.lua.
 MARGIN = 1 / 8
-#: Commands that are sent beside those of the function library.
+#: Commands that Phonon sends besides those of the function library.
 ALSO_SENT = (b"BLMPOP",)
 
 
 class Waiter(NamedTuple):
-    """Somebody who waits for mail.
+    """A thread or task that waits for mail.
 
     Attributes:
-        partition: Where.
+        partition: The partition of the resource.
         owner: The thread or task that waits.
-        leave: Makes the operation with which it leaves its line, of partition, name and waiter.
-        name: The server's name of what it waits for.
+        leave: Makes the operation that leaves the queue, given partition, name and waiter.
+        name: The server's name of the resource that it waits for.
     """
 
     partition: int
@@ -44,14 +44,14 @@ class Waiter(NamedTuple):
 
 
 class Identity:
-    """The identity under which a process takes part, until it is declared dead and takes another.
+    """The identity of a process on the server. A process that is declared dead takes another one.
 
     Args:
         namespace: The namespace.
         partitions: How many partitions to ask for, if the namespace is new; None for the default.
         lease: Seconds for which a heartbeat keeps the process alive.
-        card: Tells where the process runs, for people to read.
-        library: Names the server's functions.
+        card: Tells where the process runs, for operators.
+        library: Knows the names of the server's functions.
         clock: Seconds, from a clock that is never set.
         new_id: Makes an id, unique for ever.
 
@@ -59,15 +59,15 @@ class Identity:
         id: The id as the server knows it.
         first_id: The id before any rebirth; known parties are counted by it.
         former: Ids under which this process was declared dead.
-        generation: Another object in a forked child, by which the parent's objects are recognized.
+        generation: An object that differs in a forked child, to recognize the parent's objects.
         listing: The number of the listing, which heartbeats carry.
         epoch: Names the server's data.
         lanes: The lanes, by partition. A rebirth puts another list in its place.
-        lives_until: Until when, by the clock, nobody can have declared this process dead.
+        lives_until: The time, by the clock, before which this process cannot be declared dead.
         losses: The error of each lane that was found to have lost calls, to be told at the rebirth.
         suspected: Whether a lane or a heartbeat was refused: a rebirth is due.
         measures: The counters.
-        waiters: Who waits for mail, or is about to, and in which partition.
+        waiters: The waiters for mail, by name, from shortly before they wait.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class Identity:
         self._describe = card
         self.partitions = Partitions(namespace, partitions or DEFAULT_PARTITIONS)
         self.signal: Signal | None = None
-        #: Returns the thread or task that runs; the driver's.
+        #: Returns the running thread or task; set by the driver.
         self.me: Callable[[], object] = object
         self.begin()
 
     def begin(self) -> None:
-        """Be somebody else, who holds nothing: at first, and in a forked child."""
+        """Start as a new process: at first, and in a forked child."""
         self.generation = object()
         self.measures = Measures()
         self._card = msgpack.packb(self._describe())
@@ -114,14 +114,14 @@ class Identity:
         self._numbers = itertools.count(1)
         self._rebirths: list[Callable[[], object]] = []
 
-    # What is asked of the server
+    # Requests
 
     def in_namespace(self, function: str, *arguments: bytes) -> Request:
-        """Return a call that is about the namespace."""
+        """Return a call of a function of the namespace."""
         return self.library.request(function, self.partitions.prefix, *arguments)
 
     def in_partition(self, partition: int, function: str, *arguments: bytes) -> Request:
-        """Return a call that is about a partition, outside of its lanes."""
+        """Return a call of a function of a partition, outside of its lanes."""
         return self.library.request(function, self.partitions.prefixes[partition], *arguments)
 
     def everywhere(self, function: str, *arguments: bytes) -> list[Request]:
@@ -133,23 +133,23 @@ class Identity:
 
     @property
     def lease_ms(self) -> bytes:
-        """The lease as heartbeats send it."""
+        """The lease in the form of a heartbeat's argument."""
         return b"%d" % math.ceil(self.lease * 1000)
 
     def nudges(self, process: bytes) -> list[Request]:
-        """Return the calls that wake those who read a process's mail: they look why."""
+        """Return the calls that wake the readers of a process's mail, which find out the reason."""
         partitions = dict.fromkeys([waiter.partition for waiter in list(self.waiters.values())])
         return [self.in_partition(partition, "nudge", process) for partition in partitions]
 
     def appear(self, process: bytes, *, insist: bool) -> Flow[tuple[bytes, bytes, list[Lane]]]:
-        """List a process and open its lanes: its first id, or a new one.
+        """Register an id of the process, the first one or a new one, and open its lanes.
 
-        Repeating this after a failure is harmless: the listing and the lanes are the same ones.
+        Repeating this after a failure is harmless: it finds the same listing and lanes.
 
         Args:
             process: The id.
-            insist: Whether the namespace keeps our number of partitions. Otherwise theirs is
-                adopted.
+            insist: Whether this process's number of partitions is required. Otherwise the
+                namespace's number is adopted.
 
         Returns:
             Epoch, number of the listing, and the lanes.
@@ -171,7 +171,7 @@ class Identity:
             opened = [_checked(reply) for reply in (yield Read(requests))]
             conflicts = {theirs for _, theirs in opened if theirs != count}
             if conflicts:
-                # The namespace's own record was lost; those that live know better.
+                # The namespace's record was lost; the lanes of other processes have the number.
                 self._adopt(conflicts.pop())
                 insist = True
                 continue
@@ -190,7 +190,7 @@ class Identity:
         self.partitions = Partitions(self.partitions.namespace, count)
 
     def start(self) -> Flow[None]:
-        """Appear for the first time.
+        """Register the process for the first time.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -201,7 +201,7 @@ class Identity:
         self.become(self.id, epoch, listing, lanes, begun)
 
     def _check_rights(self) -> Flow[None]:
-        """Find commands that are forbidden before one of them fails in the middle of a step.
+        """Find forbidden commands before one of them fails in the middle of a step.
 
         All partitions are asked: in a cluster each node has its own list of rights.
         """
@@ -216,7 +216,7 @@ class Identity:
     def become(
         self, process: bytes, epoch: bytes, listing: bytes, lanes: list[Lane], begun: float
     ) -> None:
-        """Go on under an id that is listed and has its lanes."""
+        """Go on under an id that is registered and has lanes."""
         self.name = process.decode()
         self.id = process
         self.epoch, self.listing, self.lanes = epoch, listing, lanes
@@ -225,31 +225,31 @@ class Identity:
         self.suspected = False
         self.lost_calls = {}
 
-    # What is known
+    # State
 
     @property
     def beaten_at(self) -> float:
-        """When the last heartbeat that was answered was sent, by the clock."""
+        """The time, by the clock, at which the last answered heartbeat was sent."""
         return self.lives_until - self.lease
 
     @property
     def surely_lives(self) -> bool:
-        """Return whether the lease lasts, so that nobody can have declared this process dead.
+        """Return whether the lease lasts, so that this process cannot have been declared dead.
 
-        Counted from before the last heartbeat was sent, so this ends earlier than on the server;
-        also if the server's clock was set forward by as much as no heartbeat notices.
+        The lease is counted from before the last heartbeat was sent, so it ends earlier here than
+        on the server, even if the server's clock was set forward by an unnoticed margin.
         """
         return not self.suspected and self.clock() < self.lives_until - self.lease * MARGIN
 
     def alive(self, begun: float) -> None:
-        """A heartbeat that was sent then has been answered."""
+        """Note that the heartbeat that was sent at that time was answered."""
         if begun >= self.lives_until:
-            self.lived_since = begun  # it was overdue: it has to beat in time for a lease once more
+            self.lived_since = begun  # it was overdue: the time of beating in time starts anew
         self.lives_until = max(self.lives_until, begun + self.lease)
 
     @property
     def may_mark(self) -> bool:
-        """Return whether it has beaten in time for a whole lease, so that it can judge others."""
+        """Return whether it has beaten in time for a whole lease, so that it may judge others."""
         return self.clock() - self.lived_since >= self.lease
 
     def new_number(self) -> int:
@@ -257,20 +257,20 @@ class Identity:
         return next(self._numbers)
 
     def suspect(self, lane: Lane, kind: str, last: int) -> None:
-        """A call of a lane was refused: the process was declared dead, or the server lost writes.
+        """Note that a lane's call was refused: declared dead, or the server lost writes.
 
-        Never blocks. The heartbeat does the rebirth.
+        This never blocks. The heartbeat does the rebirth.
 
         Args:
-            lane: Whose call.
-            kind: The server's word for it: PHONONFENCED, PHONONLOST or PHONONSTALE.
+            lane: The lane of the call.
+            kind: The server's error code: PHONONFENCED, PHONONLOST or PHONONSTALE.
             last: The number of the last call that the server knows of.
         """
         lane.fence()
         if self.lanes and lane is self.lanes[lane.partition]:
             if kind != "PHONONFENCED":
-                # Of a lane that was never used nothing is lost: it was reaped. Otherwise there is a
-                # loss, though others may have been taken in their place.
+                # A lane that was never used was reaped and has lost nothing. Any other has lost
+                # calls, even if the server has others in their place.
                 lost = max(1, lane.answered - last) if lane.answered else 0
                 self.lost_calls[lane.partition] = lost
             self.suspected = True
@@ -282,7 +282,7 @@ class Identity:
         self._rebirths.append(callback)
 
     def reborn(self) -> None:
-        """Tell those that asked for it."""
+        """Call the functions that were given to `on_rebirth`."""
         for callback in self._rebirths:
             callback()
 

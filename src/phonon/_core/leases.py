@@ -31,11 +31,11 @@ log = logging.getLogger("phonon")
 
 #: How often a lock with a lease of its own is renewed within it.
 RENEWALS = 4
-#: Seconds after which the worker ends that has nothing to do.
+#: Seconds without work after which the worker ends.
 IDLE = 10.0
 
 _GRANTED, _WAIT = int(Reply.GRANTED), int(Reply.WAIT)
-#: The result of an attempt whose caller has gone, which is not used.
+#: The unused result of an attempt whose caller has gone.
 _ABANDONED = Taken(_WAIT, -1, b"", 0, b"")
 
 
@@ -43,13 +43,13 @@ class LockRequest(NamedTuple):
     """A caller's request for a lock.
 
     Attributes:
-        key: The resource, or the semaphore, for people.
-        partition: Where it is.
-        name: The server's name of it.
-        shared: Whether to share it with others that do.
+        key: The resource or the semaphore, for messages.
+        partition: The partition.
+        name: The server's name of the resource.
+        shared: Whether to share the lock with other shared holders.
         places: How many may share it at the same time; 0 if any number may.
         lease: Seconds that a grant lasts unless renewed; None: as long as the process's lease.
-        thread: Who in the process wants it, for others to read.
+        thread: The name of the thread or task, for other processes.
     """
 
     key: str
@@ -62,14 +62,14 @@ class LockRequest(NamedTuple):
 
 
 class Attempt:
-    """One call that takes a lock, until the lock is given back as often as it was taken.
+    """One call that takes a lock, until the lock is released.
 
     Attributes:
-        place: Where the lock is: its partition and the server's name of it.
-        holders: The server's names of those that have asked.
-        grant: What it has got. If a lock is reentrant, other attempts of its thread have the same.
-        asking: Refers to something as long as it asks, and its flow lives. So no exception out of a
-            signal handler, which may end the flow anywhere, leaves it asking.
+        place: The partition of the lock, and the server's name of its resource.
+        holders: The holders' names under which it has asked.
+        grant: The grant. Attempts of one thread at a reentrant lock have the same one.
+        asking: A weak reference that lives as long as the flow asks. So a signal handler's
+            exception, which may end the flow anywhere, also ends the asking.
     """
 
     __slots__ = ("asking", "grant", "holders", "place")
@@ -92,15 +92,15 @@ class Grant:
 
     Attributes:
         request: The request that was granted.
-        holder: The server's name of it.
+        holder: The server's name of the holder.
         token: Its fencing token.
-        generation: Whose process it is: a forked child has another one.
+        generation: The process's generation: a forked child has another one.
         owner: The thread or task that took it.
-        until: When its own lease is over unless renewed, by the clock, which was read before the
-            grant was asked for, so it is earlier than on the server. Infinite without such a lease.
-        attempts: Those that have it: as often its thread has taken it.
-        lost: Whether it was found to be ours no longer.
-        got_at: When it was got, by the clock; 0 before.
+        until: When its own lease is over unless renewed, by the clock. It counts from before the
+            request, so it is earlier than on the server. Infinite without such a lease.
+        attempts: The attempts that have it: one for each time that its thread has taken the lock.
+        lost: Whether the lock was found to be lost.
+        got_at: When the lock was granted, by the clock; 0 before.
     """
 
     __slots__ = (
@@ -141,7 +141,7 @@ class Grant:
 
     @property
     def is_ours(self) -> bool:
-        """Return whether the grant lasts, so that nobody else can have the lock."""
+        """Return whether the grant lasts, so that no other holder can have the lock."""
         identity = self._identity
         if self.lost or self.generation is not identity.generation:
             return False
@@ -154,16 +154,16 @@ class Leases:
     """All locks that a process has been granted.
 
     Args:
-        identity: Who it is.
+        identity: The identity of this process.
         tell: Runs a function of the user's in the background.
 
     Attributes:
-        attempts: Those that ask for a lock right now, by the server's name of them.
-        forsaken: Attempts that nobody gives back, because an exception out of a signal handler has
-            ended their call, with the list in which their lock has them. To add one is a single
-            step, so that no second exception comes between; `settle` does the rest.
-        stopping: Whether the process stops: nobody waits for a lock any more.
-        is_working: Whether the worker will look again whether there is something to do.
+        attempts: The attempts that are asking for a lock now, by holder's name.
+        forsaken: Attempts that no caller will release, because a signal handler's exception has
+            ended their call; each with its lock's list of attempts. Adding one is a single step,
+            which no second exception can interrupt; `settle` does the rest.
+        stopping: Whether the process stops, so that no caller waits for a lock any more.
+        is_working: Whether the worker will check for work again before it ends.
     """
 
     def __init__(self, identity: Identity, tell: Callable[[Callable[[], object]], object]) -> None:
@@ -174,7 +174,7 @@ class Leases:
         self.begin()
 
     def begin(self) -> None:
-        """Hold nothing: at first, and in a forked child."""
+        """Start without locks: at first, and in a forked child."""
         self.stopping = self.is_working = False
         self._due = math.inf
         self._unknown: dict[tuple[int, bytes], None] = {}
@@ -210,7 +210,7 @@ class Leases:
         return list(self._all.values())
 
     def here(self, name: bytes, owner: object) -> list[Grant]:
-        """Return the grants of a resource that a thread or task has taken, and still has."""
+        """Return the grants of a resource that a thread or task holds."""
         if self.forsaken:
             self.settle()
         if name not in self._by_name:
@@ -234,16 +234,16 @@ class Leases:
         on_lost: Callable[[Grant], object],
         attempt: Attempt | None = None,
     ) -> Flow[Grant | Taken]:
-        """Take a lock, or find out who has it.
+        """Take a lock, or find out its holder.
 
-        If the caller goes, nothing is taken and nobody stays in line.
+        If the caller goes, no lock is taken and no waiter stays in the queue.
 
         Args:
             request: The request.
             seconds: How long to wait at the most; None not to wait.
             owner: The thread or task that wants it.
             on_lost: Called once the grant is found to be lost.
-            attempt: Notes what it asks for and gets, for a caller that may be interrupted.
+            attempt: Records the holder's name and the grant, for a caller that may be interrupted.
 
         Raises:
             ProcessStoppedError: The process was stopped meanwhile.
@@ -303,7 +303,7 @@ class Leases:
                     self._add(grant)
                     if not self.stopping:
                         return grant
-                    # `stop`, in the middle of this, may not have seen it.
+                    # A `stop` meanwhile may not have seen the grant.
                     self._remove(grant)
                     grant.lost = queued = True
                     break
@@ -321,7 +321,7 @@ class Leases:
                 yield from self._quit(place, holder)
             raise
         if queued:
-            # A waiter that gives up must not stay in line: it would swallow the next wake-up.
+            # A waiter that gives up must leave the queue: it would swallow the next wake-up.
             yield from self._quit(place, holder)
         if (yield CALLER_GONE):
             return _ABANDONED
@@ -337,7 +337,7 @@ class Leases:
         )
         attempt.holders.append(holder)
         self.attempts[holder] = attempt
-        # Also one that does not wait: what it is granted while the process stops is to be released.
+        # Also without waiting: a stopping process has to release a lock that is granted meanwhile.
         identity.waiters[holder] = Waiter(
             request.partition, identity.me(), operations.unlock, request.name
         )
@@ -349,14 +349,14 @@ class Leases:
 
     @staticmethod
     def take_again(grant: Grant, attempt: Attempt) -> None:
-        """Have a grant once more."""
+        """Count a grant once more."""
         attempt.grant = grant
         grant.attempts[attempt] = None
 
     def settle(self) -> None:
-        """Take out what is forsaken. To do it again, or side by side, does no harm."""
+        """Release forsaken attempts. Several calls, even at the same time, do no harm."""
         while self.forsaken:
-            with contextlib.suppress(IndexError, ValueError):  # others may do the same
+            with contextlib.suppress(IndexError, ValueError):  # another thread may do the same
                 attempt, kept = entry = self.forsaken[0]
                 if attempt is None:
                     self.forsaken.remove(entry)
@@ -369,7 +369,7 @@ class Leases:
                     if not grant.attempts:
                         self._remove(grant)
                 if grant is None or not grant.attempts:
-                    self._unknown[attempt.place] = None  # the worker gives back what the server has
+                    self._unknown[attempt.place] = None  # the worker asks the server, and releases
                 self.forsaken.remove(entry)
 
     @staticmethod
@@ -377,10 +377,10 @@ class Leases:
         yield Send((operations.unlock(*place, holder),))
 
     def release(self, grant: Grant) -> Flow[bool]:
-        """Give a lock back.
+        """Release a lock.
 
         Returns:
-            Whether it was still ours.
+            Whether it was still held.
 
         Raises:
             ServerError: The server refused; the lock is still held.
@@ -398,7 +398,7 @@ class Leases:
         return bool(answer == int(Reply.RELEASED))
 
     def release_all(self) -> Flow[list[Exception]]:
-        """Give all locks back, in one exchange. Returns the errors."""
+        """Release all locks in one exchange. Return the errors."""
         yield from self._give_back_unknown()
         grants = self.everywhere()
         for grant in grants:
@@ -412,11 +412,11 @@ class Leases:
         return [answer for answer in answers if isinstance(answer, Exception)]
 
     def renew(self, grant: Grant, seconds: float) -> Flow[bool]:
-        """Make a lock's own lease longer, and see whether the lock is still held.
+        """Make a lock's own lease longer. Return whether the lock is still held.
 
         Args:
-            grant: Which.
-            seconds: How long it is to last from now on; it is never made shorter.
+            grant: The lock's grant.
+            seconds: The new remaining time; the lease is never made shorter.
         """
         asked = self._identity.clock()
         lease_ms = 0 if grant.request.lease is None else math.ceil(seconds * 1000)
@@ -430,7 +430,7 @@ class Leases:
         return True
 
     def start_work(self) -> None:
-        """Renew locks in the background: the heartbeat does not wait for lanes."""
+        """Start renewing locks in the background, because the heartbeat must not wait for lanes."""
         pace = self.soonest()
         if not self.stopping and (self._has_differences or pace < math.inf):
             self.start_worker()
@@ -438,7 +438,7 @@ class Leases:
                 self.wake()
 
     def wake(self) -> None:
-        """There is something to do now, or sooner than there was."""
+        """Wake the worker: there is work, or it is due earlier than before."""
         if self.signal is not None:
             self.signal.set()
 
@@ -461,7 +461,7 @@ class Leases:
         self.is_working = False
 
     def _is_done(self) -> bool:
-        """Return whether there is nothing to do. A grant that is added then starts a worker."""
+        """Return whether there is no work. A later grant then starts another worker."""
         self.is_working = False
         self.is_working = self._has_differences or self.soonest() < math.inf
         return not self.is_working
@@ -505,7 +505,7 @@ class Leases:
     # Losing
 
     def lose(self, grants: Iterable[Grant]) -> None:
-        """Mark grants as lost, and tell their owners, once, in the background."""
+        """Mark grants as lost, and call each `on_lost` once, in the background."""
         lost = [grant for grant in grants if self._remove(grant)]
         self._identity.measures.add("lost_locks", len(lost))
         for grant in lost:
@@ -521,22 +521,22 @@ class Leases:
     # Looking
 
     def lockers(self, partition: int, name: bytes) -> Flow[tuple[list[Any], list[bytes]]]:
-        """Return who holds a lock: holder, token, since ms, ms left, thread, ...; and who waits."""
+        """Return a lock's holders (name, token, since ms, ms left, thread, ...) and waiters."""
         holders, waiters = yield from read(self._identity.in_partition(partition, "lockers", name))
         return holders, waiters
 
     @property
     def _has_differences(self) -> bool:
-        """Whether the server and this process disagree about which locks the process has."""
+        """Return whether the server and this process disagree about the process's locks."""
         return bool(self.forsaken or self._unknown or self._doubtful)
 
     def compare(self, partition: int, names: Sequence[bytes], gone: Sequence[bytes] = ()) -> None:
-        """Compare the locks that the server says are ours with those that are known here.
+        """Compare the process's locks on the server with those that are known here.
 
         Args:
-            partition: Where they are.
-            names: Those that the registry names. An interrupted call may have left one.
-            gone: Those of them that are not held: somebody has deleted a key.
+            partition: Their partition.
+            names: The resources in the registry. An interrupted call may have left a lock.
+            gone: Those of them without a lock on the server: its key was deleted by hand.
         """
         self.settle()
         for name in names:

@@ -23,7 +23,7 @@ SOFT_SESSION = 30 * 60.0
 HARD_SESSION = 12 * 3600.0
 #: The database and the collection, unless something else is said.
 DEFAULT = "test"
-#: What an update without attributes of its own looks like when it was emptied.
+#: The digest of an emptied update that has no attributes of its own.
 EMPTY = hash(b"")
 
 
@@ -68,22 +68,22 @@ class LocalUpdate:
     doc: Any
     _process_: Any
     _engine_: Any
-    #: Of the process that it belongs to: a forked child has another one.
+    #: The generation of its process: a forked child has another one.
     _generation_: object
     #: When the session began, and when it was last extended.
     _begun_: float
     _touched_: float
-    #: It is surely not over before this; it may have been extended since this was set.
+    #: The session is not over before this time; it may have been extended since.
     _check_at_: float
-    #: The lock of the cache that it is in; None: one of the engine's stripes.
+    #: The lock of the cache that holds the update; None: one of the engine's stripes.
     _lock_: Any
-    #: Whether it has data that is nowhere else; and if not, how it looked when it was emptied: a
+    #: Whether the update has data that is nowhere else; if not, its look when it was emptied: a
     #: digest, or the values of its state, if none of them can change in place without showing it.
     _unsent_: bool
     _emptied_: int | tuple[Any, ...] | None
-    #: The batch that is going to store it.
+    #: The batch that is going to store the update.
     _batch_: Any
-    #: Whether it may be the update with which `Process.stop` ends the session.
+    #: Whether `Process.stop` may end the session with this update.
     _opens_: bool
     _ref_: Any = None
     #: The codec's: how partials of this class begin, by the serializer's name.
@@ -156,7 +156,7 @@ class LocalUpdate:
             return True
 
     def take(self) -> bytes | None:
-        """Move out what is unsent, as one partial; None if there is nothing.
+        """Move the unsent data out, as one partial; None if there is none.
 
         Raises:
             NotStorableError: A value has a type that cannot be stored; nothing was moved.
@@ -168,7 +168,7 @@ class LocalUpdate:
         """Do what `take` does, and return the content as well, for `begin_again`.
 
         Returns:
-            The partial and its content. None for a content that has to be decoded.
+            The partial and its content. The content is None if the partial has to be decoded.
         """
         return self._taken_(keep=True)
 
@@ -185,19 +185,19 @@ class LocalUpdate:
     def _take_(self, engine: Engine, *, keep: bool) -> tuple[bytes | None, Any]:
         if not (self._unsent_ or self.has_unsent()):
             return None, None
-        # First: a signal handler that ends the session in the middle must send no part of it.
+        # First: a signal handler that ends the session meanwhile must not send a part of the data.
         self.spend()
         partial = None
         try:
             state = codec.state_of(self)
             packed = codec.pack(self, engine.codec.serializer, state)
             if len(packed) > engine.most_bytes:
-                raise codec.too_large(self, len(packed), engine.most_bytes)  # noqa: TRY301 - as what pack raises
+                raise codec.too_large(self, len(packed), engine.most_bytes)  # noqa: TRY301 - handled like the errors of pack
             kept = self._content_(state) if keep else None
             partial = packed
             self._empty_()
         except BaseException:
-            if partial is not None:  # it may be empty by half
+            if partial is not None:  # an interrupt may have left it half emptied
                 self._adopt_(engine.codec.decode(self.resource_id, partial, "memory"))
             self._unsent_ = True
             raise
@@ -216,7 +216,7 @@ class LocalUpdate:
         return spec, doc, kept
 
     def put_back(self, partial: bytes) -> None:
-        """Take a partial back that the server refused: it is unsent again."""
+        """Take back a partial that the server refused: its data is unsent again."""
         engine: Engine = self._engine_
         older = engine.codec.decode(self.resource_id, partial, "memory")
         try:
@@ -232,7 +232,7 @@ class LocalUpdate:
         self._unsent_ = True
 
     def discard(self) -> bool:
-        """Give up what is unsent: the caller keeps it. Return whether there was anything."""
+        """Drop the unsent data, which the caller keeps. Return whether there was any."""
         return bool(self._locked_(self._discard_))
 
     def _discard_(self) -> bool:
@@ -246,15 +246,15 @@ class LocalUpdate:
         """Merge another update into this one, whose lock is held.
 
         Args:
-            other: It is spent afterwards.
+            other: The other update, which is empty afterwards.
 
         Returns:
             Whether the session was over.
 
         Raises:
-            ConfigurationError: It is of another record or class. Nothing was merged.
+            ConfigurationError: It belongs to another record or class. Nothing was merged.
             ForkedError: It is the parent process's.
-            Exception: What ``merge`` raised.
+            Exception: The error that ``merge`` raised.
         """
         if type(other) is not type(self) or other.resource_id != self.resource_id:
             raise self._not_the_same_(other)
@@ -278,14 +278,14 @@ class LocalUpdate:
                 or self.has_unsent()
             ):
                 return self._absorb_slowly_(other, now)
-            # The first one since the content was stored, in an open batch.
+            # The first update since the content was stored, in an open batch.
             self._adopt_(other)
             self._unsent_, other._unsent_ = True, False
             self._touched_ = now
             batch.replace(other, self)
             return False
         if batch is None and self._engine_.durable_batches:
-            return self._absorb_slowly_(other, now)  # neither is in the batch that may be open
+            return self._absorb_slowly_(other, now)  # neither is in the open batch
         result: object = self.merge(other)  # type: ignore[func-returns-value]  # it should not
         if result is not None:
             raise codec.returned(self, result)
@@ -299,7 +299,7 @@ class LocalUpdate:
         return False
 
     def cached_under(self, lock: Any) -> None:
-        """Be an entry of a cache: the cache's lock is this update's from now on.
+        """Become an entry of a cache, whose lock protects this update from now on.
 
         Raises:
             ForkedError: It is the parent process's.
@@ -317,7 +317,7 @@ class LocalUpdate:
     # For the codec
 
     def attach(self, process: Any) -> None:
-        """Belong to a process: an update that no constructor has made."""
+        """Give a process to an update that was decoded, not constructed."""
         self._process_ = process
         self._engine_ = engine = process.engine
         self._generation_ = engine.identity.generation
@@ -340,7 +340,7 @@ class LocalUpdate:
 
     @classmethod
     def upgrade(cls, old: dict[str, Any], version: int) -> dict[str, Any]:
-        """Return what an earlier version of the class has stored as this version stores it."""
+        """Convert the stored content of an earlier version of the class to this version."""
         raise NotImplementedError
 
     def fault_(self) -> str:
@@ -350,7 +350,8 @@ class LocalUpdate:
     def begin_execution(self, merged: Self, token: int) -> Self:
         """Return the instance that executes a merged record.
 
-        That is this one, which has what its constructor gave it, unless it has newer data.
+        That is this update, which has the attributes that its constructor set, unless it has newer
+        data.
         """
         instance: Self = merged
         if merged is not self:
@@ -366,10 +367,10 @@ class LocalUpdate:
         return self
 
     def begin_again(self, content: Any, token: int) -> bool:
-        """Take what `take_last` has returned back, to execute it.
+        """Take back the content that `take_last` has returned, to execute it.
 
         Returns:
-            Whether it has. If not there is newer data here, and another instance executes.
+            Whether it did. If not, this update has newer data, and another instance executes.
         """
         if not self._locked_(self._begin_again_, *content):
             return False
@@ -386,7 +387,7 @@ class LocalUpdate:
         return True
 
     def end_execution(self, instance: Self) -> None:
-        """Note that an instance has executed. What is changed from here on is unsent."""
+        """Note that an instance has executed. Later changes to it are unsent data."""
         if instance is not None:
             instance.token = None
         if instance is self:
@@ -398,7 +399,7 @@ class LocalUpdate:
         raise NotImplementedError
 
     def spend(self) -> None:
-        """Have nothing unsent: another update has it, or its caller."""
+        """Note that nothing is unsent: another update or the caller has the data."""
         self._unsent_, self._emptied_ = False, None
 
     def _adopt_(self, other: "LocalUpdate") -> None:
@@ -409,7 +410,7 @@ class LocalUpdate:
                 setattr(self, name, value)
 
     def _empty_(self) -> None:
-        """Go on with no content: it is on the server, or its broker delivers it again."""
+        """Go on without content: the data is on the server, or its broker delivers it again."""
         self.spend()  # first: see `_take_`
         if self.doc is not None:
             self.doc = {}
@@ -430,12 +431,12 @@ class LocalUpdate:
         self._mark_()
 
     def _mark_(self) -> None:
-        """Note how it looks: what is changed from here on, without our being told, is unsent."""
+        """Note the present look: a later change, of which Phonon is not told, is unsent data."""
         if self._unsent_:
             return
         try:
             self._emptied_ = self._values_() or self._look_()
-        except Exception:  # noqa: BLE001 - what execute has left need not be storable
+        except Exception:  # noqa: BLE001 - execute may leave values that cannot be stored
             self._emptied_ = None
 
     def _values_(self) -> tuple[Any, ...] | None:
@@ -459,7 +460,7 @@ class LocalUpdate:
             content = (self.spec, self.doc)
         try:
             return hash(marshal.dumps(content, 2))
-        except ValueError:  # not of the interpreter's own types
+        except ValueError:  # a type that marshal does not know
             return hash(codec.dump(self, self._engine_.codec.serializer))
 
     def _open_(self, engine: Engine) -> None:
@@ -468,7 +469,7 @@ class LocalUpdate:
         engine.members.held[self.resource_id] = weakref.ref(self)
 
     def _take_over_(self, other: "LocalUpdate") -> None:
-        """Be registered in the place of an update that was merged into this one."""
+        """Take the registration of an update that was merged into this one."""
         engine = self._engine_
         other._opens_, self._opens_ = False, True
         held = engine.members.held.get(self.resource_id)
@@ -482,9 +483,10 @@ class LocalUpdate:
         return min(touched + self.soft_session, self._begun_ + self.hard_session)
 
     def ends_at_(self) -> float:
-        """Return when the session is ended if nothing more comes: in its spread behind its end.
+        """Return when the session is ended if no message comes: a random while after its end.
 
-        A message that comes a moment too late ends it in its caller's thread, who hears of errors.
+        A message that comes in this while ends the session in its caller's thread, which gets the
+        errors.
         """
         part = 1 + SPREAD * share(self.resource_id)
         soft, hard = part * self.soft_session, part * self.hard_session
@@ -494,7 +496,7 @@ class LocalUpdate:
         return now - self._touched_ >= self.soft_session or now - self._begun_ >= self.hard_session
 
     def _absorb_slowly_(self, other: Any, now: float) -> bool:
-        """Merge another update, whatever is special about one of them; see `absorb`."""
+        """Merge another update, in the cases that `absorb` leaves to this method."""
         over = self._is_over_(now)
         engine = self._engine_
         other._own_engine_()
@@ -505,14 +507,14 @@ class LocalUpdate:
                 batch = None
         theirs = self._batch_
         if theirs is not None and batch is not None and theirs is not batch and other is not self:
-            # Another thread's batch is storing this one. Its end says nothing to our caller, who is
-            # to know that all is stored: the other one is stored by itself.
+            # Another thread's batch stores this update. Our caller does not hear of that batch's
+            # end but must know when all is stored, so the other update is stored by itself.
             if other._batch_ is not batch:
                 batch.keep(other)
                 batch.add(other)
         else:
             if theirs is not None and batch is None and theirs.is_open and other is not self:
-                # If its block raises, what is not the block's stays.
+                # If the block raises, data from outside of it must stay.
                 theirs.put_aside(self, other)
             elif other is not self:
                 if batch is not None:
@@ -541,7 +543,7 @@ class LocalUpdate:
         other._unsent_, other._emptied_ = False, None
 
     def _renew_(self) -> None:
-        """Begin another session: whatever comes after the end belongs to it."""
+        """Begin another session, to which all later messages belong."""
         self._begun_ = self._touched_ = self._now_()
         self._check_at_ = 0.0
 

@@ -1,4 +1,4 @@
-"""The counters of a process. A list is counted once, not for each of its elements."""
+"""The counters of a process. A list of operations is counted in one step."""
 
 import itertools
 import threading
@@ -21,7 +21,7 @@ class Histogram:
         bounds: The buckets' upper bounds.
 
     Attributes:
-        counts: How many values are in each bucket, the last one being those above all bounds.
+        counts: How many values are in each bucket; the last one counts values above all bounds.
         total: The sum of the values.
     """
 
@@ -43,26 +43,26 @@ class Measures:
 
     Attributes:
         messages: Counts updates that were made; see `made`.
-        folded: Messages that collections of models have taken. It is added to without the lock, as
-            `opened` is: no other thread can come between in one addition.
+        folded: Messages that collections of models have taken. Like `opened` it is incremented
+            without the lock: no other thread can interrupt one addition.
         stored: Partials that the server has taken.
-        stored_bytes: Their size.
+        stored_bytes: The size of these partials.
         opened: Sessions that were joined here.
-        ended: Sessions that were ended here, whether or not others still hold them.
+        ended: Sessions that were ended here; other processes may still hold them.
         executed: Executions, by class and outcome.
         seconds: How long they took, by class.
         batch_partials: How many partials batches had.
         retries: Batches that are tried again.
-        parked: Batches that were given up on.
+        parked: Batches that were parked.
         reaped: Resources that were taken over from dead processes.
-        reaped_batches: Batches among them.
+        reaped_batches: Batches that were taken over from dead processes.
         lost_locks: Locks that were lost.
         lock_wait: How long locks were waited for.
         lock_hold: How long they were held.
-        on_observe: Told each value of a histogram: its name, the value, and the class or "".
-        on_execution: Told each execution, where it is traced: the resource, the class, how many
-            seconds it took, and its error.
-        on_left: Told each resource whose batch is not executed here, where that is traced.
+        on_observe: Called with each value of a histogram: its name, the value, the class or "".
+        on_execution: Called with each execution, if traced: the resource, the class, the seconds
+            that it took, and its error.
+        on_left: Called with each resource whose batch is not executed here, if traced.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Measures:
     @property
     def made(self) -> int:
         """The number of messages: updates that were made, and rows that collections took."""
-        made: Any = self.messages.__reduce__()[1]  # its only state
+        made: Any = self.messages.__reduce__()[1]  # the only way to read an itertools.count
         return int(made[0]) + self.folded
 
     def add(self, name: str, count: int = 1) -> None:
@@ -99,7 +99,7 @@ class Measures:
                 self.stored_bytes += size
 
     def end(self, sessions: int, *, opened: int = 0) -> None:
-        """Count sessions that were ended, and how many of them the same operation has opened."""
+        """Count sessions that were ended, and those of them that the same operation has opened."""
         if sessions:
             with self._lock:
                 self.ended += sessions

@@ -12,7 +12,7 @@ from phonon._protocol import operations
 from phonon._protocol.operations import Operation
 from phonon._protocol.partitions import decode, encode_resource, is_semaphore
 
-#: Seconds after which a waiter looks by itself, in case its wake-up was lost.
+#: Seconds after which a waiter asks again, in case its wake-up was lost.
 ASK_AGAIN = 5.0
 
 
@@ -38,8 +38,8 @@ class Entry:
 
     Attributes:
         pending: Operations under way that make this process a member.
-        entered: Whether one of them has.
-        identity: Under which the first one was sent. A rebirth joins all that is held.
+        entered: Whether one of them has succeeded.
+        identity: The identity under which the first one was sent. A rebirth joins all that is held.
     """
 
     __slots__ = ("entered", "identity", "pending")
@@ -54,14 +54,14 @@ class Members:
     """The memberships of this process.
 
     Args:
-        identity: Who it is.
+        identity: The identity of this process.
 
     Attributes:
         held: The resources, each with the update that ends its session in `stop`, if there is one.
-            It goes by the order in which operations are sent, not by that of the answers.
-        undelivered_results: Resources that a leave, whose caller had gone, was the last to let go
-            of: the next one is told.
-        stopping: Whether the process stops: nobody waits for others any more.
+            It follows the order in which operations are sent, not that of their answers.
+        undelivered_results: Resources whose last member left by a call whose caller had gone; the
+            next caller is told that it was the last.
+        stopping: Whether the process stops, so that no call waits for other processes any more.
     """
 
     def __init__(self, identity: Identity) -> None:
@@ -72,7 +72,7 @@ class Members:
         self.undelivered_results: set[str] = set()
 
     def begin(self) -> None:
-        """Hold nothing: in a forked child."""
+        """Start without memberships: at first, and in a forked child."""
         self.stopping = False
         self.held = {}
         self._entries = {}
@@ -94,7 +94,7 @@ class Members:
         return [operations.join(of(name), name) for name in names]
 
     def joining(self, resource: str) -> list[Operation]:
-        """Return the operation that makes sure of a membership, if the resource is held."""
+        """Return the operation that joins a resource again, if it is held."""
         return [operations.join(*self.place(resource))] if resource in self.held else []
 
     def join(self, resource: str) -> Flow[None]:
@@ -116,7 +116,7 @@ class Members:
         yield from self._enter(resource, operations.modify(*self.place(resource)))
 
     def restore(self, resource: str, modifications: dict[bytes, int]) -> Flow[None]:
-        """Become a member again after a callback has failed, as before it was called."""
+        """Become a member again, as before a callback that failed."""
         partition, name = self.place(resource)
         yield from self._enter(resource, operations.restore(partition, name, modifications))
 
@@ -133,10 +133,10 @@ class Members:
         return resource in self.held and resource not in self._entries
 
     def entering(self, resources: Iterable[str]) -> list[Entry | None]:
-        """Hold resources from now on; `entered` has to be told for each what it came to.
+        """Hold resources from now on. The caller reports each outcome to `entered`.
 
         Returns:
-            What `entered` is given, for each of them.
+            The entry to pass to `entered`, for each resource.
         """
         return [self.enter(resource) for resource in resources]
 
@@ -151,7 +151,7 @@ class Members:
         return entry
 
     def entered(self, resource: str, entry: Entry | None, *, failed: bool) -> None:
-        """Hold a resource no more that nobody could enter after all."""
+        """Take in the outcome of joining. Stop holding a resource if no operation could join it."""
         if entry is None:
             return
         entry.pending -= 1
@@ -159,13 +159,13 @@ class Members:
             entry.entered = True
             self._identity.measures.opened += 1
         if not entry.pending and self._entries.get(resource) is entry:
-            self._entries.pop(resource, None)  # a signal handler may have left in between
-            # After a rebirth it is a member all the same, and stays one until somebody leaves.
+            self._entries.pop(resource, None)  # a signal handler may have left it in between
+            # A rebirth has joined the resource all the same, and a leave ends that.
             if not entry.entered and entry.identity == self._identity.id:
                 self.held.pop(resource, None)
 
     def leaving(self, resource: str) -> Any:
-        """Hold a resource no more. Return what was held, or `ABSENT`."""
+        """Stop holding a resource. Return its value in `held`, or `ABSENT`."""
         self._entries.pop(resource, None)
         return self.held.pop(resource, ABSENT)
 
@@ -176,20 +176,20 @@ class Members:
         return int(reply)
 
     def modified(self, resource: str) -> Flow[dict[str, int]]:
-        """Return which process modified the resource how often in this session."""
+        """Return how often each process has modified the resource in this session."""
         partition, name = self.place(resource)
         reply = yield from read(self._identity.in_partition(partition, "modified", name))
         return modifications_of(reply)
 
     def holders(self, resource: str) -> Flow[list[ProcessInfo]]:
-        """Return the processes that hold a resource, by since when."""
+        """Return the processes that hold a resource, the longest-standing first."""
         partition, name = self.place(resource)
         reply = yield from read(self._identity.in_partition(partition, "members", name))
         pairs = sorted(zip(reply[::2], reply[1::2], strict=True), key=lambda pair: pair[1])
         return (yield from self.process_info([(pid, since / 1000) for pid, since in pairs]))
 
     def process_info(self, processes: Sequence[tuple[bytes, float]]) -> Flow[list[ProcessInfo]]:
-        """Return where processes run, given their ids and since when they hold something."""
+        """Return where processes run, given ids and the times since which they hold a resource."""
         if not processes:
             return []
         request = self._identity.in_namespace("cards", *(pid for pid, _ in processes))
@@ -202,7 +202,7 @@ class Members:
         """Wait until all announced parties have come, and all others have left.
 
         Returns:
-            Whether they have. False if it took too long.
+            Whether that happened in time.
         """
         waiters: list[str] = []
         try:
@@ -279,14 +279,14 @@ class Members:
         return int((yield from single(make(*self.place(resource)))))
 
 
-#: In place of what was held, where nothing was.
+#: Stands in for the value of a resource that was not held.
 ABSENT: Any = object()
 #: Names read at a time.
 _PAGE = 1000
 
 
 def modifications_of(pairs: Sequence[Any] | None) -> dict[str, int]:
-    """Return modifications by process id, of what the server has answered."""
+    """Return modifications by process id, given the server's answer."""
     found: dict[str, int] = {}
     for process, times in zip((pairs or ())[::2], (pairs or ())[1::2], strict=True):
         if int(times):
@@ -300,5 +300,5 @@ def _info(process: bytes, since: float, card: bytes) -> ProcessInfo:
         known = msgpack.unpackb(card) if card else {}
         host, pid = str(known.get("host", "")), int(known.get("pid", 0))
     except (ValueError, AttributeError, msgpack.exceptions.UnpackException):
-        host, pid = "", 0  # not one of ours: it must fail no list of holders
+        host, pid = "", 0  # a foreign value must not make a list of holders fail
     return ProcessInfo(decode(process), host, pid, since)

@@ -2,8 +2,7 @@
 
 Unfinished are updates that could not be stored, sessions that could not be ended, batches that
 failed and are to be tried again, batches that were taken over, and flows whose callers have gone.
-One worker in the background sees to all of it, in this order: what is on its way, what was not
-sent, what is due.
+One background worker handles all of it, in this order: flows under way, unsent data, due batches.
 """
 
 import functools
@@ -39,7 +38,7 @@ from phonon.errors import BacklogFullError, ConnectionLostError, PhononError
 
 log = logging.getLogger("phonon")
 
-#: What happens to those that would add to an outbox that is full.
+#: How a full outbox meets a new update.
 Overflow = Literal["block", "raise"]
 #: Sessions ended, or batches executed, together: a bound on what is held in memory.
 CHUNK = 1000
@@ -47,7 +46,7 @@ CHUNK = 1000
 IDLE = 60.0
 #: Seconds between two attempts to send what was not answered.
 AGAIN = 0.25
-#: Seconds that a call waits for those before it to take in their answers, and between two looks.
+#: Seconds for which a call waits until earlier flows have taken in their answers.
 SETTLING = 0.5
 LOOK = 0.005
 
@@ -58,9 +57,9 @@ class _Appends(NamedTuple):
     """Partials that travel as one operation.
 
     Attributes:
-        parcels: Where they come from.
+        parcels: The updates that they come from.
         partials: The partials.
-        entries: What `Members.enter` has returned for each.
+        entries: The return value of `Members.enter` for each.
     """
 
     parcels: Sequence[Any]
@@ -76,7 +75,7 @@ class _Leaves(NamedTuple):
         pairs: Each ending with its result.
         partials: The last data of each, or b"".
         kept: The same, undecoded, where the update has kept it.
-        held: What `Members.leaving` has returned for each.
+        held: The return value of `Members.leaving` for each.
     """
 
     operation: Operation
@@ -90,7 +89,7 @@ class Due(NamedTuple):
     """A batch of ours that is to be executed.
 
     Attributes:
-        at: When, by the clock.
+        at: When it is due, by the clock.
         order: Which of those at the same time comes first.
         partition: Where it is.
         name: The server's name of its resource.
@@ -116,8 +115,8 @@ class Outbox:
         members: What it holds.
         reports: Told about errors in the background.
         most: How much may be unfinished.
-        overflow: What new updates are met with then.
-        changed: A condition on which those wait that are kept out.
+        overflow: Whether a new update waits or raises when the outbox is full.
+        changed: The condition on which callers wait for room.
 
     Attributes:
         full: Whether new updates are kept out, as of the last look.
@@ -151,7 +150,7 @@ class Outbox:
         self.begin()
 
     def begin(self) -> None:
-        """Have nothing to do: at first, and in a forked child."""
+        """Start empty: at first, and in a forked child."""
         self.full = False
         self.unstored: list[Any] = []
         self.unended: list[Ending] = []
@@ -160,7 +159,8 @@ class Outbox:
         self._catching_up: set[object] = set()
         self._due: dict[tuple[bytes, int], Due] = {}
         self._heap: list[Due] = []
-        # Taken from those that are due, and not executed yet: their answers may be under way.
+        # Removed from the due batches and not executed yet: the answer to the resume may be under
+        # way.
         self._resuming: set[tuple[bytes, int]] = set()
         self._retrying = 0
         self._order = itertools.count()
@@ -182,7 +182,7 @@ class Outbox:
     def is_unfinished(self) -> bool:
         """Return whether an entry is still to be stored or ended, or is being worked on.
 
-        Code of the user's that runs for that does not wait for itself.
+        User code that runs as part of that work must not wait for it.
         """
         if EXECUTING.get():
             return bool(
@@ -198,7 +198,7 @@ class Outbox:
         )
 
     def look(self) -> None:
-        """Something has been left undone, or done after all: is there room?"""
+        """Update `full`, after the amount of unfinished work has changed."""
         full = self.size >= self._most
         if full or self.full:
             with self._room:
@@ -207,7 +207,7 @@ class Outbox:
                     self._room.notify_all()
 
     def open(self) -> None:
-        """Keep nobody out any more: the process has stopped."""
+        """Admit every update from now on: the process has stopped."""
         with self._room:
             self.full = False
             self._room.notify_all()
@@ -216,7 +216,7 @@ class Outbox:
         """Wait until there is room, in a thread.
 
         Raises:
-            BacklogFullError: There is none, and waiting was not wanted or took too long.
+            BacklogFullError: There is no room, and the policy is "raise" or the time is up.
         """
         if EXECUTING.get():
             return
@@ -246,14 +246,14 @@ class Outbox:
     def store(
         self, parcels: Sequence[Parcel], joins: Sequence[str] = ()
     ) -> Flow[list[BaseException]]:
-        """Store what updates have unsent, and join resources, in one exchange.
+        """Store the unsent data of updates, and join resources, in one exchange.
 
         Args:
             parcels: The updates; several of one resource are stored one after the other.
             joins: Resources to become a member of.
 
         Returns:
-            What went wrong. The data is back in its update then.
+            The errors. Data that was not stored is back in its update.
         """
         members = self._members
         errors: list[BaseException] = []
@@ -306,7 +306,7 @@ class Outbox:
         stored: list[_Appends],
         errors: list[BaseException],
     ) -> None:
-        """Take what updates have unsent, and make the operation that stores it."""
+        """Take the unsent data of updates, and make the operation that stores it."""
         held, enter = self._members.held, self._members.enter
         taken: list[Any] = []
         names: list[bytes] = []
@@ -315,7 +315,7 @@ class Outbox:
             for parcel, name in zip(group.items, group.names, strict=True):
                 try:
                     partial = parcel.take()
-                except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
+                except Exception as error:  # noqa: BLE001 - data that cannot be stored stays in its update
                     errors.append(error)
                     continue
                 if partial is not None:
@@ -331,7 +331,7 @@ class Outbox:
             for parcel in taken[piece]:
                 resource = parcel.resource_id
                 entries.append(enter(resource))
-                # Another thread may have left it in between.
+                # Another thread may have left the resource in between.
                 if held.get(resource, ABSENT) is None:
                     held[resource] = weakref.ref(parcel)
             stored.append(_Appends(taken[piece], partials[piece], entries))
@@ -353,7 +353,7 @@ class Outbox:
         errors: list[BaseException],
         many: list[LongSession],
     ) -> int:
-        """See to answers of which some say more than that all is well. Return how many failed."""
+        """Handle answers of which some are errors or ask to merge. Return the number of errors."""
         failed = 0
         resources = [parcel.resource_id for parcel in appends.parcels]
         self._entered(resources, appends.entries, told)
@@ -371,12 +371,12 @@ class Outbox:
         return failed
 
     def _compact(self, sessions: Sequence[LongSession]) -> Flow[None]:
-        """Merge some partials of sessions that go on. The data is stored: it fails no call."""
+        """Merge some partials of open sessions. The data is stored, so an error fails no call."""
         if sessions and self.executor is not None:
             yield Branch(self.executor.compact(sessions))
 
     def end(self, endings: Sequence[Ending]) -> Flow[list[SessionResult]]:
-        """End sessions: store the last data, leave, and execute the batches that fall to us.
+        """End sessions: store the last data, leave, and execute the batches that become ours.
 
         Many are ended in pieces; the leaves of the next piece go with the completions of this one.
 
@@ -384,7 +384,7 @@ class Outbox:
             endings: Of different resources.
 
         Returns:
-            What each came to. Data that could not be sent is back in its update.
+            The result of each. Data that could not be sent is back in its update.
         """
         executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
@@ -398,8 +398,8 @@ class Outbox:
                 some = pairs[first : first + CHUNK]
                 grouped = groups(some, [place(ending.resource) for ending, _ in some])
                 hand.expected = {name for group in grouped for name in group.names}
-                # They are made when they are sent, not before batches are executed: a join in
-                # between would be held here, and undone there.
+                # The leaves are made when they are sent, not before batches are executed: a join in
+                # between would be held here, and undone on the server.
                 leaves = functools.partial(self._leaves, grouped, about)
                 answers = yield from executor.execute(hand, leaves)
                 for group, answer in zip(about, answers, strict=False):
@@ -411,9 +411,9 @@ class Outbox:
         return results
 
     def leave(self, ending: Ending) -> Flow[SessionResult]:
-        """Do what `end` does for one resource of which no data is here, and no more than that.
+        """Do what `end` does, for one resource of which this process has no data.
 
-        `Reference.dereference` waits for it.
+        `Reference.dereference` runs this flow.
         """
         executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
@@ -460,7 +460,7 @@ class Outbox:
                 if ending.parcel is not None:
                     try:
                         data, content = ending.parcel.take_last()
-                    except Exception as error:  # noqa: BLE001 - what cannot be stored stays with its update
+                    except Exception as error:  # noqa: BLE001 - data that cannot be stored stays in its update
                         pair[1].errors.append(error)
                         continue
                 pairs.append(pair)
@@ -485,7 +485,7 @@ class Outbox:
             sent.append(operation)
 
     def _left(self, leaves: _Leaves, answer: Any, hand: Hand, many: list[LongSession]) -> None:
-        """See to the answers to leaves: what has failed, and the batches that fall to us."""
+        """Handle the answers to leaves: put refused data back, and take over the batches."""
         operation = leaves.operation
         partition, names = operation.partition, operation.words[1::4]
         measures = self._identity.measures
@@ -512,7 +512,7 @@ class Outbox:
                 if run.modifications is not None:
                     result.modifications = modifications_of(run.modifications)
                 if run.content is not False:
-                    # True: the very bytes that were sent. Nobody else has added any.
+                    # True: the batch is just the partial that this leave sent.
                     alone = run.content is True
                     hand.add(
                         RunningBatch(
@@ -540,9 +540,10 @@ class Outbox:
         measures.add_stored(stored, size)
 
     def _is_unknown(self, answer: Exception) -> bool:
-        """Return whether nobody knows any more if the server has taken the data.
+        """Return whether it is too late to find out if the server has taken the data.
 
-        It is told, and not sent again: it would be merged twice. See `rebirth`: that takes a week.
+        The caller gets an error. The data is not sent again, because it could be merged twice. It
+        takes a week to come to this, see `rebirth`.
         """
         if not isinstance(answer, ConnectionLostError):
             return False
@@ -561,7 +562,7 @@ class Outbox:
     # What is due
 
     def schedule(self, batch: RunningBatch, seconds: float) -> None:
-        """Try a batch again that has failed."""
+        """Schedule the retry of a batch that has failed."""
         self._enter(
             self._clock() + seconds,
             batch.partition,
@@ -573,7 +574,7 @@ class Outbox:
         self.look()
 
     def take_over(self, partition: int, name: bytes, token: int, seconds: float) -> None:
-        """Execute a batch that was taken over, or that its executor has forgotten."""
+        """Schedule a batch that was taken over, or that its executor has forgotten."""
         if self._is_busy(name, token) or (name, token) in self._resuming:
             return
         known = self._due.get((name, token))
@@ -608,7 +609,7 @@ class Outbox:
         self.wake()
 
     def wake(self) -> None:
-        """There is something to do: wake the worker, or start it."""
+        """Wake the worker, or start it: there is work."""
         if not self.stopping:
             self.start_worker()
         if self.signal is not None:
@@ -630,8 +631,8 @@ class Outbox:
                 later.append(due)
                 continue
             self._resuming.add((due.name, due.token))
-            # First: it is undone until it is known what came of this attempt, and another thread
-            # may look in between.
+            # First: the batch counts as unfinished until the outcome of this attempt is known, and
+            # another thread may look in between.
             self._retrying += due.failed
             del self._due[due.name, due.token]
             taken[due.name] = due
@@ -643,7 +644,7 @@ class Outbox:
         return self._heap[0].at if self._heap else math.inf
 
     def mark(self) -> int:
-        """Return a number that tells what has failed before this moment; see `retry`."""
+        """Return a number by which `retry` tells earlier failures from later ones."""
         return next(self._order)
 
     def retry(self, until: float, failed_before: int | None = None) -> Flow[list[BaseException]]:
@@ -654,10 +655,11 @@ class Outbox:
             failed_before: Leave those that have failed since this `mark`.
 
         Returns:
-            What went wrong.
+            The errors.
         """
         errors: list[BaseException] = []
-        # What fails now is not tried again now, or it would use up its attempts in a moment.
+        # A batch that fails in this pass is not retried in it, or it would use up its attempts at
+        # once.
         order = self.mark()
         failed_before = order if failed_before is None else failed_before
         while dues := self._take_due(until, CHUNK, order, failed_before):
@@ -682,7 +684,7 @@ class Outbox:
     def _take_up(
         self, dues: Sequence[Due], executor: Executor, hand: Hand, errors: list[BaseException]
     ) -> Flow[None]:
-        """Take those batches in hand that are still ours, with their content."""
+        """Resume the batches that are still ours, and fetch their content."""
         taken = [(due.name, due.token) for due in dues]
         try:
             dues = [due for due in dues if not self._lies_here(due, executor)]
@@ -752,7 +754,7 @@ class Outbox:
             try:
                 yield from self.catch_up()
                 yield from self.retry(self._clock())
-            except Exception as error:  # noqa: BLE001 - whatever it is, the rest is to be done
+            except Exception as error:  # noqa: BLE001 - one error must not stop the remaining work
                 log.warning("unfinished work goes on later: %s", error)
             pause = AGAIN if self.has_work else IDLE
             pause = min(pause, max(0.0, self._next_due() - self._clock()))
@@ -760,7 +762,7 @@ class Outbox:
                 yield Wait(self.signal, pause)
 
     def catch_up(self) -> Flow[None]:
-        """Send what was not answered, go on with flows that have their answers, store and end."""
+        """Resend unanswered calls, continue flows that have their answers, store and end."""
         me = object()
         self._catching_up.add(me)
         try:
@@ -777,7 +779,8 @@ class Outbox:
             outcome = yield Branch(self.end(one_each(unended)))
             for result in outcome.value or ():
                 for error in result.errors:
-                    # It may be refused for long, and is tried again all the time.
+                    # The server may refuse for a long time, and each retry would log the same
+                    # error.
                     if self._reports.once(f"end {error}"):
                         log.error("a session could still not be ended: %s", error)
                         self._reports.notify(error)
@@ -796,9 +799,10 @@ class Outbox:
                 self.resume(run)
             except PhononError as error:
                 log.warning("a call that went on in the background failed: %s", error)
-            except Exception as error:  # noqa: BLE001 - nobody is there to raise it to
+            except Exception as error:  # noqa: BLE001 - no caller is left to raise it to
                 self._reports.notify(error)
-            # Unless it was entered anew. An interrupt on the way here leaves it to the next one.
+            # Unless the flow was entered again. If an interrupt keeps us from this, the next pass
+            # does it.
             if self.detached.get(run) is entered:
                 self.detached.pop(run, None)
         finally:

@@ -4,14 +4,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-#: Changes that are sent while others are made, and how many travel as one operation at the most.
+#: The most changes in one operation; it is sent while the next one is made.
 GROUP = 128
 #: Bytes of partials in one operation, so that a few of them are a call.
 MOST_BYTES = 256 * 1024
 
 
 class Parcel(Protocol):
-    """Local data on its way to the server: all that the core knows of an update."""
+    """Local data on its way to the server: the only interface of an update that the core knows."""
 
     #: The resource.
     resource_id: str
@@ -21,23 +21,23 @@ class Parcel(Protocol):
         """Return whether the session ends without waiting for other processes."""
 
     def take(self) -> bytes | None:
-        """Move out what is unsent, as one partial; None if there is nothing."""
+        """Move the unsent data out, as one partial; None if there is none."""
 
     def take_last(self) -> tuple[bytes | None, Any]:
-        """Do what `take` does; return its content as well, if that need not be decoded."""
+        """Do what `take` does, and return the content too, or None if it has to be decoded."""
 
     def put_back(self, partial: bytes) -> None:
-        """Take a partial back that the server refused: it is unsent again."""
+        """Take back a partial that the server refused: its data is unsent again."""
 
 
 class Ending(NamedTuple):
     """A session to be ended here.
 
     Attributes:
-        resource: Which.
-        parcel: The last data, and what executes the batch if it falls to us.
-        force: Execute what has come together so far although others hold the resource.
-        modifications: Whether the session's modifications are wanted.
+        resource: The resource.
+        parcel: The update with the last data, which executes the batch if this process gets it.
+        force: Whether to execute the data so far even if others hold the resource.
+        modifications: Whether to ask for the session's modifications.
     """
 
     resource: str
@@ -46,7 +46,7 @@ class Ending(NamedTuple):
     modifications: bool = False
 
 
-#: Of sessions whose modifications nobody has asked for, which are most.
+#: The modifications of most sessions, for which no caller has asked.
 _NOT_ASKED_FOR: dict[str, int] = {}
 
 
@@ -57,7 +57,7 @@ class SessionResult:
         last: Whether this process was the last member.
         left: How many members are left.
         modifications: By process id, if they were asked for.
-        errors: What went wrong: the data was not sent, or ``execute`` raised.
+        errors: The errors of sending the data, or of ``execute``.
         sent: Whether the data is on the server.
     """
 
@@ -72,11 +72,11 @@ class SessionResult:
 
 
 class Group(NamedTuple):
-    """Things of one partition that travel together.
+    """Items of one partition that travel together.
 
     Attributes:
-        partition: Which.
-        items: The things.
+        partition: The partition.
+        items: The items.
         names: The server's names of their resources.
     """
 
@@ -107,11 +107,11 @@ def groups(items: Iterable[Any], places: Iterable[tuple[int, bytes]]) -> list[Gr
 
 
 def while_sending(making: Iterator[int], count: int) -> Iterator[object] | None:
-    """Return what makes so many changes, as many at a time as are worth sending.
+    """Return an iterator that makes changes, as many with each step as are worth sending.
 
     Args:
-        making: Makes some with each step, and tells how many.
-        count: How many there are in all. If they are few, they are made now.
+        making: Makes some changes with each step, and yields their number.
+        count: The number of all changes. If it is small, they are made now.
     """
     if count >= 2 * GROUP:
         return _worth_sending(making)
@@ -130,7 +130,7 @@ def _worth_sending(making: Iterator[int]) -> Iterator[None]:
 
 
 def pieces(partials: Sequence[bytes]) -> Iterator[slice]:
-    """Return which partials travel as one operation: all of them, unless they are large."""
+    """Return slices of partials that travel as one operation: one slice, unless they are large."""
     sizes = list(map(len, partials))
     if sum(sizes) <= MOST_BYTES:
         yield slice(0, len(sizes))

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgpack
 
-#: Names of classes and sources in a report, at the most: it travels with every heartbeat.
+#: The most names of classes and sources in a report, which travels with every heartbeat.
 MOST_NAMES = 500
 
 
@@ -15,12 +15,12 @@ class Presence:
     Args:
         executes: Whether the process executes batches of others.
         classes: Returns the names of the classes that it can execute.
-        backlog: Returns how much is unfinished.
+        backlog: Returns the amount of unfinished work.
 
     Attributes:
         counters: Returns the counters, by name.
-        sources: Returns of each source that the process reads its name, its kind, its position as
-            text, and its lag in messages or None.
+        sources: Returns for each source that the process reads: name, kind, position as text, and
+            lag in messages or None.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Rebirth: the one way back for a zombie, and after a server has lost data: a new identity.
+"""Rebirth: a process that was declared dead, or whose server lost data, takes a new identity.
 
-1. List the new identity and open its lanes.
-2. Fence the old lanes that have a call unanswered. Merely to look at them is not enough: a late
-   copy may be carried out after the look. The answers say of each operation whether it was carried
-   out, under any identity. If it was, its remembered answer is the result. If not, it never will
-   be.
-3. Under the new identity: join the resources that are held; reap the old self; and only behind that
-   send the operations that go on, or a leave would find its own former self among the members.
+1. Register the new identity and open its lanes.
+2. Fence the old lanes that have an unanswered call. Only reading their state is not enough, because
+   a delayed copy may be carried out later. The answers tell for each operation whether it was
+   carried out, under any identity. If so, its remembered answer is the result. If not, it never
+   will be.
+3. Under the new identity: join the held resources; reap the old self; and then send the remaining
+   operations. Sent earlier, a leave would find its own former self among the members.
 """
 
 import logging
@@ -32,7 +32,7 @@ from phonon.errors import (
 
 log = logging.getLogger("phonon")
 
-#: Operations in the name of an identity, which are not repeated under another one.
+#: Operations for one identity, which are not repeated under another one.
 _PERSONAL = frozenset(map(int, (Code.LOCK, Code.UNLOCK, Code.RENEW, Code.AWAIT, Code.FORGET)))
 
 _REAP, _CLOSE = int(Code.REAP), int(Code.CLOSE)
@@ -51,13 +51,13 @@ class Rebirth:
     """Gives a process a new identity. Local data is kept.
 
     Args:
-        identity: Who it is.
+        identity: The identity of this process.
         members: Its memberships.
         leases: Its locks, which are lost.
         takeover: Reaps the former self.
-        reports: Told why.
+        reports: Told the reason.
         deliver: Gives an operation its answer.
-        address: Where the server is, for messages.
+        address: The server's address, for messages.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Rebirth:
     def run(self, *, forgotten: bool = False) -> Flow[None]:
         """Take a new identity.
 
-        A failure in the middle leaves the old one, fenced; the next attempt goes on with the same
-        new one.
+        After a failure the old identity stays, fenced. The next attempt goes on with the same new
+        identity.
 
         Args:
             forgotten: Whether the server does not know this process.
@@ -102,8 +102,9 @@ class Rebirth:
         begun = identity.clock()
         epoch, listing, opened = yield from identity.appear(self._next_id, insist=True)
         silent = begun - identity.beaten_at
-        # A process that was declared dead is not listed any more, nor are its lanes that were never
-        # used. That may be a loss, so all is fenced again; but it proves none.
+        # A process that was declared dead is not registered any more, and its unused lanes are
+        # gone.
+        # That may be a loss of data, so all lanes are fenced again, but it proves none.
         suspicious = forgotten or bool(lost_calls) or epoch != identity.epoch
         records = yield from self._fence(lanes, old, lost_data=suspicious)
         for lane in lanes if suspicious else ():
@@ -113,14 +114,14 @@ class Rebirth:
             gone = lane.answered - (record.sequence if record.number == lane.number else 0)
             if gone > lost_calls.get(lane.partition, 0):
                 lost_calls[lane.partition] = gone
-        # After a week of silence the server may have forgotten them by itself.
+        # After a week of silence the server may have expired the lanes.
         lost_data = any(lost_calls.values()) and silent <= REMEMBERED
         identity.former.append(old)
         for lane in opened:
             lane.defer()
         identity.become(self._next_id, epoch, listing, opened, begun)
         self._next_id = b""
-        # Nothing is put into the old lanes any more.
+        # No operation enters the old lanes from now on.
         told: list[tuple[Operation, Any]] = []
         left: list[bytes] = []
 
@@ -139,17 +140,17 @@ class Rebirth:
         error = self._error(old, lost_calls, lost_data=lost_data)
         for operation, answer in told:
             self._deliver(operation, answer)
-        self._reports.report_error(error)  # the cause, before the locks that it has cost
+        self._reports.report_error(error)  # the cause is reported before the lost locks
         self._leases.lose_former()
         identity.reborn()
         nudges = identity.nudges(old)
-        if nudges:  # those that read mail read the former self's
+        if nudges:  # the readers still read the former self's mail
             yield Read(nudges, 1.0)
 
     def _fence(
         self, lanes: Iterable[Lane], old: bytes, *, lost_data: bool
     ) -> Flow[dict[tuple[int, bytes], _Record]]:
-        """Fence the identities under which something may have been sent that is not answered."""
+        """Fence all identities that may have unanswered calls."""
         wanted: dict[tuple[int, bytes], None] = {}
         for lane in lanes:
             if lane.call is not None:
@@ -159,7 +160,7 @@ class Rebirth:
                 while sent is not None:
                     call, _, sent = sent
                     wanted[lane.partition, call.process] = None
-            if lost_data:  # their fences may be among what was lost
+            if lost_data:  # the server may have lost their fences
                 for process in (*self._identity.former, old):
                     wanted[lane.partition, process] = None
         if not wanted:
@@ -220,7 +221,7 @@ def _fate(
     *,
     lost_data: bool,
 ) -> Any:
-    """Return the remembered answer to an operation, or that it was never carried out."""
+    """Return the remembered answer to an operation, or the mark that it was not carried out."""
     sent = operation.sent
     unknown = False
     while sent is not None:
@@ -245,7 +246,7 @@ def _fate(
 
 
 def _without_content(answer: Any) -> Any:
-    """Leave the batch to the takeover from the former self: who has it by now is read afresh."""
+    """Return a batch's answer without its content: the takeover reads the batch's owner anew."""
     if isinstance(answer, list) and len(answer) == 9:  # noqa: PLR2004 - a Run
         answer[-1] = False
     return answer

@@ -24,15 +24,15 @@ class Event(NamedTuple):
     """Something that happened to a process; see `Process.on`.
 
     Attributes:
-        name: What: ``"parked"`` (a batch was given up on), ``"takeover"`` (this process has taken
-            over from a dead one), ``"lock_lost"``, ``"batch_lost"`` (executed here, and taken over
+        name: ``"parked"`` (a batch failed too often), ``"takeover"`` (this process has taken over
+            from a dead one), ``"lock_lost"``, ``"batch_lost"`` (executed here, and taken over
             meanwhile), ``"declared_dead"``, ``"state_lost"`` (the server came back without its
             data), or ``"error"``: another background error.
-        text: The same in words, as it is logged.
-        resource: Which resource it is about; empty if it is about none.
+        text: The event in words, as in the log.
+        resource: The resource; empty if the event is not about one.
         token: The batch's token, or 0.
-        process: The id of the process that it happened to; of a takeover, that of the dead one.
-        error: The error behind it, if there is one.
+        process: The id of the process; of a takeover, the id of the dead one.
+        error: The cause, if it is an error.
     """
 
     name: EventName
@@ -52,7 +52,7 @@ _NAMES: dict[type[Exception], EventName] = {
 
 
 def event_of(error: Exception) -> Event:
-    """Return the event that an error is."""
+    """Return the event of an error."""
     name: EventName = next((n for kind, n in _NAMES.items() if isinstance(error, kind)), "error")
     resource, token = getattr(error, "resource", ""), getattr(error, "token", 0)
     return Event(name, str(error), resource or "", token or 0, error=error)
@@ -88,12 +88,12 @@ class Reports:
         self._listeners.setdefault(name, []).append(function)
 
     def emit(self, event: Event) -> None:
-        """Tell those that asked for it."""
+        """Call the listeners of an event."""
         for function in self._listeners.get(event.name, ()):
             self.call(function, event)
 
     def notify(self, error: BaseException) -> None:
-        """Pass an error to `on_error` that was logged already."""
+        """Pass an error that was logged already to `on_error`."""
         if self.on_error is not None and isinstance(error, Exception):
             self.call(self.on_error, error)
 
@@ -105,7 +105,7 @@ class Reports:
             log.exception("%r has raised", function)
 
     def once(self, subject: str) -> bool:
-        """Return whether this is the first time that something is reported about a subject."""
+        """Return whether this is the first report about a subject."""
         if subject in self._said:
             return False
         if len(self._said) >= MOST_SUBJECTS:
@@ -114,5 +114,5 @@ class Reports:
         return True
 
 
-#: Subjects that are remembered. To report one twice is better than to remember all.
+#: How many subjects are remembered: reporting one twice is better than growing for ever.
 MOST_SUBJECTS = 1000

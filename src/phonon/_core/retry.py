@@ -25,8 +25,8 @@ class RetryPolicy(_Values):
         longest_delay: Seconds; the delays grow no further.
         jitter: The share of a delay, 0 to 1, up to which it is shortened at random, so that batches
             that failed together are not tried again together.
-        crashes: How many processes may die while they execute it; with one more it is parked, so
-            that a batch that kills its process does not kill all of them in turn.
+        crashes: How many processes may die while they execute it. After one more it is parked, so
+            that a batch that kills its process does not kill all processes in turn.
 
     Raises:
         ConfigurationError: An argument is invalid.

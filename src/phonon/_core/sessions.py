@@ -1,8 +1,8 @@
-"""Sessions that end by themselves: because nothing comes, or because they have lasted long enough.
+"""Ends sessions by time: without messages for too long, or open for too long.
 
-One worker for each process watches the sessions in all of its caches. They are in a heap by the
-time at which each may be over; one that has been extended meanwhile goes back into it, so that a
-message costs nothing here.
+One worker for each process watches the sessions in all of its caches. A heap orders them by the
+time at which each may be over. A session that was extended meanwhile goes back into the heap, so
+that a message costs nothing here.
 """
 
 import heapq
@@ -22,18 +22,18 @@ from phonon._core.reports import Reports
 
 log = logging.getLogger("phonon")
 
-#: Sessions that began together end within this part of their length, not in one moment: a million
-#: of them would be one call after another, and keep the server from everything else.
+#: Sessions that began together end spread over this part of their length. A million of them at one
+#: moment would be one call after another, and keep the server from all other work.
 SPREAD = 0.1
-#: Seconds after the end of an update's session in which it is left to its next message.
+#: Seconds after the end of an update's session for which the worker leaves it to the next message.
 GRACE = 1.0
 #: Sessions that are ended together.
 PIECE = 1000
-#: Seconds between two looks, at the most: the clock may have been moved on.
+#: The most seconds between two looks, because a test may have moved the clock on.
 _LOOK = 1.0
 #: Seconds after which to look again at a session that cannot end now.
 _AGAIN = 0.25
-#: Former deadlines in the heap that are borne with, besides as many as there are sessions.
+#: How many outdated deadlines the heap may have, besides one for each session.
 _LEFTOVERS = 1000
 
 
@@ -51,15 +51,15 @@ class Watched(Protocol):
         Args:
             key: The key.
             now: The time, by the monotonic clock.
-            sessions: Those of the process that the update has to be of.
+            sessions: The sessions of the process that the update has to belong to.
         """
 
     def restore(self, key: Hashable, update: Any) -> None:
-        """Take an update back whose data could not be sent."""
+        """Take back an update whose data could not be sent."""
 
 
 def share(resource: str) -> float:
-    """Return a resource's part of the spread, from 0 to 1: the same in all processes."""
+    """Return a resource's share of the spread, from 0 to 1, the same in all processes."""
     return zlib.crc32(resource.encode("utf-8", "surrogatepass")) / 2**32
 
 
@@ -69,7 +69,7 @@ class Sessions:
     Args:
         outbox: Ends them.
         reports: Told about errors.
-        is_wanted: Tells whether anybody still has the process.
+        is_wanted: Tells whether the public process object still exists.
 
     Attributes:
         signal: Wakes the worker.
@@ -85,16 +85,16 @@ class Sessions:
         self.begin()
 
     def begin(self) -> None:
-        """Watch nothing: at first, and in a forked child."""
+        """Start without sessions: at first, and in a forked child."""
         self.stopping = False
-        # A signal handler may come here in the middle of a call of the same thread.
+        # Reentrant: a signal handler may call this during a call of the same thread.
         self._lock = threading.RLock()
         self._heap: list[tuple[float, int, weakref.ref[Any], Hashable]] = []
         self._order = itertools.count()
         self._is_working = False
 
     def watch(self, cache: "weakref.ref[Any]", key: Hashable, deadline: float) -> None:
-        """Look at a session when it may be over."""
+        """Watch a session from the time on at which it may be over."""
         with self._lock:
             is_first = not self._heap or deadline < self._heap[0][0]
             heapq.heappush(self._heap, (deadline, next(self._order), cache, key))
@@ -137,8 +137,8 @@ class Sessions:
                 continue
             deadline = cache.deadline(key)
             if deadline < float("inf"):
-                # It was extended; or a batch is about to store it, whose end must not find its data
-                # on the way, and tell its caller that it is safe.
+                # The session was extended; or a batch is about to store its data. If this worker
+                # took the data, the batch would tell its caller too early that it is safe.
                 self.watch(cache_ref, key, max(deadline, now + _AGAIN))
         cache = None
         if taken:
@@ -155,7 +155,7 @@ class Sessions:
             while heap and heap[0][0] <= now and len(due) < PIECE:
                 _, _, cache, key = heapq.heappop(heap)
                 due.append((cache, key))
-            # Sessions that have ended otherwise leave their deadlines behind.
+            # A session that ended in another way leaves its deadline behind.
             caches = {ref: ref() for ref in {ref for _, _, ref, _ in heap[:PIECE]}}
             living = sum(len(cache) for cache in caches.values() if cache is not None)
             if len(heap) > 2 * living + _LEFTOVERS:

@@ -15,13 +15,13 @@ class _Values(NamedTuple):
 class Durability(_Values):
     """The safety that stored data must have before the call that stores it returns.
 
-    Until then the call counts as unanswered: it is repeated, and in the end it raises
+    Until then the call counts as unanswered: it is repeated, and after a time it raises
     `ConnectionLostError`.
 
     Attributes:
         fsync: Whether the data has to be on the server's disk: its append-only file is on, and
             has been synchronized (``WAITAOF``: Redis 7.2, Valkey 7.2).
-        replicas: How many replicas must have it as well, on their disks if ``fsync`` is set.
+        replicas: How many replicas must have the data too, on their disks if ``fsync`` is set.
         timeout: Seconds to wait for that before the call is repeated.
 
     Raises:

@@ -1,11 +1,11 @@
-"""Names and numbers as errors and operators' commands show them."""
+"""Formats names and numbers for errors and operators' commands."""
 
-#: How the names of records begin whose update named neither database nor collection.
+#: The prefix of records' names if the update named neither database nor collection.
 UNNAMED = "test.test."
 
 
 def shown(resource: str) -> str:
-    """Return a resource's name for an error: without a database that the user never named."""
+    """Return a resource's name for an error, without default database and collection."""
     return repr(resource.removeprefix(UNNAMED))
 
 

@@ -1,15 +1,15 @@
 """Sources of messages: offsets and ids are stored with a batch, so that a repeat changes nothing.
 
-An ordered source has a position in each partition of the namespace. It is written by the operation
-that stores the data, and only if the source stands where this reader believes it does and nobody
-has claimed it since. So operations of one source form a chain: a lost one breaks it, and none is
-carried out twice.
+An ordered source has a position in each partition of the namespace. The operation that stores data
+also writes the position, and only if the source is at the position that this reader expects and has
+not been claimed since. So the operations of one source form a chain: a lost one breaks it, and none
+is carried out twice.
 
 An unordered source has ids, which are remembered for a window of time, in the partition of the data
-that their messages have brought.
+of their messages.
 
-After any failure the local view is in doubt, what the batch has brought is dropped, and the reader
-begins again where the server says. Nothing is handed to the outbox: the broker has it.
+After any failure the local view is in doubt, the batch's data is dropped, and the reader begins
+again at the server's position. The outbox gets no data, because the broker still has it.
 """
 
 import time
@@ -37,8 +37,8 @@ _CLAIMED, _REFUSED, _INGESTED, _SEEN = (
     int(Reply.SEEN),
 )
 
-#: Partitions that nothing came for are moved on after so many seconds, so that a reader that begins
-#: again need not go far back.
+#: Seconds after which partitions without messages are moved on, so that a reader that begins again
+#: need not go far back.
 MOVE_ON_AFTER = 1.0
 
 
@@ -49,10 +49,10 @@ class Claim:
         name: The source's name.
         encoded: The server's name of it.
         epoch: The claim's number; a later claim has a greater one.
-        positions: By partition, the first offset that is not in; None as long as nothing is.
+        positions: By partition, the first offset that is not stored; None before the first one.
         done: Everything before this offset has been stored under this claim, or before it.
-        end: The first offset that the broker has not, as far as its reader has said so.
-        in_doubt: Whether something went wrong: the server knows better.
+        end: The first offset that the broker does not have yet, if the reader has reported it.
+        in_doubt: Whether an error occurred, so that only the server knows the positions.
         moved_on: When all partitions were at the same position, by the monotonic clock.
     """
 
@@ -80,12 +80,12 @@ class Claim:
 
     @property
     def position(self) -> int | None:
-        """The first offset that is not in everywhere; None for a source that is new."""
+        """The first offset that some partition lacks; None for a new source."""
         return min((p for p in self.positions if p is not None), default=None)
 
     @property
     def lag(self) -> int | None:
-        """How many messages the broker has that are not stored; None if that is not known."""
+        """The number of the broker's messages that are not stored; None if it is unknown."""
         if self.end is None:
             return None
         return max(0, self.end - max(self.done, self.position or 0))
@@ -107,7 +107,7 @@ class Claim:
         ]
 
     def lost(self, why: str) -> SourceLostError:
-        """Return the error that says that the claim is no longer good."""
+        """Return the error for a claim that is not valid any more."""
         self.in_doubt = True
         return SourceLostError(
             f"source {self.name!r} {why}; nothing of the batch was stored that was not stored "
@@ -151,8 +151,8 @@ class Progress(Protocol):
 class Ordered:
     """A batch's progress on an ordered source.
 
-    It goes by where the source stood when it began. So it is refused if another batch of the same
-    source was stored meanwhile, whose messages may be among its own.
+    It is based on the source's positions at its begin. So the server refuses it if another batch of
+    the same source was stored meanwhile, which may have some of the same messages.
 
     Args:
         claim: The source.
@@ -189,11 +189,11 @@ class Ordered:
         return position is not None and self._offset < position
 
     def preparing(self) -> list[Operation]:
-        """Let a new source stand somewhere, so that a crash in the first batch loses no start."""
+        """Give a new source its first position, so that a crash in its first batch loses none."""
         claim, positions = self._claim, self._positions
         if self._first is None or None not in positions:
             return []
-        # After a crash some may stand nowhere; nothing has come for them.
+        # After a crash some partitions may have no position and no messages.
         start = min((p for p in positions if p is not None), default=self._first)
         return [
             operations.ingest(p, claim.encoded, claim.epoch, (b"", b"%d" % start), [])
@@ -224,13 +224,13 @@ class Ordered:
         return made
 
     def stored(self, operation: Operation) -> None:
-        """The source stands where the operation has moved it."""
+        """Note the position to which the operation has moved the source."""
         position = int(operation.words[4])
         self._positions[operation.partition] = position
         self._claim.positions[operation.partition] = position
 
     def refused(self, operation: Operation, answer: Any) -> PhononError:
-        """Somebody else has claimed it, or something before this was refused."""
+        """Return the error: another claim, or an earlier operation was refused."""
         _, epoch, position = answer
         if epoch != operation.words[2]:
             return self._claim.lost("was claimed by another consumer")
@@ -238,11 +238,11 @@ class Ordered:
         return self._claim.lost(f"stands at {where} in partition {operation.partition}")
 
     def failed(self) -> None:
-        """Only the server knows where the source stands."""
+        """Note that only the server knows the positions."""
         self._claim.in_doubt = True
 
     def finished(self) -> None:
-        """All that came before is in, also in partitions that nothing came for."""
+        """Note that all earlier messages are stored, also for partitions without messages."""
         if self._upto is not None:
             self._claim.done = max(self._claim.done, self._upto)
 
@@ -251,14 +251,14 @@ class Ids:
     """The ids of a scope that this process knows to be stored, by partition: the latest ones.
 
     Args:
-        scope: Whose ids they are.
+        scope: The name within which the ids are unique.
         window: How long the server remembers them, seconds.
 
     Attributes:
-        lag: How many messages of the scope wait, as far as their reader has said so.
+        lag: How many messages of the scope wait, if their reader has reported it.
     """
 
-    #: So many are kept: those of a few batches, which may come again.
+    #: How many ids are kept: those of a few batches, which may be delivered again.
     MOST = 65536
 
     def __init__(self, scope: str, window: float) -> None:
@@ -307,7 +307,7 @@ class Unordered:
         return True
 
     def skips(self, partition: int) -> bool:
-        """Return whether the message's data is in that partition already; if not, it will be."""
+        """Return whether a partition has the message's data already; if not, note that it will."""
         mark = self._id
         if (partition, mark) in self._ids.known:
             return True
@@ -320,7 +320,7 @@ class Unordered:
         return False
 
     def preparing(self) -> list[Operation]:
-        """Nothing comes first."""
+        """Return no operations."""
         return []
 
     def operations(self, items: dict[int, list[bytes]]) -> list[Operation]:
@@ -333,11 +333,11 @@ class Unordered:
         ]
 
     def stored(self, operation: Operation) -> None:
-        """These ids are known, should other partitions of the batch have refused."""
+        """Note the stored ids, in case other partitions of the batch refuse."""
         self._ids.learn(operation.partition, operation.words[3])
 
     def refused(self, operation: Operation, answer: Any) -> PhononError:
-        """Some were stored before."""
+        """Return the error for messages that were stored before."""
         seen = answer[1]
         self._ids.learn(operation.partition, seen)
         return AlreadyStoredError(
@@ -348,17 +348,17 @@ class Unordered:
         )
 
     def failed(self) -> None:
-        """Which operations were carried out shows when the messages come again."""
+        """Do nothing: the server tells which messages are stored when they are delivered again."""
 
     def finished(self) -> None:
-        """There is nothing to move on."""
+        """Do nothing: there is no position."""
 
 
 class Sources:
     """Claims sources, and stores their messages' data.
 
     Args:
-        identity: Who this process is.
+        identity: The identity of this process.
         members: Its memberships.
         executor: Merges partials of long sessions.
         reports: Reports data that had to be put aside.
@@ -379,11 +379,11 @@ class Sources:
         return self._ids.setdefault((scope, window), Ids(scope, window))
 
     def claim(self, name: str, position: int | None = None) -> Flow[Claim]:
-        """Become the one reader of an ordered source, in all partitions.
+        """Become the only reader of an ordered source, in all partitions.
 
         Args:
             name: The source.
-            position: Where it is to stand; None leaves it where it is.
+            position: The new position; None keeps the present one.
 
         Raises:
             SourceLostError: Another consumer has claimed it meanwhile.
@@ -417,7 +417,7 @@ class Sources:
         ]
 
     def position(self, name: str) -> Flow[int | None]:
-        """Return where a source stands, without claiming it."""
+        """Return a source's position, without claiming it."""
         encoded = encode_resource(name)
         replies = yield Read(self._identity.everywhere("source", encoded))
         found: list[int] = []
@@ -429,7 +429,7 @@ class Sources:
         return min(found, default=None)
 
     def drop(self, claim: Claim) -> Flow[None]:
-        """Forget where a source is, in all partitions."""
+        """Delete a source's position in all partitions."""
         count = range(self._identity.partitions.count)
         answers = yield Send([operations.drop_source(p, claim.encoded, claim.epoch) for p in count])
         claim.in_doubt = True
@@ -447,7 +447,7 @@ class Sources:
             parcels: The updates, of different resources or classes.
 
         Returns:
-            The errors. The data is dropped then: the broker has it.
+            The errors. After an error the data is dropped, because the broker still has it.
         """
         errors: list[BaseException] = []
         items: dict[int, list[bytes]] = {}
@@ -456,7 +456,7 @@ class Sources:
         for parcel in parcels:
             try:
                 partial = parcel.take()
-            except Exception as error:  # noqa: BLE001 - the user's `state`, or what cannot be stored
+            except Exception as error:  # noqa: BLE001 - the user's `state`, or a value that cannot be stored
                 errors.append(error)
                 continue
             if partial is None:
@@ -467,7 +467,7 @@ class Sources:
         if errors:
             progress.failed()
             return errors
-        # Set before anything is sent: a caller that goes away must not believe in its view.
+        # Before anything is sent: a caller that goes away must not trust its view.
         preparing = progress.preparing()
         if preparing:
             errors += yield from self._send(progress, preparing, {}, {})
@@ -478,7 +478,7 @@ class Sources:
         return _together(errors)
 
     def move_on(self, claim: Claim) -> Flow[list[BaseException]]:
-        """Store how far a source is in partitions that nothing came for, too."""
+        """Store a source's position in partitions without messages as well."""
         errors = yield from self._send(Ordered(claim), claim.moves(), {}, {})
         return _together(errors)
 
@@ -524,7 +524,7 @@ class Sources:
                 errors.append(_error(progress, operation, answer))
             for name, entry in zip(names, entered, strict=True):
                 self._members.entered(name, entry, failed=code != _INGESTED)
-                # A rebirth has joined it, but a leave may have come between that and the refusal.
+                # A rebirth has joined it, but a leave may have come before the refusal.
                 if code != _INGESTED and entry and entry.identity != self._identity.id:
                     doubtful += self._members.joining(name)
         if doubtful:
@@ -546,7 +546,7 @@ class Sources:
 
 
 def _together(errors: list[BaseException]) -> list[BaseException]:
-    """Return one error of each kind, where all partitions say the same."""
+    """Return one error of each kind, if several partitions have the same."""
     seen = [error for error in errors if isinstance(error, AlreadyStoredError)]
     if len(seen) > 1:
         ids = tuple({each: None for error in seen for each in error.ids})

@@ -1,4 +1,4 @@
-"""Takeover: reaping dead processes, and this one's former identities."""
+"""Takes over from dead processes, and from this process's former identities."""
 
 import logging
 import random
@@ -19,13 +19,12 @@ log = logging.getLogger("phonon")
 
 #: Resources that one operation reaps at the most.
 MOST = 128
-#: At first it reaps fewer that there is something to execute for; more if that is done soon.
+#: The first number of batches to take; it grows while they are executed quickly.
 FIRST = 2
 QUICK = 0.05
 #: Survivors that share one dead process's batches, at the most. See SHARERS in processes.lua.
 SHARERS = 16
-#: Batches of dead processes that may be left to execute when more are taken, and seconds between
-#: two looks at that.
+#: How many batches may still wait for execution when more are taken, and seconds between two looks.
 FEW = 16
 PAUSE = 0.01
 #: Memberships renewed in one exchange.
@@ -51,21 +50,21 @@ class _Taken:
 class Takeover:
     """Works through the registries of dead processes.
 
-    Memberships and locks are taken over by every process. Batches only by those that execute; but
-    a process always takes over from its own former identities.
+    Every process takes over memberships and locks. Only processes that execute batches take over
+    batches; but a process always takes over from its own former identities.
 
     Args:
-        identity: Who it is.
+        identity: The identity of this process.
         outbox: Executes the batches.
         recovers: Whether this process executes the batches of others.
-        can_execute: Tells whether it knows a class.
+        can_execute: Tells whether this process knows a class.
 
     Attributes:
         former: Own former identities, each with the partitions where it is not reaped yet. Until
-            then the lanes there hold back what would be told of the former self.
+            the reap the lanes there hold operations back whose answers would count the former self.
         living: How many processes are alive, this one included, as of the last beat.
-        has_more: Whether the last beat has named as many dead ones as one beat does.
-        ask_for_more: Beats, to be told of others.
+        has_more: Whether the last beat has named as many dead processes as one beat can.
+        ask_for_more: Sends a beat, whose answer names further dead processes.
     """
 
     def __init__(
@@ -86,11 +85,11 @@ class Takeover:
         self.begin()
 
     def begin(self) -> None:
-        """Have nothing to take over: at first, and in a forked child."""
+        """Start without work: at first, and in a forked child."""
         self.former: dict[bytes, set[int]] = {}
         self._dead: dict[bytes, None] = {}
         self._joins: list[Operation] = []
-        # Where something of those is left that were released.
+        # The partitions where released processes still have batches.
         self._released: dict[bytes, list[int]] = {}
         self.has_more = False
         self.living = 1
@@ -109,11 +108,11 @@ class Takeover:
             self._start()
 
     def add_former(self, former: Iterable[bytes], joins: Sequence[Operation]) -> None:
-        """Take over from own former identities, before anything else of theirs is repeated.
+        """Take over from own former identities, before their operations are repeated.
 
         Args:
             former: The identities.
-            joins: Make this process a member of what it holds, before its former self is none.
+            joins: Make this process a member of its resources before its former self is reaped.
         """
         self._joins = renewed(joins)
         partitions = range(self._identity.partitions.count)
@@ -126,12 +125,12 @@ class Takeover:
     def _start(self) -> None:
         """Start the worker, unless it will look again."""
         if not self.is_working:
-            # Said before it runs: an event loop enters it later, and one beat may come here often.
+            # Set before it runs: an event loop starts it later, and one beat may call this often.
             self.is_working = True
             self.start_worker()
 
     def work(self) -> Flow[None]:
-        """Take over from all that are known to be dead."""
+        """Take over from all known dead processes."""
         self.is_working = True
         try:
             while self._has_more():
@@ -152,29 +151,29 @@ class Takeover:
             self.is_working = False
 
     def _next(self) -> bytes | None:
-        """Remove and return one; None if another thread has taken it."""
+        """Remove and return a dead process; None if another thread was faster."""
         for process in list(self._dead):
             if self._dead.pop(process, _GONE) is not _GONE:
                 return process
         return None
 
     def _has_more(self) -> bool:
-        """Return whether there is more to do. If not, a dead one that is added starts a worker."""
+        """Return whether there is more work. If not, the next dead process starts a worker."""
         if not self._dead:
             self.is_working = False
         self.is_working = bool(self._dead)
         return self.is_working
 
     def take_over(self, dead: bytes) -> Flow[None]:
-        """Take over all that a dead process has left.
+        """Take over everything that a dead process has left.
 
-        Dying in between leaves the rest listed, for the next survivor.
+        If this process dies meanwhile, the next survivor takes over the rest.
 
         Raises:
             PhononError: The server does not answer.
         """
         if dead == self._identity.id:
-            return  # listed anew under this id by a late duplicate: the next beat tells
+            return  # a late duplicate registered the id again: the next beat names it
         while self._joins:
             me = self._identity.id
             joins, self._joins = self._joins[:MOST_JOINS], self._joins[MOST_JOINS:]
@@ -185,7 +184,7 @@ class Takeover:
                 if isinstance(answer, Exception)
             ]
             if refused and me == self._identity.id:
-                # To go on without them would end sessions of which this process is a member.
+                # Going on without them would end sessions of which this process is a member.
                 self._joins += renewed(operation for operation, _ in refused)
                 raise refused[0][1]
         me = self._identity.id
@@ -204,8 +203,8 @@ class Takeover:
                 self._identity.measures.add("reaped_batches", taken.batches)
                 self.on_taken(TAKEN_OVER % words, whose)
         if me != self._identity.id:
-            # Reborn meanwhile, perhaps because the server has lost what was reaped: a former self
-            # is reaped anew, and any other one that is still dead comes with the next beat.
+            # This process was reborn meanwhile, perhaps because the server lost the reap: a former
+            # self is reaped again, and the next beat names any other process that is still dead.
             return
         self.former.pop(dead, None)
         if not left and operations.class_of_queue(dead) is None:
@@ -216,11 +215,11 @@ class Takeover:
     def _reap(self, dead: bytes, recovers: bool, taken: _Taken) -> Flow[list[int]]:
         """Reap a dead process in all partitions.
 
-        Memberships and locks at once. Batches as they are executed: survivors share them, and none
-        takes more than it can see to.
+        Memberships and locks are reaped at once. Batches are reaped as they are executed, because
+        survivors share them, and none should take more than it can execute soon.
 
         Returns:
-            The partitions in which something is left to survivors that execute batches.
+            The partitions in which batches are left to survivors that execute batches.
         """
         partitions = list(range(self._identity.partitions.count))
         if not recovers:
@@ -233,7 +232,7 @@ class Takeover:
         """Release all that a dead process held, except for its batches.
 
         Returns:
-            The partitions in which there is something: it is fenced, so there will be no others.
+            The partitions with batches; the dead process is fenced, so there will be no others.
         """
         if dead not in self._released:
             everywhere = range(self._identity.partitions.count)
@@ -243,7 +242,8 @@ class Takeover:
     def _wait_for_capacity(self, me: bytes) -> Flow[float]:
         """Wait until the batches taken over are nearly executed. Return the seconds that this took.
 
-        Meanwhile other dead processes are released: their locks do not wait for the user's code.
+        Meanwhile other dead processes are released, so that their locks do not wait for the user's
+        code.
         """
         clock = self._identity.clock
         begun = clock()
@@ -260,7 +260,7 @@ class Takeover:
         self, partitions: Iterable[int], dead: bytes, taken: _Taken, *, recovers: bool
     ) -> Flow[list[int]]:
         todo = list(partitions)
-        random.shuffle(todo)  # survivors do not all begin at the same place
+        random.shuffle(todo)  # survivors should begin in different partitions
         left: list[int] = []
         me = self._identity.id
         paced = recovers and dead not in self.former
@@ -295,8 +295,8 @@ class Takeover:
     def _share(self, remaining: int) -> int:
         """Return how many of a partition's remaining batches to take at once, at the most.
 
-        Half of a fair share, as in guided self-scheduling: batches that take long may be behind
-        quick ones, and what one survivor has taken no other can execute.
+        Half of a fair share, as in guided self-scheduling: slow batches may follow quick ones, and
+        a batch that one survivor has taken cannot be executed by another.
         """
         if self.living <= 1:
             return MOST
@@ -312,10 +312,10 @@ class Takeover:
         return len(found) // 3
 
     def _reaped(self, dead: bytes, partition: int) -> bool:
-        """Note that nothing of a former self is left in a partition.
+        """Note that a former self is reaped in a partition.
 
         Returns:
-            Whether operations that waited for that may be sent there now.
+            Whether operations that waited for the reap may be sent there now.
         """
         left = self.former.get(dead)
         if left is None:
@@ -330,7 +330,7 @@ class Takeover:
 def renewed(joins: Iterable[Operation]) -> list[Operation]:
     """Return operations that renew memberships.
 
-    The former self is reaped behind them, so to wait for that would be for ever.
+    The former self is reaped after them, so they must not wait for the reap.
     """
     fresh = [operations.join(operation.partition, operation.resource) for operation in joins]
     for operation in fresh:

@@ -12,8 +12,8 @@ local FEW = 64
 -- Acts that are remembered, in each partition.
 local MOST_ACTS = 1000
 
--- Whether a comes behind b, as the server orders members of one score. Lua's own comparison follows
--- the server's locale.
+-- Compare members as the server orders those of one score: is a behind b? Lua's own comparison
+-- follows the server's locale.
 local function is_behind(a, b)
   for i = 1, math.min(#a, #b) do
     local x, y = string.byte(a, i), string.byte(b, i)
@@ -24,7 +24,7 @@ local function is_behind(a, b)
   return #a > #b
 end
 
--- The rank of the first entry behind (score, member), whether or not that is still there.
+-- The rank of the first entry behind (score, member), which may have been removed itself.
 local function rank_behind(registry, score, member)
   local low = call('ZCOUNT', registry, '-inf', '(' .. score)
   local high = low + call('ZCOUNT', registry, score, score)
@@ -85,7 +85,7 @@ local function walk(T, args, visit)
   end
 end
 
--- Whose entry speaks for something that several processes have: the same one in each listing.
+-- The process whose entry stands for a thing that several processes have, the same in each listing.
 local function first_of(names)
   local first = names[1]
   for _, name in ipairs(names) do
@@ -132,7 +132,7 @@ read('admin_roster', function(N, args)
   return { micros(), call('GET', N .. 'partitions') or '', scan[1], found }
 end)
 
--- admin_holdings(process, ...): of each what it may be responsible for here:
+-- admin_holdings(process, ...): for each process the counts of what it may be responsible for here:
 -- { locks, memberships, batches, left to others, oldest membership ms or 0, oldest batch ms or 0,
 --   calls, 1 if fenced, ... }
 read('admin_holdings', function(T, args)
@@ -336,7 +336,7 @@ read('admin_acts', function(T, args)
   return call('XREVRANGE', T .. 'acts', '+', '-', 'COUNT', args[1])
 end)
 
--- What an operator has done, who it was, and to what.
+-- Log an act: who did what to which resource.
 local function record(T, who, act, resource, token, detail)
   call('XADD', T .. 'acts', 'MAXLEN', '~', MOST_ACTS, '*', 'who', who, 'act', act,
     'resource', resource, 'token', token, 'detail', detail)

@@ -3,14 +3,14 @@
 -- apply(T, process, stamp of the answer before, '<number of the lane> <sequence> <digest>', operations)
 -- answers { packed answers, stamp [, packed contents of those that are RUN or AGAIN] }
 --
--- The stamp is the lane's state, see lane_of. So one comparison tells that a call is the next one, and
--- one field says so to the call behind it.
+-- The stamp is the lane's state, see lane_of. So one comparison shows that a call is the next one, and
+-- one field records that for the call after it.
 --
--- Refused are, as errors: PHONONFENCED, PHONONSTALE (an older call, nothing happens), PHONONLOST
--- (the server lost writes of this lane, or took others in their place), each with the last sequence.
+-- A refusal is an error with the last sequence: PHONONFENCED, PHONONSTALE (an older call, nothing
+-- happens), or PHONONLOST (the server lost writes of this lane, or has others in their place).
 
--- Contents of the batches in answers. A repeat reads them again, and learns that another process has
--- the batch by now from an entry that is false.
+-- Contents of the batches in answers. A repeat reads them again; false as an entry says that another
+-- process has the batch by now.
 local function first_contents(c, resource)
   if c.bytes >= ANSWER_BYTES then
     return {} -- the client fetches it
@@ -33,8 +33,8 @@ local function starts_batch(answer)
 end
 
 local function repeat_call(c, lane, words, stamp)
-  -- WAIT and WAITAOF wait for what their own connection wrote last. A repeat may come over another
-  -- connection than the call did, so it writes as well, for its confirmation to mean something.
+  -- WAIT and WAITAOF wait for the last write of their own connection. A repeat may come over another
+  -- connection than the call, so it writes as well: otherwise its confirmation would mean nothing.
   call('HSET', lane, 'state', stamp)
   local packed = call('HGET', lane, 'answers')
   local contents, at, any = {}, 1, false
@@ -175,5 +175,5 @@ local function apply(keys, args)
 end
 
 redis.register_function(NAME .. '_apply', apply)
--- For calls that free memory, or ask: a server that is full still runs them.
+-- For calls that free memory, or only ask: a full server still runs them.
 redis.register_function({ function_name = NAME .. '_apply_free', callback = apply, flags = { 'allow-oom' } })

@@ -20,8 +20,8 @@ operation(APPEND, 3, function(c, o, i)
   return STORED
 end)
 
--- How many partials there are, if some are due. Whatever the next batch needs is looked at before the
--- running one is given up.
+-- How many partials there are, if some are due. A read that can fail comes before the running batch is
+-- given up.
 local function total_if_due(c, resource, due)
   if due == 0 then
     return 0
@@ -30,14 +30,14 @@ local function total_if_due(c, resource, due)
   return call('LLEN', c.T .. 'partials:' .. resource)
 end
 
--- Whether the batch of that token is the caller's, and how many partials wait for it to end.
+-- Answer two things: does the caller own the batch of that token, and how many partials wait for its end.
 local function owns(c, resource, token)
   local running = call('HMGET', c.T .. 'running:' .. resource, 'owner', 'token', 'due')
   return running[1] == c.pid and tonumber(running[2]) == token, tonumber(running[3] or 0)
 end
 
--- The running batch is out of the way. If a session ended meanwhile, its batch is this owner's.
--- Partials behind the due ones belong to the session after.
+-- Start the next batch, after the running one is gone. If a session ended meanwhile, this owner gets
+-- its batch. Partials behind the due ones belong to the session after that.
 local function next_batch(c, resource, due, total, otherwise)
   if due > 0 and total > 0 then
     return { AGAIN, 0, 0, start(c, resource, math.min(due, total), total), math.min(due, total), 0, 0 }
@@ -166,7 +166,7 @@ operation(DISCARD, 3, function(c, o, i)
   return DISCARDED
 end)
 
--- A process that has read the same partials has the same digest: see _core/compaction.py.
+-- A process computes the same digest of the partials that it has read: see _core/compaction.py.
 local function digest_of(partials)
   local parts = {}
   for _, partial in ipairs(partials) do
@@ -176,8 +176,8 @@ local function digest_of(partials)
   return redis.sha1hex(table.concat(parts))
 end
 
--- compact(resource, first, n, digest, { merged partial, ... }): replace n partials by what they come
--- to when they are merged, if they are still those that the digest is of.
+-- compact(resource, first, n, digest, { merged partial, ... }): replace n partials by the merged ones,
+-- if they still have that digest.
 -- answers { COMPACTED, partials left } | CHANGED
 operation(COMPACT, 6, function(c, o, i)
   local resource, first, n, digest, merged = o[i + 1], o[i + 2], o[i + 3], o[i + 4], o[i + 5]
@@ -212,9 +212,9 @@ end)
 local MOST_MERGED = 16777216
 
 -- candidates(resource, first, last): the partials that are worth merging, all of one session or all
--- due: those from the first one on that is at most twice as large as all behind it together. What
--- stays in front of them is more than twice as large, and so on, so it is little; and a partial that
--- is merged again has grown by half.
+-- due. They begin with the first partial that is at most twice as large as all behind it together. Each
+-- partial in front of it is more than twice as large as the rest, so those are few; and between two
+-- merges a partial grows by half.
 -- answers { where they begin, how many they are: 0 or at least 2, partial ... }   as many as fit
 read('candidates', function(T, args)
   local partials = T .. 'partials:' .. args[1]

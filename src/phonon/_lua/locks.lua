@@ -1,7 +1,7 @@
 -- The lock of a resource, exclusive or shared, and the semaphore: lock, unlock, renew.
 -- A holder is one acquisition, named '<process>/<number>', so that two threads of a process exclude
--- each other too. The name tells what is wanted, also of those that wait: an 's' follows the number
--- of a shared one, and the number of places where those are limited: '<process>/12s5'.
+-- each other too. The names of holders and waiters tell the kind of lock: an 's' follows the number of
+-- a shared one, and then the number of places if that is limited: '<process>/12s5'.
 -- A lock lasts as long as its process's lease, unless it was given a lease of its own.
 
 -- How long a wake-up may lie in a mailbox. A living waiter takes it at once; a dead one does not.
@@ -15,7 +15,7 @@ local function is_shared(holder)
   return string.find(holder, 's%d*$') ~= nil
 end
 
--- How many may share it; nil if any number may.
+-- How many holders may share the lock; nil if any number may.
 local function places_of(holder)
   return tonumber(string.match(holder, 's(%d+)$'))
 end
@@ -45,8 +45,8 @@ local function drop_expired(c, resource)
   end
 end
 
--- Raise if a key is of a foreign type, before anything is written. Where nobody else is there, it is
--- not needed.
+-- Raise if a key is of a foreign type, before anything is written. Not needed if no other key of the
+-- lock exists.
 local function prove_lock(c, resource)
   local T = c.T
   call('HLEN', T .. 'lock:' .. resource)
@@ -63,8 +63,8 @@ local function quit_queue(c, resource, holder)
   end
 end
 
--- The first in line, once those in front are dropped that let their wake-up lie, except one that
--- is asking now. Answers the waiter, and when it was woken.
+-- Drop waiters at the front that ignored their wake-up, except one that is asking now. Answers the
+-- first waiter then, and when it was woken.
 local function first_waiter(c, resource, asking)
   local T = c.T
   while true do
@@ -84,8 +84,8 @@ local function first_waiter(c, resource, asking)
   end
 end
 
--- The waiter in front of a holder that cannot go in together with it, and when it was woken. For a
--- shared holder that is an exclusive one; for an exclusive one, or where places are limited, any.
+-- The waiter that has to be served before a holder, and when it was woken. Before a shared holder that
+-- is an exclusive waiter; before an exclusive one, or where places are limited, any waiter.
 local function waiter_in_front(c, resource, holder)
   local first, woken = first_waiter(c, resource, holder)
   if not first then
@@ -114,7 +114,7 @@ local function waiter_in_front(c, resource, holder)
 end
 
 local function wake(c, resource, waiter)
-  -- A wake-up is not renewed: a waiter that died would be given time for ever.
+  -- A wake-up is not renewed, or a waiter that died would be waited for for ever.
   if call('HSETNX', c.T .. 'woken:' .. resource, waiter, fmt(now(c))) == 1 then
     send_mail(c.T, waiter)
   end
@@ -127,8 +127,8 @@ local function held_by(c, resource)
   return call('HLEN', c.T .. 'shared:' .. resource)
 end
 
--- Wake those that can go in now: the first waiter, and if it shares those behind it that share too,
--- up to the first that does not, or as many as there are places left.
+-- Wake the waiters that can be granted the lock now: the first one, and if it is shared also the shared
+-- ones behind it, up to the first exclusive one, or as many as there are places left.
 local function wake_next(c, resource)
   if not first_waiter(c, resource) then
     return
@@ -166,7 +166,7 @@ local function grant(c, resource, holder, lease_ms, thread)
   return { GRANTED, token }
 end
 
--- One of those that hold it, for a message: holder, ms until its own lease is over or -1, since, thread.
+-- One of the holders, for a message: holder, ms until its own lease is over or -1, since, thread.
 local function somebody(c, resource)
   local T = c.T
   local held = call('HMGET', T .. 'lock:' .. resource, 'holder', 'since', 'thread')
@@ -193,7 +193,7 @@ operation(LOCK, 6, function(c, o, i)
   local T = c.T
   local lock, shared, queue = T .. 'lock:' .. resource, T .. 'shared:' .. resource, T .. 'queue:' .. resource
   if call('EXISTS', lock, shared, queue) == 0 then
-    return grant(c, resource, holder, lease_ms, thread) -- most often nobody is there
+    return grant(c, resource, holder, lease_ms, thread) -- the most frequent case: the lock is free
   end
   prove_lock(c, resource)
   last_token(c)
@@ -218,15 +218,15 @@ operation(LOCK, 6, function(c, o, i)
     quit_queue(c, resource, holder)
     local granted = grant(c, resource, holder, lease_ms, thread)
     if is_shared(holder) then
-      wake_next(c, resource) -- a waiter may have come for a place before it was its turn
+      wake_next(c, resource) -- this waiter may have taken a place before its turn
     end
     return granted
   end
   if room and not woken then
-    wake_next(c, resource) -- the one that was woken in its place has not come
+    wake_next(c, resource) -- the waiter that was woken instead has not come
     woken = now(c)
   end
-  -- Taken, or free but promised to the waiter that was woken for it.
+  -- The lock is taken, or free but promised to the waiter that was woken for it.
   local owner, left_ms, since, by = somebody(c, resource)
   if room then
     owner, since, by = first, now_ms(c), ''
@@ -240,7 +240,7 @@ operation(LOCK, 6, function(c, o, i)
   end
   call('ZADD', queue, 'NX', fmt(now(c)), holder)
   if call('HDEL', T .. 'woken:' .. resource, holder) == 1 then
-    redis.pcall('LREM', T .. 'mailbox:' .. c.pid, 0, holder) -- what it told of, the waiter has seen by now
+    redis.pcall('LREM', T .. 'mailbox:' .. c.pid, 0, holder) -- this waiter has its grant and needs no wake-up
   end
   if c.registry[resource] ~= BATCH then
     track(c, resource, LOCKER)
@@ -256,7 +256,7 @@ end)
 operation(UNLOCK, 3, function(c, o, i)
   local resource, holder, T = o[i + 1], o[i + 2], c.T
   local shared, queue, leases = T .. 'shared:' .. resource, T .. 'queue:' .. resource, T .. 'leases:' .. resource
-  -- Most often nobody is there, and nothing but the lock is ours.
+  -- The most frequent case: there are no waiters, and the caller has only the lock here.
   local alone = call('EXISTS', shared, queue, leases, T .. 'members:' .. resource, T .. 'running:' .. resource) == 0
   local others = not alone and call('EXISTS', shared, queue, leases) > 0
   if others then
@@ -319,7 +319,7 @@ read('lockers', function(T, args)
   return { holders, call('ZRANGE', T .. 'queue:' .. resource, 0, -1) }
 end)
 
--- nudge(process): wake its reader of mail, which finds out why.
+-- nudge(process): wake the process's reader of mail, which finds out the reason.
 plain('nudge', function(T, args)
   send_mail(T, args[1] .. '/')
   return 1

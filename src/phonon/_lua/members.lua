@@ -36,9 +36,9 @@ operation(RESTORE, 3, function(c, o, i)
   return JOINED
 end)
 
--- Known parties: a session that is over only when so many different processes have been in it. The
--- hash has 'n', a field '@<first id>' for each process that has come, and '><waiter>' for those
--- that wait for the others.
+-- Known parties: a session that ends only after so many different processes have been in it. The
+-- hash has 'n', a field '@<first id>' for each process that has come, and a field '><waiter>' for
+-- each waiter.
 
 local function arrived(parties)
   local count = 0
@@ -50,7 +50,7 @@ local function arrived(parties)
   return count
 end
 
--- A party has come or gone: each waiter looks whether that was all it waited for.
+-- A party has come or gone: each waiter checks if it still has to wait.
 local function wake_parties(T, parties)
   for _, field in ipairs(call('HKEYS', parties)) do
     if string.sub(field, 1, 1) == '>' then
@@ -59,8 +59,8 @@ local function wake_parties(T, parties)
   end
 end
 
--- All members have left. Is a party still to come? Then the session is not over. What it knows of
--- itself expires only if nobody comes for a week.
+-- All members have left. If a party is still to come, the session is not over. Its data about parties
+-- expires only if no process comes for a week.
 local function is_incomplete(c, resource)
   local parties = c.T .. 'parties:' .. resource
   if call('EXISTS', parties) == 0 then
@@ -153,14 +153,14 @@ local function modifications(left, pid, count)
   return times
 end
 
--- leave(resource, flags, last partial or ''): flags 1: start a batch although others are members;
--- 2: answer the session's modifications as well.
+-- leave(resource, flags, last partial or ''): flag 1 starts a batch although others are members;
+-- flag 2 asks for the session's modifications.
 -- answers { HELD, members left, 0, partials if it is time to merge some, or 0 }
 --         { LAST, members left, 1 if the caller is told that it is the last [, modifications] }
 --         { DEFERRED, as LAST [, false if there are none, partials if it is time to merge some] }
 --         a batch is running: its owner goes on with this session's
 --         { RUN, left, last, token, partials, attempts, crashes [, modifications] }, content: true if
---         that is nothing but the partial that the caller has sent with this
+--         that is only the partial that the caller has sent with this leave
 operation(LEAVE, 4, function(c, o, i)
   local resource, flags, partial = o[i + 1], o[i + 2], o[i + 3]
   local T, pid = c.T, c.pid
@@ -168,7 +168,7 @@ operation(LEAVE, 4, function(c, o, i)
   local running, left, batch = T .. 'running:' .. resource, T .. 'left:' .. resource, T .. 'batch:' .. resource
   local count = call('HLEN', members)
   if count == 1 and flags == 0 then
-    -- Most often the session is of one process, and nothing but its partials is there.
+    -- The most frequent case: a session of one process, with no keys but its partials.
     local there = call('EXISTS', partials, running, left, batch, T .. 'lock:' .. resource,
       T .. 'shared:' .. resource, T .. 'queue:' .. resource, T .. 'parties:' .. resource)
     local total = there == 1 and call('LLEN', partials) or 0
@@ -203,7 +203,7 @@ operation(LEAVE, 4, function(c, o, i)
   local known = call('HLEN', T .. 'parties:' .. resource)
   call('HLEN', left)
   if not owner and call('EXISTS', batch) == 1 then
-    -- Never rename over it: somebody stored it.
+    -- Never rename over a key that exists: its data would be lost.
     state_error(batch, 'exists although nothing is running')
   end
   local was_member = times or partial ~= ''
@@ -243,7 +243,7 @@ operation(LEAVE, 4, function(c, o, i)
         mine = 0
       end
       if is_incomplete(c, resource) then
-        was_member = false -- a party is still to come: that one will be the last
+        was_member = false -- a party that is still to come will be the last one
       end
     end
     if was_member then
@@ -270,7 +270,7 @@ operation(LEAVE, 4, function(c, o, i)
   return { RUN, count, answer[3], start(c, resource, total, total), total, 0, 0, answer[4] }
 end)
 
--- What this call has changed is not written yet.
+-- The registry with the changes of this call, which are not written yet.
 local function is_tracked(c, resource)
   local class = c.registry[resource]
   if class == nil then

@@ -13,18 +13,18 @@ local PIECE = 16
 -- The content of one batch, and of all batches in one answer, bytes.
 local PIECE_BYTES = 1048576
 local ANSWER_BYTES = 4194304
--- Whenever so many more partials have come together, the process that stored the last one merges some.
+-- Each time the number of partials has grown by this, the process that stored the last one merges some.
 local COMPACT_AT = 64
 -- Lua's unpack() fails at 8,001 values.
 local MOST_VALUES = 4000
 
--- Scores in a registry. A lock comes first, at minus the time since when; a membership at that time;
--- a running batch behind all of them; then what a reaper left, and what it could not reap.
+-- Scores in a registry. A lock comes first, with minus its time of grant; then memberships, with their
+-- time of joining; then running batches; then resources that a reaper left, or could not reap.
 local BATCH_SCORE = 1125899906842624 -- 2^50, added to the time in ms
 local LEFT_SCORE = 4503599627370496 -- 2^52
 local MEMBER, MEMBER_ANEW, LOCKER, BATCH = 'member', 'anew', 'lock', 'batch'
 
--- What the clock says: microseconds, or seconds and microseconds as the server answers them.
+-- The time: microseconds, or seconds and microseconds as the server answers them.
 local function clock()
   local set = TEST_CLOCK and call('GET', TEST_CLOCK)
   if set then
@@ -39,12 +39,12 @@ local function micros()
   return rest and seconds * 1000000 + rest or tonumber(seconds)
 end
 
--- Numbers above 2^47 lose digits when Lua makes text of them by itself.
+-- Lua's own conversion to text loses digits of numbers above 2^47.
 local function fmt(number)
   return string.format('%d', number)
 end
 
--- A call has one time. As text it names the answer, and costs less than the number.
+-- A call has one time. Its text is the stamp of the answer; making the number would cost more.
 local function stamp_of(c)
   if not c.stamp then
     c.seconds, c.rest = clock()
@@ -88,9 +88,9 @@ local function next_token(c)
   return token
 end
 
--- A lane, as its last call has left it: its state, which is fenced once the process is dead; and of
--- that the number of the lane, the sequence of the call, and the digest of its operations. The state is
--- '<number>' at first, and then '<number> <sequence> <digest> <time>'.
+-- A lane after its last call: its state, which is fenced once the process is dead, and the parts of
+-- the state: the number of the lane, the sequence of the call, the digest of its operations. The state
+-- is '<number>' at first, and then '<number> <sequence> <digest> <time>'.
 local function lane_of(lane)
   local known = call('HMGET', lane, 'state', 'fenced')
   local state = known[1] or known[2]
@@ -109,12 +109,12 @@ local function state_error(key, wrong)
   error({ err = 'PHONONSTATE ' .. key .. ' ' .. wrong })
 end
 
--- What the caller is responsible for from now on. The registry is written once a call.
+-- Note that the caller is responsible for a resource. The registry is written once a call.
 local function track(c, resource, class)
   c.registry[resource] = class
 end
 
--- The caller is a member. A batch or lock that the same call made its own stays the class.
+-- Note that the caller is a member. If the same call gave it a batch or a lock, that stays the class.
 local function track_member(c, resource)
   local class = c.registry[resource]
   if not class then
@@ -126,8 +126,8 @@ local function untrack(c, resource)
   c.registry[resource] = false
 end
 
--- What settle reads, it reads by pcall: it comes after writes, and a key of a foreign type must not
--- make an operation fail that is done. Nothing of such a key is the caller's.
+-- settle reads by pcall, because it comes after writes: a key of a foreign type must not make an
+-- operation fail that is done. The caller owns nothing in such a key.
 local function is_mine(c, resource, owner)
   if owner == nil then
     owner = redis.pcall('HGET', c.T .. 'running:' .. resource, 'owner')
@@ -149,9 +149,9 @@ local function waits_or_shares(c, resource)
   return false
 end
 
--- After the last write of an operation that ended something of the caller's: enter what the caller
--- is still responsible for here, or nothing. owner: who has the running batch, false if there is
--- none, nil if it has to be read.
+-- Correct the registry after an operation that ended a lock, membership or batch of the caller: enter
+-- what the caller is still responsible for, or remove the resource. owner: the owner of the running
+-- batch, false if there is none, nil to read it.
 local function settle(c, resource, owner)
   local T = c.T
   if call('EXISTS', T .. 'members:' .. resource, T .. 'lock:' .. resource, T .. 'shared:' .. resource,
@@ -171,21 +171,21 @@ local function settle(c, resource, owner)
   untrack(c, resource)
 end
 
--- What Redis calls the values of keys: those of a resource, then that of a process.
+-- Redis's names of the types of keys: those of a resource, then that of a process.
 local TYPES = {
   members = 'hash', left = 'hash', partials = 'list', running = 'hash', batch = 'list',
   parked = 'hash', parties = 'hash', lock = 'hash', shared = 'hash', leases = 'zset',
   queue = 'zset', woken = 'hash', registry = 'zset',
 }
 
--- And those of keys that are one for a partition, or for the namespace.
+-- The types of keys that exist once a partition, or once a namespace.
 local BOOKS = {
   token = 'string', lanes = 'set', handed = 'set', parked = 'set', processes = 'zset',
   listings = 'hash', cards = 'hash', reports = 'hash', reapers = 'hash', epoch = 'string',
   partitions = 'string',
 }
 
--- The name of a key, if it holds a value of a foreign type, and what it holds.
+-- The name of a key that holds a value of a foreign type, and that type; otherwise nil.
 local function foreign(key, wanted)
   local found = redis.pcall('TYPE', key)
   if type(found) == 'table' and found.ok and found.ok ~= 'none' and found.ok ~= wanted then
@@ -193,8 +193,8 @@ local function foreign(key, wanted)
   end
 end
 
--- The text of an error. Redis does not say which key it is that holds a value of a foreign type.
--- names: the resources, or processes, that it may be about.
+-- The text of an error. Redis does not tell which key holds the value of a foreign type, so it is looked
+-- for. names: the resources, or processes, whose keys may be the cause.
 local function text_of(problem, T, names)
   local text = type(problem) == 'table' and problem.err or tostring(problem)
   if string.find(text, 'WRONGTYPE', 1, true) then
@@ -216,18 +216,18 @@ local function text_of(problem, T, names)
   return text
 end
 
--- Operations by code: { how many words, the function(c, words, at) }. A function first does what can
--- raise (a read proves a key's type), then what must not be done twice.
+-- Operations by code: { how many words, the function(c, words, at) }. A function first takes the steps
+-- that can raise (a read proves a key's type), then those that must not happen twice.
 local operations = {}
 
 local function operation(code, words, body)
   operations[code] = { words, body }
 end
 
--- The answers to a message that wakes nobody any more expire by themselves.
+-- A mailbox that no waiter reads any more expires after this time.
 local MAILBOX_MS = 10000
 
--- Tell a waiter of some process to look again.
+-- Tell a waiter to ask again.
 local function send_mail(T, holder)
   local mailbox = T .. 'mailbox:' .. process_of(holder)
   -- A mailbox of a foreign type must not fail the step that frees a lock: the waiter asks again.
@@ -236,7 +236,7 @@ local function send_mail(T, holder)
   end
 end
 
--- Register a function that reads, outside of lanes. It gets the partition's prefix and its arguments.
+-- Register a function that only reads, outside of lanes. It gets the prefix and the arguments.
 local function read(name, body)
   redis.register_function({
     function_name = NAME .. '_' .. name,
@@ -252,7 +252,7 @@ local function read(name, body)
   })
 end
 
--- Register a function outside of lanes that writes, and may be repeated as it is.
+-- Register a function outside of lanes that writes, and can be repeated without harm.
 local function plain(name, body)
   redis.register_function({
     function_name = NAME .. '_' .. name,
@@ -268,7 +268,7 @@ local function plain(name, body)
   })
 end
 
--- Add elements of a list to an answer, up to the last one or as far as they fit, but one at least.
+-- Add elements of a list to an answer, up to the last one or as many as fit, but at least one.
 local function add_piece(list, answer, first, last)
   local bytes = 0
   for i = first, last, PIECE do

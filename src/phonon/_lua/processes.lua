@@ -27,25 +27,25 @@ plain('list', function(N, args)
   return { epoch_of(N, true), call('HGET', N .. 'listings', pid), tonumber(call('GET', N .. 'partitions')) }
 end)
 
--- The dead are handed out to those that beat, so many to each; a survivor that is done with them beats again.
--- At first each dead one is handed to one survivor alone, which is mostly enough; after some time to two,
--- then to four: they share the work, and a survivor that dies itself keeps nobody from it. Not to all at
--- once: where the survivors are slow since there are many dead, that would make them slower.
+-- Dead processes are handed out to processes that beat, so many with each beat; a survivor that has taken
+-- them over beats again. At first each dead process is handed to one survivor, which is mostly enough; after
+-- some time to two, then to four: they share the work, and the death of one survivor does not stop it. It is
+-- not handed to all at once: survivors that are slow because many processes died would become slower.
 local HANDED_OUT = 4
 local SHARERS = 16
 
--- The server's clock may be set forward. It was if it has gone on by so much more of a lease between two
--- beats than the process's own: half an interval. A beat that the network delays looks the same, and does
--- no harm. See MARGIN in identity.py.
+-- The server's clock may be set forward. That happened if between two beats it has advanced by this part of
+-- a lease (half an interval) more than the process's own clock. A beat that the network delays looks the
+-- same, and does no harm. See MARGIN in identity.py.
 local JUMP = 1 / 8
 
 -- beat(process, ttl ms, epoch, number of the listing, 1 if it may mark, 1 if it executes batches, ms
 -- for which the dead that it is told of are not handed to others, a report or nothing, µs by the
 -- process's own clock since it sent the last beat that was answered): renew the process's lease, and
 -- keep what it reports of itself for operators.
--- A process whose deadline has passed is dead once another one's beat has marked it, with 0, and not
--- before. A beat that finds itself overdue marks nobody and gives the others time: then it was the
--- server that was away. One that finds that the clock was set forward moves all deadlines with it.
+-- A process whose deadline has passed is dead only once the beat of another one has marked it, with 0. A
+-- beat that is overdue itself marks no process and gives the others time, because the server was away. A
+-- beat that finds that the clock was set forward moves all deadlines with it.
 -- answers { 'alive', ms until the next deadline or -1, processes alive, dead process ... } | { 'dead' }
 --         { 'forgotten' }
 plain('beat', function(N, args)
@@ -62,7 +62,7 @@ plain('beat', function(N, args)
   if jump > ttl * JUMP then
     local others = call('ZRANGEBYSCORE', processes, '(0', '+inf', 'WITHSCORES')
     for j = 1, #others, 2 do
-      -- Not beyond a lease from now: it may have been set back before, and not all have beaten since.
+      -- At most a lease from now: the clock may have been set back before, and not all have beaten since.
       local deadline = tonumber(others[j + 1])
       call('ZADD', processes, fmt(math.max(deadline, math.min(deadline + jump, at + ttl))), others[j])
     end
@@ -90,8 +90,8 @@ plain('beat', function(N, args)
   end
   local dead = call('ZRANGEBYSCORE', processes, 0, 0)
   for _, other in ipairs(dead) do
-    -- Those that only reap and those that execute as well are told apart: what the first leave, the
-    -- others have to take over.
+    -- Processes that only reap are counted apart from those that also execute batches, which have to
+    -- take over what the first ones leave.
     local field = args[6] .. other
     local known = call('HGET', N .. 'reapers', field)
     local till, more, sharers = 0, 0, 0.5
@@ -114,7 +114,7 @@ plain('beat', function(N, args)
   return answer
 end)
 
--- unlist(process): it has left nothing behind. With the last one goes all that is known of them.
+-- unlist(process): the process has left nothing behind. With the last one all data about processes goes.
 plain('unlist', function(N, args)
   call('HDEL', N .. 'listings', args[1])
   call('HDEL', N .. 'cards', args[1])
@@ -138,7 +138,7 @@ read('processes', function(N)
   return call('ZRANGE', N .. 'processes', 0, -1)
 end)
 
--- cards(process, ...): where they run, as they were listed, or ''
+-- cards(process, ...): where the processes run, as they said when they were listed, or ''
 read('cards', function(N, args)
   local answer = {}
   for j, pid in ipairs(args) do
@@ -147,8 +147,8 @@ read('cards', function(N, args)
   return answer
 end)
 
--- open(process, partitions): make the lane, unless it is there. Nothing else makes lanes, so a call of
--- a lane that was closed, or was lost, is refused.
+-- open(process, partitions): make the lane, unless it exists. No other function makes lanes, so a call
+-- of a lane that was closed, or was lost, is refused.
 -- answers { number of the lane, partitions }; the number is '' if the process was fenced here
 plain('open', function(T, args)
   local lane = T .. 'lane:' .. args[1]
@@ -170,7 +170,7 @@ plain('open', function(T, args)
   return { number, tonumber(partitions) }
 end)
 
--- fence(process): nothing of this id is carried out here any more.
+-- fence(process): no call of this id is carried out here any more.
 -- answers { sequence or -1 if nothing is known of the lane, answers, digest, number of the lane }
 plain('fence', function(T, args)
   local lane = T .. 'lane:' .. args[1]
@@ -180,8 +180,8 @@ plain('fence', function(T, args)
   return { sequence or -1, answers or '', digest or '', number or '' }
 end)
 
--- verify(process, before ms, page): what the server knows of a lane, the class queues that wait, and
--- some of the batches and locks that it says are the process's since before then.
+-- verify(process, before ms, page): the server's view of a lane, the class queues that wait, and some of
+-- the batches and locks that the process has had since before then.
 -- answers { sequence or -1, number, stamp, 1 if fenced, { queue, ... }, { resource, token, ... },
 --           { resource, ... }, { resource that it neither holds nor waits for, ... } }
 read('verify', function(T, args)
@@ -198,7 +198,7 @@ read('verify', function(T, args)
     end
   end
   local locks = call('ZRANGEBYSCORE', registry, fmt(-args[2]), '(0', 'LIMIT', at, size)
-  -- Somebody may have deleted a lock's key by hand.
+  -- An operator may have deleted a lock's key by hand.
   local gone = {}
   for _, resource in ipairs(locks) do
     local holder = redis.pcall('HGET', T .. 'lock:' .. resource, 'holder')
@@ -216,8 +216,8 @@ read('survey', function(T)
   return call('SMEMBERS', T .. 'lanes')
 end)
 
--- rights(command, ...): which commands of the steps, and of these, the caller's user may not run. One
--- that is forbidden in the middle of a step would leave it half done: Redis does not roll back.
+-- rights(command, ...): the commands, of the steps and of these arguments, that the caller's user may not
+-- run. A command that is refused inside a step would leave it half done: Redis does not roll back.
 read('rights', function(T, args)
   local key, missing = T .. 'rights', {}
   for _, commands in ipairs({ COMMANDS, args }) do

@@ -1,7 +1,7 @@
 -- Taking over a dead process's locks, memberships and batches in a partition.
 
--- Nothing of this process is carried out here any more. A lane that was never used, or is not there,
--- needs no marker: nothing but `open` makes one, under another number.
+-- Refuse all calls of a process from now on. A lane that was never used, or does not exist, needs no
+-- marker: only `open` makes one, under another number.
 local function fence(T, pid)
   local lane = T .. 'lane:' .. pid
   local state, fenced, _, sequence = lane_of(lane)
@@ -10,14 +10,14 @@ local function fence(T, pid)
   elseif state then
     if not fenced then
       call('HSET', lane, 'fenced', state)
-      call('HDEL', lane, 'state') -- so no call finds it as it expects it
+      call('HDEL', lane, 'state') -- so no call finds the state that it expects
     end
     call('PEXPIRE', lane, WEEK_MS)
   end
 end
 
--- Take one resource over. died: it is a process that died, not a class queue. Answers whether there is
--- something to execute, which is left.
+-- Take one resource over. died: true for a dead process, false for a class queue. Answers true if there
+-- is a batch to execute, and it is left.
 local function reap_one(c, resource, dead, recovers, died, out)
   local T, registry = c.T, c.T .. 'registry:' .. dead
   local members, running = T .. 'members:' .. resource, T .. 'running:' .. resource
@@ -103,10 +103,10 @@ local function reap_one(c, resource, dead, recovers, died, out)
 end
 
 -- reap(dead process or class queue, most resources, 1 if the caller executes batches): fence the dead
--- one's lane, then take its resources over: locks first, then memberships, then batches. Survivors
--- share the work by calling it side by side. What the caller does not execute is marked as left, so
--- that it is not looked at again and again; what cannot be reaped is marked, and does not block
--- those behind it.
+-- process's lane, then take its resources over: locks first, then memberships, then batches. Survivors
+-- share the work by calling it at the same time. A resource that the caller leaves because it executes
+-- no batches is marked, so that it is not read again each time; one that cannot be reaped is marked too,
+-- and does not block those behind it.
 -- answers { REAPED, left for the caller, left in all, { resource, token, ms until due, ... },
 --           { resource, error, ... }, resources taken over }
 operation(REAP, 4, function(c, o, i)
@@ -145,8 +145,8 @@ operation(REAP, 4, function(c, o, i)
   return { REAPED, call('ZCOUNT', registry, '-inf', upto), all, out, wrong, taken }
 end)
 
--- close(): the process stops. Its last operation, alone in its call. The lane goes if the process is
--- responsible for nothing any more. answers CLOSED | { LEFT_OVER, resources }
+-- close(): the last operation of a process that stops, alone in its call. The lane is deleted if the
+-- process is responsible for nothing any more. answers CLOSED | { LEFT_OVER, resources }
 operation(CLOSE, 1, function(c)
   local left = call('ZCARD', c.T .. 'registry:' .. c.pid)
   if left > 0 then

@@ -6,9 +6,9 @@ TYPES.source = 'hash'
 -- Ids are kept in sets by time, each for half of the window, so that a whole set expires at once.
 local SHARES = 2
 
--- claim(source, epoch or 0, position or ''): become the one reader of an ordered source here.
--- Epoch 0 asks for a new one; the others are told that number, so that all claims have one order.
--- A position moves the source there; '' keeps it.
+-- claim(source, epoch or 0, position or ''): become the only reader of an ordered source here.
+-- Epoch 0 asks for a new epoch, which the caller names in the other partitions, so that all claims have
+-- one order. A position moves the source there; '' keeps it.
 -- answers { CLAIMED, epoch, position } | { REFUSED, epoch of the later claim, position }
 operation(CLAIM, 4, function(c, o, i)
   local source, epoch, position = c.T .. 'source:' .. o[i + 1], o[i + 2], o[i + 3]
@@ -40,8 +40,8 @@ operation(DROP_SOURCE, 3, function(c, o, i)
   return { CLAIMED, epoch, '' }
 end)
 
--- Put a partial aside whose resource has a key of a foreign type. The message that it came from is
--- taken all the same: to refuse it would hold up all that come behind it.
+-- Put a partial aside whose resource has a key of a foreign type. Its message counts as taken all the
+-- same: refusing it would hold up all messages behind it.
 local function put_aside(c, resource, partial, problem)
   local T, token = c.T, next_token(c)
   local text = text_of(problem, T, { resource })
@@ -87,9 +87,9 @@ local function append_all(c, items)
   return { INGESTED, many, wrong }
 end
 
--- ingest(source, epoch, position, next position, items): append what an ordered source brought from
--- one position to the next, if it stands at the first, and nobody has claimed it since. The one that
--- comes behind a refused one is refused as well, so nothing is ever passed over.
+-- ingest(source, epoch, position, next position, items): append the items of an ordered source from one
+-- position to the next, if the source is at the first position and has not been claimed since. After a
+-- refused ingest the next one is refused as well, so no message is ever skipped.
 -- answers as append_all | { REFUSED, epoch, position }, and nothing is stored
 operation(INGEST, 6, function(c, o, i)
   local source = c.T .. 'source:' .. o[i + 1]
@@ -103,8 +103,8 @@ operation(INGEST, 6, function(c, o, i)
   return append_all(c, o[i + 5])
 end)
 
--- ingest new(scope, window ms, ids, items): append what messages with these ids brought, unless one
--- of them was stored before. Partials may be merged from several messages, so it is all or none.
+-- ingest new(scope, window ms, ids, items): append the items of messages with these ids, unless one of
+-- them was stored before. A partial may be merged from several messages, so it is all or none.
 -- answers as append_all | { SEEN, ids that were stored before }, and nothing is stored
 operation(INGEST_NEW, 5, function(c, o, i)
   local ids = o[i + 3]
@@ -112,7 +112,7 @@ operation(INGEST_NEW, 5, function(c, o, i)
   local latest = math.floor(now_ms(c) / share)
   local prefix = c.T .. 'ids:' .. fmt(share) .. '.'
   local seen = {}
-  -- Also the next one: a server that has taken over may have a clock that is behind.
+  -- Look into the next share too: a replica that was promoted may have a clock that is behind.
   for n = latest - SHARES, latest + 1 do
     local set = prefix .. fmt(n) .. ':' .. o[i + 1]
     if call('EXISTS', set) == 1 then

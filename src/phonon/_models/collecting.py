@@ -20,11 +20,11 @@ from phonon.settings import check_seconds, check_whole
 P = ParamSpec("P")
 M = TypeVar("M")
 
-#: Rows that are stored together, where no batch is open.
+#: Number of rows that are stored together if no batch is open.
 TOGETHER = 10_000
 #: Partials read at a time.
 _PAGE = 1000
-#: The most attempts to read data that changes meanwhile.
+#: The most attempts to read data that other processes change meanwhile.
 _ATTEMPTS = 5
 
 
@@ -33,7 +33,7 @@ class Rejected(NamedTuple):
 
     Attributes:
         row: Its number, from 0.
-        error: Why.
+        error: The reason.
     """
 
     row: int
@@ -41,7 +41,7 @@ class Rejected(NamedTuple):
 
 
 class Limits:
-    """When the sessions of a collection's records end: a part of the cache that has them.
+    """Decides when the sessions of a collection's records end; a part of its cache.
 
     Attributes:
         idle: Seconds without a message after which this process leaves the session; None: never.
@@ -54,9 +54,9 @@ class Limits:
     _entries: Any
 
     def _make_room(self) -> None:
-        """Move records that were used since they came to the end, as a clock does.
+        """Move records that were used since their last move to the end, as a clock does.
 
-        To move one at each message would cost as much as to merge it.
+        Moving a record with each message would cost as much as the merge.
         """
         entries = self._entries
         for _ in range(len(entries)):
@@ -82,13 +82,13 @@ class Limits:
             return 0.0
         if self.longest is None:
             return math.inf
-        # A bound is a bound: these end before it.
+        # Nothing may exceed these bounds, so the spread ends sessions before them.
         part = 1 - SPREAD * share(record.resource_id)
         return float(record._begun_ + self.longest * part)
 
     def _is_over(self, record: Any, now: float) -> bool:
         if self._ends_by(record) <= now:
-            record.is_due = True  # whoever else may hold the resource
+            record.is_due = True  # even if other processes hold the resource
             return True
         return self._idle_at(record) <= now
 
@@ -99,11 +99,11 @@ class BaseCollection(Generic[P, M]):
     Args:
         process: The process.
         model: The model.
-        max_entries: The number of keys to keep here at the most.
+        max_entries: The number of keys to keep in this process at the most.
         idle: Seconds without a message after which the session ends here; None: it does not.
         longest: Seconds after which the session ends although messages keep coming.
-        largest: The number of messages from this process after which it does.
-        ignore_unknown: Whether a message's fields that the model does not have are passed over.
+        largest: The number of messages from this process after which it ends.
+        ignore_unknown: Whether to ignore a message's fields that the model does not have.
         sink: The sink of the model's records, in place of its ``on_complete``.
     """
 
@@ -144,7 +144,7 @@ class BaseCollection(Generic[P, M]):
         self._build()
 
     def _check_model(self, sink: Any) -> None:
-        from phonon.model import Model  # noqa: PLC0415 - it makes records, which are collected here
+        from phonon.model import Model  # noqa: PLC0415 - phonon.model imports this module
 
         model = self.model
         if not isinstance(model, type) or not issubclass(model, Model):
@@ -167,7 +167,7 @@ class BaseCollection(Generic[P, M]):
         return f"<phonon.{type(self).__name__} of {name}: {len(cache)} of {cache.max_entries} keys>"
 
     def size(self) -> int:
-        """Return the number of keys that are here."""
+        """Return the number of keys in this process."""
         return len(self._cache)
 
     def __len__(self) -> int:
@@ -179,7 +179,7 @@ class BaseCollection(Generic[P, M]):
     def get(self, key: Any) -> M | None:
         """Return a key's data that is not on the server yet, as a record; None if there is none.
 
-        Inside a batch it is the data of the batch. The call does not count as a message.
+        Inside a batch this is the batch's data. The call does not count as a message.
         """
         cache = self._cache
         with cache._lock:  # noqa: SLF001 - a cache of ours
@@ -227,7 +227,7 @@ class BaseCollection(Generic[P, M]):
             self._lock_folds(_filled(_PUT, parts), namespace)
 
     def _lock_folds(self, template: str, namespace: Mapping[str, Any]) -> None:
-        """Have the compiled functions run under the lock. Nothing is waited for under it."""
+        """Make the compiled functions run under the lock, which is never held across a wait."""
         cache, put_rows = self._cache, self._fold_rows
         own: dict[str, Any] = {"_finish": lambda *rest: rest, "_wait_for_room": lambda: None}
         put = self._compiled.build("add", template, {**namespace, **own})
@@ -245,19 +245,19 @@ class BaseCollection(Generic[P, M]):
 
         self._fold_one, self._fold_rows = add, add_rows
 
-    # What compiled code calls now and then
+    # Called by compiled code, not for each message
 
     def _ready(self, key: Any, batch: Any, target: Any) -> ModelRecord | None:
-        """Have the record of a key take a message.
+        """Make the record of a key ready for a message.
 
         Args:
-            key: The message's.
+            key: The message's key.
             batch: The open batch of this thread or task, if there is one.
-            target: The same if it stores what it gathers.
+            target: The same batch if it is durable; else None.
 
         Returns:
-            None: it is in the collection, unless it has left that meanwhile. Else a record that
-            only this message goes to.
+            None if the collection has the record, unless it has left meanwhile. Otherwise a record
+            for this message alone.
         """
         alone = None
         with self._cache._lock:  # noqa: SLF001 - a cache of ours
@@ -269,8 +269,8 @@ class BaseCollection(Generic[P, M]):
                     record._is_left_to_others_(self._engine, init_cache=False)
             theirs = record._batch_
             if theirs is not None and theirs is not target and theirs.is_open:
-                # Another thread's batch is storing it. Its end says nothing to our caller, who is
-                # to know that all is stored: this message is stored by itself.
+                # Another thread's batch stores the record. Our caller does not hear of that batch's
+                # end but must know when all is stored, so this message is stored by itself.
                 alone = self._new(key)
                 if target is None and batch is not None:
                     theirs.put_aside(record, alone)
@@ -280,7 +280,7 @@ class BaseCollection(Generic[P, M]):
                 target.add(record)
                 record._unsent_ = True
             elif alone is None:
-                record._batch_ = None  # one that is being closed
+                record._batch_ = None  # a batch that is being closed
         return alone
 
     def _passes_over(self, batch: Any, key: Any) -> bool:
@@ -351,7 +351,7 @@ class BaseCollection(Generic[P, M]):
             while piece and len(partials) % _PAGE == 0:
                 piece = yield from page(len(partials))
                 partials += piece
-            # Others merge them now and then, or take them all, in between.
+            # Other processes may merge the partials, or take them all, in between.
             if len(partials) == len(first) or (yield from page(0)) == first:
                 break
         return partials
@@ -369,7 +369,7 @@ class BaseCollection(Generic[P, M]):
         raise NotImplementedError
 
     def _folded_record(self, record: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Fold a record of the user's that shows one message; its ``on_complete`` has arguments."""
+        """Fold a user's record of one message, whose ``on_complete`` is given arguments."""
         message = mapping_of(record)
         if message is None:
             raise self._compiled.no_mapping(record)
@@ -386,7 +386,7 @@ class BaseCollection(Generic[P, M]):
         return rows_of(table, self._compiled, ignore_unknown=self.ignore_unknown)
 
     def _put_table(self, rows: Rows) -> list[tuple[Hashable, Any]]:
-        """Merge a table in the open batch. Returns what has left the collection."""
+        """Merge a table in the open batch. Return the entries that have left the collection."""
         batch = self._engine.batch
         target = batch if batch is not None and batch.durable else None
         if not rows.table.num_rows:
@@ -401,7 +401,7 @@ class BaseCollection(Generic[P, M]):
         return left
 
     def _records(self, keys: Sequence[Any], batch: Any, target: Any) -> dict[Any, ModelRecord]:
-        """Return the records of keys, which have had a message now."""
+        """Return the records of keys, and mark them as used."""
         entries, now = self._cache._entries, time.monotonic()  # noqa: SLF001 - a cache of ours
         records: dict[Any, ModelRecord] = {}
         for key in keys:
@@ -415,7 +415,7 @@ class BaseCollection(Generic[P, M]):
 
     @property
     def engine(self) -> Engine:
-        """The process's parts; nothing of them is public."""
+        """The process's parts, which are private."""
         return self._engine
 
     def _pieces(self, rows: Iterable[Any], size: int) -> Iterable[tuple[int, list[Any]]]:
@@ -425,10 +425,10 @@ class BaseCollection(Generic[P, M]):
             first += len(piece)
 
     def _check_rows(self, rows: Any) -> None:
-        """Refuse one message in place of many: its fields are none.
+        """Refuse a single message in place of many.
 
         Raises:
-            ConfigurationError: It is one.
+            ConfigurationError: The argument is a single message.
         """
         if isinstance(rows, str | bytes) or mapping_of(rows) is not None:
             raise ConfigurationError(
@@ -438,7 +438,7 @@ class BaseCollection(Generic[P, M]):
     def _put_rows(
         self, rows: Iterable[Any], first: int, rejected: list[Rejected]
     ) -> list[tuple[Hashable, Any]]:
-        """Merge rows in the open batch. Returns what has left the collection."""
+        """Merge rows in the open batch. Return the entries that have left the collection."""
         batch = self._engine.batch
         target = batch if batch is not None and batch.durable else None
         refused = len(rejected)
@@ -457,12 +457,12 @@ def _any(model: Any) -> Any:
     return model
 
 
-#: What is compiled needs no lock then; see `phonon._models.field.FoldCode`.
+#: With the GIL compiled functions need no lock; see `phonon._models.field.FoldCode`.
 _HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:
-    """Return a template with lines in the place of marks; a line with an empty one goes."""
+    """Return a template with its marks replaced by lines; an empty part removes its line."""
     lines: list[str] = []
     for line in template.splitlines():
         mark = next((mark for mark in parts if mark in line), None)
@@ -475,7 +475,7 @@ def _filled(template: str, parts: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-#: The search for the record that a message goes into, and what is prepared for it.
+#: Finds the record for a message, and prepares the fold.
 _FIND = """\
 while True:
     try:

@@ -1,7 +1,7 @@
 """Tables: rows that are grouped and reduced column-wise, one merge a key.
 
-They are reduced when somebody looks at one of their records or sends it, not when they come: that
-is faster by far than to make Python's objects of each table, which the next one's meet.
+Tables are reduced when one of their records is read or sent, not when they arrive. That is much
+faster than making Python objects of each table and merging them with those of the next.
 """
 
 import itertools
@@ -12,9 +12,9 @@ from phonon._models.compiled import Compiled
 from phonon._models.field import Field
 from phonon.errors import ConfigurationError, InvalidMessageError
 
-#: No sum of so many numbers of that size leaves 64 bits, in which Arrow adds up.
+#: Sums below this bound fit into 64 bits, in which Arrow adds up.
 _MOST_SUM = 2**63
-#: Rows of so many bytes are reduced although nobody looks at them.
+#: Tables of so many bytes are reduced even if none of their records is read.
 MOST_BYTES = 64 * 1024 * 1024
 
 
@@ -22,10 +22,10 @@ class Rows(NamedTuple):
     """A table whose rows a model takes.
 
     Attributes:
-        table: An Arrow table with columns of the types that are reduced; None if some cannot be.
-        rejected: The rows that the model does not take, by number, and why.
-        rows: All rows as dicts, where the table cannot be reduced.
-        most: For each column that is added up, the most that its sums can come to.
+        table: An Arrow table whose columns can be reduced; None if one of them cannot.
+        rejected: The rows that the model refuses, with numbers and reasons.
+        rows: All rows as dicts, if the table cannot be reduced.
+        most: For each column that is added up, a bound of its sums.
     """
 
     table: Any
@@ -41,11 +41,11 @@ def rows_of(table: Any, compiled: Compiled, *, ignore_unknown: bool) -> Rows:
         table: A polars or pandas frame, an Arrow table or record batch, or anything else with the
             Arrow PyCapsule interface.
         compiled: The model's code.
-        ignore_unknown: Whether columns that the model does not have are passed over.
+        ignore_unknown: Whether to ignore columns that the model does not have.
 
     Raises:
-        ConfigurationError: pyarrow is not installed, or this is no table.
-        InvalidMessageError: There is no column for the ID, or one that the model does not have.
+        ConfigurationError: pyarrow is not installed, or this is not a table.
+        InvalidMessageError: The ID has no column, or the model does not have a column's field.
     """
     arrow = _arrow()
     table = _table(table, arrow)
@@ -110,7 +110,7 @@ _INTEGER = int | float
 
 
 def _column(field: Field[Any, Any], column: Any, arrow: Any) -> Any:
-    """Return a column as it is reduced; None if it cannot be, with the same result."""
+    """Return a column in the type for reducing; None if reducing would change the result."""
     if field.kind not in _AGGREGATES and field.kind != "id":
         return None
     target = _target(field, column.type, arrow)
@@ -118,18 +118,18 @@ def _column(field: Field[Any, Any], column: Any, arrow: Any) -> Any:
         return None
     try:
         return column if column.type == target else column.cast(target)
-    except arrow.ArrowInvalid:  # an unsigned integer beyond them, or too much text for a chunk
+    except arrow.ArrowInvalid:  # an unsigned integer above 64 bits, or too much text for a chunk
         return None
 
 
 def _target(field: Field[Any, Any], given: Any, arrow: Any) -> Any:
-    """Return the type in which a column is reduced; None if its values are not the field's."""
+    """Return the type in which a column is reduced; None if the field takes no such values."""
     kind, types = field.value_type, arrow.types
     if types.is_dictionary(given):
         given = given.value_type
     is_text = types.is_string(given) or types.is_large_string(given) or types.is_string_view(given)
     if kind is str and is_text and field.kind not in _ORDERED:
-        return arrow.string()  # its large sister is grouped at a fifth of the speed
+        return arrow.string()  # large_string is grouped at a fifth of the speed
     if (kind is int or (field.kind in _ADDED and kind == _INTEGER)) and types.is_integer(given):
         return arrow.int64()
     if kind is bool and types.is_boolean(given):
@@ -145,7 +145,7 @@ def _largest(column: Any, arrow: Any) -> int:
     return max(abs(bounds["min"] or 0), abs(bounds["max"] or 0), 1)
 
 
-#: What Arrow calls a field's merge.
+#: Arrow's names of the fields' merges.
 _AGGREGATES = {
     "sum": "sum",
     "diff": "sum",
@@ -163,14 +163,14 @@ _ORDERED = frozenset({"min", "max", "timestamp"})
 
 
 def reduce(tables: Sequence[Any], compiled: Compiled) -> dict[str, list[Any]]:
-    """Group tables by the ID, and reduce each column as its field merges.
+    """Group tables by the ID, and reduce each column like its field merges.
 
     Args:
-        tables: Those of `rows_of`.
+        tables: The tables of `rows_of`.
         compiled: The model's code.
 
     Returns:
-        The values by field: the IDs, and what is folded of each other field; None of no value.
+        The values by field: the IDs, and the values to fold of each other field; None is no value.
     """
     arrow = _arrow()
     pc = arrow.compute
@@ -192,7 +192,7 @@ def reduce(tables: Sequence[Any], compiled: Compiled) -> dict[str, list[Any]]:
 
 
 def _counted(table: Any, name: str, arrow: Any) -> Any:
-    """Return a table with a column that says how many messages each row stands for."""
+    """Return a table with a column of the number of messages that each row stands for."""
     if name not in table.column_names:
         return table.append_column(name, arrow.repeat(1, table.num_rows))
     filled = arrow.compute.fill_null(table[name], 1)
@@ -200,7 +200,7 @@ def _counted(table: Any, name: str, arrow: Any) -> Any:
 
 
 def _contributions(field: Field[Any, Any], column: Any) -> list[Any]:
-    """Return what is folded of a column that was reduced; None of no value."""
+    """Return the values to fold of a column that was reduced; None is no value."""
     kind = _AGGREGATES[field.kind]
     if kind == "list":
         lists = _lists(column)
@@ -215,7 +215,7 @@ def _contributions(field: Field[Any, Any], column: Any) -> list[Any]:
 
 
 def _lists(column: Any) -> Iterator[list[Any]]:
-    """Return the lists that a column has."""
+    """Return the lists of a column."""
     for chunk in column.chunks:
         values = _values(chunk.values)
         for begin, end in itertools.pairwise(_values(chunk.offsets)):
@@ -225,7 +225,7 @@ def _lists(column: Any) -> Iterator[list[Any]]:
 def _values(column: Any) -> list[Any]:
     """Return the values of a column of one of the types that are reduced.
 
-    Arrow's own way makes an object of its own of each of them, on the way to Python's.
+    Arrow's own method makes an Arrow object of each value before it makes the Python object.
     """
     chunks = getattr(column, "chunks", None)
     if chunks is not None:
@@ -244,14 +244,14 @@ def _values(column: Any) -> list[Any]:
     return values
 
 
-#: What Python calls the types of numbers.
+#: The type codes of numbers in Python's `struct` module.
 _CODES = {"int64": "q", "int32": "i", "double": "d"}
 
 
 def _without_wrong_rows(
     table: Any, compiled: Compiled, arrow: Any
 ) -> tuple[Any, list[tuple[int, InvalidMessageError]]]:
-    """Return a table without the rows that the model does not take, and these rows."""
+    """Return a table without the rows that the model refuses, and these rows."""
     pc = arrow.compute
     masks = []
     for name, column in zip(table.column_names, table.columns, strict=True):

@@ -55,13 +55,13 @@ class Compiled:
             "_zip": zip,
             "_EMPTY": EMPTY,
             "_names": frozenset(self.fields),
-            # Each fold adds 1, and there are not so many.
+            # Far apart: each fold adds 1 to a record's version.
             "_next_version": itertools.count(0, 2**40).__next__,
         }
         for name, field in self.fields.items():
             check = field.check_stamped if field.is_stamped and self._stamp else field.check
             self._namespace[f"_check_{name}"] = self._checker(field, check)
-            # What the fields' lines call
+            # Methods that the fields' lines call
             for function in ("fold", "sums", "better", "changed", "tidy"):
                 if hasattr(field, function):
                     self._namespace[f"_{function}_{name}"] = getattr(field, function)
@@ -75,13 +75,13 @@ class Compiled:
         self._states: Any = type("_States", (), {"__slots__": self.slots})
         self._settlers: dict[tuple[str, ...], Any] = {}
         self._fold = self.build("fold", FOLD)
-        #: Moves the states out of a record, into its ``moved_``; no handler comes in between.
+        #: Moves the states of a record into its ``moved_``, which no signal handler can interrupt.
         self.move: Callable[[Any], None] = self.build("move", _MOVE)
         #: Returns whether a record has a state.
         self.has_states: Callable[[Any], bool] = self.build("has_states", _HAS)
         #: Returns the doc of a record.
         self.doc_of: Callable[[Any], dict[str, Any]] = self.build("doc_of", _DOC)
-        #: Has a record have the states of a doc.
+        #: Gives a record the states of a doc.
         self.fill: Callable[[Any, Mapping[str, Any]], None] = self.build("fill", _FILL)
 
     # Docs: the states of a record's fields, by name
@@ -102,7 +102,7 @@ class Compiled:
             doc[name] = state if mine is None else fields[name].merge(mine, state)
 
     def knows(self, doc: Any) -> bool:
-        """Return whether something decoded is a doc of this model's fields, whatever is in them."""
+        """Return whether a decoded value is a doc with this model's fields, of any content."""
         return type(doc) is dict and doc.keys() <= self._names
 
     def seal(self, doc: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class Compiled:
                 doc[name] = self.fields[name].seal(doc[name])
 
     def fault_of(self, doc: Any) -> str:
-        """Return the fault of a decoded doc; empty if it is one of this model's."""
+        """Return the fault of a decoded doc; empty if it is valid."""
         if type(doc) is not dict:
             return "its fields are no dict"
         for name, state in doc.items():
@@ -168,7 +168,7 @@ class Compiled:
         )
 
     def no_mapping(self, row: Any) -> InvalidMessageError:
-        """Return the error for a message of which nothing is known."""
+        """Return the error for a message of an unknown type."""
         return InvalidMessageError(
             f"{self.model} takes messages that are dicts, dataclasses, msgspec structs or pydantic "
             f"models, not {_shown(row)}",
@@ -195,12 +195,12 @@ class Compiled:
             "        raise _missing()",
             f"    {name} = _check_{name}({name})",
         ]
-        # The time stamp first: others are given it.
+        # The time stamp first: the checks of other fields use it.
         fields = sorted(self.others, key=lambda field: field.kind != "timestamp")
         for field in fields:
             code = field.check_code(self._stamp)
             if len(code) == 2 and code[0].startswith("if ") and code[0].endswith(":"):  # noqa: PLR2004
-                # The usual type is never None: one test less
+                # A value of the usual type is not None: this saves a test
                 lines += [
                     code[0],
                     f"    if {field.name} is not None:",
@@ -211,7 +211,7 @@ class Compiled:
         return lines
 
     def before_lines(self) -> list[str]:
-        """Return the lines that look at checked values before they are folded."""
+        """Return the lines that examine checked values before they are folded."""
         return [line for code in self._folds.values() for line in code.before]
 
     def prepare_lines(self) -> list[str]:
@@ -254,7 +254,7 @@ class Compiled:
         return lines
 
     def move_lines(self) -> list[str]:
-        """Return the lines that make a doc of the states of ``_record``, and empty that."""
+        """Return the lines that move the states of ``_record`` into a doc."""
         lines: list[str] = []
         for field in self.others:
             state = f"_record.{field.slot}"
@@ -266,7 +266,7 @@ class Compiled:
         return lines
 
     def fill_lines(self) -> list[str]:
-        """Return the lines that have ``_record`` have the states of ``_doc``, all at once."""
+        """Return the lines that give ``_record`` the states of ``_doc``, all at once."""
         names = [field.name for field in self.others]
         return [
             *(f"_new_{name} = _get({name!r})" for name in names),
@@ -275,11 +275,11 @@ class Compiled:
         ]
 
     def settle(self, columns: Mapping[str, Sequence[Any]], records: Mapping[Any, Any]) -> None:
-        """Fold columns into records, each of which has a row, unless it has had it already.
+        """Fold the rows of columns into their records, unless a record has its row already.
 
         Args:
-            columns: The values by field, the IDs among them.
-            records: The records by ID. Those without an ``aside_`` have had theirs.
+            columns: The values by field, with the IDs.
+            records: The records by ID. A record without an ``aside_`` has its row already.
         """
         names = tuple(columns)
         settle = self._settlers.get(names)
@@ -348,7 +348,7 @@ class Compiled:
         """
         source = self.source(template)
         file = f"<{name} of {self.model}>"
-        # So that a traceback shows the line
+        # For tracebacks, which then show the line
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
         everything = {**self._namespace, **namespace}
         exec(compile(source, file, "exec"), everything)  # noqa: S102 - the fields' own code
@@ -419,5 +419,5 @@ def _shown(value: Any) -> str:
     return f"{shortened} ({type(value).__name__})"
 
 
-#: As much of a value as a message shows.
+#: Characters of a value that an error shows.
 _LONGEST = 100

@@ -1,9 +1,9 @@
-"""Exact sums, so that it makes no difference in which order numbers are added up.
+"""Exact sums, so that the order in which numbers are added up makes no difference.
 
 Floats do not add up associatively: 0.1 + 0.2 + 0.3 depends on the brackets. A sum is kept as the
 nearest float, the float nearest to the rest, and so on (a floating-point expansion, J. R. Shewchuk
-1997), of which `math.fsum` yields the first term, correctly rounded. The
-terms depend on the exact sum only.
+1997), of which `math.fsum` yields the first term, correctly rounded. The terms depend on the exact
+sum only.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-#: Numbers that are added up together: the time of an fsum is spread over so many messages.
+#: Number of floats that are added up together, which spreads the time of an fsum over messages.
 BUFFER = 64
 #: Digits of an exact sum of Decimals within the range of decimal128; more would be an error.
 _DECIMAL = decimal.Context(
@@ -22,13 +22,13 @@ _DECIMAL = decimal.Context(
 #: Integers up to here are floats without loss.
 _WHOLE = 2**53
 
-#: A sum: of integers an int, and if there are floats as well, the int and the floats' expansion.
-#: Terms that were not added up yet may come behind it.
+#: A sum: an int, or with floats a list of the int and the floats' expansion. Terms that were not
+#: added up yet may follow in the list.
 Total = int | list[Any]
 
 
 def add(total: Total, value: float) -> Total:
-    """Add a number to a sum, which is used up."""
+    """Add a number to a sum, and return it. The argument may be changed."""
     if type(total) is not list:
         return total + value if type(value) is int else [total, value]  # type: ignore[operator]  # an int
     if type(value) is int:
@@ -41,7 +41,7 @@ def add(total: Total, value: float) -> Total:
 
 
 def merge(one: Total, other: Total) -> Total:
-    """Add two sums, which are used up."""
+    """Add two sums. Both arguments may be changed."""
     if type(other) is not list:
         return add(one, other)  # type: ignore[arg-type]  # an int
     if type(one) is not list:
@@ -59,7 +59,7 @@ def shorten(total: list[Any]) -> None:
     terms: list[float] = total[1:]
     expansion: list[float] = []
     try:
-        # Each round takes 53 bits off what is left, so that there are 40 of them at the most.
+        # Each round takes 53 bits off the rest, so that there are at most 40 rounds.
         while rest := math.fsum((*terms, *(-term for term in expansion))):
             expansion.append(rest)
     except OverflowError:  # beyond what a float can hold, so the terms stay as they are
@@ -68,7 +68,7 @@ def shorten(total: list[Any]) -> None:
 
 
 def sealed(total: Total) -> Total:
-    """Return a sum in the one form that it has."""
+    """Return a sum in its canonical form."""
     if type(total) is not list:
         return total
     shorten(total)
@@ -86,7 +86,7 @@ def number(total: Total) -> int | float:
 
 
 def nearest(value: Fraction) -> float:
-    """Return the float that is nearest; beyond all of them, infinity."""
+    """Return the nearest float, or infinity if the value is beyond all floats."""
     try:
         return float(value)
     except OverflowError:
@@ -106,15 +106,15 @@ def is_total(state: Any) -> bool:
 
 
 def add_decimals(one: Decimal, other: Decimal) -> Decimal:
-    """Return the exact sum of two Decimals, whatever the thread's context rounds to."""
+    """Return the exact sum of two Decimals, independent of the thread's context."""
     return _DECIMAL.add(one, other)
 
 
-# Squares: of a float they are no float, but an integer times a power of two
+# Squares: the exact square of a float is an integer times a power of two
 
 
 def square(value: float) -> tuple[int, int]:
-    """Return the exact square of a number: an integer, and by how many bits to shift it right."""
+    """Return the exact square of a number: an integer, and the bits to shift it right by."""
     numerator, denominator = value.as_integer_ratio()
     return numerator * numerator, 2 * (denominator.bit_length() - 1)
 
@@ -136,7 +136,7 @@ def fraction(shifted: tuple[int, int]) -> Fraction:
 
 
 def fraction_of(total: Total) -> Fraction:
-    """Return a sum, exactly."""
+    """Return a sum as an exact fraction."""
     if type(total) is not list:
         return Fraction(total)  # type: ignore[arg-type]  # an int
     return sum(map(Fraction, total[1:]), Fraction(total[0]))

@@ -15,14 +15,14 @@ class FoldCode(NamedTuple):
     """The lines that fold a checked value into a record's state.
 
     Attributes:
-        commit: They change the state, and call nothing. CPython runs signal handlers, and lets
-            other threads run, behind calls and at the end of a loop's round. So all states of a
-            message change at once, whatever a handler does: raise, or merge a message itself.
-        prepare: They may call anything, and change nothing. They run again if the state has changed
-            meanwhile.
-        before: They may call anything, and look at nothing but the value.
-        most: A state of more elements is brought into a shorter form, by the field's ``tidy``,
-            which replaces it unless it has changed meanwhile; 0: none is.
+        commit: Lines that change the state, and call nothing. CPython runs signal handlers, and
+            other threads, only after calls and at the end of a loop's round. So all states of a
+            message change at once, even if a handler raises or merges a message itself.
+        prepare: Lines that may call anything, and change nothing. They run again if the state has
+            changed meanwhile.
+        before: Lines that may call anything, and read only the value.
+        most: The field's ``tidy`` shortens a state of more elements than this. Its result is
+            dropped if the state has changed meanwhile. 0: never.
     """
 
     commit: list[str]
@@ -32,12 +32,12 @@ class FoldCode(NamedTuple):
 
 
 def set_or(state: str, first: str, change: str) -> list[str]:
-    """Return the lines that set a state that there is not yet, or change the one that is there.
+    """Return the lines that set a state if it is None, and change it otherwise.
 
     Args:
-        state: Where it is.
-        first: What it is at first.
-        change: Operator and operand: how the one that is there changes in place.
+        state: The expression of the state.
+        first: The expression of the first state.
+        change: Operator and operand that change a state in place.
     """
     return [f"if {state} is None:", f"    {state} = {first}", "else:", f"    {state} {change}"]
 
@@ -46,8 +46,8 @@ class Field(Generic[R, W]):
     """A field of a model: the state of its values, and how two states are merged.
 
     A field's state is plain data that can be stored. A record without a state of a field has had no
-    value for it, which is equivalent to `zero`. Merging is associative and
-    commutative, so that it makes no difference where values meet, and in which order.
+    value for it, which is equivalent to `zero`. Merging is associative and commutative, so that
+    values may be merged anywhere and in any order.
 
     Args:
         data_type: The type of the values, where no annotation says it.
@@ -60,11 +60,11 @@ class Field(Generic[R, W]):
     """
 
     kind: ClassVar[str] = ""
-    #: Whether its values go by the time stamp of the message.
+    #: Whether its values are ordered by the time stamp of the message.
     is_stamped: ClassVar[bool] = False
-    #: The value of a message that has none for the field; None: none.
+    #: The value of a message without a value for the field; None for no value.
     default: ClassVar[Any] = None
-    #: In which containers a record shows its values; (): it shows something else than these.
+    #: The containers in which a record can show the values; (): a record does not show the values.
     shows: ClassVar[tuple[type, ...] | None] = None
     name: str = ""
     model: str = ""
@@ -97,7 +97,7 @@ class Field(Generic[R, W]):
             )
 
     def annotate_plainly(self, annotation: Any) -> None:
-        """Take the type of the values from that which records show, as in ``tags: list[str]``."""
+        """Take the type of the values from the shown type, as in ``tags: list[str]``."""
         if self.shows is not None and typing.get_origin(annotation) in self.shows:
             annotation = typing.get_args(annotation)[0]
         if self.shows != ():
@@ -114,7 +114,7 @@ class Field(Generic[R, W]):
 
     @property
     def values(self) -> ValueType:
-        """The same, as messages are checked against it."""
+        """The type of the values, as a `ValueType` that checks them."""
         return self._values
 
     # As a descriptor of the model's: records are read by attribute
@@ -134,62 +134,62 @@ class Field(Generic[R, W]):
         return instance.__dict__[self.name]
 
     def __set__(self, instance: Any, value: W) -> None:
-        """Refuse: a record is made of messages."""
+        """Raise, because a record is made of messages."""
         raise AttributeError(
             f"{self.model}.{self.name} cannot be set to {value!r}: a record shows the "
             "result of its messages; add another message instead"
         )
 
     def __delete__(self, instance: Any) -> None:
-        """Refuse: a record has all of its model's fields."""
+        """Raise, because a record has all of its model's fields."""
         raise AttributeError(f"{self.model}.{self.name} cannot be deleted: a record has all fields")
 
-    # What is kept. None stands for the neutral element.
+    # States. None stands for the neutral element.
 
     @property
     def zero(self) -> Any:
-        """The value of a record that has had no messages: the neutral element, as it is read."""
+        """The value of a record without messages: the neutral element, as users read it."""
         return self.read(None)
 
     def check(self, value: Any) -> Any:
-        """Return a message's value as it is kept.
+        """Return a message's value in the form to keep.
 
         Raises:
-            TypeError: It has another type.
-            ValueError: It cannot be kept.
+            TypeError: The value has another type.
+            ValueError: The value cannot be kept.
         """
         return self._values.check(value)
 
     def check_stamped(self, value: Any, stamp: Any) -> Any:
-        """Return a value as it is kept, with the time stamp of its message; see `check`."""
+        """Do what `check` does, given the time stamp of the message as well."""
         raise NotImplementedError
 
     def fold(self, state: Any, value: Any, /) -> Any:
-        """Return a state, which is used up, with a value that was checked."""
+        """Add a checked value to a state, and return it. The argument may be changed."""
         raise NotImplementedError
 
     def merge(self, one: Any, other: Any, /) -> Any:
-        """Return the merged form of two states, which are used up."""
+        """Return the merge of two states. Both arguments may be changed."""
         raise NotImplementedError
 
     @property
     def seals(self) -> bool:
-        """Whether `seal` does anything."""
+        """Return whether the field has a `seal` of its own."""
         return type(self).seal is not Field.seal
 
     def seal(self, state: Any) -> Any:
-        """Return a state in the form in which it is stored, the same for the same values."""
+        """Return a state in its stored form, which is the same for the same values."""
         return state
 
     def read(self, state: Any) -> Any:
-        """Return the value that users see of a state, which is not changed; None is neutral."""
+        """Return the value of a state that users see. The state is not changed, and may be None."""
         raise NotImplementedError
 
     def is_state(self, state: Any) -> bool:
-        """Return whether something decoded is a state: it may be forged, or from another model."""
+        """Return whether a decoded value is a state: it may be forged, or from another model."""
         raise NotImplementedError
 
-    # Code for `phonon._models.compiled`: a message must not cost a call for each of its values
+    # Code for `phonon._models.compiled`, which saves a call for each value of a message
 
     def check_code(self, stamp: str | None) -> list[str]:
         """Return the lines that check the value, a variable of the field's name."""
@@ -206,13 +206,13 @@ class Field(Generic[R, W]):
 
     @property
     def slot(self) -> str:
-        """The attribute of a record that has the state. Names of users' have no such end."""
+        """The attribute of a record that holds the state. No user's attribute ends like it."""
         return f"{self.name}_state_"
 
     def fold_code(self) -> FoldCode:
         """Return the lines that fold the checked value into ``_record``.
 
-        These are for fields whose `fold` leaves the old state as it is.
+        This version is for fields whose `fold` does not change the old state.
         """
         name, state = self.name, f"_record.{self.slot}"
         return FoldCode(

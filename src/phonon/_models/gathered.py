@@ -1,4 +1,4 @@
-"""Fields that gather values: lists, sets, estimates of their number, and users' own."""
+"""Fields that gather values: lists, sets, estimates of their number, and custom fields."""
 
 import copy
 import hashlib
@@ -101,7 +101,7 @@ class SetAppend(Field[set[T], Any], Generic[T]):
         kind = self._values.exact
         if kind is None:
             return FoldCode(many)
-        # One value, which is there already more often than not, needs no set of its own.
+        # A single value, which is usually in the set already, needs no set of its own.
         return FoldCode(
             [
                 f"if _is_one_{name}:",
@@ -120,7 +120,7 @@ class SetAppend(Field[set[T], Any], Generic[T]):
 class Distinct(Field[int, Any], Generic[T]):
     """The number of different values, estimated by a HyperLogLog of 4,096 registers.
 
-    The standard error is 1.6 per cent; up to some hundred values it is exact but for collisions.
+    The standard error is 1.6 per cent; up to some hundred values only hash collisions are errors.
     Messages have one value or a collection of them. After P. Flajolet et al. 2007, with the
     estimator of O. Ertl 2017, which needs no tables of corrections.
     """
@@ -128,9 +128,9 @@ class Distinct(Field[int, Any], Generic[T]):
     kind = "distinct"
     shows = ()
 
-    #: Registers are numbered by so many bits of a hash.
+    #: Bits of a hash that number the registers.
     _BITS = 12
-    #: So many registers that are not 0 are kept by number; more of them as an array.
+    #: Up to so many registers other than 0 are kept by number; more of them as an array.
     _SPARSE = 512
     _DIGEST = 8
 
@@ -151,7 +151,7 @@ class Distinct(Field[int, Any], Generic[T]):
         return state
 
     def fold_code(self) -> FoldCode:
-        # Most values are there already, and then the state need not be copied.
+        # Most values are in the state already, so that it need not be copied.
         name, state = self.name, f"_record.{self.slot}"
         return FoldCode(
             [f"if _new_{name} is not None:", f"    {state} = _new_{name}"],
@@ -159,7 +159,7 @@ class Distinct(Field[int, Any], Generic[T]):
         )
 
     def changed(self, state: Any, value: Any) -> Any:
-        """Return the state with a value; None if it has that already."""
+        """Return the state with a value added; None if it has the value already."""
         if state is not None:
             known = state.get if type(state) is dict else state.__getitem__
             value = [pair for pair in value if (known(pair[0]) or 0) < pair[1]]
@@ -215,7 +215,7 @@ _dumps = ExactSerializer().dumps
 
 
 def _register(value: Any) -> tuple[int, int]:
-    """Return a value's register, and how many zeros the rest of its hash begins with, plus 1."""
+    """Return a value's register, and 1 plus the number of leading zeros in the rest of its hash."""
     if type(value) is str:
         data = b"s" + value.encode("utf-8", "surrogatepass")
     else:
@@ -255,10 +255,10 @@ class Custom(Field[T, T], Generic[T]):
     """A field of your own. Its values and its state are of one type, which can be stored.
 
     Args:
-        merge: Returns the merged form of two values; associative and commutative. It must not
-            change them. `phonon.testing.assert_mergeable` finds out whether it is.
-        zero: The neutral element: merged with it, any value stays as it is.
-        data_type: The type of the values, where no annotation says it.
+        merge: A function that returns the merge of two values, without changing them. It is
+            associative and commutative, which `phonon.testing.assert_mergeable` tests.
+        zero: The neutral element: its merge with any value is that value.
+        data_type: The type of the values, if no annotation gives it.
 
     Example:
         >>> flags = Custom(merge=lambda a, b: a | b, zero=0)

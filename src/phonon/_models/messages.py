@@ -6,7 +6,7 @@ from typing import Any
 
 
 def mapping_of(message: Any) -> Mapping[str, Any] | None:
-    """Return a message's values by name; None if it is of no type that has any.
+    """Return a message's values by name; None if its type is unknown.
 
     None of these libraries is imported: their instances are recognized by their attributes.
     """
@@ -19,7 +19,7 @@ def mapping_of(message: Any) -> Mapping[str, Any] | None:
     return found(message)
 
 
-#: How a type's values are had. So many types of messages no program has; but classes can be made.
+#: The function that returns a message's values, by type.
 _getters: dict[type, Callable[[Any], Mapping[str, Any] | None]] = {}
 _MOST_TYPES = 1000
 

@@ -20,10 +20,10 @@ def _numbers(annotation: Any) -> ValueType:
 
 
 class Sum(Field[N, N], Generic[N]):
-    """Adds up: ``int``, ``float`` or ``Decimal``, all of them exactly.
+    """Adds values up, exactly: ``int``, ``float`` or ``Decimal``.
 
-    The sum of floats is the float that is nearest to the exact sum, so that it does not depend on
-    the order of adding. Without a type it takes integers and floats.
+    The sum of floats is the float nearest to the exact sum, so that it does not depend on the order
+    of adding. Without a type the field takes integers and floats.
     """
 
     kind = "sum"
@@ -110,7 +110,7 @@ class Diff(Sum[N], Generic[N]):
 
 
 class Count(Field[int, int]):
-    """Counts messages. A message may say how many it stands for."""
+    """Counts messages. A message may give the number of messages that it stands for."""
 
     kind = "count"
     default = 1
@@ -169,7 +169,7 @@ class Counter(Field[dict[K, int], Mapping[K, int]], Generic[K]):
     merge = fold
 
     def sums(self, state: Any, value: Any) -> Any:
-        """Return the new sums of the keys that a value has."""
+        """Return the new sums of a value's keys."""
         if state is None:
             return value
         return {key: state[key] + times if key in state else times for key, times in value.items()}
@@ -205,7 +205,7 @@ class Mean(Field[float | None, float], Generic[N]):
         return _numbers(annotation)
 
     def fold_code(self) -> FoldCode:
-        # How many, and their sum; and behind them values that were not added up yet
+        # The number of values, their sum, and then values that were not added up yet
         return _appending(self, ["0", "0"])
 
     def tidy(self, state: Any) -> Any:
@@ -239,7 +239,7 @@ class Mean(Field[float | None, float], Generic[N]):
 
 
 def _appending(field: Field[Any, Any], empty: Sequence[str]) -> FoldCode:
-    """Return the lines that keep a value behind the others, to be added up with them later."""
+    """Return the lines that append a value to the state, to be added up later."""
     first, more = f"[{', '.join([*empty, field.name])}]", f"+= [{field.name}]"
     return FoldCode(set_or(f"_record.{field.slot}", first, more), most=exact.BUFFER)
 
@@ -254,8 +254,8 @@ class Summary:
         min: The least; None of no values.
         max: The greatest; None of no values.
         mean: Their arithmetic mean; None of no values.
-        variance: The variance of the values themselves, not of a population that they are a sample
-            of; None of no values.
+        variance: The variance of the values themselves, not the estimate for a population of which
+            they are a sample; None of no values.
     """
 
     count: int = 0
@@ -272,7 +272,7 @@ class Summary:
 
     @property
     def sample_variance(self) -> float | None:
-        """The variance of the population that the values are a sample of; None of less than two."""
+        """The estimated variance of the population; None of less than two values."""
         if self.variance is None or self.count < 2:  # noqa: PLR2004 - Bessel's n - 1
             return None
         return self.variance * self.count / (self.count - 1)
@@ -292,7 +292,7 @@ class Stats(Field[Summary, float], Generic[N]):
         return _numbers(annotation)
 
     def fold_code(self) -> FoldCode:
-        # Least, greatest, sum, integer and shift of the squares' sum, how many; and behind them
+        # Least, greatest, sum, integer and shift of the squares' sum, number of values; and then
         # values that were not added up yet
         return _appending(self, [self.name, self.name, "0", "0", "0", "0"])
 

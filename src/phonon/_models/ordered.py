@@ -1,4 +1,4 @@
-"""Fields in which an order decides: the least and the greatest, the first and the latest."""
+"""Fields that keep values by an order: the least and the greatest, the first and the latest."""
 
 from collections.abc import Mapping
 from datetime import date, datetime
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 #: Values that are time stamps themselves.
 _TIMES = frozenset({datetime, date})
-#: A value, and what it is ranked by.
+#: The length of a pair of a rank and a value.
 _PAIR = 2
-#: Compared without ado where a value is of the type that is exact.
+#: Exact types whose values are compared with the plain operators.
 _FAST = frozenset({int, str, bytes, date})
 
 
@@ -62,16 +62,16 @@ class Max(Min[T], Generic[T]):
 
 
 class Timestamp(Max[T], Generic[T]):
-    """The time stamp of the message, by which `First`, `Latest` and `WindowedList` go.
+    """The time stamp of the message, which orders the values of `First`, `Latest`, `WindowedList`.
 
-    Of a record it is that of the latest message.
+    A record has the time stamp of its latest message.
     """
 
     kind = "timestamp"
 
 
 class AnyOf(Field[bool, bool]):
-    """Whether any value was true."""
+    """True if any value was true."""
 
     kind = "any_of"
 
@@ -92,7 +92,7 @@ class AnyOf(Field[bool, bool]):
 
 
 class AllOf(AnyOf):
-    """Whether all values were true; so it is of no values."""
+    """True if all values were true, and also of no values."""
 
     kind = "all_of"
 
@@ -130,10 +130,10 @@ class _Stamped(Field[T | None, T | tuple[Any, T]], Generic[T]):
 
 
 def _pair(value: Any, name: str) -> Any:
-    """Return a rank and a value.
+    """Return the rank and the value of a pair.
 
     Raises:
-        TypeError: It is none.
+        TypeError: The argument is not a pair.
     """
     if not isinstance(value, tuple | list) or len(value) != _PAIR or value[0] is None:
         raise TypeError(
@@ -155,7 +155,7 @@ def _precedes(one: Any, other: Any) -> bool:
 class Latest(_Stamped[T], Generic[T]):
     """The value of the message with the latest time stamp; None of no values.
 
-    Of two with the same one it is the greater value.
+    Of two values with the same time stamp the greater one counts.
     """
 
     kind = "latest"
@@ -169,7 +169,7 @@ class Latest(_Stamped[T], Generic[T]):
 class First(_Stamped[T], Generic[T]):
     """The value of the message with the earliest time stamp; None of no values.
 
-    Of two with the same one it is the lesser value.
+    Of two values with the same time stamp the lesser one counts.
     """
 
     kind = "first"
@@ -181,14 +181,14 @@ class First(_Stamped[T], Generic[T]):
 
 
 class WindowedList(Field[list[T], Any], Generic[T]):
-    """The values with the highest ranks, from any process, the highest first.
+    """The values with the highest ranks of all processes, the highest first.
 
-    Messages have one value or a list of them. In a model with a `Timestamp` that ranks them; in
-    others each value is a pair of its rank and itself.
+    Messages have one value or a list of them. In a model with a `Timestamp` the time stamp is the
+    rank; in other models each value is a pair of the rank and the value.
 
     Args:
         window_length: How many values are kept.
-        data_type: The type of the values, where no annotation says it.
+        data_type: The type of the values, if no annotation gives it.
     """
 
     kind = "windowed_list"
@@ -258,14 +258,15 @@ def _place_of_pair(pair: Any) -> Any:
 
 
 class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
-    """The keys with the highest scores, each with its highest one; the highest first.
+    """The keys with the highest scores, each with its highest score; the highest first.
 
-    It takes a mapping of scores by key, as of a leaderboard. The keys that *come* most often are
-    ``Counter``'s: a sketch of those (space-saving, Misra-Gries) depends on the order of merging.
+    A message's value is a mapping of scores by key, as for a leaderboard. For the most *frequent*
+    keys use ``Counter``: a sketch of them (space-saving, Misra-Gries) would depend on the order of
+    merging.
 
     Args:
         size: How many keys are kept.
-        data_type: The type of the keys, where no annotation says it.
+        data_type: The type of the keys, if no annotation gives it.
     """
 
     kind = "top_k"
@@ -332,7 +333,7 @@ class Sized:
 
     @classmethod
     def make(cls, origin: Any, arguments: Any) -> "Sized | None":
-        """Return it, if there is a size in the brackets: typing takes nothing but types."""
+        """Return an annotation with a size, or None: typing allows only types in brackets."""
         if isinstance(arguments, tuple) and len(arguments) == _PAIR:
             return cls(origin, arguments)
         return None

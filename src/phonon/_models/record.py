@@ -1,7 +1,7 @@
 """The update behind a model: the merged data of one key in this process.
 
-Its ``doc`` has the states of the model's fields by name. So it is stored, taken over, put back,
-merged and executed like any other update.
+Its ``doc`` has the states of the model's fields by name. So the record is stored, taken over, put
+back, merged and executed like any other update.
 """
 
 import types
@@ -15,7 +15,7 @@ from phonon._core.local import EMPTY
 from phonon._models.compiled import Compiled
 from phonon.update import Update
 
-#: The database of records; with the model's name as the collection it names their resources.
+#: The database in the names of records' resources; the model's name is the collection.
 DATABASE = "model"
 
 
@@ -24,11 +24,11 @@ class ModelRecord(Update):
 
     Attributes:
         model: The model's class.
-        compiled: Its code.
+        compiled: The model's compiled code.
         messages: How many messages have been merged here since the session began.
         is_due: Whether the session is over although others may hold the resource.
-        is_used: Whether a message has come since the collection last made room; None: none has come
-            at all.
+        is_used: Whether a message has come since the collection last made room; None before the
+            first message.
     """
 
     __slots__ = (
@@ -44,28 +44,28 @@ class ModelRecord(Update):
 
     model: ClassVar[Any]
     compiled: ClassVar[Compiled]
-    #: Stands for the model in the names of its resources.
+    #: The model's name in the names of its resources.
     resource_collection: ClassVar[str]
-    #: Where records are written to in this interpreter, in place of ``on_complete``.
+    #: The sink that gets records in this interpreter, in place of ``on_complete``.
     sink: ClassVar[Any] = None
     folds_: ClassVar[bool] = True
     messages: int
-    #: Grows when the states change, so that what was made of them before is known to be old.
+    #: Grows when the states change, so that a result computed from old states can be dropped.
     version_: int
-    #: States that are on their way to the server: of two calls, if a signal handler stores as well.
+    #: States on their way to the server. There are several if a signal handler stores as well.
     moved_: tuple[dict[str, Any], ...]
-    #: Tables that have rows of it which are not merged yet.
+    #: Tables with rows for this record that are not merged yet.
     aside_: Any
-    #: What was decoded as the doc, if it is none of this model.
+    #: The decoded doc, if it is not valid for this model.
     odd_: Any
     is_due: bool
     is_used: bool | None
-    #: What ``on_complete`` is given, in programs that were written for the original.
+    #: The arguments of ``on_complete``, in programs that were written for the original.
     arguments_: tuple[tuple[Any, ...], dict[str, Any]] | None
 
     @property
     def doc(self) -> Any:
-        """The states by field. Each has an attribute of its own: that is faster than a dict."""
+        """The states by field. Each state has an attribute, which is faster than a dict."""
         if self.aside_ is not None:
             self.aside_.settle()
         return self.compiled.doc_of(self) if self.odd_ is None else self.odd_
@@ -94,7 +94,7 @@ class ModelRecord(Update):
         if cls.sink is None:
             return _failed(cls.model.on_complete_many(shown), shown, updates)
         for record, update in zip(shown, updates, strict=True):
-            # A sink may have to merge them with what it has.
+            # A sink may have to merge the states with stored ones.
             record.__dict__["_states_"] = update.doc
         result = cls.sink.write(shown)
         return (
@@ -110,11 +110,11 @@ class ModelRecord(Update):
 
     @classmethod
     def lacks_(cls) -> str:
-        """Return the missing part that executing records needs; empty if none is missing."""
+        """Return what this interpreter lacks to execute the records; empty if nothing."""
         model = getattr(cls, "model", None)
         if model is None or cls.sink is not None or model.completes_many():
             return ""
-        # A base has one that only raises.
+        # The on_complete of `Model` itself only raises.
         if model.on_complete.__module__ != "phonon.model":
             return ""
         return "a sink: call process.collect(model, sink=...) here, too"
@@ -134,7 +134,7 @@ class ModelRecord(Update):
         return instance
 
     def attach(self, process: Any) -> None:
-        """Belong to a process."""
+        """Give the record a process."""
         super().attach(process)
         self.messages, self.moved_, self.aside_ = 0, (), None
         self.is_due, self.is_used = False, None
@@ -150,19 +150,19 @@ class ModelRecord(Update):
 
     def _take_(self, engine: Any, *, keep: bool) -> tuple[bytes | None, Any]:
         if not self.has_unsent():
-            self.version_ += 1  # a message that is being folded looks for its record again
+            self.version_ += 1  # makes a message that is being folded look for its record again
             return None, None
         compiled, depth = self.compiled, len(self.moved_)
         if self.aside_ is not None:
             self.aside_.settle()
         try:
-            # What comes in from here on, from a signal handler say, is of the next partial.
+            # Messages that come after this, from a signal handler say, go into the next partial.
             compiled.move(self)
             doc = self.moved_[-1]
             compiled.seal(doc)
             partial = codec.pack(self._with(doc), engine.codec.serializer)
             if len(partial) > engine.most_bytes:
-                raise codec.too_large(self, len(partial), engine.most_bytes)  # noqa: TRY301 - as what pack raises
+                raise codec.too_large(self, len(partial), engine.most_bytes)  # noqa: TRY301 - handled like the errors of pack
         except BaseException:
             if len(self.moved_) > depth:
                 self._move_back()
@@ -171,7 +171,7 @@ class ModelRecord(Update):
         return partial, (None, doc, {}) if keep else None
 
     def _with(self, doc: dict[str, Any]) -> Self:
-        """Return a record of the same key with other states, to be stored."""
+        """Return a record of the same key with given states, for storing."""
         record = object.__new__(type(self))
         record._id, record.database, record.collection = self._id, self.database, self.collection
         record.spec, record.odd_, record.aside_ = None, doc, None
@@ -185,14 +185,14 @@ class ModelRecord(Update):
         self.doc, self.moved_, self._unsent_ = doc, tuple(rest), True
 
     def cached_under(self, lock: Any) -> None:
-        """Be a new entry of a cache, whose lock is this record's from now on."""
+        """Become a new entry of a cache, whose lock protects this record from now on."""
         self._lock_ = lock
 
     def _discard_(self) -> bool:
         if self.aside_ is not None:
             self.aside_.settle()
         had = super()._discard_()
-        # Messages are folded into what is there.
+        # Messages are folded into the present states.
         self.doc = {}
         return had
 
@@ -202,7 +202,7 @@ class ModelRecord(Update):
 
     @classmethod
     def upgraded_(cls, content: list[Any], version: int) -> list[Any]:
-        """Return decoded content as this version of the model stores it."""
+        """Convert decoded content of an earlier version to this version of the model."""
         doc = cls.model.upgrade(content[4], version)
         if type(doc) is not dict:
             raise TypeError(
@@ -220,7 +220,7 @@ class ModelRecord(Update):
 
 
 class AsyncModelRecord(ModelRecord):
-    """The same for a model whose ``on_complete`` is a coroutine function."""
+    """A `ModelRecord` for a model whose ``on_complete`` is a coroutine function."""
 
     __slots__ = ()
 
@@ -254,11 +254,11 @@ def _failed(result: Any, shown: Sequence[Any], updates: Sequence[Any]) -> Any:
 
 
 def make_record_class(model: Any, compiled: Compiled, **keywords: Any) -> type[ModelRecord]:
-    """Return the class of a model's records, known to the server by the model's name.
+    """Return the class of a model's records. The server knows it by the model's name.
 
     Args:
         model: The model.
-        compiled: Its code.
+        compiled: The model's compiled code.
         keywords: Those of the class statement of an update: ``name``, ``aliases``, ``version``.
     """
     methods: list[Callable[..., Any]] = [model.on_complete, model.on_complete_many]
@@ -275,7 +275,7 @@ def make_record_class(model: Any, compiled: Compiled, **keywords: Any) -> type[M
         )
 
     cls: type[ModelRecord] = types.new_class(model.__name__, (base,), keywords, body)
-    # The oldest name: processes of the release before meet those of this one in the same resources.
+    # The oldest name, so that processes of the earlier and this release use the same resources.
     aliases = keywords.get("aliases") or ()
     cls.resource_collection = aliases[-1] if aliases else name_of(cls).partition("@")[0]
     return cls

@@ -1,4 +1,4 @@
-"""The types of values in messages, and an order that has a place for any two values.
+"""The types of values in messages, and a total order of values of any types.
 
 A model's annotations are compiled into `ValueType` objects once, so that a message costs one
 comparison of types for each of its values.
@@ -18,9 +18,9 @@ from phonon.errors import ConfigurationError, NotStorableError
 from phonon.serializers import STORABLE, ExactSerializer
 
 _SERIALIZER = ExactSerializer()
-#: Types whose instances cannot change, so that they are kept as they come.
+#: Immutable types, whose instances are kept without a copy.
 _CONSTANT = (bool, int, float, Decimal, str, bytes, date, datetime, time, timedelta, UUID)
-#: Types in which a < b, b < a and a == b are all there is, and equals look the same.
+#: Types with a total order by < whose equal values are identical in form.
 _PLAINLY_ORDERED = frozenset({int, str, bytes, bool, date, timedelta})
 #: The range of IEEE 754's decimal128: exponents beyond it would make exact sums of any length.
 _MOST_EXPONENT = 6144
@@ -34,8 +34,8 @@ class ValueType:
 
     Attributes:
         annotation: The same.
-        exact: The one type whose instances need no further look; None if there is none.
-        name: How messages call it.
+        exact: The only type whose instances need no further check; None if there is none.
+        name: The type's name in error messages.
     """
 
     __slots__ = ("_checks", "annotation", "exact", "name")
@@ -46,18 +46,18 @@ class ValueType:
         self.name = " | ".join(_name_of(kind) for kind in kinds) or "None"
         self._checks: list[Callable[[Any], Any]] = [_check_for(kind) for kind in kinds]
         only = kinds[0] if len(kinds) == 1 else None
-        # Not every float is a number, and a Decimal may be of any length: those are looked at.
+        # A float may not be a number, and a Decimal may be of any length: those need a check.
         self.exact: Any = only if only in {int, str, bytes, bool, date, UUID, timedelta} else None
 
     def __repr__(self) -> str:
         return f"<ValueType {self.name}>"
 
     def check(self, value: Any) -> Any:
-        """Return a value as it is kept.
+        """Return a value in the form to keep.
 
         Raises:
-            TypeError: It is of another type.
-            ValueError: It is of the type, but cannot be kept: not a number, say.
+            TypeError: The value has another type.
+            ValueError: The value has the type but cannot be kept; it is not a number, say.
         """
         if type(value) is self.exact:
             return value
@@ -68,7 +68,7 @@ class ValueType:
         raise TypeError(f"takes {self.name}")
 
     def accepts(self, value: Any) -> bool:
-        """Return whether a value is exactly as `check` would keep it."""
+        """Return whether `check` would return the value unchanged."""
         try:
             found = self.check(value)
         except (TypeError, ValueError):
@@ -142,7 +142,7 @@ def _float(value: Any) -> Any:
         value = float(value)
     if not math.isfinite(value):
         raise ValueError("takes numbers, and this one is not finite")
-    return value + 0.0  # -0.0 is 0.0, or it would depend on the order which of them is the greater
+    return value + 0.0  # turns -0.0 into 0.0, or the greater one would depend on the order
 
 
 def _decimal(value: Any) -> Any:
@@ -178,20 +178,20 @@ _SPECIAL: dict[Any, Callable[[Any], Any]] = {
 
 
 def number(value: Any) -> Any:
-    """Return an int or a finite float as it is kept, or what `ValueType.check` passes over."""
+    """Return an int or a finite float in the form to keep, or `_NO` for other values."""
     found = _integer(value)
     return found if found is not _NO else _float(value)
 
 
 NUMBER = ValueType(int | float)
-NUMBER._checks = [number]  # noqa: SLF001 - the one type that no annotation stands for
+NUMBER._checks = [number]  # noqa: SLF001 - no annotation stands for this type
 
 
 def storable(value: Any) -> Any:
-    """Return a value of any type as it is kept: a copy, if the caller could change it.
+    """Return a value of any type in the form to keep: a copy, if the caller could change it.
 
     Raises:
-        TypeError: It cannot be stored.
+        TypeError: The value cannot be stored.
     """
     if value is None or type(value) in _CONSTANT:
         if type(value) is float:
@@ -207,11 +207,11 @@ def storable(value: Any) -> Any:
 
 
 def precedes(one: Any, other: Any) -> bool:
-    """Return whether one value comes before another in an order that has a place for any two.
+    """Return whether one value comes before another in a total order of values of any types.
 
-    Numbers go by their value, time stamps by the instant, text by code points. Values that are
-    equal but do not look the same (1 and 1.0, one instant in two time zones) go by how they look:
-    else it would depend on the order of merging which of them stays.
+    Numbers are ordered by value, time stamps by instant, text by code points. Values that are equal
+    but differ in form (1 and 1.0, one instant in two time zones) are ordered by form: otherwise the
+    one that stays would depend on the order of merging.
     """
     if type(one) is type(other) and type(one) in _PLAINLY_ORDERED:
         return bool(one < other)

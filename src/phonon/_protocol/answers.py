@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 
 class Reply(IntEnum):
-    """The answers to operations. The Lua text gets them as constants.
+    """The codes of answers to operations. The Lua text gets them as constants.
 
     ``STORED`` is 1, so that it and a number of partials can share one answer of ``append``.
     """
@@ -44,7 +44,7 @@ class Reply(IntEnum):
     FAILED = 99
 
 
-#: Those that come with the content of a batch.
+#: The codes that come with the content of a batch.
 STARTS_BATCH = frozenset({int(Reply.RUN), int(Reply.AGAIN)})
 
 
@@ -54,12 +54,12 @@ class Run(NamedTuple):
     Attributes:
         code: Which of the two.
         left: Members left.
-        last: 1 if the caller is told that it was the last member.
+        last: 1 if the caller was the last member.
         token: The partition's token of the batch.
         size: The number of its partials.
         attempts: How often its execution has failed.
         crashes: How many of its owners have died.
-        modifications: The session's, if they were asked for: process, times, process, times, ...
+        modifications: The session's modifications, if asked for: process, times, process, ...
         content: The first partials; the rest is fetched. False if another process has the batch.
     """
 
@@ -79,9 +79,9 @@ class Taken(NamedTuple):
 
     Attributes:
         code: Which of the two.
-        again_ms: When it is worth asking again; below 0 if that is not known.
-        holder: Who has it.
-        since_ms: Since when, by the server's clock.
+        again_ms: Milliseconds after which to ask again; below 0 if that is not known.
+        holder: The name of the holder.
+        since_ms: When the holder got the lock, by the server's clock.
         thread: The name of the thread that took it.
     """
 
@@ -98,10 +98,10 @@ class Reaped(NamedTuple):
     Attributes:
         code: `Reply.REAPED`.
         left: Resources that the caller can still take over.
-        left_in_all: Those and the ones that it leaves to others.
-        batches: Of the caller's now: resource, token, ms until it is due, resource, ...
-        wrong: What could not be reaped: resource, error, resource, ...
-        resources: How many resources the caller has taken over, those not that it leaves.
+        left_in_all: The same, and those that the caller leaves to others.
+        batches: The caller's new batches: resource, token, ms until it is due, resource, ...
+        wrong: Resources that could not be reaped: resource, error, resource, ...
+        resources: How many resources the caller has taken over, without those it leaves.
     """
 
     code: int

@@ -1,8 +1,8 @@
 """A lane: one process's ordered, idempotent stream of calls to one partition.
 
 This is the state machine alone, as in h2: it never touches a socket, a clock or a thread. A driver
-puts operations in, sends the calls that come out, and tells it what came back. Threads, asyncio and
-the simulation drive the same objects.
+puts operations in, sends the calls that come out, and passes the answers back in. Threads, asyncio
+and the simulation drive the same objects.
 
 ::
 
@@ -12,14 +12,14 @@ the simulation drive the same objects.
                         any --fence--> FENCED
 
 A call that was refused as a whole (out of memory, no permission) uses up its number all the same:
-an earlier copy of it may have been carried out, a later one may yet be. So an empty call with the
-same number follows, whose answer says which.
+an earlier copy of it may have been carried out already, or a delayed copy may be carried out later.
+So an empty call with the same number follows, whose answer tells which.
 
-Any thread may call any method at any time, also in the middle of another call of the same thread (a
-signal handler, a finalizer), and an exception may break off any of them anywhere. So there is no
-lock, which a re-entrant call would wait for in vain. A lane moves from one position to the next by
-``dict.setdefault``, which is atomic: whoever comes second goes on with what the first has made.
-Two that send at the same time send the same bytes, which changes nothing.
+Any thread may call any method at any time, also during another call of the same thread (from a
+signal handler or a finalizer), and an exception may interrupt any method anywhere. So there is no
+lock: a re-entrant call would wait for it for ever. A lane moves from one position to the next by
+``dict.setdefault``, which is atomic: the second caller goes on with the call that the first one
+made. If two threads send at the same time, they send the same bytes, which does no harm.
 """
 
 import sys
@@ -36,13 +36,13 @@ import msgpack
 from phonon._protocol.answers import STARTS_BATCH, Reply
 from phonon._protocol.operations import Code, Operation
 
-#: Operations in one call, and their bytes, so that a call never blocks the server for long.
+#: Most operations in one call, and most bytes, so that a call never blocks the server for long.
 MOST_OPERATIONS = 256
 MOST_BYTES = 512 * 1024
 
 _CLOSE = int(Code.CLOSE)
 _EMPTY = msgpack.packb([])
-# One C call that runs no Python, so that nothing comes in the middle and finds it half used.
+# One C call that runs no Python, so that no signal handler finds the packer half used.
 _pack = msgpack.Packer(use_bin_type=False, unicode_errors="surrogatepass", autoreset=True).pack
 
 
@@ -60,10 +60,10 @@ class Call:
     """A call, byte for byte as it is sent and repeated.
 
     Attributes:
-        operations: What it carries.
+        operations: The operations that it carries.
         number: The number of the lane that it belongs to.
-        sequence: Its number.
-        digest: Of its operations.
+        sequence: Its number in the lane.
+        digest: The digest of its operations.
         frees: Whether a server that is out of memory still has to run it.
         arguments: Process, stamp, number of the lane with sequence and digest, operations.
         error: Why the server refused the call, if this is the empty one that asks about it.
@@ -116,7 +116,7 @@ class Call:
 
     @property
     def process(self) -> bytes:
-        """The identity under which it was made."""
+        """The id of the process that made the call."""
         return self.arguments[0]
 
 
@@ -128,7 +128,7 @@ class _Position:
         stamp: The stamp of that answer.
         again: Operations of a refused call that the next one carries.
         operations: How many changes were answered before.
-        once: The call that follows, and the position behind it, as soon as there are any.
+        once: The next call, and the position after it, as soon as they exist.
     """
 
     __slots__ = ("again", "once", "operations", "sequence", "stamp")
@@ -151,9 +151,9 @@ class Lane:
     """One process's lane in one partition.
 
     Args:
-        partition: Which.
+        partition: The partition's number.
         process: The process's id.
-        number: What the server has answered when the lane was opened.
+        number: The lane's number, from the server's answer to ``open``.
 
     Attributes:
         queue: Operations that no call carries yet.
@@ -182,7 +182,7 @@ class Lane:
         self._position = _Position(0, b"")
         self._progress = State.IN_FLIGHT
 
-    # What it is about to do
+    # State
 
     @property
     def state(self) -> State:
@@ -198,7 +198,7 @@ class Lane:
 
     @property
     def answered_operations(self) -> int:
-        """How many changes the calls carried that were answered."""
+        """The number of changes in all calls that were answered."""
         return self._at().operations
 
     @property
@@ -219,7 +219,7 @@ class Lane:
 
     @call.setter
     def call(self, call: None) -> None:
-        # A fenced lane gives up its call, and makes no other.
+        # A fenced lane gives up its call, and makes no other one.
         self._at().once["call"] = call or _NONE
 
     def _at(self) -> _Position:
@@ -239,34 +239,34 @@ class Lane:
     # Operations come in
 
     def enqueue(self, operation: Operation, *, first: bool = False) -> None:
-        """Take an operation in.
+        """Queue an operation.
 
         Args:
-            operation: What to send.
-            first: Whether it goes before those that wait for the former self to be reaped.
+            operation: The operation to send.
+            first: Whether it goes before the operations that wait for the former self's reap.
         """
         place = self.place(first=first)
         place.append(operation)
         self.catch_up(place, (operation,))
 
     def place(self, *, first: bool = False) -> deque[Operation]:
-        """Return where an operation has to be put; `catch_up` has to follow."""
+        """Return the queue for an operation. The caller puts it there, and calls `catch_up`."""
         deferred = self.deferred
         return self.queue if first or deferred is None else deferred
 
     def catch_up(self, place: deque[Operation], operations: Sequence[Operation]) -> None:
-        """Move operations on that were put where nothing is taken from any more."""
+        """Move operations on that were put into a queue that is not used any more."""
         if place is not self.queue and place is not self.deferred:
             for operation in operations:
                 move(operation, place, self.queue)
 
     def defer(self) -> None:
-        """Hold operations back: a leave among them would be told of its own former self."""
+        """Hold operations back: the answer to a leave would count the process's former self."""
         if self.deferred is None:
             self.deferred = deque()
 
     def release(self) -> None:
-        """Hold nothing back any more."""
+        """Stop holding operations back."""
         deferred, self.deferred = self.deferred, None
         if deferred is not None:
             self.catch_up(deferred, _first(deferred, sys.maxsize))
@@ -274,7 +274,7 @@ class Lane:
     # Calls go out
 
     def next_call(self) -> Call | None:
-        """Return what to send now: the call that is not answered yet, or a new one.
+        """Return the call to send now: the one that is not answered yet, or a new one.
 
         Returns:
             None if there is nothing to send, or the lane is fenced.
@@ -292,7 +292,7 @@ class Lane:
                 made = Call(self, position.sequence + 1, position.stamp, operations)
                 call = once.setdefault("call", made)
             else:
-                call = once.get("call")  # another one has taken all
+                call = once.get("call")  # another thread's call has taken them all
         if not call:
             return None
         if not call.taken:
@@ -317,7 +317,7 @@ class Lane:
         return operations
 
     def _take(self, call: Call) -> None:
-        """Remove the operations of a call from the queue. To do it again does no harm."""
+        """Remove the operations of a call from the queue. This may be repeated."""
         remove = self.queue.remove
         place = 0
         for operation in call.operations:
@@ -326,7 +326,7 @@ class Lane:
                 operation.sent = (call, place, sent)
             place += operation.count
             try:  # noqa: SIM105 - the alternative costs as much as all the rest
-                remove(operation)  # the first one, as a rule
+                remove(operation)  # usually the first one in the queue
             except ValueError:
                 pass  # removed already, or sent again after the whole call was refused
         call.taken = True
@@ -334,19 +334,19 @@ class Lane:
     # Answers come in
 
     def no_answer(self) -> None:
-        """The call that is under way was not answered: it is repeated, byte for byte."""
+        """Note that the call under way was not answered: it is repeated, byte for byte."""
         if self._progress is State.IN_FLIGHT:
             self._progress = State.UNANSWERED
 
     def is_under_way(self, call: Call) -> bool:
-        """Return whether a call is still to be answered; another sender may have been faster."""
+        """Return whether a call is not answered yet; another sender may have been faster."""
         return self._at().once.get("call") is call
 
     def refuse(self, error: Exception, call: Call | None = None) -> None:
-        """The server refused the whole call: ask, under the same number, what became of it.
+        """Note that the server refused the whole call: ask about it under the same number.
 
         Args:
-            error: Why.
+            error: The refusal.
             call: The call, if another one may be under way by now.
         """
         position = self._at()
@@ -362,9 +362,10 @@ class Lane:
     def read(
         self, call: Call, reply: Sequence[bytes]
     ) -> tuple[list[tuple[Operation, Any]], list[Operation]]:
-        """Return what an answer says, and change nothing.
+        """Decode an answer, and change nothing.
 
-        Answers are handed out before `advance`, or an exception between the two would lose them.
+        The caller hands the answers out before it calls `advance`, or an exception between the two
+        would lose them.
 
         Returns:
             Each operation of the call with its answer: what the server packed, a batch's content
@@ -395,7 +396,7 @@ class Lane:
         Args:
             call: The call that was answered.
             stamp: The stamp of the answer.
-            again: What `read` has returned as to be sent again.
+            again: The operations that `read` has returned as to be sent again.
         """
         position = self._position
         if "next" in position.once:
@@ -420,13 +421,13 @@ class Lane:
         return told
 
     def closed(self, call: Call) -> list[tuple[Operation, Any]]:
-        """Return the answers to a call on a lane that is gone: if it was its own `close`, some."""
+        """Return the answers to a call on a lane that is gone, if the call was its `close`."""
         if call.operations[0].words[0] != _CLOSE:
             return []
         return [(operation, int(Reply.CLOSED)) for operation in call.operations]
 
     def close(self) -> list[tuple[Operation, Any]]:
-        """The lane is not there any more: if its own `close` was under way, that is the answer."""
+        """Note that the lane is gone. If its own `close` was under way, return its answer."""
         call = self.call
         told = [] if call is None else self.closed(call)
         if call is not None and told:
@@ -434,9 +435,9 @@ class Lane:
         return told
 
     def fence(self) -> None:
-        """Send nothing any more: the process goes on under another identity.
+        """Stop sending: the process goes on under another identity.
 
-        What is queued afterwards is in no call, and what is in a call is not in the queue.
+        Afterwards each operation is either in the queue or in a call, never in both.
         """
         self._fenced = True
         position = self._at()
@@ -448,14 +449,15 @@ class Lane:
             self.queue.extendleft(reversed(again))
 
 
-#: In place of a call, where there will be none.
+#: Stands in for a call where there will be none.
 _NONE = False
 
 
 def move(operation: Operation, source: deque[Operation], target: deque[Operation]) -> bool:
-    """Move an operation between queues, unless it has left the first already.
+    """Move an operation between queues, unless it has left the first one already.
 
-    Both happen in one step that no signal handler can come between, or it would be lost or doubled.
+    Removing and adding are one step that no signal handler can interrupt; otherwise the operation
+    could be lost or doubled.
 
     Returns:
         Whether it was moved.
@@ -473,11 +475,11 @@ def _first(queue: deque[Operation], count: int) -> list[Operation]:
         try:
             return list(islice(queue, count))
         except RuntimeError:
-            continue  # it has changed meanwhile
+            continue  # the queue has changed meanwhile
 
 
 def _refused(call: Call, error: Exception) -> tuple[list[tuple[Operation, Any]], list[Operation]]:
-    """Tell those that were refused, and send those again that a full server would run."""
+    """Split a refused call: errors for some operations, and those that a full server would run."""
     told: list[tuple[Operation, Any]] = []
     again: list[Operation] = []
     mixed = any(not operation.frees for operation in call.operations)
@@ -490,7 +492,7 @@ def _refused(call: Call, error: Exception) -> tuple[list[tuple[Operation, Any]],
 
 
 def add_contents(answers: list[Any], packed: bytes | None) -> None:
-    """Append to each answer that starts a batch its content, so that it reads as a `Run`.
+    """Append its content to each answer that starts a batch, so that it can be read as a `Run`.
 
     Args:
         answers: The answers of one call.

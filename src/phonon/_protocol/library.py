@@ -9,7 +9,7 @@ from typing import NamedTuple
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import Code
 
-#: Processes of the same protocol share keys. It changes when the meaning of a key does.
+#: Processes of the same protocol share keys. The number changes when the meaning of a key does.
 PROTOCOL = 2
 
 FILES = ("prelude", "members", "batches", "sources", "locks", "reap", "processes", "apply", "admin")
@@ -25,7 +25,7 @@ class Request(NamedTuple):
     """A command for the server.
 
     Attributes:
-        key: What routes it in a cluster: the prefix of a partition, or of the namespace.
+        key: The key that routes it in a cluster: the prefix of a partition, or of the namespace.
         words: The whole command.
     """
 
@@ -41,8 +41,8 @@ class Library:
 
     Args:
         body: The library's Lua text.
-        test_clock: The key of a string that holds what the clock says, microseconds. For tests
-            only; without it the functions have no such thing.
+        test_clock: The key of a string that holds the time of a clock for tests, microseconds. None
+            for the server's own clock.
 
     Attributes:
         name: Its name.
@@ -77,8 +77,9 @@ class Library:
 
         Args:
             name: Its name, without the library's.
-            prefix: What the call is about. The key that is declared never exists: a slot of a
-                cluster that is being moved sends every call on, and none works on half of its keys.
+            prefix: The prefix of the partition or namespace. It is declared as the call's key, and
+                no such key exists: so a cluster that moves its slot redirects every call, and no
+                call runs where only half of the keys are.
             arguments: As the function takes them.
         """
         return Request(prefix, (b"FCALL", self.function(name), b"1", prefix, *arguments))
@@ -91,7 +92,7 @@ def commands_of(text: str) -> set[str]:
 
 @cache
 def of_operators() -> frozenset[str]:
-    """Return the commands that only operators' functions use: a worker does without them."""
+    """Return the commands that only operators' functions use; a worker needs none of them."""
     others = [name for name in FILES if name != OPERATORS]
     return frozenset(commands_of(_read(OPERATORS)) - commands_of("\n".join(map(_read, others))))
 

@@ -58,14 +58,14 @@ _FREES = frozenset(
     )
 )
 
-#: What a lock or a waiter is called on the server; see `holder_name`.
+#: The name of a lock's holder or waiter on the server; see `holder_name`.
 Holder = str
 
 #: Flags of `leave`.
 FORCE = 1
 MODIFICATIONS = 2
 
-# Each of them once: a message's operation costs no conversion of an enum.
+# Converted once, not for each message.
 _JOIN, _APPEND, _LEAVE, _COMPLETE = (
     int(Code.JOIN),
     int(Code.APPEND),
@@ -74,7 +74,7 @@ _JOIN, _APPEND, _LEAVE, _COMPLETE = (
 )
 
 
-#: Of a call's bytes, each of many changes has this share at the least, so that 256 are a call.
+#: The bytes that each of many changes counts at the least, so that 256 of them fill a call.
 _SHARE = 2048
 
 
@@ -85,20 +85,20 @@ class Operation:
     answers each, and none of them is ever sent without the others.
 
     Args:
-        partition: Where its resource is.
-        words: Code, the server's name of the resource, and what else the operation takes; of many,
-            one after the other.
+        partition: The resource's partition.
+        words: Code, the server's name of the resource, and further arguments; for many changes,
+            the arguments of one after those of the other.
         size: About how many bytes it has.
-        count: How many changes it is.
+        count: The number of changes.
 
     Attributes:
-        owner: What waits for the answer; the driver's business.
+        owner: The object that waits for the answer; only the driver uses it.
         index: Its place among those that the owner sent together.
         sent: The calls that it was ever part of, latest first, as ``(call, place, earlier)``.
         held: Of a leave, the resources that its process was a member of: it is one again before the
             leave is repeated under another identity.
-        ahead: Whether it goes before those that wait for the former self to be reaped, also when it
-            is repeated under another identity.
+        ahead: Whether it goes before the operations that wait for the former self's reap, also when
+            it is repeated under another identity.
     """
 
     __slots__ = ("ahead", "count", "held", "index", "owner", "partition", "sent", "size", "words")
@@ -136,7 +136,7 @@ class Operation:
         return [self.words[at : at + width] for at in range(0, len(self.words), width)]
 
     def each(self, answer: Any) -> Sequence[Any]:
-        """Return the answers to the changes; one that is no list is the answer to each of them."""
+        """Return the answers to the changes. A single answer is the answer to each of them."""
         if self.count == 1:
             return (answer,)
         return answer if answer.__class__ is list else [answer] * self.count
@@ -144,7 +144,7 @@ class Operation:
     @property
     def frees(self) -> bool:
         """Return whether a server that is out of memory still has to run it."""
-        # A membership that a rebirth renews takes the place of one that is reaped.
+        # A rebirth's join replaces a membership that is reaped, so it needs no more memory.
         return self.words[0] in _FREES or self.ahead
 
 
@@ -159,7 +159,7 @@ def append(partition: int, resource: bytes, partial: bytes) -> Operation:
 
 
 def _many(partition: int, code: int, columns: Sequence[Sequence[Any]], size: int = 0) -> Operation:
-    """Return many changes of a kind, given what each of them takes."""
+    """Return many changes of a kind, given their arguments column by column."""
     count, width = len(columns[0]), len(columns) + 1
     words: list[Any] = [code] * (count * width)
     for place, column in enumerate(columns, 1):
@@ -195,7 +195,7 @@ def resume_many(partition: int, resources: Sequence[bytes], tokens: Sequence[int
 
 
 def leave(partition: int, resource: bytes, partial: bytes = b"", flags: int = 0) -> Operation:
-    """Store the last partial, if any, and be a member no more; see `FORCE` and `MODIFICATIONS`."""
+    """Store the last partial, if any, and end the membership; see `FORCE`, `MODIFICATIONS`."""
     return Operation(partition, (_LEAVE, resource, flags, partial), len(partial) + 64)
 
 
@@ -235,7 +235,7 @@ def discard(partition: int, resource: bytes, token: int) -> Operation:
 def compact(
     partition: int, resource: bytes, first: int, count: int, digest: str, merged: list[bytes]
 ) -> Operation:
-    """Replace partials by what they come to, if they are still those that the digest is of."""
+    """Replace partials by their merge, if the digest shows that they are unchanged."""
     words = (int(Code.COMPACT), resource, first, count, digest, merged)
     return Operation(partition, words, sum(map(len, merged)) + 128)
 
@@ -262,7 +262,7 @@ def await_parties(partition: int, resource: bytes, waiter: Holder) -> Operation:
 
 
 def forget(partition: int, resource: bytes, waiter: Holder) -> Operation:
-    """Wait for parties no more."""
+    """Stop waiting for parties."""
     return Operation(partition, (int(Code.FORGET), resource, waiter))
 
 
@@ -311,7 +311,7 @@ def untrack(partition: int, resource: bytes) -> Operation:
 
 
 def claim(partition: int, source: bytes, epoch: int = 0, position: bytes = b"") -> Operation:
-    """Become the one reader of an ordered source, under a new epoch if it is 0."""
+    """Become the only reader of an ordered source, under a new epoch if ``epoch`` is 0."""
     return Operation(partition, (int(Code.CLAIM), source, epoch, position))
 
 
@@ -327,13 +327,13 @@ def ingest(
     positions: tuple[bytes, bytes],
     items: list[bytes],
 ) -> Operation:
-    """Append what an ordered source brought from one position to the next.
+    """Append the messages of an ordered source from one position to the next.
 
     Args:
-        partition: Where.
+        partition: The partition.
         source: The server's name of the source.
-        epoch: Of the claim.
-        positions: Where the source stands, empty if nowhere yet, and where it is to stand.
+        epoch: The epoch of the claim.
+        positions: The present position, empty at first, and the next one.
         items: Resource, partial, resource, partial, ...
     """
     words = (int(Code.INGEST), source, epoch, *positions, items)
@@ -343,20 +343,20 @@ def ingest(
 def ingest_new(
     partition: int, scope: bytes, window_ms: int, ids: list[bytes], items: list[bytes]
 ) -> Operation:
-    """Append what messages brought, unless one with these ids was stored before.
+    """Append the partials of messages, unless messages with these ids were stored before.
 
     Args:
-        partition: Where.
-        scope: Whose ids they are.
-        window_ms: How long they are remembered.
-        ids: Of the messages.
+        partition: The partition.
+        scope: The name within which the ids are unique.
+        window_ms: How long the ids are remembered.
+        ids: The ids of the messages.
         items: Resource, partial, resource, partial, ...
     """
     words = (int(Code.INGEST_NEW), scope, window_ms, ids, items)
     return Operation(partition, words, _size(items) + sum(map(len, ids)))
 
 
-#: Of one operation's size, each item has this share at the least, so that 512 items are a call.
+#: The bytes that each item of an operation counts at the least, so that 512 of them fill a call.
 _ITEM = 1024
 
 
@@ -365,7 +365,7 @@ def _size(items: list[bytes]) -> int:
 
 
 def holder_name(process: str, number: int, *, shared: bool = False, places: int = 0) -> Holder:
-    """Return what a holder or waiter is called, which tells the server what it wants.
+    """Return the name of a holder or waiter, which tells the server its request.
 
     Args:
         process: The id of its process.

@@ -1,4 +1,4 @@
-"""Partitions and keys: the one place that hashes names and makes keys of them.
+"""Partitions and keys: the only module that hashes names and builds keys.
 
 A namespace and a resource may be any text. The keys of partition ``p`` begin with its *prefix*,
 ``{<namespace>/<p>}:``, whose hash tag puts all of them into one slot of a cluster. A resource's
@@ -18,8 +18,8 @@ DEFAULT_PARTITIONS = 16
 MOST_PARTITIONS = 16384
 _SLOTS = 16384
 
-# A semaphore has nothing to do with a resource of its name. A resource's own leading NUL is marked,
-# so that no two names meet.
+# A semaphore is independent of a resource of the same name. A resource's own leading NUL is
+# escaped, so that no two names are equal.
 _SEMAPHORE = b"\0s"
 _RESOURCE = b"\0r"
 
@@ -43,7 +43,7 @@ def is_semaphore(name: bytes) -> bool:
 def decode(name: bytes) -> str:
     """Return the resource, or the semaphore, that the server knows under a name.
 
-    A name that is not UTF-8 cannot be Phonon's; it is shown with escapes and harms nothing.
+    A name that is not UTF-8 cannot be Phonon's: it is shown with escapes.
     """
     if name.startswith((_SEMAPHORE, _RESOURCE)):
         name = name[2:]
@@ -85,9 +85,9 @@ class Partitions:
         self.namespace = namespace
         self.count = count
         escaped = _escape(namespace)
-        #: What the keys of the namespace itself begin with; they are in a slot of their own.
+        #: The prefix of the namespace's own keys, which are in a slot of their own.
         self.prefix = b"{%b}:" % escaped
-        #: What the keys of each partition begin with.
+        #: The prefix of the keys of each partition.
         self.prefixes = [b"{%b}:" % _spread(escaped, p, count) for p in range(count)]
 
     def place(self, resource: str) -> tuple[int, bytes]:

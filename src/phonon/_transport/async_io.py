@@ -1,9 +1,9 @@
 """Carries the transport's steps out in an event loop, on connections made with redis.asyncio.
 
 All tasks share one connection to a node: requests are written in order, and the answers, which come
-in the same order, are handed to those who wait for them. A caller that is cancelled, or runs out of
-time, leaves its place in the queue: its answers are read and dropped. Commands that block (a wait,
-a confirmation by the disk) have connections of their own, for all behind them would wait too.
+in the same order, are handed to the waiting tasks. When a caller is cancelled, or runs out of time,
+its place stays in the queue: its answers are read and dropped. A command that blocks (a wait, or a
+confirmation by the disk) has a connection of its own: otherwise all commands behind it would wait.
 
 redis.asyncio makes a connection (TLS, log-in, sentinels); from then on its transport is ours.
 """
@@ -44,8 +44,8 @@ T = TypeVar("T")
 _NOT_ENOUGH = object()
 _CLOSED = "the connection is closed"
 
-#: What a forked child has got from its parent, and must not even close: closing would remove the
-#: sockets from the selector, which the child shares with the parent.
+#: Connections that a forked child has from its parent. It must not even close them: closing would
+#: remove the sockets from the selector, which the child shares with the parent.
 _left_alone: list[Any] = []
 
 
@@ -54,9 +54,9 @@ class Slot:
 
     Attributes:
         due: How many answers are still to come.
-        replies: Where they go.
-        done: Is resolved when there are no more.
-        sent: The loop's time of the sending.
+        replies: The list that gets them.
+        done: Resolved when no answer is due any more.
+        sent: The loop's time at which the share was sent.
     """
 
     __slots__ = ("done", "due", "replies", "sent", "share", "timer")
@@ -91,11 +91,11 @@ class Channel(asyncio.Protocol):
 
     Args:
         real: A connection of redis.asyncio's that has been made.
-        silence: Seconds in which answers are due and nothing comes, after which it counts as dead.
+        silence: Seconds without any answer, while some are due, after which it counts as dead.
     """
 
     def __init__(self, real: Any, silence: float) -> None:
-        self._real = real  # kept, for its destructor closes the transport
+        self._real = real  # kept, because its destructor closes the transport
         self._loop = asyncio.get_running_loop()
         self._silence = silence
         self._slots: deque[Slot] = deque()
@@ -116,7 +116,7 @@ class Channel(asyncio.Protocol):
 
     @property
     def is_usable(self) -> bool:
-        """Return whether a call can be sent on it."""
+        """Return whether the connection can send a call."""
         return not self._retired and not self._transport.is_closing()
 
     @property
@@ -125,7 +125,7 @@ class Channel(asyncio.Protocol):
         return not self._slots
 
     def send(self, share: Share, deadline: float) -> Slot:
-        """Send commands; the slot is done when they are answered, or cannot be any more."""
+        """Send commands. The slot is done when they are answered, or the connection is lost."""
         data = b"".join([pack_command(words) for words in share.commands])  # type: ignore[arg-type]  # it takes tuples of any length
         slot = Slot(share, self._loop)
         self._slots.append(slot)
@@ -134,25 +134,25 @@ class Channel(asyncio.Protocol):
         return slot
 
     def retire(self) -> None:
-        """Close it when the last answer that is due has come."""
+        """Close the connection once the last due answer has come."""
         self._retired = True
         if not self._slots:
             self.abort()
 
     def abort(self, error: BaseException | None = None) -> None:
-        """Close it now."""
+        """Close the connection now."""
         self._transport.abort()
         self._fail(error or RedisConnectionError(_CLOSED))
 
     def _run_out(self, slot: Slot) -> None:
-        """End the waiting of a caller; if the server is silent, that of all."""
+        """Fail a caller whose time is up; if the server is silent, fail all callers."""
         share = slot.share
         if share is None:
             return
         slot.finish(RedisTimeoutError(f"no answer in {share.timeout:.1f} s"))
         slot.replies = []
         since = max(self._heard, self._slots[0].sent) if self._slots else self._loop.time()
-        # A caller with less patience than that must not cut off the others.
+        # A caller with a shorter time-out must not cut off the others.
         if share.alone or self._loop.time() - since >= self._silence * 0.99:
             self.abort(RedisTimeoutError("the server has not answered other calls either"))
 
@@ -163,14 +163,14 @@ class Channel(asyncio.Protocol):
     # asyncio calls these
 
     def data_received(self, data: bytes) -> None:
-        """Hand answers to those who wait for them."""
+        """Hand answers to the waiting tasks."""
         self._heard = self._loop.time()
         reader, slots = self._reader, self._slots
         try:
             reader.feed(data)
             while (reply := reader.gets()) is not _NOT_ENOUGH:
                 if not slots:
-                    raise RedisConnectionError("the server has said something unasked")  # noqa: TRY301 - as if the reader had
+                    raise RedisConnectionError("the server has said something unasked")  # noqa: TRY301 - handled like the reader's errors
                 slot = slots[0]
                 slot.replies.append(reply)
                 slot.due -= 1
@@ -184,7 +184,7 @@ class Channel(asyncio.Protocol):
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell all who wait for an answer that none will come."""
+        """Fail all tasks that wait for an answer."""
         self._real._writer = self._real._reader = None  # noqa: SLF001 - it is closed
         self._fail(RedisConnectionError(str(exc) if exc else "the server has closed it"))
         settle(self.lost)
@@ -201,7 +201,7 @@ def settle(future: "asyncio.Future[Any]", result: Any = None) -> None:
 
 
 def _copy(error: BaseException) -> BaseException:
-    """Return the same error for another task: a traceback grows as an error is raised."""
+    """Return a copy of an error for another task: each raise adds to an error's traceback."""
     try:
         return type(error)(*error.args)
     except TypeError:  # its class takes other arguments
@@ -245,8 +245,8 @@ class AsyncNode(Node):
     def begin(self) -> "asyncio.Task[Channel]":
         """Begin to make the shared connection, unless that is under way.
 
-        It is a task, so that a thousand callers wait for one attempt, and have its error if it
-        fails, also if the first of them is cancelled.
+        It is a task, so that a thousand callers wait for one attempt and get its error, even if
+        the first of them is cancelled.
         """
         if self._connecting is None:
             self._connecting = asyncio.create_task(self._open())
@@ -254,7 +254,7 @@ class AsyncNode(Node):
         return self._connecting
 
     async def open_alone(self, deadline: float) -> Channel:
-        """Make a connection for one caller, until the loop's time says that it is too late.
+        """Make a connection for one caller, before a deadline by the loop's time.
 
         Raises:
             Exception: One of `GONE`, or a ``ResponseError``.
@@ -263,27 +263,27 @@ class AsyncNode(Node):
             return await self._open()
 
     def give_back(self, channel: Channel) -> None:
-        """Keep a connection that one caller has had."""
+        """Keep a connection that a caller does not need any more."""
         if self._closed or not channel.is_idle:
             channel.abort()
         elif channel.is_usable:
             self._idle.append(channel)
 
     def retire(self) -> None:
-        """Use none of the present connections for a new call."""
+        """Use the present connections for no new call."""
         shared, self._shared = self._shared, None
         idle, self._idle = self._idle, []
         for channel in (*idle, *([] if shared is None else [shared])):
             channel.retire()
 
     def forget(self) -> None:
-        """Leave all connections alone, in a forked child."""
+        """Leave all connections alone in a forked child."""
         _left_alone.append((self, self._shared, self._idle, self._channels, self._connecting))
         self._shared = self._connecting = None
         self._idle, self._channels = [], set()
 
     async def close(self) -> None:
-        """Close all connections; nothing of them is left when it returns."""
+        """Close all connections, and wait until they are closed."""
         self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()
@@ -300,7 +300,7 @@ class AsyncNode(Node):
             raise RedisConnectionError(_CLOSED)
         real = self.connection_class(**self.options)
         try:
-            # The first limit is for the connection, the second one for what is said on it.
+            # One limit for the TCP connection, and one for the log-in on it.
             async with asyncio.timeout(self.connect_timeout + self.reply_timeout):
                 await real.connect()
             channel = Channel(real, self.reply_timeout)
@@ -365,12 +365,12 @@ async def _round_trip(shares: Sequence[Share]) -> None:
         for share, channel, slot in sent:
             slot.abandon()
             if share.alone and not channel.is_idle:
-                channel.abort()  # a wait must take no element that nobody sees
+                channel.abort()  # a wait must not take an element that no task gets
         raise
 
 
 async def _send(shares: Sequence[Share], sent: list[tuple[Share, Channel, Slot]]) -> None:
-    """Send shares; first those that need no new connection, for that may take its time."""
+    """Send shares, first those that need no new connection, because connecting takes time."""
     start = asyncio.get_running_loop().time()
     waiting: list[Share] = []
     for share in shares:
@@ -389,7 +389,7 @@ async def _send(shares: Sequence[Share], sent: list[tuple[Share, Channel, Slot]]
 
 
 async def _connect(share: Share, deadline: float) -> Channel | None:
-    """Wait for a connection for a share; without one, the share has the reason."""
+    """Wait for a connection for a share. If there is none, the share has the reason."""
     node = cast("AsyncNode", share.node)
     try:
         if share.alone:

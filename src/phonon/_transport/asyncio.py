@@ -2,10 +2,10 @@
 
 One *pump* a node sends for all tasks: as long as lanes have work, it collects one call of each,
 exchanges them together, and hands out the answers. A thousand tasks cost about as many exchanges as
-ten. A pump, like everything in the background, is a task that ends with `AsyncDriver.close`.
+ten. A pump, like every background job, is a task that ends with `AsyncDriver.close`.
 
-A caller that is cancelled, or that waits for longer than `retry_timeout`, goes; its flow goes on in
-a task of its own.
+When a caller is cancelled, or has waited for longer than `retry_timeout`, its flow goes on in a
+task of its own.
 """
 
 import asyncio
@@ -66,11 +66,11 @@ T = TypeVar("T")
 
 #: Seconds of user code after which finished batches are completed before more are executed.
 SLICE = 0.5
-#: Seconds that a task which was cancelled, because its process stops, is waited for.
+#: Seconds for which a stopping process waits for a task that it has cancelled.
 LAST_PATIENCE = 5.0
 #: Seconds for which one question for mail waits at the server.
 READ_MAIL = 1.0
-#: Seconds for which mail that nobody waits for yet is kept, and how much of it.
+#: Seconds for which mail without a waiter is kept, and how much of it.
 KEEP_MAIL = 10.0
 MOST_MAIL = 1000
 
@@ -90,7 +90,7 @@ class AsyncSignal:
         self._waiter: _Future | None = None
 
     def set(self) -> None:
-        """Wake the task that waits, now or as soon as it does."""
+        """Wake the task, now or as soon as it waits."""
         self._is_set = True
         waiter = self._waiter
         if waiter is None:
@@ -98,11 +98,11 @@ class AsyncSignal:
         if _running_loop() is self._loop:
             async_io.settle(waiter, True)  # noqa: FBT003 - the value
             return
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits
             self._loop.call_soon_threadsafe(async_io.settle, waiter, True)  # noqa: FBT003 - the value
 
     async def wait(self, seconds: float) -> bool:
-        """Wait until it is set, and unset it. Return whether it was set."""
+        """Wait until the signal is set, and unset it. Return whether it was set."""
         waiter = self._waiter = self._loop.create_future()
         try:
             if not self._is_set and seconds > 0:
@@ -118,7 +118,7 @@ class _Ticket(Ticket):
 
     Args:
         send: The effect.
-        run: Whose.
+        run: The flow's run.
     """
 
     future: _Future | None = None
@@ -131,14 +131,14 @@ class _Ticket(Ticket):
             async_io.settle(future)
 
     def fail(self, error: Exception) -> None:
-        """Tell the task that there are no answers yet."""
+        """Wake the task with an error: there are no answers yet."""
         if self.future is not None:
             with contextlib.suppress(asyncio.InvalidStateError):
                 self.future.set_exception(error)
 
 
 class AsyncWorker:
-    """A flow in a task of the background.
+    """A flow that runs in a background task.
 
     Args:
         task: The task.
@@ -148,18 +148,18 @@ class AsyncWorker:
         self._task = task
 
     def is_alive(self) -> bool:
-        """Return whether it has not ended yet."""
+        """Return whether the task has not ended yet."""
         return not self._task.done()
 
     def is_me(self) -> bool:
-        """Return whether it is the one that asks."""
+        """Return whether the calling task is this one."""
         return _running_loop() is self._task.get_loop() and self._task is asyncio.current_task()
 
     async def join(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as a thread's
-        """Wait until it has ended, for so many seconds at the most.
+        """Wait for its end, for so many seconds at the most.
 
         Raises:
-            RuntimeError: It is the one that calls.
+            RuntimeError: The calling task is this one.
         """
         if self._task is asyncio.current_task():
             raise RuntimeError("a task does not wait for itself")
@@ -171,18 +171,18 @@ class AsyncDriver:
     """Runs the flows of one process in the event loop in which it was made.
 
     Args:
-        server: Where calls go.
-        library: Names the server's functions.
-        identity: Whose lanes they go through.
+        server: The server that gets the calls.
+        library: Knows the names of the server's functions.
+        identity: The identity of the process, which has the lanes.
         retry_timeout: Seconds after which a caller without an answer gets an error.
-        explain: Turns an error of the server's into one that names the remedy.
-        max_concurrent: How much of the user's code runs at the same time.
+        explain: Turns a server's error into one that names the remedy.
+        max_concurrent: How many calls of the user's code run at the same time.
         slice: Seconds of user code after which an `Execute` returns with the results so far.
 
     Attributes:
-        on_detached: Told a flow whose caller has gone, and which goes on by itself.
-        on_ready: Told such a flow when it has ended.
-        leave_context: Run in the context of the user's code before that begins.
+        on_detached: Called with a flow whose caller has gone, and which goes on by itself.
+        on_ready: Called with such a flow when it has ended.
+        leave_context: Called in the context of the user's code before that begins.
     """
 
     is_async = True
@@ -206,7 +206,7 @@ class AsyncDriver:
         self.retry_timeout = retry_timeout
         self.explain = explain or server.explain
         self.slice = slice
-        #: Whether this is the copy of it in a forked child.
+        #: Whether this is the copy of the driver in a forked child.
         self.forked = False
         self.on_detached: Callable[[FlowRun], object] = lambda _: None
         self.on_ready: Callable[[FlowRun], object] = lambda _: None
@@ -215,7 +215,7 @@ class AsyncDriver:
         self._receiver = Receiver(identity, self.explain)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
-        # Lanes that may have work, and the pumps of the nodes where they are.
+        # Lanes that may have work, and the pumps of their nodes.
         self._busy: dict[Lane, None] = {}
         self._pumps: dict[Node, asyncio.Task[None]] = {}
         # Tickets in the order of their deadlines, and the timer for the first.
@@ -249,7 +249,7 @@ class AsyncDriver:
     def resume(self, run: FlowRun) -> Any:
         """Return the result of a flow whose caller had gone.
 
-        It goes on by itself; if it has not ended yet its task is returned.
+        The flow goes on by itself. If it has not ended yet, the task is returned.
 
         Raises:
             BaseException: The error of the flow, if it has raised one.
@@ -270,7 +270,7 @@ class AsyncDriver:
         """Run a flow in the background, in an empty context.
 
         Raises:
-            RuntimeError: It is too late for that: the driver or the event loop is closed.
+            RuntimeError: It is too late: the driver or the event loop is closed.
         """
         run = FlowRun(flow, name, background=True)
         return AsyncWorker(self._start(self._work(run), name, Context()))
@@ -282,7 +282,7 @@ class AsyncDriver:
         except Exception:
             log.exception("the task %s has failed", run.name)
         finally:
-            # A cancelled task may be kept for long, and with it the flow: it has to end now.
+            # The user may keep a cancelled task, and with it the flow, which has to end now.
             run.flow.close()
 
     async def _go_on(self, run: FlowRun) -> Any:
@@ -307,13 +307,13 @@ class AsyncDriver:
             run.advance(reply)
 
     def _left(self, run: FlowRun, error: BaseException) -> None:
-        """The caller goes with an error: go on in the background with what has begun."""
+        """Let the flow of a caller that leaves with an error go on in the background."""
         if run.is_over or self.forked:
             return
         ticket = run.ticket
         run.caller_gone = True
         if not run.has_sent and not (ticket is not None and ticket.places):
-            # Nobody has seen anything of it: it ends, and may yet have something to undo.
+            # The flow has sent nothing: it ends, and may have something to undo first.
             with contextlib.suppress(BaseException):
                 if run.effects:
                     run.throw(error)
@@ -354,7 +354,7 @@ class AsyncDriver:
             return cast("list[Any]", ticket.answers)
         future = ticket.future = self.loop.create_future()
         if run.running is None:
-            # In a task of its own it waits for as long as it takes.
+            # In a task of its own a flow waits without a limit.
             self._set_deadline(ticket)
         if run.background and send.first:
             self._fail_if_fenced(ticket)
@@ -383,7 +383,7 @@ class AsyncDriver:
         self._pumps[node] = pump
 
     async def _pump(self, node: Node) -> None:
-        """Send the calls of a node's lanes, until there are none."""
+        """Send the calls of a node's lanes, until there are none left."""
         pause = FIRST_PAUSE
         try:
             while calls := self._collect(node):
@@ -397,7 +397,7 @@ class AsyncDriver:
             await asyncio.sleep(self.server.longest_pause)
         finally:
             self._pumps.pop(node, None)
-            # Slots may have moved to another node, and work may have come meanwhile.
+            # Slots may have moved to another node, and lanes may have new work.
             for lane in list(self._busy):
                 if lane.has_work:
                     self._kick(lane)
@@ -440,13 +440,13 @@ class AsyncDriver:
         self._waiting[ticket] = None
         timer = self._timer
         if timer is not None and timer.when() > ticket.deadline:
-            timer.cancel()  # it was set for one that may wait for longer
+            timer.cancel()  # it was set for a ticket with a later deadline
             timer = None
         if timer is None:
             self._timer = self.loop.call_at(ticket.deadline, self._overdue)
 
     def _overdue(self) -> None:
-        """Tell those that have waited for too long."""
+        """Fail the tickets whose deadlines have passed."""
         self._timer = None
         now = self.loop.time()
         for ticket in list(self._waiting):
@@ -464,7 +464,7 @@ class AsyncDriver:
                 ticket.fail(self.lost())
 
     def _fail_if_fenced(self, ticket: _Ticket) -> None:
-        """The heartbeat's own flow must not wait for a rebirth, which is its to do."""
+        """Fail the heartbeat's own ticket: it must not wait for a rebirth, which it has to do."""
         if any(lane.state is State.FENCED for lane in ticket.lanes()):
             ticket.fail(self.lost())
 
@@ -473,17 +473,17 @@ class AsyncDriver:
         return self.server.lost(self._receiver.trouble)
 
     def deliver(self, operation: Operation, answer: Any) -> None:
-        """Hand the answer to an operation, which a rebirth has found, to the task that waits."""
+        """Hand an answer that a rebirth has found to the task that waits for it."""
         self._receiver.deliver(((operation, answer),))
 
     def flush(self) -> None:
-        """Have all be sent that is queued."""
+        """Send the calls of all lanes."""
         for lane in self.identity.lanes:
             if lane.has_work:
                 self._kick(lane)
 
     def look_again(self) -> None:
-        """Go on after a rebirth: lanes and mailboxes are others now."""
+        """Go on after a rebirth, which has changed lanes and mailboxes."""
         for ticket in list(self._waiting):
             ticket.catch_up(self.identity)
         self.flush()
@@ -514,7 +514,7 @@ class AsyncDriver:
         try:
             run.advance(None)
             return Outcome(await self._go_on(run))
-        except Exception as error:  # noqa: BLE001 - it is the result
+        except Exception as error:  # noqa: BLE001 - the error is the result
             self._left(run, error)
             return Outcome(error=error)
         except BaseException as error:
@@ -553,7 +553,7 @@ class AsyncDriver:
     async def _run_job(self, job: Job) -> None:
         try:
             if EXECUTING.get():
-                # Part of what runs already: to wait for a place might be to wait for itself.
+                # It is part of a job that runs already and has a place: it could wait for itself.
                 job.outcome = await _outcome_of(job.function)
             else:
                 async with self._places:
@@ -566,7 +566,7 @@ class AsyncDriver:
     # Mail
 
     async def _await_mail(self, effect: AwaitMail) -> bool:
-        """Wait for mail, which one task reads for all that wait."""
+        """Wait for mail, which one task reads for all waiting tasks."""
         mail = self._mail
         if mail.take(effect.waiter):
             return True
@@ -586,7 +586,7 @@ class AsyncDriver:
             del mail.groups[future]
 
     async def _read_mail(self, group: int | None) -> None:
-        """Read mail as long as anybody waits for it."""
+        """Read mail as long as a task waits for some."""
         try:
             while group in self._mail.groups.values():
                 lanes = self.identity.lanes
@@ -606,12 +606,12 @@ class AsyncDriver:
     # The rest
 
     def signal(self) -> AsyncSignal:
-        """Return something to wait for."""
+        """Return an object to wait for."""
         return AsyncSignal(self.loop)
 
     @staticmethod
     def me() -> "asyncio.Task[Any] | None":
-        """Return the task that runs, if it is one."""
+        """Return the running task, if there is one."""
         return asyncio.current_task() if _running_loop() is not None else None
 
     def my_name(self) -> str:
@@ -623,8 +623,8 @@ class AsyncDriver:
         """Refuse to work for another event loop.
 
         Raises:
-            ConfigurationError: It is another one that runs.
-            ForkedError: It is the parent process's.
+            ConfigurationError: Another event loop runs.
+            ForkedError: The driver belongs to the parent process.
         """
         if self.forked:
             raise ForkedError(
@@ -655,7 +655,7 @@ class AsyncDriver:
     def _ended(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # told where the result is asked for
+            task.exception()  # marks it as retrieved: `resume` raises it
 
     async def close(self) -> None:
         """Cancel the tasks that still run, and wait for their end."""
@@ -688,14 +688,14 @@ class _Mail:
         self._early: OrderedDict[str, float] = OrderedDict()
 
     def hand_out(self, waiter: str) -> None:
-        """Wake the task that a mail is for."""
+        """Wake the task of a mail."""
         future = self.waiting.get(waiter)
         if future is not None:
             async_io.settle(future, True)  # noqa: FBT003 - the value
         elif is_nudge(waiter):
             self.wake_all()
         else:
-            # It was asked for already, but its task does not wait yet.
+            # The task has asked for the mail, but does not wait yet.
             self._early[waiter] = time.monotonic()
             while len(self._early) > MOST_MAIL:
                 self._early.popitem(last=False)

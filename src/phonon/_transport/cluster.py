@@ -1,8 +1,8 @@
 """A Redis Cluster: each request goes to the node that has its slot, all nodes side by side.
 
-The map of the slots is kept here. That of redis-py's cluster client is no use to us: up to redis-py
-7 every look at it cuts the connections of other threads, and its pipelines ask the server for the
-keys of each ``FCALL``, which we know.
+The map of the slots is kept here. The map of redis-py's cluster client does not fit: up to redis-py
+7 every use of it cuts the connections of other threads, and its pipelines ask the server for the
+keys of each ``FCALL``, which Phonon knows.
 """
 
 import random
@@ -18,12 +18,12 @@ from phonon._transport import failures
 from phonon._transport.server import UNANSWERED, FunctionLibrary, Reply, Server
 from phonon._transport.steps import GONE, Invoke, Node, Steps
 
-#: Nodes that are asked for the map after a failure, before the requests are tried again: each one
-#: that is behind a dead network costs a time-out.
+#: How many nodes are asked for the map after a failure, before the requests are tried again: each
+#: node behind a dead network costs a time-out.
 ASKED_AT_ONCE = 3
 #: Keys whose slots are remembered. They are prefixes of partitions, so there are few.
 REMEMBERED_KEYS = 4096
-#: Errors by which a slot is known to be under way: the map is right, so nobody is asked for it.
+#: Errors of a slot that is being moved: the map is right, so no node is asked for it.
 UNDER_WAY = ("ASK ", "TRYAGAIN ")
 
 
@@ -34,9 +34,9 @@ class ClusterServer(Server):
         node_at: Makes the node for a host and a port.
         remap: Translates an address that a node has announced.
         known: Hosts and ports of nodes that the client knows already.
-        given: Hosts and ports that were given for the cluster. They are asked for its map as long
-            as we live: a name may lead somewhere when all addresses have changed.
-        library: See `Server`, as for the rest.
+        given: Hosts and ports that the user gave for the cluster. They are asked for the map at any
+            time: a name may still resolve when all addresses have changed.
+        library: See `Server`.
         address: The cluster's name in messages, without a password.
         settings: See `Server`.
     """
@@ -58,8 +58,8 @@ class ClusterServer(Server):
         self._nodes: dict[tuple[str, int], Node] = {}
         start = [self._at(*place) for place in dict.fromkeys((*known, *given))]
         super().__init__(start[0], library, address, **settings)
-        #: For each slot its primary. A new map takes the place of the whole list; a single slot
-        #: that has moved is changed in it.
+        #: The primary of each slot. A new map replaces the whole list; a single slot that has moved
+        #: is changed in it.
         self._owners: list[Node] = [start[0]] * REDIS_CLUSTER_HASH_SLOTS
         self._slots: dict[bytes, int] = {}
         self._start = start
@@ -67,12 +67,12 @@ class ClusterServer(Server):
     def start(self) -> Steps[None]:
         """Learn which node has which slot, and load the library.
 
-        A primary that is not there may be failing over: it is no reason not to start, and gets
-        the library when it is back.
+        A primary that does not answer may be failing over. The start succeeds all the same, and the
+        node gets the library when it is back.
 
         Raises:
             ServerUnreachableError: No node answers.
-            ServerError: One cannot be used.
+            ServerError: A node cannot be used.
         """
         failure = yield from self._ask_for_map(self._start)
         if failure is not None:
@@ -95,7 +95,7 @@ class ClusterServer(Server):
             yield Invoke(node.close)
 
     def forget_connections(self) -> None:
-        """Drop the connections after a fork, for they are the parent's."""
+        """Drop the connections after a fork, because they are the parent's."""
         for node in list(self._nodes.values()):
             node.forget()
 
@@ -144,11 +144,11 @@ class ClusterServer(Server):
         return failure
 
     def _note(self, node: Node, error: ResponseError) -> None:
-        """Learn from an error that will pass: where a slot has gone, or that a primary has.
+        """Learn from a temporary error that a slot has moved, or that a primary is gone.
 
         ``ASK`` is waited out, never followed. Each request declares a key that never exists, so
-        while a slot is under way its old owner always answers ``ASK``; over there the keys would
-        be missing that have not arrived yet.
+        while a slot is being moved its old owner always answers ``ASK``; but its new owner lacks
+        the keys that have not been moved yet.
         """
         super()._note(node, error)
         if str(error).startswith("MOVED "):
@@ -163,16 +163,16 @@ class ClusterServer(Server):
         return node
 
     def _announced(self, by: Node, host: str | bytes | None, port: int) -> Node:
-        """Return the node that another one has told us of."""
+        """Return a node that another node has announced."""
         name = host.decode() if isinstance(host, bytes) else host
         if name in ("", "?", None):
-            name = by.host  # it knows no name for it: the one that we used
+            name = by.host  # the node does not know its own name: take the one that we used
         return self._at(*self._remap(str(name), port))
 
     # The map
 
     def _refresh(self, suspects: Collection[Node]) -> Steps[None]:
-        """Ask some node which node has which slot. Without an answer the old map stays."""
+        """Ask a node for the map of slots. Without an answer the old map stays."""
         nodes = list(self._nodes.values())
         random.shuffle(nodes)
         nodes.sort(key=suspects.__contains__)
@@ -209,7 +209,7 @@ class ClusterServer(Server):
         # A node that is asked for a slot without an owner says so, or knows the owner.
         owners = [asked] * REDIS_CLUSTER_HASH_SLOTS
         for first, last, *nodes in slots:
-            # The replicas too: they are asked for the map when the primaries are gone.
+            # Replicas as well: they are asked for the map when the primaries are gone.
             found = [self._announced(asked, host, port) for host, port, *_ in nodes]
             owners[first : last + 1] = found[:1] * (last - first + 1)
         return owners

@@ -1,4 +1,4 @@
-"""From a URL to a server. Processes of one interpreter that use the same URL share connections."""
+"""Connects to the server of a URL. Processes of one interpreter share connections by URL."""
 
 import threading
 from collections.abc import Callable
@@ -31,17 +31,17 @@ class ClientBackend(NamedTuple):
     Attributes:
         package: Its name, for messages.
         client: Makes a client of one server from redis-py's options.
-        client_class: The class of those.
+        client_class: The class of these clients.
         cluster_class: The class of clients of a cluster.
         cluster: Makes a client of a cluster from that class, nodes and options, and has it look
             for the other nodes.
         sentinel: Makes clients of sentinels.
         node: Makes the `Node` of a client.
-        node_of_cluster: Makes that of a host and a port of a cluster's client.
+        node_of_cluster: Makes the `Node` of a host and a port, from a cluster's client.
         close: Closes a client.
         initialize: Prepares a client of a cluster that the user made.
         lock: Makes locks for `Invoke`.
-        scope: The event loop that the connections belong to; None for those of all threads.
+        scope: The event loop of the connections; None if any thread may use them.
     """
 
     package: str
@@ -59,7 +59,7 @@ class ClientBackend(NamedTuple):
 
 
 class SharedConnection:
-    """A share in a server's connections; the last one that is closed closes them.
+    """A share in a server's connections; closing the last share closes them.
 
     Attributes:
         server: The server.
@@ -99,7 +99,7 @@ class _Opened:
                 yield from self.closers.pop()()
             except GeneratorExit:
                 raise
-            except BaseException as error:  # noqa: BLE001 - the rest has to be closed all the same
+            except BaseException as error:  # noqa: BLE001 - the rest has to be closed too
                 failure = error
         if failure is not None:
             raise failure
@@ -121,11 +121,11 @@ _lock = threading.Lock()
 
 def after_fork_in_child() -> None:
     """Free the locks that another thread of the parent may have held, and drop connections."""
-    global _lock  # noqa: PLW0603 - a lock that is held by a thread that is not here cannot be freed
+    global _lock  # noqa: PLW0603 - a lock whose holder, a thread, is missing in the child cannot be freed
     _lock = threading.Lock()
     for key, shared in list(_shared.items()):
         if shared.opened.server is None or shared.scope is not None:
-            del _shared[key]  # that thread was about to start it, or had an event loop
+            del _shared[key]  # a thread was starting it, or it had an event loop
         else:
             shared.starting = threading.Lock()
     after_fork_drop_connections()
@@ -134,7 +134,7 @@ def after_fork_in_child() -> None:
 def connect_url(
     url: str, library: FunctionLibrary, backend: ClientBackend, **settings: Any
 ) -> Steps[SharedConnection]:
-    """Connect to the server that a URL names, or join a connection that is there.
+    """Connect to the server of a URL, or share its present connections.
 
     Args:
         url: The server; see `urls.FORMS`.
@@ -167,7 +167,7 @@ def connect_url(
         yield from shared.opened.close()
 
     try:
-        # A lock of its own: to wait for one server must keep nobody from another.
+        # A lock for each server: a caller that waits for one server must not block the others.
         starting = shared.starting
         yield Invoke(starting.acquire)
         try:
@@ -197,7 +197,7 @@ def connect_client(
         settings: See `Server`.
 
     Raises:
-        ConfigurationError: The object is no such client.
+        ConfigurationError: The object is not such a client.
         ServerUnreachableError: Its server does not answer.
         ServerError: Its server cannot be used.
     """
@@ -214,7 +214,7 @@ def make_cluster(cluster_class: Any, nodes: list[tuple[str, int]], options: dict
             startup.append(ClusterNode(host, port))  # type: ignore[no-untyped-call]
         return cluster_class(startup_nodes=startup, **options)
     except BaseException:
-        # Close what a client that did not come about has opened; redis-py leaves it to the garbage.
+        # Close the connections of a client whose constructor failed: redis-py does not.
         for node in startup:
             if node.redis_connection is not None:
                 node.redis_connection.close()
@@ -227,7 +227,7 @@ def _started(opening: "Callable[[_Opened], Steps[None]]") -> Steps[_Opened]:
     try:
         yield from opening(opened)
         server = opened.server
-        assert server is not None  # noqa: S101 - that is what opening does
+        assert server is not None  # noqa: S101 - opening sets it
         opened.closers.append(server.close)
         yield from server.start()
     except GeneratorExit:
@@ -272,7 +272,7 @@ def _known(cluster: Any) -> list[tuple[str, int]]:
 
 
 def _instead(client: Any) -> str:
-    """Describe an argument that is no client, and name the right one."""
+    """Describe an argument that is not a client, and name the right one."""
     if isinstance(client, str):
         return "not a str: give a URL as url="
     if isinstance(client, type):
@@ -289,7 +289,7 @@ def _instead(client: Any) -> str:
 def _open(
     address: Address, library: FunctionLibrary, backend: ClientBackend, settings: dict[str, Any]
 ) -> Callable[[_Opened], Steps[None]]:
-    """Open a server with clients of our own."""
+    """Open a server with clients that Phonon makes."""
 
     def open_it(opened: _Opened) -> Steps[None]:
         where = address
@@ -318,7 +318,7 @@ def _open(
 
 
 def _check_files(address: Address) -> None:
-    """Name a file that is missing, for the error of the TLS library does not."""
+    """Name a missing file, because the error of the TLS library does not."""
     for name in _FILES:
         path = address.options.get(name)
         if path is not None and not Path(path).exists():
@@ -328,7 +328,7 @@ def _check_files(address: Address) -> None:
 
 
 def _plain_client(address: Address, backend: ClientBackend) -> Any:
-    """Make a client of the first node. For the others it proves that redis-py knows the options."""
+    """Make a client of the first node. This also proves that redis-py knows the options."""
     if address.scheme in ("unix", "embedded"):
         where: dict[str, Any] = {"unix_socket_path": address.path}
     else:
@@ -357,7 +357,7 @@ def _cluster_client(address: Address, backend: ClientBackend) -> Steps[Any]:
     if options.pop("db", 0):
         raise ConfigurationError(f"{address.shown}: a cluster has no database but 0; name none")
     unknown = options.keys() - set(REDIS_ALLOWED_KEYS)
-    if unknown:  # redis-py would go on without them, and some are for safety
+    if unknown:  # redis-py would ignore them, and some are for safety
         raise _unknown_option(address, unknown)
     try:
         client = yield Invoke(backend.cluster, (backend.cluster_class, address.nodes, options))
@@ -392,7 +392,7 @@ def _cluster_server(
 
 
 def _sentinel_client(address: Address, backend: ClientBackend, opened: _Opened) -> Steps[Any]:
-    """Make a client of the primary that sentinels name."""
+    """Make a client of the primary, as the sentinels name it."""
     ssl = {name: value for name, value in address.options.items() if name.startswith("ssl")}
     try:
         sentinel = backend.sentinel(
@@ -410,7 +410,7 @@ def _sentinel_client(address: Address, backend: ClientBackend, opened: _Opened) 
 
 
 def _check_sentinels(nodes: list[Node], address: Address) -> Steps[None]:
-    """Name the fault of sentinels, or of the service name, which redis-py does not."""
+    """Name the problem of sentinels, or of the service name, because redis-py does not."""
     known: set[str] = set()
     failure: BaseException | None = None
     for node in nodes:

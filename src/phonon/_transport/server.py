@@ -26,20 +26,20 @@ log = logging.getLogger("phonon")
 #: Seconds; the pauses between attempts to reach a server double from the first to the longest.
 FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 1.0
-#: Seconds that are no time at all: timers are early by less.
+#: Seconds that count as no time: a timer may be early by this.
 AT_ONCE = 0.001
-#: Seconds that an attempt gets at the least, however little is left of the caller's patience.
+#: The least time-out of an attempt, in seconds, even if the caller's time is nearly up.
 SHORTEST_TIMEOUT = 0.05
 #: Seconds that the server may be late with the answer to a wait.
 WAIT_GRACE = 5.0
-#: Seconds that it may be late with a confirmation: it looks at its clock ten times a second.
+#: Seconds that it may be late with a confirmation: it checks its clock ten times a second.
 CONFIRM_GRACE = 1.0
 #: Seconds before `Server.wait` returns if the server is gone.
 WAIT_PAUSE = 0.1
 
 UNANSWERED = object()
 
-#: The answer to a request: the server's, its error, or ours if there is none.
+#: The answer to a request: the server's, its error, or Phonon's error if there is none.
 Reply: TypeAlias = Any | ResponseError | ConnectionLostError
 
 
@@ -59,7 +59,7 @@ _servers: "weakref.WeakSet[Server]" = weakref.WeakSet()
 
 
 def after_fork_in_child() -> None:
-    """Drop the connections of all servers: the parent talks on them."""
+    """Drop the connections of all servers, because they are the parent's."""
     for server in list(_servers):
         server.forget_connections()
 
@@ -73,16 +73,16 @@ class Server:
         address: The server's name in messages, without a password.
         longest_pause: Seconds between two attempts, at the most.
         durability: How safe data must be before a request that wants confirmation is answered.
-        may_lack_library: Whether a user who may not load the library can use the server all the
-            same: somebody else has loaded it, or that shows in what is asked for.
+        may_lack_library: Whether a user without the right to load the library can use the server:
+            it may be loaded already, and otherwise the first call shows that it is missing.
 
     Attributes:
         troubles: How many attempts have left a request unanswered.
-        round_trips: How often requests were sent and their answers awaited; those that are sent
-            together make one. Blocking reads of mail are not among them.
-        trouble: Why the last attempt has left some; None if it has not.
-        most_bytes: How long a word of a request may be: a server hangs up on a longer one, which
-            looks as if it were gone.
+        round_trips: How often requests were sent and their answers awaited; requests that are sent
+            together count as one, and blocking reads of mail do not count.
+        trouble: Why the last attempt left a request unanswered; None if all were answered.
+        most_bytes: The longest word that a request may have. A server hangs up on a longer one, so
+            that it seems to be gone.
     """
 
     #: Whether one ``BLMPOP`` may name lists of several partitions.
@@ -110,7 +110,7 @@ class Server:
         _servers.add(self)
 
     def start(self) -> Steps[None]:
-        """Check that there is a server we can work with, and load the library.
+        """Check that the server is usable, and load the library.
 
         Raises:
             ServerUnreachableError: Nothing answers.
@@ -129,7 +129,7 @@ class Server:
     def exchange(
         self, requests: Sequence[Request], patience: float, *, confirm: bool = False
     ) -> Steps[list[Reply]]:
-        """Send requests together, and repeat those that are not answered.
+        """Send requests together, and repeat those without an answer.
 
         Args:
             requests: The requests; a repeated one is the same, byte for byte.
@@ -138,7 +138,7 @@ class Server:
             confirm: Whether answers count only once data is as safe as ``durability`` demands.
 
         Returns:
-            For each request, in order, its answer, or the error.
+            The answer or the error of each request, in order.
         """
         replies: list[Reply] = [UNANSWERED] * len(requests)
         unanswered: list[int] = list(range(len(requests)))
@@ -159,14 +159,14 @@ class Server:
             left = give_up - time.monotonic()
             if left < AT_ONCE or isinstance(failure, failures.REFUSED):
                 for i in unanswered:
-                    replies[i] = self.lost(failure)  # one each: a traceback grows as it is raised
+                    replies[i] = self.lost(failure)  # one each: a raise extends its traceback
                 return replies
             yield Pause(min(left, pause * random.uniform(0.5, 1.0)))  # noqa: S311 - no secret
             pause = min(pause * 2, self.longest_pause)
             limit = max(give_up - time.monotonic(), SHORTEST_TIMEOUT)
 
     def wait(self, keys: Sequence[bytes], timeout: float) -> Steps[list[bytes]]:
-        """Wait for elements in lists and take what is in one, on a connection of its own.
+        """Wait for elements in lists, and take those of one list, on a separate connection.
 
         Args:
             keys: The lists; in a cluster all of one slot.
@@ -185,7 +185,7 @@ class Server:
         yield RoundTrip([share])
         reply = share.replies[0] if share.replies else None
         if share.failure is not None or (isinstance(reply, ResponseError) and is_passing(reply)):
-            # An error wakes us where the server is no primary any more, or not of this slot.
+            # The wait ends with an error if the server is demoted, or gives the slot away.
             if isinstance(reply, ResponseError):
                 self._note(node, reply)
             yield Pause(min(timeout, WAIT_PAUSE))
@@ -200,19 +200,19 @@ class Server:
         yield Invoke(self._node.close)
 
     def forget_connections(self) -> None:
-        """Drop the connections after a fork, for they are the parent's."""
+        """Drop the connections after a fork, because they are the parent's."""
         self._node.forget()
 
-    def node_of(self, key: bytes) -> Node:  # noqa: ARG002 - a cluster wants to know
+    def node_of(self, key: bytes) -> Node:  # noqa: ARG002 - a cluster needs it
         """Return the node that has a key."""
         return self._node
 
     def explain(self, error: ResponseError, keys: Sequence[bytes | str] = ()) -> Exception:
-        """Turn an answer that is an error into one that names the remedy."""
+        """Turn a server's error into one that names the remedy."""
         return failures.explain(self.address, error, keys)
 
     def lost(self, error: BaseException | None) -> ConnectionLostError:
-        """Return the error for a server that stopped answering in the middle of a call."""
+        """Return the error for a server that stopped answering during a call."""
         return failures.lost(self.address, error or self.trouble)
 
     # One attempt
@@ -227,10 +227,10 @@ class Server:
     ) -> Steps[BaseException | None]:
         """Send requests once and take their answers.
 
-        Those that must be sent again stay unanswered.
+        Requests that must be sent again stay unanswered.
 
         Returns:
-            Why there are any.
+            Why some are unanswered; None if all are answered.
         """
         shares: dict[Node, list[int]] = {}
         for i in indices:
@@ -252,7 +252,7 @@ class Server:
     ) -> Share:
         timeout = node.reply_timeout if limit is None else min(node.reply_timeout, limit)
         if confirm and self.durability is not None:
-            # Alone: a call behind it on the same connection would wait for the disk too.
+            # Last on its own connection: a call behind it would wait for the disk too.
             commands = [*commands, self.durability.command]
             timeout += self.durability.timeout + CONFIRM_GRACE
             return Share(node, commands, timeout, alone=True)
@@ -261,9 +261,9 @@ class Server:
     def _take(
         self, share: Share, indices: Sequence[int], replies: list[Reply], confirm: bool
     ) -> Steps[BaseException | None]:
-        """Take the answers of a share; returns why some of its requests have none."""
+        """Take the answers of a share. Return why some of its requests have none."""
         if isinstance(share.failure, ResponseError):
-            # While connecting: the database, or the right to use it, has gone.
+            # The error came while connecting: the database, or the right to use it, is gone.
             for i in indices:
                 replies[i] = share.failure
             return None
@@ -278,7 +278,7 @@ class Server:
                     lacking.append(i)
             elif safe or isinstance(reply, ResponseError):
                 replies[i] = reply
-            # An unconfirmed one is repeated, which changes nothing and asks once more.
+            # An unconfirmed request is repeated: that changes nothing, and asks for it again.
         if lacking:
             failure = (yield from self._reload(share.node, lacking, replies)) or failure
         if not safe and failure is None:
@@ -288,7 +288,7 @@ class Server:
     def _reload(
         self, node: Node, indices: Sequence[int], replies: list[Reply]
     ) -> Steps[BaseException | None]:
-        """Load the library for requests that missed it; they have the error if that is refused."""
+        """Load the library for requests that missed it. If that fails, they get the error."""
         problem = yield from self._load(node)
         if isinstance(problem, ResponseError) and not is_passing(problem):
             for i in indices:
@@ -300,29 +300,29 @@ class Server:
         if self.durability is None or len(share.replies) <= count:
             return False
         reply = share.replies[count]
-        # An error: the append-only file was switched off, or the server is no primary now.
+        # An error means: the append-only file was switched off, or the server is a replica now.
         return not isinstance(reply, ResponseError) and self.durability.is_reached(reply)
 
     def _note(self, node: Node, error: ResponseError) -> None:
-        """Learn from an error that will pass."""
+        """Learn from a temporary error."""
         if str(error).startswith(failures.DEMOTED):
             node.retire()
 
     def _demoted(self, node: Node) -> Steps[BaseException]:
-        """Return the error for a server that takes no writes; it names the primary."""
+        """Return the error for a server that refuses writes; it names the primary."""
         where = "unknown"
         try:
             (role,) = yield from self._commands(node, (b"ROLE",))
             if isinstance(role, list) and role[0] == b"slave":
                 where = f"{role[1].decode()}:{role[2]}"
         except (*GONE, ResponseError):
-            pass  # it is said that it takes no writes
+            pass  # the error then says only that the server is a replica
         return RedisConnectionError(f"it is a replica now, and its primary is at {where}")
 
     # Single commands
 
     def _commands(self, node: Node, *commands: tuple[bytes, ...]) -> Steps[list[Any]]:
-        """Send commands to one node; returns their answers or errors.
+        """Send commands to one node. Return their answers or errors.
 
         Raises:
             Exception: One of `GONE`, or a ``ResponseError`` while connecting.
@@ -334,7 +334,7 @@ class Server:
         return share.replies
 
     def _load(self, node: Node) -> Steps[BaseException | None]:
-        """Load the library; returns why that did not work."""
+        """Load the library. Return the error, or None."""
         try:
             command = (b"FUNCTION", b"LOAD", self.library.source.encode())
             reply = (yield from self._commands(node, command))[0]
@@ -342,14 +342,14 @@ class Server:
             return error
         if isinstance(reply, ResponseError) and "already exists" not in str(reply):
             return reply
-        return None  # loaded, by us or by somebody a moment earlier
+        return None  # loaded, perhaps by another process a moment earlier
 
     # The start
 
     def _prepare(self, node: Node, *, check_mode: bool) -> Steps[None]:
         """Check one server, and load the library there."""
         info, *limits = yield from self._commands(node, (b"INFO",), *_LIMITS)
-        # Start although the user may not ask: a missing permission shows in the call that fails.
+        # Start even if the user has no right to ask: a call that needs a right will show it.
         facts = _facts(info) if isinstance(info, bytes) else {}
         self.most_bytes = min(self.most_bytes, *map(_limit, limits))
         if check_mode:
@@ -428,7 +428,7 @@ _AROUND = 4096
 
 
 def _limit(answer: Any) -> int:
-    """Return a limit of a server; the default if it may not be asked, or has none."""
+    """Return a limit of a server; the default if the user may not ask, or it has none."""
     if isinstance(answer, list) and len(answer) > 1 and answer[1].isdigit() and int(answer[1]):
         return int(answer[1]) - _AROUND
     return _MOST_BYTES

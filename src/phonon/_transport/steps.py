@@ -17,7 +17,7 @@ GONE = (RedisConnectionError, RedisTimeoutError, OSError)
 #: Seconds to wait for a connection, or for an answer, unless the client has a limit of its own.
 SOCKET_TIMEOUT = 5.0
 
-#: Connections are ours, so they do not repeat calls, decode answers or receive pushes.
+#: Phonon drives its connections, so redis-py must not repeat calls, decode answers or take pushes.
 _OUR_WAY: dict[str, Any] = {"protocol": 2, "decode_responses": False, "health_check_interval": 0}
 #: Options of a pool that a connection does not need, or that push messages into it.
 _NOT_OURS = (
@@ -34,10 +34,10 @@ _NOT_OURS = (
 
 
 class Node(ABC):
-    """One address, and our connections to the server there.
+    """One address, and Phonon's connections to the server there.
 
-    They are made as the client's pool makes its own, but are not counted in it: a client with few
-    connections neither starves us nor is starved by us.
+    They are made like those of the client's pool, but do not count in it: if the pool is small,
+    neither the client nor Phonon runs out of connections because of the other.
 
     Args:
         connection_class: The client's class of connections.
@@ -75,7 +75,7 @@ class Node(ABC):
     def retire(self) -> None:
         """Use none of the present connections for a new call.
 
-        They lead to a server that is gone, or is no primary any more.
+        Their server is gone, or is not a primary any more.
         """
 
     @abstractmethod
@@ -92,10 +92,10 @@ class Share:
     """The commands of a round trip that go to one node.
 
     Attributes:
-        node: Where they go.
+        node: The node that gets them.
         commands: The commands, all words as bytes.
         timeout: Seconds until the last answer at the latest.
-        alone: Whether they need a connection that nobody else uses meanwhile, because they block.
+        alone: Whether they block, and so need a connection of their own.
         replies: The answers so far; a ``ResponseError`` where the server answered with an error.
         failure: Why there are no more answers, or None.
     """

@@ -54,7 +54,7 @@ class Connection:
     """A connection to a server.
 
     Args:
-        node: Whose.
+        node: The node to connect to.
         deadline: The time, by ``time.monotonic``, until which to connect.
     """
 
@@ -67,7 +67,7 @@ class Connection:
         left = max(deadline - time.monotonic(), 0.001)
         for name in ("socket_timeout", "socket_connect_timeout"):
             options[name] = min(options[name], left)
-        # Kept: it closes the socket when this object is dropped, as after an untimely interrupt.
+        # Kept: it closes the socket when this object is dropped, after an interrupt for example.
         self._real: Any = node.connection_class(**options)
         try:
             self._real.connect()
@@ -84,7 +84,7 @@ class Connection:
         )
 
     def rest(self) -> None:
-        """Wait for a reply's time from now on, as a connection does that has no deadline."""
+        """Use the node's reply time-out from now on, instead of a deadline."""
         self.sock.settimeout(self._timeout)
 
     def send(self, data: bytes, deadline: float) -> None:
@@ -114,29 +114,29 @@ class Connection:
         return reply
 
     def is_stale(self) -> bool:
-        """Return whether the server has closed it, or has said something unasked."""
+        """Return whether the server has closed the connection, or has sent something unasked."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         return bool(poll.poll(0))
 
     def interrupt(self) -> None:
-        """Let a thread that reads from it see the end."""
+        """Make a thread that reads from the connection see its end."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close it. In a forked child this does not disturb the parent."""
+        """Close the connection. In a forked child this does not disturb the parent."""
         self.closed = True
         self._real.disconnect()
 
 
 def _kernel_timeout(sock: socket.socket, seconds: float) -> float | None:
-    """Have the kernel watch the time, if it can: a timeout of Python's polls before each call.
+    """Let the kernel watch the time, if it can: a timeout of Python's polls before each call.
 
     Returns:
         The timeout that Python has to watch.
     """
-    # OpenSSL would wait again, and so would an event loop behind a socket that was patched in.
+    # OpenSSL would wait again, and so would the event loop behind a monkey-patched socket.
     if type(sock).__module__ != "socket" or sys.platform == "win32":
         return seconds
     timeval = struct.pack("@ll", *divmod(int(seconds * 1_000_000), 1_000_000))
@@ -144,7 +144,7 @@ def _kernel_timeout(sock: socket.socket, seconds: float) -> float | None:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             sock.setsockopt(socket.SOL_SOCKET, option, timeval)
     except OSError:
-        return seconds  # its timeval is another one
+        return seconds  # the system's struct timeval is different
     return None
 
 
@@ -201,20 +201,20 @@ class SyncNode(Node):
             self.retire()
 
     def drop(self, connection: Connection) -> None:
-        """Close a connection in the middle of something."""
+        """Close a connection on which answers may be due."""
         connection.close()
         self._alone.discard(connection)
 
     def retire(self) -> None:
-        """Close the idle connections. Those in use find out by themselves."""
+        """Close the idle connections. A connection in use fails by itself."""
         while (connection := self._pop()) is not None:
             connection.close()
 
     def forget(self) -> None:
         """Close the copies of the parent's sockets, in a forked child.
 
-        Also those that frames of the child still read from, if a signal handler has forked in the
-        middle of a call. The parent's connections stay as they are: a copy is not shut down.
+        These include sockets that frames of the child still read from, if a signal handler has
+        forked during a call. The parent's connections stay intact: a copy is not shut down.
         """
         self.idle = [connection for connection in self.idle if connection.pid == _getpid()]
         self._alone = set()
@@ -223,7 +223,7 @@ class SyncNode(Node):
                 connection.close()
 
     def close(self) -> None:
-        """Close the idle connections now, and those in use when they come back; end waits."""
+        """Close the idle connections now, and those in use when they come back. End all waits."""
         self.closed = True
         self.retire()
         for connection in list(self._alone):
@@ -235,7 +235,7 @@ class SyncNode(Node):
         except IndexError:
             return None
         if connection.pid != _getpid():
-            # A fork that no hook has told us of.
+            # A fork without a call of the fork hooks.
             self.forget()
             connection.close()
             return None
@@ -243,16 +243,16 @@ class SyncNode(Node):
 
 
 def exchange_now(server: Server, request: Request) -> Any:
-    """Send one request on an idle connection, without ado.
+    """Send one request on an idle connection, without retries.
 
     Args:
-        server: Where.
+        server: The server.
         request: The request.
 
     Returns:
-        The answer. None if anything is out of the ordinary, so that whether the request was
-        carried out is unknown: `Server.exchange` repeats it, byte for byte, and sees to the rest.
-        It does not wait for `Durability`.
+        The answer. None after any problem, when it is unknown if the request was carried out: then
+        `Server.exchange` repeats it, byte for byte, and handles the problem. This function does
+        not wait for `Durability`.
     """
     if len(request.words[-1]) > server.most_bytes:
         return None
@@ -277,7 +277,7 @@ def exchange_now(server: Server, request: Request) -> Any:
     except GONE:
         if connection is not None:
             connection.close()
-        node.retire()  # those that were idle beside it are likely to be as dead
+        node.retire()  # the other idle connections are probably dead as well
         return None
     except BaseException:
         if connection is not None:
@@ -292,11 +292,11 @@ def exchange_now(server: Server, request: Request) -> Any:
 class Flight:
     """Requests on an idle connection, sent in groups before any answer is read.
 
-    As with `exchange_now` anything out of the ordinary ends it: what is not answered then is
-    repeated by `Server.exchange`.
+    As with `exchange_now` any problem ends it; `Server.exchange` repeats the requests without
+    answers.
 
     Args:
-        node: Whose connection.
+        node: The connection's node.
         connection: The connection, which is in no list.
     """
 
@@ -308,7 +308,7 @@ class Flight:
         self._sent = 0
 
     def send(self, requests: Sequence[Request]) -> bool:
-        """Send requests. Return whether they are on their way."""
+        """Send requests. Return whether they were sent."""
         connection = self._connection
         if connection is None:
             return False
@@ -322,7 +322,7 @@ class Flight:
         return True
 
     def land(self) -> Iterator[Any]:
-        """Read the answers, in order, as far as there are any."""
+        """Read the answers in order, up to the first problem."""
         connection = self._connection
         if connection is None:
             return
@@ -346,7 +346,7 @@ class Flight:
 
 
 def take_off(node: Node) -> Flight | None:
-    """Begin to send on an idle connection, if there is one."""
+    """Return a flight on an idle connection, if there is one."""
     ours = cast("SyncNode", node)
     try:
         connection = ours.idle.pop()
@@ -388,7 +388,7 @@ def _round_trip(shares: Sequence[Share]) -> None:
     """Send all shares before any answer is read: the nodes work side by side."""
     under_way: list[tuple[Share, Connection, float]] = []
     try:
-        # Those that need no new connection first: to connect to a dead network takes its time.
+        # First those that need no new connection: connecting to a dead network takes time.
         for share in sorted(shares, key=_has_no_idle) if len(shares) > 1 else shares:
             _send(share, under_way)
         while under_way:
@@ -396,7 +396,7 @@ def _round_trip(shares: Sequence[Share]) -> None:
             _read(share, connection, deadline)
             del under_way[0]
     except BaseException:
-        # Interrupted, with answers still to come: nobody must read them for his own.
+        # Interrupted with answers still to come, which no other caller must take for its own.
         for share, connection, _ in under_way:
             cast("SyncNode", share.node).drop(connection)
         raise
@@ -455,7 +455,7 @@ def _node(client: Any) -> Node:
 
 
 def _node_of_cluster(client: Any, host: str, port: int) -> Node:
-    # A node of our own, so that nothing the client does to its nodes touches it.
+    # A separate node object, so that the client's changes to its own nodes do not affect it.
     place = ClusterNode(host, port)  # type: ignore[no-untyped-call]  # redis-py lacks types
     return _node(client.get_redis_connection(place))
 

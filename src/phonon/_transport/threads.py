@@ -1,15 +1,15 @@
 """Runs flows in threads, without a thread of its own: callers send for each other.
 
-The caller whose lane is idle becomes its *leader*: it sends all that queues there, and hands out
-the answers (group commit). Behind its own answer it gives the lane up and wakes one of those that
-wait.
+The caller whose lane is idle becomes its *leader*: it sends all operations in the lane's queue, and
+hands out the answers (group commit). When it has its own answer, it gives the lane up and wakes one
+of the waiting callers.
 
-A signal handler, a finalizer or a trace function may call in the middle of a call of the same
-thread, and a signal handler may raise, at any bytecode. So nothing here is right only because one
-thread does it: two leaders of one lane send the same bytes and hand out the same answers, which
-changes nothing (see `phonon._protocol.lane`). To lead is a claim in a dictionary, which keeps
-others from doing the same work. A claim of an outer frame of one's own thread, or of a frame that
-an exception has ended, is taken over.
+A signal handler, a finalizer or a trace function may make a call during another call of the same
+thread, and a signal handler may raise at any bytecode. So nothing here relies on being done by one
+thread only: two leaders of one lane send the same bytes and hand out the same answers, which does
+no harm (see `phonon._protocol.lane`). A leader enters a claim in a dictionary, which keeps others
+from doing the same work. A call takes over the claim of an outer frame of its own thread, or of a
+frame that an exception has ended.
 """
 
 import contextlib
@@ -71,16 +71,16 @@ log = logging.getLogger("phonon")
 
 T = TypeVar("T")
 
-#: Seconds after which a waiting thread looks whether its lane still has a leader.
+#: Seconds after which a waiting thread checks that its lane still has a leader.
 LOOK_AGAIN = 0.1
 #: Seconds of user code after which finished batches are completed before more are executed.
 SLICE = 0.5
-#: Seconds for which mail that nobody waits for yet is kept, and how much of it.
+#: Seconds for which mail without a waiter is kept, and how much of it.
 KEEP_MAIL = 10.0
 MOST_MAIL = 1000
-#: How often to try to keep a flow, if signals keep interrupting that.
+#: How often to try to keep a flow, if signals interrupt the attempts.
 ATTEMPTS = 100
-#: Seconds between two questions where the thread's own outer frame reads the mail.
+#: Seconds between two questions to the server while the thread's own outer frame reads the mail.
 POLL = 0.05
 
 _get_ident = threading.get_ident
@@ -88,9 +88,9 @@ _get_frame = sys._getframe  # noqa: SLF001 - documented, in spite of its name
 
 
 class Bell:
-    """Wakes one thread. It may ring before, and more than once.
+    """Wakes one thread. It may ring before the thread waits, and more than once.
 
-    Unlike a `threading.Event` it has no lock that a signal handler could meet in the middle.
+    Unlike a `threading.Event` it has no lock that a signal handler could find held.
     """
 
     __slots__ = ("_lock",)
@@ -100,14 +100,14 @@ class Bell:
         self._lock.acquire()
 
     def set(self) -> None:
-        """Wake the thread that waits, now or as soon as it does."""
-        try:  # noqa: SIM105 - on the way of each answer
+        """Wake the thread, now or as soon as it waits."""
+        try:  # noqa: SIM105 - each answer comes this way, so speed counts
             self._lock.release()
         except RuntimeError:
-            pass  # it rings already
+            pass  # it is ringing already
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it rings, which ends with that. Return whether it has."""
+        """Wait until it rings, and silence it. Return whether it rang."""
         return self._lock.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
 
 
@@ -116,18 +116,18 @@ class _Ticket(Ticket):
 
     Args:
         send: The effect.
-        run: Whose.
+        run: The flow's run.
 
     Attributes:
         bell: Wakes the thread, while it waits.
-        driver: Told if all answers are there and no thread waits.
+        driver: Called when all answers are there and no thread waits.
     """
 
     bell: Bell | None = None
     driver: "ThreadDriver"
 
     def tell(self) -> None:
-        """Wake the thread, or tell that the flow can go on in the background."""
+        """Wake the thread, or report that the flow can go on in the background."""
         bell = self.bell
         if bell is not None:
             if self.is_done:
@@ -137,7 +137,7 @@ class _Ticket(Ticket):
 
 
 class _Leader:
-    """A claim to something that one thread does for all, made by the frame that does it."""
+    """A frame's claim to do something for all threads."""
 
     __slots__ = ("frame", "thread")
 
@@ -146,16 +146,16 @@ class _Leader:
         self.frame: FrameType | None = _get_frame(1)
 
     def leads(self) -> bool:
-        """Return whether the frame runs: an exception out of a signal handler may have ended it.
+        """Return whether the frame still runs: a signal handler's exception may have ended it.
 
-        `sys._current_frames` would tell too, but before Python 3.12.4 it deadlocks if the garbage
-        collector runs inside it.
+        `sys._current_frames` would show it too, but before Python 3.12.4 it deadlocks if the
+        garbage collector runs inside it.
         """
         frame = self.frame
         if frame is None:
             return False
         try:
-            frame.clear()  # refused to a frame that runs; nobody needs the variables of another
+            frame.clear()  # raises for a frame that runs; the variables of any other are not needed
         except RuntimeError:
             return True
         return False
@@ -168,7 +168,7 @@ class _Claims:
         self._leaders: dict[Hashable, _Leader] = {}
 
     def claim(self, thing: Hashable, leader: _Leader) -> bool:
-        """Try to become the leader. One's own thread's outer frame gives way."""
+        """Try to become the leader. An outer frame of the same thread gives way."""
         other = self._leaders.setdefault(thing, leader)
         if other is leader:
             return True
@@ -178,7 +178,7 @@ class _Claims:
         return False
 
     def claim_from_the_dead(self, thing: Hashable, leader: _Leader) -> bool:
-        """Become the leader if the one that is does not run any more."""
+        """Become the leader if the present leader does not run any more."""
         other = self._leaders.get(thing)
         if other is not None and other.leads():
             return False
@@ -186,11 +186,11 @@ class _Claims:
         return True
 
     def is_free(self, thing: Hashable) -> bool:
-        """Return whether nobody leads."""
+        """Return whether there is no leader."""
         return thing not in self._leaders
 
     def leads_in_this_thread(self, thing: Hashable, leader: _Leader) -> bool:
-        """Return whether an outer frame leads."""
+        """Return whether an outer frame of this thread is the leader."""
         other = self._leaders.get(thing)
         return (
             other is not None
@@ -201,7 +201,7 @@ class _Claims:
 
     def release(self, thing: Hashable, leader: _Leader) -> None:
         """Give up a claim, if there is one."""
-        leader.frame = None  # its variables lead back to it
+        leader.frame = None  # breaks a reference cycle: the frame's variables refer to the leader
         if self._leaders.get(thing) is leader:
             self._leaders.pop(thing, None)
 
@@ -211,7 +211,7 @@ class _Claims:
 
 
 class ThreadWorker:
-    """A flow in a thread of the background.
+    """A flow that runs in a background thread.
 
     Args:
         thread: The thread.
@@ -221,15 +221,15 @@ class ThreadWorker:
         self._thread = thread
 
     def is_alive(self) -> bool:
-        """Return whether it has not ended yet."""
+        """Return whether the thread has not ended yet."""
         return self._thread.is_alive()
 
     def is_me(self) -> bool:
-        """Return whether it is the one that asks."""
+        """Return whether the calling thread is this one."""
         return self._thread is threading.current_thread()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until it has ended, for so many seconds at the most."""
+        """Wait for its end, for so many seconds at the most."""
         self._thread.join(timeout)
 
 
@@ -237,17 +237,17 @@ class ThreadDriver:
     """Runs the flows of one process in the threads that call it.
 
     Args:
-        server: Where calls go.
-        library: Names the server's functions.
-        identity: Whose lanes they go through.
-        retry_timeout: Seconds after which a caller is told that there is no answer.
-        explain: Turns an error of the server's into one that names the remedy.
-        executor: Where the user's code runs, if not in the calling thread.
-        slice: Seconds of user code after which an `Execute` returns with what is done.
+        server: The server that gets the calls.
+        library: Knows the names of the server's functions.
+        identity: The identity of the process, which has the lanes.
+        retry_timeout: Seconds after which a caller without an answer gets an error.
+        explain: Turns a server's error into one that names the remedy.
+        executor: Runs the user's code, if that does not run in the calling thread.
+        slice: Seconds of user code after which an `Execute` returns with the results so far.
 
     Attributes:
-        on_detached: Told a flow whose caller has gone. `resume` goes on with it.
-        on_ready: Told a detached flow that has its answers.
+        on_detached: Called with a flow whose caller has gone. `resume` goes on with it.
+        on_ready: Called with a detached flow that has its answers.
     """
 
     is_async = False
@@ -288,7 +288,7 @@ class ThreadDriver:
         Raises:
             ConnectionLostError: The server has not answered for `retry_timeout` seconds. The flow
                 goes on in the background.
-            BaseException: What the flow raises.
+            BaseException: The error of the flow.
         """
         run = FlowRun(flow, name)
         try:
@@ -302,8 +302,8 @@ class ThreadDriver:
         """Go on with a flow whose caller has gone, in this thread.
 
         Raises:
-            ConnectionLostError: There still is no answer; `on_detached` is told again.
-            BaseException: What the flow raises.
+            ConnectionLostError: There still is no answer; `on_detached` is called again.
+            BaseException: The error of the flow.
         """
         run.caller_gone = True
         if run.is_over:
@@ -316,11 +316,11 @@ class ThreadDriver:
             raise
 
     def detached_ready(self, run: FlowRun) -> bool:
-        """Return whether a flow has what it waits for."""
+        """Return whether a flow has the answers that it waits for."""
         ticket = run.ticket
         if ticket is None or run.is_over or ticket.send is not run.effects[0]:
             return True
-        # What was not put into a lane yet is sent when the flow goes on.
+        # Operations that are in no lane yet are sent when the flow goes on.
         placed = sum(len(operations) for _, _, _, operations in ticket.places)
         return ticket.is_done or placed < len(ticket.answers)
 
@@ -328,14 +328,14 @@ class ThreadDriver:
         """Run a flow in the background.
 
         Raises:
-            RuntimeError: It is too late for that: the interpreter is ending.
+            RuntimeError: It is too late: the interpreter is ending.
         """
         run = FlowRun(flow, name, background=True)
         thread = threading.Thread(target=self._work, args=(run,), name=name, daemon=True)
         try:
             thread.start()
         except KeyError as error:
-            # With it the standard library hides what a signal handler raises inside `start`.
+            # The standard library raises it in place of a signal handler's exception in `start`.
             raise error.__context__ or error from None
         return ThreadWorker(thread)
 
@@ -368,7 +368,7 @@ class ThreadDriver:
             run.advance(reply)
 
     def _left(self, run: FlowRun, error: BaseException) -> None:
-        """The caller goes with an error: go on in the background with what has begun."""
+        """Let the flow of a caller that leaves with an error go on in the background."""
         problem: BaseException | None = None
         for _ in range(ATTEMPTS):
             try:
@@ -376,14 +376,14 @@ class ThreadDriver:
                     return
                 ticket = run.ticket
                 if not run.has_sent and not (ticket is not None and ticket.places):
-                    # Nobody has seen anything of it: it ends, and may yet have something to undo.
+                    # The flow has sent nothing: it ends, and may have something to undo first.
                     run.caller_gone = True
                     self._break_off(run, error)
                     if run.is_over:
                         return
                 run.caller_gone = True
                 self.on_detached(run)
-            except BaseException as another:  # noqa: BLE001 - a signal's: the first one is raised
+            except BaseException as another:  # noqa: BLE001 - of a signal: the caller gets the first
                 problem = another
             else:
                 return
@@ -414,7 +414,7 @@ class ThreadDriver:
         if send.more is not None:
             self._stream(ticket, send.more)
         if len(operations) == 1 and not ticket.places and self.server.durability is None:
-            # As `_await` does for many, without the bookkeeping: it costs a third of a round trip.
+            # The same as `_await`, without its bookkeeping, which costs a third of a round trip.
             operation = operations[0]
             lanes = identity.lanes
             lane = lanes[operation.partition]
@@ -445,21 +445,22 @@ class ThreadDriver:
         return cast("list[Any]", ticket.answers)
 
     def _stream(self, ticket: _Ticket, more: Iterator[object]) -> None:
-        """Send operations while others are made, once; `_await` sees to what is not answered."""
+        """Send operations once, while others are made; `_await` handles those without an answer."""
         leader = _Leader()
         flight: sync_io.Flight | None = None
         calls: list[tuple[Lane, Call]] = []
         led: dict[Lane, None] = {}
-        # What is to be confirmed, or has several ways, goes in one exchange.
+        # Calls that need a confirmation, or go to several nodes, go in one exchange.
         alone = self.server.durability is not None or not self.server.colocated
         try:
-            # What is made already goes with the first group of its lane, or behind all of them.
+            # Operations that exist already go with the first group of their lane, or after all
+            # groups.
             ticket.enqueue(self.identity)
             for made in itertools.chain(zip(more), (None,)):
                 known = len(ticket.places) if made is not None else 0
                 ticket.enqueue(self.identity)
                 fresh = dict.fromkeys(place[1] for place in ticket.places[known:])
-                # A lane that has its call in this flight would send it again.
+                # A lane with a call in this flight would send that call again.
                 lanes = [lane for lane in fresh if lane not in led and not alone]
                 led.update(dict.fromkeys(lanes))
                 group = self._claim_calls(lanes, leader)
@@ -482,7 +483,7 @@ class ThreadDriver:
     def _claim_calls(
         self, lanes: Sequence[Lane], leader: _Leader, *, steal: bool = False
     ) -> list[tuple[Lane, Call]]:
-        """Lead lanes that nobody leads, and return their calls."""
+        """Become the leader of lanes without one, and return their calls."""
         claims = self._claims
         calls = []
         for lane in lanes:
@@ -500,7 +501,7 @@ class ThreadDriver:
         """Lead or wait until all answers are there.
 
         Raises:
-            ConnectionLostError: They do not come in time.
+            ConnectionLostError: The answers do not come in time.
         """
         bell = ticket.bell = Bell()
         self._waiting[ticket] = None
@@ -512,7 +513,8 @@ class ThreadDriver:
                 ticket.catch_up(self.identity)
                 before, lanes = lanes, ticket.lanes()
                 if len(before) > len(lanes):
-                    # We do not come back to these, and may wait for one who waits for them.
+                    # This call does not return to these lanes, and may have to wait for a thread
+                    # that waits for them.
                     for lane in set(before).difference(lanes):
                         self._pass_on(lane)
                 left = deadline - time.monotonic()
@@ -520,7 +522,7 @@ class ThreadDriver:
                 if ticket.is_done:
                     break
                 if self._closed and not ticket.run.background:
-                    # A signal handler has stopped the process before this was sent.
+                    # A signal handler stopped the process before this was sent.
                     raise ProcessStoppedError("the process was stopped: make a new Process")
                 if sent:
                     pause = FIRST_PAUSE
@@ -532,7 +534,8 @@ class ThreadDriver:
                     and ticket.send.first
                     and any(lane.state is State.FENCED for lane in lanes)
                 ):
-                    # The heartbeat's own flow must not wait for a rebirth, which is its to do.
+                    # The heartbeat's own flow must not wait for a rebirth, which it has to do
+                    # itself.
                     raise self.lost()
                 steal = not bell.wait(min(left, pause))
                 pause = min(pause * 2, LOOK_AGAIN)
@@ -543,15 +546,15 @@ class ThreadDriver:
                 self._pass_on(lane)
 
     def _lead(self, lanes: Sequence[Lane], patience: float, *, steal: bool = False) -> bool:
-        """Send once what those of some lanes have that nobody leads.
+        """Send the calls of those lanes that have no leader, once.
 
         Args:
             lanes: The lanes.
-            patience: Seconds in which to repeat what is not answered.
-            steal: Whether to look if those who lead still run.
+            patience: Seconds for which to repeat calls that are not answered.
+            steal: Whether to check that the present leaders still run.
 
         Returns:
-            Whether something was answered, so that it is worth looking again at once.
+            Whether there was an answer, so that it is worth looking again at once.
         """
         leader = _Leader()
         try:
@@ -566,7 +569,7 @@ class ThreadDriver:
         server = self.server
         is_awaited = patience > 0
         if not server.colocated:
-            # The lanes of nodes that answer do not wait for one that does not.
+            # The lanes of nodes that answer must not wait for a node that does not.
             patience = 0
         until = time.monotonic() + patience
         sent = [call for _, call in calls]
@@ -578,7 +581,7 @@ class ThreadDriver:
         return moved
 
     def _pass_on(self, lane: Lane) -> None:
-        """Wake one of those that wait for a lane without a leader."""
+        """Wake a thread that waits for a lane without a leader."""
         if not lane.has_work or not self._claims.is_free(lane):
             return
         call = lane.call
@@ -594,18 +597,18 @@ class ThreadDriver:
         return self.server.lost(self._receiver.trouble)
 
     def deliver(self, operation: Operation, answer: Any) -> None:
-        """Hand the answer to an operation, which a rebirth has found, to the thread that waits."""
+        """Hand an answer that a rebirth has found to the thread that waits for it."""
         self._receiver.deliver(((operation, answer),))
 
     def flush(self, patience: float = 0.0) -> None:
-        """Send once what is queued in lanes that nobody leads."""
+        """Send the calls of all lanes without a leader, once."""
         lanes = [lane for lane in self.identity.lanes if lane.has_work]
         self._lead(lanes, patience, steal=True)
         for lane in lanes:
             self._pass_on(lane)
 
     def look_again(self) -> None:
-        """Wake all that wait: their lanes or mailboxes are others now."""
+        """Wake all waiting threads, because their lanes or mailboxes have changed."""
         for ticket in _copy(self._waiting):
             bell = ticket.bell
             if bell is not None:
@@ -637,7 +640,7 @@ class ThreadDriver:
         try:
             run.advance(None)
             return Outcome(self._go_on(run))
-        except Exception as error:  # noqa: BLE001 - it is the result
+        except Exception as error:  # noqa: BLE001 - the error is the result
             self._left(run, error)
             return Outcome(error=error)
         except BaseException as error:
@@ -666,20 +669,20 @@ class ThreadDriver:
                 wait(running, return_when=FIRST_COMPLETED)
 
     def _submit(self, job: Job) -> bool:
-        """Have the executor run a job, if there is one that takes it."""
+        """Have the executor run a job. Return whether there is one and it took the job."""
         if self.executor is None or job.is_callers:
             return False
         try:
             context = contextvars.copy_context()
             job.running = self.executor.submit(context.run, _run_job, job)
-        except RuntimeError:  # it was shut down: what is to be done is done here
+        except RuntimeError:  # it was shut down: the caller runs the job
             return False
         return True
 
     # Mail
 
     def _await_mail(self, effect: AwaitMail) -> bool:
-        """Wait for mail. One of those that wait reads it for all of them."""
+        """Wait for mail, which one of the waiting threads reads for all of them."""
         mail = self._mail
         deadline = time.monotonic() + effect.seconds
         generation = self.identity.lanes
@@ -694,11 +697,11 @@ class ThreadDriver:
             while not mail.was_told(bell):
                 left = deadline - time.monotonic()
                 if self._closed or self.identity.lanes is not generation:
-                    break  # who waits asks again
+                    break  # the waiter asks again
                 if left <= 0:
                     return False
                 if self._claims.leads_in_this_thread(("mail", group), leader):
-                    # Our own outer frame may have our mail on its connection: ask again soon.
+                    # This thread's outer frame may have the mail on its connection: ask again soon.
                     bell.wait(min(left, POLL))
                     break
                 if self._claims.claim(("mail", group), leader):
@@ -715,7 +718,7 @@ class ThreadDriver:
             mail.wake_one(group)
 
     def _read_mail(self, group: int | None, seconds: float) -> None:
-        """Read mail, and hand it to the threads that it is for."""
+        """Read mail, and hand it to its threads."""
         lanes = self.identity.lanes
         chosen = lanes if group is None else [lanes[group]]
         keys = [mailbox(self.identity.partitions, lane) for lane in chosen]
@@ -725,7 +728,7 @@ class ThreadDriver:
                 unread += sync_io.run(self.server.wait(keys, seconds))
         except ServerUnreachableError:
             time.sleep(min(seconds, LOOK_AGAIN))
-        # What an interrupt leaves in it, the next one that reads hands out.
+        # If an interrupt leaves mail there, the next reader hands it out.
         with contextlib.suppress(IndexError):
             while True:
                 self._mail.hand_out(waiter_of(unread.popleft()))
@@ -734,12 +737,12 @@ class ThreadDriver:
 
     @staticmethod
     def signal() -> Bell:
-        """Return something to wait for."""
+        """Return an object to wait for."""
         return Bell()
 
     @staticmethod
     def me() -> threading.Thread:
-        """Return the thread that runs."""
+        """Return the calling thread."""
         return threading.current_thread()
 
     @staticmethod
@@ -748,15 +751,15 @@ class ThreadDriver:
         return threading.current_thread().name
 
     def check(self) -> None:
-        """Any thread may call."""
+        """Do nothing: any thread may call."""
 
     def close(self) -> None:
-        """Wake all that wait for mail: the process stops."""
+        """Wake all threads that wait for mail: the process stops."""
         self._closed = True
         self._mail.wake_all()
 
     def after_fork_in_child(self) -> None:
-        """Forget what threads of the parent do: they do not exist here."""
+        """Forget the parent's threads, which do not exist here."""
         self._claims.forget()
         self._waiting = {}
         self._mail = _Mail()
@@ -769,14 +772,14 @@ class _Mail:
     def __init__(self) -> None:
         self.waiting: dict[str, Bell] = {}
         self.groups: dict[Bell, int | None] = {}
-        #: Threads that are woken by their mail, and not only to read.
+        #: Threads that are woken because they have mail, and not only to read.
         self.told: dict[Bell, None] = {}
         #: Mail that was taken from the server, and not handed out yet.
         self.unread: deque[bytes] = deque()
         self._early: OrderedDict[str, float] = OrderedDict()
 
     def hand_out(self, waiter: str) -> None:
-        """Wake the thread that a mail is for."""
+        """Wake the thread of a mail."""
         bell = self.waiting.get(waiter)
         if bell is not None:
             self.told[bell] = None
@@ -786,7 +789,7 @@ class _Mail:
                 self.told[bell] = None
                 bell.set()
         else:
-            # It was asked for already, but its thread does not wait yet.
+            # The thread has asked for the mail, but does not wait yet.
             self._early[waiter] = time.monotonic()
             while len(self._early) > MOST_MAIL:
                 try:
@@ -804,14 +807,14 @@ class _Mail:
         return bell in self.told
 
     def wake_one(self, group: int | None) -> None:
-        """Wake a thread that reads from now on."""
+        """Wake a thread, so that it becomes the reader."""
         for bell, its in _copy(self.groups.items()):
             if its == group:
                 bell.set()
                 return
 
     def wake_all(self) -> None:
-        """Wake all threads: they look who they are, and ask again."""
+        """Wake all threads: they look up their identity, and ask again."""
         for bell in _copy(self.groups):
             self.told[bell] = None
             bell.set()
@@ -830,4 +833,4 @@ def _copy(things: Any) -> list[Any]:
         try:
             return list(things)
         except RuntimeError:
-            continue  # they have changed meanwhile
+            continue  # the dictionary has changed meanwhile

@@ -17,7 +17,7 @@ DEFAULT_PORT = 6379
 DEFAULT_SENTINEL_PORT = 26379
 HIGHEST_PORT = 65535
 
-#: How a URL of each scheme reads. With TLS it begins with ``rediss``.
+#: The form of each scheme's URL. With TLS it begins with ``rediss``.
 FORMS = {
     "redis": "redis://[user:password@]host[:port][/database]",
     "unix": "unix://[user:password@]/path/of/the/socket[?db=database]",
@@ -29,8 +29,8 @@ FORMS = {
     "embedded": "embedded://[/path/of/a/directory]",
 }
 
-# A name or password with a character that should have been encoded must not pass for anything
-# else: what could not be read is never repeated in an error, what could be read is.
+# A name or password with a character that should have been encoded must not be read as another part
+# of the URL: an error repeats the parts that could be read, and never the others.
 _USER = "(?:(?P<user>[^:@/?#]*):(?P<password>[^@/?#]*)@)?"
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s/:@,?#\[\]%]+)(?::[0-9]{1,5})?"
 _HOSTS = f"(?P<hosts>{_HOST}(?:,{_HOST})*)"
@@ -45,8 +45,8 @@ _URLS = {
     scheme: re.compile(f"{_USER}(?P<place>{place}){_QUERY}") for scheme, place in _PLACES.items()
 } | {"embedded": re.compile("(?P<place>(?P<path>[^?#]*))")}
 
-#: Options that each client of ours has. The transport repeats calls itself, byte for byte; a client
-#: that did so too would only multiply the time until a failure is noticed.
+#: Options of every client. The transport repeats calls itself, byte for byte; a client that
+#: repeated them too would only multiply the time until a failure is noticed.
 OPTIONS: dict[str, Any] = {
     "socket_timeout": SOCKET_TIMEOUT,
     "socket_connect_timeout": SOCKET_TIMEOUT,
@@ -74,11 +74,11 @@ class Address(NamedTuple):
 
     Attributes:
         scheme: As in `FORMS`.
-        shown: The URL as it may be shown: without passwords and options.
+        shown: The URL for messages: without passwords and options.
         nodes: Hosts and ports.
         path: A socket, a directory, or a sentinel's service.
         options: Arguments for redis-py: database, credentials, TLS, time-outs.
-        for_sentinel: Those that are only for talking to sentinels.
+        for_sentinel: The options that are only for talking to sentinels.
     """
 
     scheme: str
@@ -131,7 +131,7 @@ def parse(url: str) -> Address:
 
 
 def _scheme(spelled: str) -> tuple[str, bool]:
-    """Return a scheme as in `FORMS`, and whether it is one with TLS."""
+    """Return a scheme as in `FORMS`, and whether it means TLS."""
     name, plus, kind = spelled.partition("+")
     name = {"valkey": "redis", "valkeys": "rediss"}.get(name, name)
     tls = name == "rediss"
@@ -139,7 +139,7 @@ def _scheme(spelled: str) -> tuple[str, bool]:
 
 
 def _options(shown: str, query: str, *, tls: bool) -> dict[str, Any]:
-    """Return the options after the ``?``, and those that we set."""
+    """Return the options after the ``?``, and those that Phonon sets."""
     options: dict[str, Any] = {"ssl": True} if tls else {}
     for name, text in parse_qsl(query, keep_blank_values=True):
         _check_option(shown, name, text, tls=tls)
@@ -180,7 +180,7 @@ def _nodes(shown: str, hosts: str, default: int) -> list[tuple[str, int]]:
         if not 0 < int(port) <= HIGHEST_PORT:
             raise ConfigurationError(f"{shown}: a port is a number from 1 to {HIGHEST_PORT}")
         try:
-            host.encode("idna")  # as it is looked up: a label is neither empty nor long
+            host.encode("idna")  # as the resolver does: a label must be neither empty nor too long
         except UnicodeError as error:
             raise ConfigurationError(f"{shown}: {host!r} is no name of a host") from error
         found.append((host.strip("[]"), int(port)))

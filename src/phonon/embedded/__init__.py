@@ -140,7 +140,7 @@ def _join(folder: Path, hold: int, *, persistent: bool) -> str:
             if deserted:
                 fcntl.flock(hold, fcntl.LOCK_UN)
             elif not supervisor.try_lock(hold, fcntl.LOCK_SH, _left(deadline)):
-                raise _too_late(folder)
+                raise _too_late(folder, "the supervisor has users.lock, as if no user were left")
             if not supervised:
                 launched = _launch(folder, deadline, persistent=persistent)
         if deserted:
@@ -173,7 +173,7 @@ def _start_lock(folder: Path, deadline: float) -> Iterator[None]:
     descriptor = os.open(folder / supervisor.START, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if not supervisor.try_lock(descriptor, fcntl.LOCK_EX, _left(deadline)):
-            raise _too_late(folder)
+            raise _too_late(folder, "others have start.lock: they start the server, or stop it")
         try:
             yield
         finally:
@@ -198,7 +198,7 @@ def _is_supervised(folder: Path) -> bool:
 def _wait_until_unsupervised(folder: Path, deadline: float) -> None:
     while _is_supervised(folder):
         if time.monotonic() > deadline:
-            raise _too_late(folder)
+            raise _too_late(folder, "the server that its last user has left does not stop")
         time.sleep(supervisor.POLL_INTERVAL)
 
 
@@ -216,7 +216,7 @@ def _wait_until_ready(folder: Path, deadline: float) -> str | None:
         elif answer and not answer.startswith(b"-BUSY"):
             return path
         if time.monotonic() > deadline:
-            raise _too_late(folder)
+            raise _too_late(folder, f"it answers {answer!r} at {path!r}")
         time.sleep(supervisor.POLL_INTERVAL)
 
 
@@ -375,10 +375,10 @@ def _log_tail(folder: Path) -> str:
     return f"the end of its log, {str(log)!r}:\n{end}"
 
 
-def _too_late(folder: Path) -> EmbeddedServerError:
+def _too_late(folder: Path, reason: str) -> EmbeddedServerError:
     return EmbeddedServerError(
-        f"the server in {str(folder.parent)!r} was not ready within {_START_TIMEOUT:g} seconds; try"
-        f" again, or read its log: {_log_tail(folder)}"
+        f"the server in {str(folder.parent)!r} was not ready within {_START_TIMEOUT:g} seconds"
+        f" ({reason}); try again, or read its log: {_log_tail(folder)}"
     )
 
 

@@ -477,6 +477,7 @@ def test_resource_waits_while_its_slot_moves_and_has_one_life(
     assert left(cluster, namespace) == set()
 
 
+@pytest.mark.slow
 def test_process_waits_while_the_slot_of_the_namespace_moves(
     make: Make, cluster: Cluster, namespace: str
 ) -> None:
@@ -537,6 +538,7 @@ def test_primary_that_dies_in_mid_work(make: Make, cluster: Cluster, namespace: 
     work.finish(safe)
 
 
+@pytest.mark.slow
 def test_lock_is_waited_for_at_the_primary_that_came_after(
     make: Make, cluster: Cluster, namespace: str
 ) -> None:
@@ -557,6 +559,7 @@ def test_lock_is_waited_for_at_the_primary_that_came_after(
     lock.release()
 
 
+@pytest.mark.slow
 def test_cluster_that_is_down_loses_nothing(make: Make, cluster: Cluster, namespace: str) -> None:
     process = make(url=f"{cluster.url}?socket_timeout=0.3", retry_timeout=0.3)
     Ids(process, "a", doc={"ids": [1]})

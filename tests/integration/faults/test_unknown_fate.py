@@ -43,6 +43,7 @@ def test_only_what_was_not_carried_out_is_sent_again(
     else:
         assert answered(outbox.store([update]), error) == [error]
     if known:
+        outbox.wake()
         wait_until(lambda: not outbox.is_unfinished)
         update.end_session()
         assert kind.docs() == {"record": {"n": 1}}

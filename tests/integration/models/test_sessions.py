@@ -167,6 +167,7 @@ def test_what_fails_in_the_background_is_told_and_tried_again(make: Make) -> Non
     wait_until(lambda: Sums.done)
 
 
+@pytest.mark.slow
 def test_a_session_ends_once_the_server_is_back(own_server: Redis) -> None:
     with Process(url=own_server.url, retry_timeout=0.3) as process:
         hits = process.collect(Hits, idle=0.3)

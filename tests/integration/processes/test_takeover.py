@@ -317,6 +317,7 @@ def test_the_heart_beats_on_while_it_executes_what_others_have_left(crew: Crew) 
     assert len({line.record for line in crew.journal.lines()}) == 60
 
 
+@pytest.mark.slow
 def test_a_survivor_that_is_killed_while_it_takes_over(crew: Crew) -> None:
     doomed, second = crew.member(), crew.member()
     doomed.do("put_many", "slow-", 40)

@@ -600,9 +600,8 @@ def test_mail(run: Run, own_server: Redis, colocated: bool) -> None:
     async def test(lab: Lab) -> None:
         lab.server.colocated = colocated  # as a cluster's
         waiting = {f"p1/{i}": asyncio.create_task(wait_for_mail(lab, f"p1/{i}")) for i in range(5)}
-        await asyncio.sleep(0.05)
         with own_server.client() as client:
-            assert client.info("clients")["blocked_clients"] == 1
+            await until(lambda: client.info("clients")["blocked_clients"] == 1)
         for waiter, task in reversed(waiting.items()):
             assert not task.done()
             post(own_server, lab, waiter)

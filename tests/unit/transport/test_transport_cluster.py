@@ -73,6 +73,7 @@ def test_slot_under_way_is_waited_out(lab: Lab, cluster: Cluster) -> None:
         wait_until(cluster.is_well, 60)
 
 
+@pytest.mark.slow
 def test_failover(lab: Lab, cluster: Cluster) -> None:
     to = lab.connect(cluster.url)
     lab.exchange(to, *map(lab.count, KEYS))
