@@ -608,9 +608,10 @@ class Process(BaseProcess):
                 ``id``, its key ``"MessageId"``, or the first item of a tuple.
             window: Seconds for which ids are remembered on the server.
         """
-        if dedupe is not None:
+        if (dedupe, messages, message_id, window) != (None, (), None, WINDOW):
             progress = unordered(self._engine, dedupe, window)
-            return Messages(self._engine, progress, messages, message_id or id_of)
+            mark = id_of if message_id is None else message_id
+            return Messages(self._engine, progress, messages, mark)
         batch: Batch | None = self._engine.batch
         if batch is None:
             return Batch(self._engine, durable=check_flag("durable", durable))

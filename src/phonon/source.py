@@ -1,14 +1,16 @@
 """Sources of messages: a batch is stored together with its offsets or ids."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from phonon._core.checks import is_number
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
 from phonon._core.sources import Claim, Ids, Ordered, Progress, Unordered
 from phonon.batch import BaseBatch, Batch, Out, end_all, has_begun, merge_updates, raise_together
 from phonon.errors import ConfigurationError
-from phonon.settings import check_name
+from phonon.settings import check_callable, check_iterable, check_name
 
 if TYPE_CHECKING:
     from phonon.process import Process
@@ -54,6 +56,8 @@ class BaseMessages(BaseBatch, Generic[M]):
         messages: Iterable[M],
         mark: Callable[[M], Any],
     ) -> None:
+        check_iterable("messages", messages)
+        check_callable("message_id", mark, is_async=False)
         super().__init__(engine)
         self._progress = progress
         self._messages = messages
@@ -438,8 +442,13 @@ def unordered(engine: Engine, dedupe: Any, window: float) -> Unordered:
     Raises:
         ConfigurationError: An argument is invalid.
     """
+    if dedupe is None:
+        raise ConfigurationError(
+            "messages, message_id and window are for batches that remember ids: give dedupe= as "
+            "well, or leave them out"
+        )
     check_name("dedupe", dedupe)
-    if isinstance(window, bool) or not isinstance(window, int | float) or not window >= 1:
+    if not is_number(window) or not 1 <= window < math.inf:
         raise ConfigurationError(
             f"window is a number of seconds, at least 1, not {window!r}: give one that is longer "
             "than the broker takes to deliver a message again"
