@@ -51,7 +51,7 @@ def main(
     cut: bool,
     restart_server: bool,
     verbose: bool,
-    asyncio_: bool,
+    asyncio: bool,
 ) -> None:
     """Kill and pause workers all the time, and check that nothing is lost or doubled.
 
@@ -81,7 +81,7 @@ def main(
     if seed is None:
         seed = secrets.randbelow(1_000_000)
         click.echo(f"--seed {seed}", err=True)
-    options = chaos_.Options(workers, seconds, kills, seed, cut, restart_server, verbose, asyncio_)
+    options = chaos_.Options(workers, seconds, kills, seed, cut, restart_server, verbose, asyncio)
     sys.exit(chaos_.run(options))
 
 

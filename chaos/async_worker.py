@@ -18,7 +18,7 @@ class _Inbox:
 
     Args:
         link: The connection to it.
-                stop: The handler of signals.
+        stop: The handler of signals.
     """
 
     def __init__(self, link: Link, stop: Stop) -> None:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from chaos.mortal import MortalServer
 from chaos.pool import Pool, Worker
 from chaos.proxy import CuttingProxy
 from phonon._core.heartbeat import DEAD_AFTER
-from phonon_demo.server import MortalServer
 
 #: Seconds between two strikes of a kind, on average; the first comes after half of that.
 KILLS, PAUSES, CUTS, RESTARTS = 0.35, 1.5, 0.8, 6.0

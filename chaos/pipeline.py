@@ -26,6 +26,7 @@ import click
 import sqlalchemy as sa
 
 from chaos.killer import Schedule
+from chaos.mortal import MortalPostgreSQL, MortalServer
 from chaos.pipeline_worker import StruckPlan
 from chaos.proxy import CuttingProxy, KafkaProxy
 from phonon import Process
@@ -36,8 +37,8 @@ from phonon_demo.demo import Table, add_up, differences, flights, read_table
 from phonon_demo.errors import WorkerError
 from phonon_demo.plan import GROUP
 from phonon_demo.pool import Pool, Worker, wait_until_stored
-from phonon_demo.postgres import PostgreSQL
-from phonon_demo.server import MortalServer, onlooker
+from phonon_demo.postgres import url_in
+from phonon_demo.server import onlooker
 from phonon_demo.signals import interruptible
 
 #: Seconds between two heartbeats, so that a dead worker is taken over from soon.
@@ -115,8 +116,7 @@ class StruckWorker(Worker):
     """A worker that may be paused.
 
     Args:
-                plan: Its settings.
-
+        plan: The worker's settings.
     """
 
     def __init__(self, plan: StruckPlan) -> None:
@@ -141,12 +141,11 @@ class StruckWorker(Worker):
 
 
 class StruckPool(Pool):
-    """Workers, of which each that has died is replaced.
+    """A pool that replaces each worker that has died.
 
     Args:
-                plan: Their settings.
-
-        count: How many there are.
+        plan: The workers' settings.
+        count: The number of workers.
     """
 
     workers: list[StruckWorker]  # type: ignore[assignment]  # all of them are
@@ -252,7 +251,7 @@ def run(options: Options) -> PipelineResult:
         handled.mkdir()
         server = enter(MortalServer(folder))
         proxy = enter(CuttingProxy(folder / "p", server.socket))
-        postgres = enter(PostgreSQL())
+        postgres = enter(MortalPostgreSQL())
         database = enter(CuttingProxy(folder / postgres.SOCKET, postgres.socket))
         engine = sa.create_engine(postgres.url)
         stack.callback(engine.dispose)
@@ -273,7 +272,7 @@ def run(options: Options) -> PipelineResult:
             source=options.source,
             broker=kafka.servers if front else broker.address,
             topic=topic,
-            database=postgres.url_in(folder),
+            database=url_in(folder),
             max_entries=MAX_ENTRIES,
             heartbeat=HEARTBEAT,
             without=options.without,
@@ -311,7 +310,7 @@ class _Chaos:
         options: Options,
         pool: StruckPool,
         proxies: Sequence[CuttingProxy | None],
-        postgres: PostgreSQL,
+        postgres: MortalPostgreSQL,
     ) -> None:
         self._options = options
         self._pool = pool

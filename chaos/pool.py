@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from chaos.jobs import Message
@@ -116,12 +115,7 @@ class Pool:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

@@ -18,6 +18,7 @@ from chaos import sink
 from chaos.jobs import Job, Message, Totals
 from chaos.killer import Killer
 from chaos.ledger import Ledger
+from chaos.mortal import MortalServer
 from chaos.pool import WINDOW, Pool, Worker
 from chaos.proxy import CuttingProxy
 from chaos.report import RunResult, Watcher
@@ -26,7 +27,7 @@ from phonon import Process
 from phonon.settings import Durability
 from phonon_demo.demo import flights
 from phonon_demo.errors import WorkerError
-from phonon_demo.server import MortalServer, keys_of, onlooker
+from phonon_demo.server import keys_of, onlooker
 from phonon_demo.signals import interruptible
 
 #: Seconds between two looks, and after which no takeover is to be expected any more.

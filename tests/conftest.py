@@ -164,6 +164,6 @@ def process(make: Make) -> Process:
 
 @pytest.fixture
 def keys(server: Redis, namespace: str) -> Callable[[], set[str]]:
-    """What is left of resources in this test's namespace, as "<kind>:<resource>"."""
+    """Return the keys of resources left in this test's namespace, as "<kind>:<resource>"."""
 
     return lambda: keys_in(server, namespace)

@@ -1,11 +1,10 @@
-"""Inspect a namespace, and act on it, without becoming one of its processes."""
+"""Reads a namespace, and acts on it, without becoming one of its processes."""
 
 import getpass
 import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
 from phonon._admin.acts import Acts
@@ -95,7 +94,7 @@ class AdminOptions:
         self.who = _whoami() if who is None else check_name("who", who)
 
     def open(self, backend: connect.ClientBackend) -> Steps[SharedConnection]:
-        """Connect, or join a connection that is there."""
+        """Connect, or share a present connection."""
         functions, settings = library.default(), {"may_lack_library": True}
         if self.url is None:
             return connect.connect_client(self.client, functions, backend, **settings)
@@ -103,14 +102,14 @@ class AdminOptions:
 
 
 class Admin(BaseAdmin):
-    """Looks at a namespace, and acts on it, without becoming one of its processes.
+    """Reads a namespace, and acts on it, without becoming one of its processes.
 
     It has no heartbeat and no id, takes over nothing, needs none of the classes whose data it
-    shows, and changes nothing unless you call a method that does. Listings are read from the server
-    in pages, as they are iterated over; later changes may or may not be in them.
+    shows, and changes data only in methods for that. Iterating over a listing reads it from the
+    server page by page; it may or may not show later changes.
 
     Args:
-        url: Where the server is; see `Process`. None: the environment variable ``PHONON_URL``, or
+        url: The server's URL; see `Process`. None: the environment variable ``PHONON_URL``, or
             ``redis://localhost:6379/1``.
         client: A ``redis.Redis`` or ``redis.RedisCluster`` to use instead.
         namespace: The namespace.
@@ -145,12 +144,7 @@ class Admin(BaseAdmin):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -177,7 +171,7 @@ class Admin(BaseAdmin):
         """Iterate over the locks that are held or waited for.
 
         Args:
-            prefix: How their names begin.
+            prefix: The beginning of their names.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -185,11 +179,11 @@ class Admin(BaseAdmin):
         return _iterate(lambda: self._inspector.locks(check_prefix(prefix)))
 
     def lock(self, name: str, *, semaphore: bool = False) -> LockStatus | None:
-        """Return a lock, with all that hold it and wait for it; None if it is free.
+        """Return a lock with all its holders and waiters; None if it is free.
 
         Args:
             name: The resource, or the semaphore.
-            semaphore: Whether a semaphore is meant.
+            semaphore: Whether the name is a semaphore's.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -202,8 +196,8 @@ class Admin(BaseAdmin):
         """Iterate over the open sessions, in no particular order.
 
         Args:
-            older: Seconds that they have lasted at the least.
-            prefix: How their resources' names begin.
+            older: The least age of the sessions in seconds.
+            prefix: The beginning of their resources' names.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -216,12 +210,12 @@ class Admin(BaseAdmin):
     ) -> list[SessionStatus]:
         """Return the oldest open sessions, the oldest first, without reading all of them.
 
-        The search may miss sessions whose resources their processes have locked as well.
+        The search may miss sessions whose resources are also locked by their processes.
 
         Args:
-            most: How many.
-            older: Seconds that they have lasted at the least.
-            prefix: How their resources' names begin.
+            most: The most sessions to return.
+            older: The least age of the sessions in seconds.
+            prefix: The beginning of their resources' names.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -238,7 +232,7 @@ class Admin(BaseAdmin):
 
         Args:
             state: The state, or several; None for all of them.
-            prefix: How their resources' names begin.
+            prefix: The beginning of their resources' names.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -247,7 +241,7 @@ class Admin(BaseAdmin):
         return _iterate(lambda: self._inspector.batches(states, check_prefix(prefix)))
 
     def sources(self) -> list[SourceStatus]:
-        """Return the sources of messages, as the processes that read them report them.
+        """Return the sources of messages, as reported by the processes that read them.
 
         Raises:
             PhononError: The server does not answer, or refuses.
@@ -297,12 +291,12 @@ class Admin(BaseAdmin):
         """Hand a parked batch to a process that can execute it, under a new token.
 
         Returns:
-            What was done, in words.
+            The act in words.
 
         Raises:
             BatchMissingError: There is no such parked batch.
             BatchRunningError: Another batch of the resource is being executed.
-            UndecodableError: It cannot be read. It stays parked.
+            UndecodableError: The batch cannot be read. It stays parked.
             UnknownClassError: No live process can execute its class. It stays parked.
         """
         check_name("resource", resource)
@@ -312,7 +306,7 @@ class Admin(BaseAdmin):
         """Delete a parked batch, with its data.
 
         Returns:
-            What was done, in words.
+            The act in words.
 
         Raises:
             BatchMissingError: There is no such parked batch.
@@ -321,18 +315,18 @@ class Admin(BaseAdmin):
         return sync_io.run(self._acts.discard(resource, check_token(token)))
 
     def break_lock(self, name: str, token: int, *, semaphore: bool = False) -> str:
-        """Release a lock in its holder's place, and wake the next waiter.
+        """Release a lock in place of its holder, and wake the next waiter.
 
-        The holder believes that it has the lock until it checks, so only a store that compares
-        fencing tokens is safe from it. If a process hangs, it is better to end that process.
+        The holder does not notice before it checks the lock, so only a store that compares fencing
+        tokens is safe from its writes. If a process hangs, it is better to end that process.
 
         Args:
             name: The resource, or the semaphore.
-            token: The token that it must still have, so that no other holder's is broken.
-            semaphore: Whether a semaphore is meant.
+            token: The token of the grant to break, so that no later grant is broken.
+            semaphore: Whether the name is a semaphore's.
 
         Returns:
-            What was done, in words.
+            The act in words.
 
         Raises:
             LockLostError: The lock is not held under that token.
@@ -343,10 +337,10 @@ class Admin(BaseAdmin):
         return sync_io.run(steps)
 
     def expire(self, process: str) -> str:
-        """Declare a process dead, so that survivors take it over.
+        """Declare a process dead, so that survivors take over from it.
 
         Returns:
-            What was done, in words.
+            The act in words.
 
         Raises:
             ProcessMissingError: There is no such process.
@@ -361,7 +355,7 @@ def _iterate(begin: Callable[[], Walk[T]]) -> Iterator[T]:
 
 
 def states_of(state: Any) -> tuple[BatchState, ...]:
-    """Return the states that an argument names.
+    """Return the states of an argument.
 
     Raises:
         ConfigurationError: There is no such state.
@@ -376,10 +370,10 @@ def states_of(state: Any) -> tuple[BatchState, ...]:
 
 
 def check_prefix(prefix: Any) -> str:
-    """Return how names begin.
+    """Check a prefix, and return it.
 
     Raises:
-        ConfigurationError: It is no text.
+        ConfigurationError: The prefix is not a str.
     """
     if not isinstance(prefix, str):
         raise ConfigurationError(f"prefix is a str, not {prefix!r}")
@@ -390,7 +384,7 @@ def check_older(older: Any) -> None:
     """Check an age.
 
     Raises:
-        ConfigurationError: It is none.
+        ConfigurationError: The age is not a number of seconds.
     """
     if older is not None and not (is_number(older) and 0 <= older < math.inf):
         raise ConfigurationError(
@@ -399,10 +393,10 @@ def check_older(older: Any) -> None:
 
 
 def check_token(token: Any) -> int:
-    """Return a token.
+    """Check a token, and return it.
 
     Raises:
-        ConfigurationError: It is no number.
+        ConfigurationError: The token is not a number.
     """
     if not isinstance(token, int) or isinstance(token, bool):
         raise ConfigurationError(f"token is a number, not {token!r}: give that of a listing")
@@ -412,6 +406,6 @@ def check_token(token: Any) -> int:
 def _whoami() -> str:
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without an entry
+    except (KeyError, OSError):  # a container's user may have no entry
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()} ({os.getpid()})"

@@ -149,7 +149,8 @@ _READERS: dict[int, Callable[[list[Any]], Any]] = {
 }
 
 _HEADS = {code: ExtType(code, b"") for code in _READERS}
-_SET_HEAD = _HEADS[_WRITERS[set][0]]
+#: The head of a set.
+SET_HEAD = _HEADS[_WRITERS[set][0]]
 _HEAD_BYTE = 0xC7  # the first of each head in the data
 _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 #: The types of values that `ExactSerializer` writes.
@@ -180,7 +181,7 @@ class _Writer:
     def _spell(self, value: Any) -> list[Any]:
         self._heads += 1
         # Sets are frequent in partials.
-        return [_SET_HEAD, *value] if type(value) is set else _spell(value)
+        return [SET_HEAD, *value] if type(value) is set else _spell(value)
 
     def pack(self, value: Any) -> bytes:
         self._heads = 0
@@ -307,6 +308,20 @@ class _Reading:
         return value
 
 
+def scan(data: bytes) -> None:
+    """Skip over data before it is decoded, which takes no memory.
+
+    Nested lists that each claim the length of all data would get the memory before they turn out to
+    be short.
+
+    Raises:
+        Exception: It ends too early.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=len(data))
+    unpacker.feed(data)
+    unpacker.skip()
+
+
 def _no_head(code: int, body: bytes) -> Any:
     raise ValueError(f"extension {code} with {len(body)} bytes")
 
@@ -367,11 +382,7 @@ class ExactSerializer:
         """Return the value of the output of ``dumps``, see ``Serializer``."""
         try:
             if len(data) > self._SCANNED:
-                # Nested lists that claim the length of all data would get the memory before they
-                # turn out to be short. Skipping over them first takes no memory.
-                scan = msgpack.Unpacker(max_buffer_size=len(data))
-                scan.feed(data)
-                scan.skip()
+                scan(data)
             return _Reading().unpack(data) if _HEAD_BYTE in data else _unpack(data, _no_head)
         except MemoryError:
             raise  # the cause is this machine, not the data

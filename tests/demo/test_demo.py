@@ -155,7 +155,7 @@ def totals(database: Path) -> dict[str, Any]:
 
 
 def left(server: Redis) -> list[bytes]:
-    """What runs of the demo have left on a server."""
+    """Return the keys that runs of the demo have left on a server."""
     with server.client() as client:
         return list(client.scan_iter(match="*phonon-demo-*", count=1000))
 
@@ -300,7 +300,7 @@ def test_differences_of_all_kinds_are_found() -> None:
     assert differences(expected, found) == ["a", "c", "d"]
 
 
-# What cannot be used
+# Unusable input
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is run, and prints what they say."""
+"""The examples of README.md and docs/ are run, and print the output that stands there."""
 
 import os
 import re

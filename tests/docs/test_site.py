@@ -30,7 +30,7 @@ def test_it_builds(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 30
-    # What a page fetches comes with the site.
+    # The site has everything that a page fetches.
     for page in pages:
         text = page.read_text(encoding="utf-8")
         for attribute in (

@@ -1,4 +1,4 @@
-"""What docs/models.md says of the stored sizes of fields is measured."""
+"""The stored sizes of fields in docs/models.md are measured."""
 
 import random
 from collections.abc import Callable, Sequence

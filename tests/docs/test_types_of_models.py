@@ -1,4 +1,4 @@
-"""What type checkers know of models: the constructor, ``add``, and what ``on_complete`` reads."""
+"""Type checkers know models: the constructor, ``add``, and the fields in ``on_complete``."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What must be true: after every call, of every answer, and when the dust has settled."""
+"""The invariants: after every call, of every answer, and at the end."""
 
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,7 +90,7 @@ class Snapshot:
 
 
 class Saved(NamedTuple):
-    """What was true when the server was saved."""
+    """The state of the checks when the server was saved."""
 
     executed: Counter[int]
     truth: dict[int, tuple[Any, Operation]]
@@ -142,7 +142,7 @@ class Checks:
             self.violation = Violation(text)
         raise self.violation
 
-    # What processes do and are told
+    # Actions of processes, and their answers
 
     def sent(self, p: "SimProcess", operation: Operation) -> None:
         self.open[p.name].add(id(operation))
@@ -320,7 +320,7 @@ class Checks:
     def discarded(self, resource: str, token: int) -> None:
         self.seen["discarded"] += 1
 
-    # What the server does
+    # Actions of the server
 
     def carried_out(self, call: Call, answers: list[Any]) -> None:
         """The server has carried out a call for the first time."""
@@ -428,7 +428,7 @@ class Checks:
             self.fail(f"G6: token {token} of {resource} after {self.highest[resource]}")
         self.highest[resource] = token
 
-    # What must be true after every call
+    # Invariants after every call
 
     def state(self) -> Snapshot:
         return Snapshot(self._world.server.look())
@@ -494,7 +494,7 @@ class Checks:
         return Saved(Counter(self.executed), dict(self.truth), set(self.fresh), set(self.stored))
 
     def lose(self, saved: Saved | None, partitions: set[int]) -> None:
-        """What happened in some partitions since a moment has not happened."""
+        """Forget the events in some partitions since a moment, after a rollback."""
         self.losses += 1
         self.emptied = self.emptied or (saved is None and bool(partitions))
         old = saved or Saved(Counter(), {}, set(), set())

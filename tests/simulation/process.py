@@ -63,7 +63,7 @@ class Until(NamedTuple):
 
 
 class Boom(Exception):  # noqa: N818 - the user's
-    """What the user's code raises."""
+    """The error of the user's code."""
 
 
 class HalfDoneError(BaseException):
@@ -150,12 +150,12 @@ class SimFlow:
 
     @property
     def is_background(self) -> bool:
-        """Whether it never had a caller."""
+        """Return whether it never had a caller."""
         return not self.name.startswith(("user", "branch", "stop"))
 
 
 class Ticket:
-    """What the operations of one `Send` belong to: a flow's later effects are not answered by it."""
+    """The owner of the operations of one `Send`. It does not answer a flow's later effects."""
 
     def __init__(self, task: SimFlow) -> None:
         self.task = task
@@ -224,7 +224,7 @@ class Parcel:
 
 
 class Instance:
-    """What executes a batch."""
+    """Executes a batch."""
 
     def __init__(self, record: "Record", token: int) -> None:
         self.record = record
@@ -245,7 +245,7 @@ class Many:
 
 
 class Record:
-    """What a batch comes to."""
+    """The record of a batch."""
 
     def __init__(self, process: "SimProcess", resource: str, items: list[bytes]) -> None:
         self.process = process
@@ -477,7 +477,7 @@ class SimProcess:
             task.detached = not task.ready
             self.engine.driver.on_detached(task)
 
-    # What it does
+    # Its actions
 
     def _boot(self, users: int) -> Flow[None]:
         while not self.identity.lanes:

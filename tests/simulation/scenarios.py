@@ -123,7 +123,7 @@ def former_identities_are_fenced_again(world: World) -> None:
 
 
 def a_refused_call_asks(world: World) -> None:
-    """What is told refused was not carried out by an earlier copy."""
+    """An earlier copy has not carried out a call that is reported as refused."""
     world.do(("user", "a", "user0", "append", "d"))
     world.do(("call", "a", 0, "deaf"))
     world.do(("call", "a", 0, "refused"))
@@ -267,7 +267,7 @@ def a_clock_that_is_set_forward_is_nobodys_death(world: World) -> None:
 
 
 def a_rollback_in_a_takeover(world: World) -> None:
-    """What was taken over, and is a dead one's again, is taken over again."""
+    """A resource that was taken over by a process that dies is taken over again."""
     _does(world, "a", "append", "d", "y")
     world.do(("save",))
     world.do(("kill", "a"))
@@ -370,7 +370,7 @@ def of_two_batches_of_a_source_one_is_refused(world: World) -> None:
     world.do(("user", "a", "user0", "consume", 4, 0, 2))
     task = world.processes["a"].tasks["user0"]
     for _ in range(20):
-        # What comes together makes it merge partials, after its first two messages.
+        # The collected partials make it merge some, after its first two messages.
         if not isinstance(task.effect, Branch):
             world.do(("call", "a", 0, "ok"))
             world.do(("call", "a", 1, "ok"))

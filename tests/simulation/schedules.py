@@ -290,7 +290,7 @@ class Schedule:
 
 
 class Result(NamedTuple):
-    """What random schedules came to."""
+    """The result of random schedules."""
 
     schedules: int
     moves: int

@@ -177,7 +177,7 @@ def clean_up(world: World, name: str) -> None:
     for resource, parked in state.dead.items():
         for token, items in parked.items():
             applied = [i for some in world.checks.applied[resource].values() for i in some]
-            # What had committed before it failed is not to be executed under another token.
+            # A batch that committed before it failed must not be executed under another token.
             discard = any(item in applied for item in items)
             if discard:
                 world.checks.dropped.update(items)

@@ -388,7 +388,7 @@ class World:
         return True
 
     def user_code(self, p: SimProcess, instances: list[Instance]) -> Any:
-        """What the user's code does."""
+        """Run the user's code, which raises, fails some records, or succeeds."""
         if self.fate == "raise":
             raise Boom
         failed = instances[:1] if self.fate == "some" and len(instances) > 1 else []
@@ -448,7 +448,7 @@ class World:
         p.engine.outbox.wake()
         return True
 
-    # What happens to processes, and to the server
+    # Faults of processes, and of the server
 
     def living(self) -> list[SimProcess]:
         return [p for p in self.processes.values() if p.alive and p.identity.lanes]

@@ -49,7 +49,7 @@ class Resource:
     woken: dict[str, int] = field(default_factory=dict)
 
     def responsible(self, pid: bytes) -> tuple[bool, bool, bool]:
-        """Whether a process is a member, has a lock or waits, has the batch."""
+        """Return whether a process is a member, has a lock or waits, or has the batch."""
         holders = [
             *self.shared,
             *(h for _, h in self.queue),
@@ -358,7 +358,7 @@ class Model:
             return granted
         if room and front not in r.woken:
             self.wake(name, r)
-        # Who is named, and when to ask again, is the step tests' business.
+        # The step tests check the named holder, and the time of the next question.
         if not queued:
             return [Reply.BUSY, *self.told[1:]]
         if holder not in [h for _, h in r.queue]:

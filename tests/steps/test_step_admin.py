@@ -1,4 +1,4 @@
-"""What operators read and do: pages that miss nothing, and acts that are one step with their log."""
+"""Operators' functions: pages that miss no entry, and acts that are one step with their log."""
 
 from typing import Any
 

@@ -208,7 +208,7 @@ def test_a_clock_that_is_set_back_forgets_no_id(lab: Lab) -> None:
 
 
 def test_a_crash_between_any_two_calls_of_a_batch(lab: Lab) -> None:
-    """What the readers of one source do is four calls; the dead one's end anywhere."""
+    """The readers of one source make four calls each; the dead reader's calls end anywhere."""
     offsets = (b"", b"10", b"20")
     for number, (dead, late) in enumerate(combinations(range(4), 2)):
         name = b"s%d" % number

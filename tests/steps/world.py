@@ -265,7 +265,7 @@ class World:
         self.zombie(dead)
 
     def zombie(self, dead: Proc) -> None:
-        """Whatever a zombie sends is refused."""
+        """Check that the server refuses the call of a zombie."""
         dead.lane.enqueue(ops.append(0, b"x", b"zombie"))
         call = dead.lane.next_call()
         assert call is not None

@@ -1,4 +1,4 @@
-"""What comes in the middle of a call: SIGALRM, which pytest-timeout uses too, and exceptions."""
+"""Interrupts of a call: SIGALRM, which pytest-timeout uses too, and exceptions."""
 
 import contextlib
 import inspect

@@ -146,7 +146,7 @@ class Proxy:
         self._listener: socket.socket | None = None
         self.back()
 
-    # What a test says
+    # Commands of a test
 
     def strike(self, fault: Fault, at: int = 0, *, gone: bool = False) -> None:
         """Let a fault befall one request, counted from now.

@@ -1,4 +1,4 @@
-"""What a test leaves behind is held against that test, and not against those after it."""
+"""A test that leaves something behind fails itself, and not the tests after it."""
 
 import os
 import re

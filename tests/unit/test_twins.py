@@ -108,7 +108,7 @@ def test_shells(cls: type) -> None:
 
 
 def test_exports() -> None:
-    """Whatever is exported and has to do with waiting has a twin."""
+    """Every exported name that waits has a twin."""
     twins = {cls.__name__ for cls in (*TWINS.values(), aio.AsyncBatch)}
     assert set(aio.__all__) == twins
     assert {f"Async{cls.__name__}" for cls in (*TWINS, Batch)} == twins

@@ -1,6 +1,7 @@
 """The command ``phonon demo`` and its options."""
 
 import sys
+from typing import Any
 
 import click
 
@@ -8,7 +9,6 @@ from phonon_demo.demo import Options, run
 
 asyncio_option = click.option(
     "--asyncio",
-    "asyncio_",
     is_flag=True,
     help="The workers have an event loop each, and use phonon.aio.",
 )
@@ -33,7 +33,6 @@ asyncio_option = click.option(
 )
 @click.option(
     "--input",
-    "input_",
     metavar="FILE",
     help="Your own rows instead of the flights: CSV with a header, or JSON lines, one in each "
     "line; gzip or not; - for standard input.",
@@ -89,20 +88,7 @@ asyncio_option = click.option(
     is_flag=True,
     help="The workers make an Update of each flight, in place of a record of a Model.",
 )
-def demo(
-    workers: int,
-    url: str | None,
-    input_: str | None,
-    key: str | None,
-    sums: tuple[str, ...],
-    max_entries: int,
-    database: str | None,
-    kill: bool,
-    source: str,
-    sink: str,
-    asyncio_: bool,
-    updates: bool,
-) -> None:
+def demo(**arguments: Any) -> None:
     """Add up messages in many processes, and check the result.
 
     The messages are the 27,004 flights that were to leave New York in January 2013, or rows of
@@ -132,30 +118,17 @@ def demo(
     Exit status: 0 if every row is equal; 1 if not, if a worker failed, or if all have died;
     2 if the input, an option or the server cannot be used.
     """  # noqa: D301 - click wants the control character, in front of what it must not wrap
-    if input_ is None and (key is not None or sums):
+    options = Options(**arguments)
+    if options.input is None and (options.key is not None or options.sums):
         raise click.UsageError(
             "--key and --sum are about your own rows: give them with --input FILE"
         )
-    if input_ is not None and key is None:
+    if options.input is not None and options.key is None:
         raise click.UsageError("--input needs --key COLUMN, the column to add up by")
-    if input_ is not None and updates:
+    if options.input is not None and options.updates:
         raise click.UsageError("--updates is for the flights: leave out --input")
-    if asyncio_ and source != "streams":
+    if options.asyncio and options.source != "streams":
         raise click.UsageError("--asyncio reads streams: leave out --source kafka")
-    if database is not None and sink != "sqlite":
+    if options.database is not None and options.sink != "sqlite":
         raise click.UsageError("--database is a file of SQLite: leave out --sink postgresql")
-    options = Options(
-        workers,
-        url,
-        input_,
-        key or "",
-        tuple(dict.fromkeys(sums)),
-        max_entries,
-        database,
-        kill,
-        source,
-        sink,
-        asyncio_,
-        updates,
-    )
     sys.exit(run(options))

@@ -12,7 +12,7 @@ class Broker(Protocol):
     """Takes messages, and knows how many of them are stored.
 
     Attributes:
-                address: The address that workers connect to.
+        address: The address that workers connect to.
         topic: The topic, or the stream.
     """
 

@@ -23,7 +23,7 @@ from phonon_demo.plan import Plan
 from phonon_demo.pool import Pool, Worker, wait_until_stored
 from phonon_demo.postgres import PostgreSQL
 from phonon_demo.rows import Rows, open_rows
-from phonon_demo.server import MortalServer, forgetting, onlooker
+from phonon_demo.server import forgetting, onlooker, private_server
 from phonon_demo.signals import interruptible
 
 FILE = "flights-2013-01.csv.gz"
@@ -43,18 +43,18 @@ Table = dict[str, dict[str, Any]]
 class Options:
     """The options of a run; see ``phonon demo --help``."""
 
-    workers: int = 4
-    url: str | None = None
-    input: str | None = None
-    key: str = ""
-    sums: tuple[str, ...] = ()
-    max_entries: int = 10_000
-    database: str | None = None
-    kill: bool = True
-    source: str = "streams"
-    sink: str = "sqlite"
-    asyncio: bool = False
-    updates: bool = False
+    workers: int
+    url: str | None
+    input: str | None
+    key: str | None
+    sums: tuple[str, ...]
+    max_entries: int
+    database: str | None
+    kill: bool
+    source: str
+    sink: str
+    asyncio: bool
+    updates: bool
 
 
 @dataclass
@@ -89,7 +89,7 @@ def run(options: Options) -> int:
         enter(interruptible())
         aggregation, rows = enter(_input(options))
         folder = Path(enter(tempfile.TemporaryDirectory(prefix="ph-")))
-        url = options.url or enter(MortalServer(folder)).url
+        url = options.url or enter(private_server(folder))
         process = enter(onlooker(url, f"phonon-demo-{uuid.uuid4().hex[:12]}"))
         enter(forgetting(process))
         broker = _broker(options, process, url)
@@ -222,7 +222,7 @@ def _pieces(rows: Rows[Message]) -> Iterator[list[Message]]:
 @contextlib.contextmanager
 def _input(options: Options) -> Iterator[tuple[Aggregation, Rows[Message]]]:
     if options.input is not None:
-        aggregation = sums_of(options.key, options.sums)
+        aggregation = sums_of(options.key or "", list(dict.fromkeys(options.sums)))
         with open_rows(options.input, aggregation.columns, aggregation.message) as rows:
             yield aggregation, rows
         return

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from phonon import Process
@@ -24,12 +23,11 @@ TIMEOUT = 120.0
 
 
 class Worker:
-    """A worker, an OS process of its own.
+    """A worker process.
 
     Args:
-                plan: Its settings.
-
-        module: What it runs.
+        plan: The worker's settings.
+        module: The module that it runs.
     """
 
     def __init__(self, plan: Plan, module: str = "phonon_demo.worker") -> None:
@@ -102,12 +100,7 @@ class Pool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             worker.kill()
 

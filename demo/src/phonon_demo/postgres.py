@@ -1,28 +1,17 @@
 """A private PostgreSQL server, from a wheel. It also starts for root."""
 
-import contextlib
-import os
-import signal
 import tempfile
-import time
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
-
-#: Seconds within which a server that was shut down has gone.
-TIMEOUT = 20.0
 
 
 class PostgreSQL:
     """A server on a private socket, in a folder that is removed; a context manager.
 
     Args:
-        sync: Whether it waits for its disk. Without, it survives everything but the machine's end.
+        sync: Whether it waits for its disk, which only a crash of the machine makes necessary.
     """
-
-    #: What its clients expect its socket to be called.
-    SOCKET = ".s.PGSQL.5432"
 
     def __init__(self, *, sync: bool = False) -> None:
         with warnings.catch_warnings():
@@ -46,36 +35,13 @@ class PostgreSQL:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
     def url(self) -> str:
-        """Its URL, for SQLAlchemy."""
-        return self.url_in(Path(self._folder.name))
-
-    @property
-    def socket(self) -> str:
-        """The path of its socket."""
-        return f"{self._folder.name}/{self.SOCKET}"
-
-    def url_in(self, folder: Path) -> str:
-        """Return the URL if its socket is in another folder: that of a proxy, say."""
-        return f"postgresql+psycopg://postgres:@/postgres?host={folder}"
-
-    def restart(self) -> None:
-        """Shut it down at once, as after a crash (``immediate``), and start it again."""
-        pid = self._server.get_pid()
-        os.kill(pid, signal.SIGQUIT)
-        give_up = time.monotonic() + TIMEOUT
-        while _is_running(pid) and time.monotonic() < give_up:
-            time.sleep(0.01)
-        self._server.ensure_postgres_running()
+        """The server's URL, for SQLAlchemy."""
+        return url_in(self._folder.name)
 
     def close(self) -> None:
         """Stop it, and remove its folder."""
@@ -83,11 +49,6 @@ class PostgreSQL:
         self._folder.cleanup()
 
 
-def _is_running(pid: int) -> bool:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
+def url_in(folder: str | Path) -> str:
+    """Return the URL of a server whose socket is in a folder."""
+    return f"postgresql+psycopg://postgres:@/postgres?host={folder}"

@@ -3,10 +3,8 @@
 import contextlib
 import fcntl
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import redis
 
@@ -18,9 +16,9 @@ STOP_TIMEOUT = 10.0
 _SELDOM = 24 * 3600.0
 
 
-def _wait_until_stopped(folder: Path) -> None:
-    # It stops when its last user has left; until then it writes into the folder. The table in
-    # phonon.embedded.supervisor explains the lock that shows it.
+def wait_until_stopped(folder: Path) -> None:
+    """Wait until the server of a folder has stopped, and does not write into it any more."""
+    # It stops when its last user has left. The table in phonon.embedded.supervisor has the locks.
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(folder / "phonon-server", os.O_RDONLY)
         try:
@@ -29,54 +27,12 @@ def _wait_until_stopped(folder: Path) -> None:
             os.close(descriptor)
 
 
-class MortalServer:
-    """An embedded server that nobody else uses and that can be killed; a context manager.
-
-    Args:
-        folder: A private folder, to be removed afterwards.
-        sync: Whether all that it has answered to is on the disk.
-    """
-
-    def __init__(self, folder: Path, *, sync: bool = False) -> None:
-        self._folder = folder
-        self._sync = sync
-        self._hold: embedded.EmbeddedServer | None = None
-        self._pid = 0
-
-    def __enter__(self) -> Self:
-        self._start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._hold is not None:
-            self._hold.close()
-        _wait_until_stopped(self._folder)
-
-    @property
-    def url(self) -> str:
-        """Its URL."""
-        return f"unix://{self.socket}?db=1"
-
-    @property
-    def socket(self) -> str:
-        """The path of its socket; the same after every start."""
-        assert self._hold is not None  # noqa: S101 - for the type checker
-        return self._hold.socket_path
-
-    def restart(self) -> None:
-        """Kill it with SIGKILL, and start it again with the data it has saved."""
-        os.kill(self._pid, signal.SIGKILL)
-        self._start()
-
-    def _start(self) -> None:
-        # A new hold before the old one is let go of: the last to do so would stop it.
-        old, self._hold = self._hold, embedded.start(self._folder)
-        if old is not None:
-            old.close()
-        with redis.Redis(unix_socket_path=self.socket) as client:
-            self._pid = int(client.info("server")["process_id"])
-            if self._sync:
-                client.config_set("appendfsync", "always")
+@contextlib.contextmanager
+def private_server(folder: Path) -> Iterator[str]:
+    """Yield the URL of an embedded server in a private folder, and wait for its end afterwards."""
+    with embedded.start(folder) as server:
+        yield f"unix://{server.socket_path}?db=1"
+    wait_until_stopped(folder)
 
 
 def onlooker(url: str, namespace: str) -> Process:

@@ -1,1 +1,1 @@
-"""The operator's view of a namespace: it has no process and no lanes, and needs no user class."""
+"""The operator's view of a namespace, without a process, lanes or the user's classes."""

@@ -1,4 +1,4 @@
-"""Acts of an operator. Each is one step on the server, which logs it there."""
+"""Acts of an operator. Each act is one step on the server, which also logs it there."""
 
 from typing import Any
 
@@ -25,9 +25,9 @@ class Acts:
     """Replays, discards, breaks locks and expires processes.
 
     Args:
-        namespace: Where.
+        namespace: The namespace.
         inspector: Reads the namespace.
-        who: Who does it, for the log.
+        who: The operator's name, for the log.
     """
 
     def __init__(self, namespace: Namespace, inspector: Inspector, who: str) -> None:
@@ -39,12 +39,12 @@ class Acts:
         """Hand a parked batch to a process that can execute it.
 
         Returns:
-            What was done.
+            The act in words.
 
         Raises:
             BatchMissingError: There is no such batch.
             BatchRunningError: Another batch of the resource is being executed.
-            UndecodableError: It cannot be read, so no process could execute it.
+            UndecodableError: The batch cannot be read, so no process could execute it.
             UnknownClassError: No live process can execute its classes. Nothing has changed.
         """
         space = self._namespace
@@ -122,10 +122,10 @@ class Acts:
         return f"batch {token} of {resource!r} is deleted, with its {counted(answer[1], 'partial')}"
 
     def break_lock(self, name: str, token: int, *, semaphore: bool) -> Steps[str]:
-        """Release a lock that has a certain token, in its holder's place, and wake the next.
+        """Release a lock in place of its holder, if it has a given token, and wake the next.
 
         Raises:
-            LockLostError: Nobody holds it under that token any more.
+            LockLostError: The lock is not held under that token any more.
         """
         yield from self._namespace.roster()
         encoded = encode_semaphore(name) if semaphore else encode_resource(name)
@@ -145,7 +145,7 @@ class Acts:
         )
 
     def expire(self, process: str) -> Steps[str]:
-        """Mark a process as dead, so that survivors take it over.
+        """Mark a process as dead, so that survivors take over from it.
 
         Raises:
             ProcessMissingError: There is no such process.
@@ -165,7 +165,7 @@ class Acts:
         )
 
     def _do(self, partition: int | None, function: str, *words: bytes) -> Steps[Any]:
-        """Carry an act out, if none of its commands is forbidden: Redis does not roll back."""
+        """Carry an act out, unless one of its commands is forbidden: Redis does not roll back."""
         space = self._namespace
         also = [command.encode() for command in sorted(of_operators())]
         (forbidden,) = yield from space.ask([space.read(partition, "rights", *also)])
@@ -180,7 +180,7 @@ class Acts:
 
 
 def _stored(resource: str, token: int) -> int:
-    """Return a batch's token as the server has it."""
+    """Return the server's form of a batch's token."""
     stored, index = divmod(token, TOKENS)
     if index or stored <= 0:
         raise missing(resource, token)

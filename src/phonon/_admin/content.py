@@ -1,4 +1,4 @@
-"""Partials, decoded without the class that they belong to. Nothing of the user's runs."""
+"""Decodes partials without their class, so that no user code runs."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def class_name_of(partial: bytes) -> str | None:
 
 
 def read_partial(partial: bytes) -> Partial:
-    """Decode a partial as far as that is possible without its class, and without unpickling."""
+    """Decode a partial as far as possible without its class, and without unpickling."""
     size = len(partial)
     envelope = _open(partial)
     if isinstance(envelope, str):
@@ -47,12 +47,12 @@ def _unreadable(name: str, serializer: str, size: int, why: str) -> Partial:
 
 
 def _open(partial: bytes) -> tuple[str, str, bytes] | str:
-    """Return class, serializer and content; or why that cannot be."""
+    """Return class, serializer and content; or the reason why the partial cannot be read."""
     try:
         opened = msgpack.unpackb(
             partial, unicode_errors="surrogatepass", max_array_len=_ENVELOPE, max_map_len=0
         )
-    except Exception as error:  # noqa: BLE001 - msgpack raises many, and each says the same here
+    except Exception as error:  # noqa: BLE001 - msgpack raises many errors, which mean the same here
         return f"it is not one of Phonon's: {error}"
     if not isinstance(opened, list) or len(opened) != _ENVELOPE:
         return "it is not one of Phonon's"

@@ -18,21 +18,21 @@ from phonon._transport.steps import Steps
 
 Level = Literal["ok", "note", "problem"]
 
-#: Seconds.
+#: Seconds that a ping may take.
 SLOW, VERY_SLOW = 0.005, 0.05
 SKEW = 1.0
 LONG = 3600.0
-#: The share of its memory that a server may have in use, and files that a host should allow.
+#: The share of its memory that a server may use, and files that a host should allow.
 FULL = 0.8
 FILES = 1024
-#: Entries of a listing that are looked at, and keys that are looked at for others than ours.
+#: The most entries of a listing that are read, and keys among which foreign ones are looked for.
 MOST = 1000
 SCANS, SCANNED = 20, 500
 PINGS = 7
 
 
 class Finding(NamedTuple):
-    """The result of one look.
+    """The result of one check.
 
     Attributes:
         level: ``"ok"``, ``"note"`` or ``"problem"``.
@@ -48,7 +48,7 @@ class Finding(NamedTuple):
 
 
 class Doctor:
-    """Looks at a server and a namespace.
+    """Examines a server and a namespace.
 
     Args:
         namespace: The namespace.
@@ -96,7 +96,7 @@ class Doctor:
             begun = time.perf_counter()
             yield from self._command(b"PING")
             times.append(time.perf_counter() - begun)
-        typical = min(times)  # the others may have waited for this host
+        typical = min(times)  # a slower one may have waited for this host
         level: Level = "problem" if typical > VERY_SLOW else "note" if typical > SLOW else "ok"
         remedy = "put workers nearer to the server; see SLOWLOG GET on it" if level != "ok" else ""
         found = [Finding(level, "latency", f"a ping takes {typical * 1000:.1f} ms", remedy)]
@@ -139,7 +139,7 @@ class Doctor:
         return [Finding("problem", "cluster", text, "see CLUSTER NODES; partitions there wait")]
 
     def _foreign(self) -> Steps[list[Finding]]:
-        """Look at some keys for those of the first protocol, which nobody reads any more."""
+        """Find keys of the first protocol, which no release reads any more."""
         space = self._namespace
         tag = space.partitions.prefix[:-2]  # "{namespace"
         old, cursor = 0, b"0"

@@ -34,8 +34,8 @@ from phonon._protocol.partitions import encode_resource, encode_semaphore
 from phonon._transport.steps import Steps
 from phonon.errors import BatchMissingError
 
-#: Entries that a partition answers at once, and partitions that are asked at once: a server carries
-#: out all that one client has sent before it looks at the next client.
+#: Entries in one answer of a partition, and partitions that are asked together: a server carries
+#: out all requests of one client before it serves the next client.
 PAGE = 64
 AT_ONCE = 2
 #: Partials read at once.
@@ -46,7 +46,7 @@ class Inspector:
     """Reads the content of a namespace, in pages.
 
     Args:
-        namespace: Is asked.
+        namespace: The namespace to ask.
     """
 
     def __init__(self, namespace: Namespace) -> None:
@@ -55,7 +55,7 @@ class Inspector:
     # Processes
 
     def processes(self) -> Steps[list[ProcessStatus]]:
-        """Return all processes, the longest silent ones first."""
+        """Return all processes, those that have been silent for the longest time first."""
         space = self._namespace
         now, roster = yield from space.roster()
         pids = list(roster)
@@ -107,8 +107,8 @@ class Inspector:
     ) -> Steps[list[SessionStatus]]:
         """Return the oldest open sessions, the oldest first, without reading all of them.
 
-        A registry is in the order of age, except for resources that its process has locked as well,
-        or is executing a batch of: of those the first page alone is looked at.
+        A registry is in the order of age, except for resources that its process has locked too, or
+        of which it executes a batch: of those only the first page is read.
         """
         space = self._namespace
         now, _ = yield from space.roster()
@@ -148,7 +148,7 @@ class Inspector:
         yield from self._walk("admin_locks", prefix, make)
 
     def lock(self, name: str, *, semaphore: bool = False) -> Steps[LockStatus | None]:
-        """Return a lock with all that hold it and wait for it; None if it is free."""
+        """Return a lock with all its holders and waiters; None if it is free."""
         space = self._namespace
         yield from space.roster()
         encoded = encode_semaphore(name) if semaphore else encode_resource(name)
@@ -263,7 +263,7 @@ class Inspector:
     # One resource
 
     def resource(self, name: str) -> Steps[ResourceStatus]:
-        """Return all that is known of a resource."""
+        """Return everything that the server knows about a resource."""
         space = self._namespace
         now, roster = yield from space.roster()
         encoded = encode_resource(name)
@@ -348,9 +348,9 @@ class _Place:
     """The position of a walk in one partition.
 
     Attributes:
-        partition: Which.
+        partition: The partition.
         owners: The processes and class queues whose registries are still to be read.
-        score: With ``member``, the last entry that was read of the first of them.
+        score: With ``member``, the last entry that was read of the first owner.
     """
 
     __slots__ = ("member", "owners", "partition", "score")
@@ -361,14 +361,14 @@ class _Place:
         self.score = self.member = b""
 
     def go_on(self, score: bytes, member: bytes) -> None:
-        """Note how far the first registry was read; nothing: to its end."""
+        """Note the position in the first registry; empty at its end."""
         self.score, self.member = score, member
         if not score:
             self.owners.pop(0)
 
 
 def missing(resource: str, token: int) -> BatchMissingError:
-    """Return the error for a batch that is not there."""
+    """Return the error for a batch that does not exist."""
     return BatchMissingError(
         f"{resource!r} has no batch {token}: it was completed, replayed or discarded; "
         "Admin.batches() lists those that there are"

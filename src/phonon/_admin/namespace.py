@@ -1,4 +1,4 @@
-"""One namespace, as an operator asks it: reads outside of all lanes, by no process."""
+"""An operator's access to a namespace: calls outside of lanes, without a process."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from phonon._transport.server import Server
 from phonon._transport.steps import Steps
 from phonon.errors import ServerError
 
-#: Cards and counts of so many processes are asked for in one call.
+#: The most processes whose cards and counts are asked for in one call.
 SOME = 50
 
 
@@ -20,7 +20,7 @@ class Namespace:
 
     Args:
         server: The server.
-        library: Names its functions.
+        library: Knows the names of the server's functions.
         name: The namespace.
         timeout: Seconds to go on asking a server that does not answer.
 
@@ -67,14 +67,14 @@ class Namespace:
         """Return the call of a function that writes nothing.
 
         Args:
-            partition: Which; None for a function of the namespace.
-            function: Its name, without the library's.
+            partition: The partition; None for a function of the namespace.
+            function: The function's name, without the library's.
             arguments: As the function takes them.
         """
         prefix = (
             self.partitions.prefix if partition is None else self.partitions.prefixes[partition]
         )
-        # A user who may only read has the permission for no other command.
+        # A user with only the right to read may not run FCALL.
         words = (b"FCALL_RO", self.library.function(function), b"1", prefix, *arguments)
         return Request(prefix, words)
 
@@ -90,7 +90,7 @@ class Namespace:
         return [self.read(p, function, *arguments) for p in range(self.partitions.count)]
 
     def roster(self) -> Steps[tuple[float, dict[bytes, tuple[int, bytes, bytes]]]]:
-        """Return the time, and of each process its deadline, its card and its report.
+        """Return the time, and the deadline, the card and the report of each process.
 
         Returns:
             Seconds since the epoch by the server's clock; and by process id: microseconds, or 0 if
@@ -130,13 +130,13 @@ def unpacked(data: bytes) -> dict[str, Any]:
     """Return a process's card or report; nothing if it cannot be read."""
     try:
         found = msgpack.unpackb(data, strict_map_key=False)
-    except Exception:  # noqa: BLE001 - msgpack raises many; an operator sees the others all the same
+    except Exception:  # noqa: BLE001 - msgpack raises many errors; an operator must see the other processes
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def place_of(card: bytes) -> tuple[str, int]:
-    """Return the host and the pid that a card tells."""
+    """Return the host and the pid of a card."""
     known = unpacked(card)
     pid = known.get("pid", 0)
     return str(known.get("host", "")), pid if isinstance(pid, int) else 0

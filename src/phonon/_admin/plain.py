@@ -4,7 +4,7 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it; other values are shown as Python shows them."""
+    """Return a value as a JSON value; values that JSON lacks become text, as Python shows them."""
     if hasattr(value, "_asdict"):
         return {name: plain(part) for name, part in value._asdict().items()}
     if isinstance(value, dict):

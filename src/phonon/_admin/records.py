@@ -2,13 +2,13 @@
 
 from typing import Any, Literal, NamedTuple
 
-#: A live process beats in time; a late one has missed its deadline, and nobody has marked it yet;
-#: a dead one was marked, and survivors take over its resources.
+#: A live process beats in time; a late one has missed its deadline and is not marked yet; a dead
+#: one is marked, and survivors take over its resources.
 ProcessState = Literal["alive", "late", "dead"]
 #: The mode in which a lock is held or waited for.
 LockMode = Literal["exclusive", "shared", "semaphore"]
-#: ``waiting-for-class`` waits for a process that has imported its class, and
-#: ``waiting-for-survivor`` for one that executes what dead processes have left.
+#: A batch in ``waiting-for-class`` waits for a process that has imported its class, and one in
+#: ``waiting-for-survivor`` for a process that executes the batches of dead ones.
 BatchState = Literal["running", "retrying", "waiting-for-class", "waiting-for-survivor", "parked"]
 
 
@@ -16,8 +16,8 @@ class ProcessStatus(NamedTuple):
     """A process of the namespace.
 
     Attributes:
-        id: Its id.
-        state: Whether it beats.
+        id: The process's id.
+        state: Whether the process beats.
         host: The name of its host; empty if that is not known.
         pid: Its number in its operating system; 0 if that is not known.
         version: The release of Phonon that it runs.
@@ -27,11 +27,11 @@ class ProcessStatus(NamedTuple):
         memberships: How many resources it is a member of.
         locks: How many resources it has locked, or waits for.
         batches: How many batches it executes, or is going to retry.
-        left: The number of its resources that a survivor which executes no batches has left.
-        oldest_batch: Since when it has the oldest of those batches, seconds since the epoch; None
-            if it has none.
+        left: The number of its resources that were left by a survivor without execution.
+        oldest_batch: Since when it has the oldest of its batches, seconds since the epoch; None if
+            it has none.
         calls: How many calls its lanes have carried.
-        backlog: How much is unfinished in its outbox; None if it has not said.
+        backlog: The unfinished work in its outbox; None if it has not reported it.
         executes: Whether it executes batches of dead processes, and those that wait for a class.
         classes: The names of the classes that it can execute.
         counters: Its counters since it started; see `phonon.metrics`.
@@ -61,11 +61,11 @@ class LockGrant(NamedTuple):
     """One acquisition of a lock.
 
     Attributes:
-        process: The id of the process that has it.
+        process: The id of the process that holds the lock.
         host: The name of its host; empty if that is not known.
         pid: Its number in its operating system; 0 if that is not known.
         thread: The name of the thread that took it.
-        since: Since when, seconds since the epoch by the server's clock.
+        since: When it was acquired, seconds since the epoch by the server's clock.
         token: The fencing token, as `Admin.break_lock` takes it.
         lease: Seconds left of a lease of its own; None if it lasts as long as its process.
     """
@@ -80,10 +80,10 @@ class LockGrant(NamedTuple):
 
 
 class LockWaiter(NamedTuple):
-    """One that waits for a lock.
+    """A waiter for a lock.
 
     Attributes:
-        process: The id of its process.
+        process: The id of the waiter's process.
         host: The name of its host; empty if that is not known.
         pid: Its number in its operating system; 0 if that is not known.
         mode: The mode that it waits for.
@@ -100,11 +100,11 @@ class LockStatus(NamedTuple):
 
     Attributes:
         name: The resource, or the semaphore.
-        mode: The mode in which it is held, or for which the first in line waits.
-        holders: Those that have it; in a listing 16 at the most.
-        holding: How many have it.
-        waiters: Those that wait, in order; in a listing 16 at the most.
-        waiting: How many wait.
+        mode: The mode in which it is held, or for which the first waiter waits.
+        holders: The holders; in a listing 16 at the most.
+        holding: The number of holders.
+        waiters: The waiters, in order; in a listing 16 at the most.
+        waiting: The number of waiters.
     """
 
     name: str
@@ -119,13 +119,13 @@ class SessionStatus(NamedTuple):
     """A session that is open.
 
     Attributes:
-        resource: Its resource.
-        since: When it began, seconds since the epoch by the server's clock. 0 if that is not known.
+        resource: The session's resource.
+        since: When it began, seconds since the epoch by the server's clock; 0 if that is unknown.
         age: Seconds since then.
         members: How many processes are members.
         modifications: How often it was modified; None if it has too many members to add that up.
-        partials: How many partials it has on the server.
-        bytes: How much memory they take there; None if the server does not tell.
+        partials: The number of its partials on the server.
+        bytes: The memory that they take there; None if the server does not tell.
     """
 
     resource: str
@@ -141,19 +141,19 @@ class BatchStatus(NamedTuple):
     """A batch.
 
     Attributes:
-        resource: Its resource.
-        token: Its number. 0 if it has none yet: a session whose last member died.
-        state: What it waits for, or is doing.
+        resource: The batch's resource.
+        token: The batch's number; 0 before it has one: a session whose last member died.
+        state: The batch's state.
         owner: The id of the process that has it, or had it last.
-        class_name: The class that it waits for; empty unless that is its state.
+        class_name: The class that it waits for; empty in other states.
         attempts: How often its execution has failed.
         crashes: How many processes have died while they executed it.
         error: The error of the last attempt; empty if none has failed.
-        next_attempt: When it is tried again, seconds since the epoch; None if that is not due.
+        next_attempt: When it is tried again, seconds since the epoch; None if no retry is due.
         since: When its session ended, or when it was parked.
         age: Seconds since then.
-        partials: How many partials it has.
-        bytes: How much memory they take on the server; None if the server does not tell.
+        partials: The number of its partials.
+        bytes: The memory that they take on the server; None if the server does not tell.
     """
 
     resource: str
@@ -172,14 +172,14 @@ class BatchStatus(NamedTuple):
 
 
 class SourceStatus(NamedTuple):
-    """A source of messages, as one process reports it with its heartbeat.
+    """A source of messages, as a process reports it with its heartbeats.
 
     Attributes:
-        name: Its name.
+        name: The source's name.
         process: The id of the process that reads it.
         kind: The check: ``"ordered"`` has offsets, ``"ids"`` has ids.
-        position: Where an ordered one stands, as text.
-        lag: How many messages are waiting behind that; None if that is not known.
+        position: The position of an ordered source, as text.
+        lag: The number of messages behind the position; None if it is unknown.
     """
 
     name: str
@@ -193,16 +193,16 @@ class Partial(NamedTuple):
     """A partial, decoded without its class.
 
     Attributes:
-        class_name: The class that it belongs to; empty if it cannot be read.
-        serializer: How its content is encoded.
-        bytes: Its size.
+        class_name: The name of its class; empty if it cannot be read.
+        serializer: The name of the serializer of its content.
+        bytes: The partial's size.
         id: The record's id.
         database: The record's database.
         collection: The record's collection.
-        spec: Its ``spec``.
-        doc: Its ``doc``.
-        state: The attributes of its own, by name.
-        error: Why it could not be read, or its content not be shown; empty if it was.
+        spec: The record's ``spec``.
+        doc: The record's ``doc``.
+        state: The attributes of the class's ``state``, by name.
+        error: Why the partial or its content could not be read; empty if it could.
     """
 
     class_name: str
@@ -218,16 +218,16 @@ class Partial(NamedTuple):
 
 
 class ResourceStatus(NamedTuple):
-    """All that the server knows of one resource.
+    """Everything that the server knows about one resource.
 
     Attributes:
-        resource: Its name.
-        members: Its members: the process's id, its host, its pid, and since when.
+        resource: The resource's name.
+        members: The members: process id, host, pid, and since when.
         modifications: How often each process has modified it in this session, by id.
-        parties: For how many parties its session waits; 0 if those are not known.
-        partials: How many partials its open session has.
-        lock: Its lock; None if it is free.
-        batches: Its running batch, if there is one, and its dead letters.
+        parties: The number of parties that its session waits for; 0 if it has no known parties.
+        partials: The number of partials of its open session.
+        lock: The resource's lock; None if it is free.
+        batches: The running batch, if there is one, and the dead letters.
     """
 
     resource: str
@@ -240,14 +240,14 @@ class ResourceStatus(NamedTuple):
 
 
 class Act(NamedTuple):
-    """Something that an operator has done.
+    """An act of an operator.
 
     Attributes:
-        at: When, seconds since the epoch by the server's clock.
-        who: As the `Admin` was told: user, host and process by default.
+        at: The time, seconds since the epoch by the server's clock.
+        who: The operator's name, as given to `Admin`: user, host and process by default.
         act: ``"replay"``, ``"discard"``, ``"unlock"`` or ``"expire"``.
-        resource: To which resource, or process.
-        token: To which of its batches, or locks; 0 if that says nothing.
+        resource: The resource, or the process.
+        token: The token of its batch or lock; 0 if there is none.
         detail: The new token of a batch, the number of its partials, or the holder of a lock.
     """
 

@@ -26,7 +26,7 @@ Row = Sequence[Any]
 
 
 def add_holdings(mine: list[int], row: Sequence[int]) -> None:
-    """Add a partition's figures of a process to those of other partitions."""
+    """Add a process's figures in one partition to those in others."""
     locks, memberships, batches, left, _, oldest, calls, _ = row
     for i, number in enumerate((locks, memberships, batches, left)):
         mine[i] += number
@@ -178,7 +178,7 @@ def lock_status(row: Row, places: dict[bytes, tuple[str, int]]) -> LockStatus:
     first = held[0] if held else waiting_names[0] if waiting_names else b""
     mode: LockMode = _mode(name, first)
     if holding and not held:
-        mode = "semaphore" if is_semaphore(name) else "shared"  # too many to be listed
+        mode = "semaphore" if is_semaphore(name) else "shared"  # too many sharers to list
     return LockStatus(decode(name), mode, tuple(holders), holding, tuple(waiters), waiting)
 
 

@@ -6,6 +6,7 @@ Everything read here may be forged or damaged: it is decoded within bounds, it s
 those that the class's ``state`` names, and whatever cannot be decoded is an `UndecodableError`.
 """
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -53,6 +54,10 @@ class Storable(Protocol):
         """Return the attributes of the subclass, by name."""
 
     @classmethod
+    def merge_stored_(cls, bodies: Sequence[bytes], serializer: Serializer) -> Any:
+        """Merge contents by code of its own; None if it has none, or they are not so simple."""
+
+    @classmethod
     def executes_many(cls) -> bool:
         """Return whether its records are executed together."""
 
@@ -70,7 +75,10 @@ class Storable(Protocol):
         """Note that an instance has executed."""
 
 
+#: By the first byte of msgpack's bytes: how many bytes say how long they are.
+_WIDTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 _BIN8 = [bytes((0xC4, length)) for length in range(0x100)]
+_BIN32 = 0x10000
 
 #: The lists of attribute names that a class's `state` has returned so far.
 _states: "weakref.WeakKeyDictionary[type[Any], set[tuple[str, ...]]]" = weakref.WeakKeyDictionary()
@@ -90,12 +98,16 @@ def pack(update: Storable, serializer: Serializer, state: dict[str, Any] | None 
     Raises:
         NotStorableError: A value has a type that cannot be stored; the message names the attribute.
     """
-    content = dump(update, serializer, state)
+    return enveloped(type(update), serializer, dump(update, serializer, state))
+
+
+def enveloped(cls: type[Any], serializer: Serializer, content: bytes) -> bytes:
+    """Return the partial of a class that has this content."""
     length = len(content)
-    header = update._headers_.get(serializer.name) or _header(type(update), serializer)
+    header = cls._headers_.get(serializer.name) or _header(cls, serializer)
     if length < len(_BIN8):  # msgpack's bin 8, 16 and 32
         return header + _BIN8[length] + content
-    if length < 0x10000:  # noqa: PLR2004
+    if length < _BIN32:
         return b"%b\xc5%b%b" % (header, length.to_bytes(2, "big"), content)
     return b"%b\xc6%b%b" % (header, length.to_bytes(4, "big"), content)
 
@@ -236,6 +248,10 @@ class UpdateCodec:
             UndecodableError: A partial cannot be read.
             Exception: The user's ``merge`` raised it.
         """
+        update = self._merged_alike(resource, partials)
+        if update is not None:
+            self._check_loop(type(update), resource)
+            return [UpdateRecord(local if type(local) is type(update) else update, update)]
         merged: dict[type[Any], Any] = {}
         where = ""
         for partial in partials:
@@ -288,6 +304,10 @@ class UpdateCodec:
         Returns:
             Partials with the same content.
         """
+        update = self._merged_alike(resource, partials)
+        if update is not None:
+            with contextlib.suppress(Exception):  # what cannot be stored stays as it is
+                return [self._packed(update)]
         where = self._key("partials", resource)
         merged: list[bytes | None] = list(partials)
         groups: dict[type[Any], list[tuple[int, Any]]] = {}
@@ -318,16 +338,38 @@ class UpdateCodec:
             try:
                 for _, other in others:
                     merge(first, other)
-                partial = pack(first, self.serializer)
-                most = self._owner().engine.most_bytes
-                if len(partial) > most:
-                    raise too_large(first, len(partial), most)  # noqa: TRY301 - handled like the errors of pack
+                partial = self._packed(first)
             except Exception as error:  # noqa: BLE001 - the error comes again when the batch is executed
                 self._not_merged(resource, classes.name_of(cls), error)
                 continue
             merged[at] = partial
             for i, _ in others:
                 merged[i] = None
+
+    def _packed(self, update: Any) -> bytes:
+        partial = pack(update, self.serializer)
+        most = self._owner().engine.most_bytes
+        if len(partial) > most:
+            raise too_large(update, len(partial), most)
+        return partial
+
+    def _merged_alike(self, resource: str, partials: Sequence[bytes]) -> Any:
+        """Merge partials of one class and version by that class's own code.
+
+        Returns:
+            The update; None if they are not alike, or something is wrong with one of them.
+        """
+        if len(partials) < ALIKE:
+            return None
+        try:
+            cls, version, body = self._open(resource, partials[0], "")
+            bodies = _bodies(partials, body) if version == cls._version_ else None
+            update = cls.merge_stored_(bodies, self.serializer) if bodies else None
+            if update is not None:
+                update.attach(self._owner())
+        except Exception:  # noqa: BLE001 - it is met again where they are decoded one by one
+            return None
+        return update if update is not None and update.resource_id == resource else None
 
     def _not_merged(self, resource: str, class_name: str, error: Exception) -> None:
         """Log that partials do not merge, once: the same ones come up again and again."""
@@ -485,6 +527,30 @@ class KeptRecord(UpdateRecord):
         return super().begin(token)
 
 
+def _bodies(partials: Sequence[bytes], first: bytes) -> list[bytes] | None:
+    """Return the contents of partials that begin alike; None if some do not.
+
+    Args:
+        partials: The partials.
+        first: The content of the first one.
+    """
+    width = 1 if len(first) < len(_BIN8) else 2 if len(first) < _BIN32 else 4
+    header = partials[0][: -len(first) - width - 1]
+    at = len(header)
+    short = header + b"\xc4"
+    bodies: list[bytes] = []
+    for partial in partials:
+        if partial.startswith(short) and partial[at + 1] == len(partial) - at - 2:
+            bodies.append(partial[at + 2 :])
+            continue
+        width = _WIDTHS.get(partial[at], 0) if partial.startswith(header) else 0
+        begin = at + 1 + width
+        if not width or int.from_bytes(partial[at + 1 : begin], "big") != len(partial) - begin:
+            return None
+        bodies.append(partial[begin:])
+    return bodies
+
+
 def _place(resource: str, where: str) -> str:
     return f"a partial of {shown(resource)} in {where}"
 
@@ -554,6 +620,8 @@ def _may_be_set(cls: type[Any], name: Any) -> bool:
 _OWN_MODULES = frozenset({"phonon._core.local", "phonon.update", "phonon.aio.update"})
 _OWN_NAMES = frozenset({"_id", "database", "collection", "spec", "doc", "resource_id", "token"})
 
+#: The fewest partials that are worth a look whether they are alike.
+ALIKE = 4
 #: How many resources and classes are remembered: logging twice is better than growing for ever.
 MOST_UNMERGED = 1000
 #: How many lists of attributes are remembered a class: `state` may return another each time.

@@ -55,11 +55,8 @@ def window(count: int) -> int:
 
 def digest(partials: Iterable[bytes]) -> str:
     """Return the digest with which the server checks that the partials are unchanged."""
-    total = hashlib.sha1(usedforsecurity=False)
-    for partial in partials:
-        total.update(b"%d:" % len(partial))
-        total.update(partial)
-    return total.hexdigest()
+    parts = [part for partial in partials for part in (b"%d:" % len(partial), partial)]
+    return hashlib.sha1(b"".join(parts), usedforsecurity=False).hexdigest()
 
 
 def compact(identity: Identity, sessions: Sequence[LongSession], merge: Merge) -> Flow[int]:

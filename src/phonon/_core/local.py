@@ -343,6 +343,11 @@ class LocalUpdate:
         """Convert the stored content of an earlier version of the class to this version."""
         raise NotImplementedError
 
+    @classmethod
+    def merge_stored_(cls, bodies: Any, serializer: Any) -> Any:
+        """Merge contents by code of its own; None if it has none, or they are not so simple."""
+        del bodies, serializer
+
     def fault_(self) -> str:
         """Return what is wrong with decoded content; empty if nothing is."""
         return ""

@@ -82,6 +82,10 @@ class Members:
         """Return the partition of a resource, and the server's name of it."""
         return self._identity.partitions.place(resource)
 
+    def places(self, resources: Iterable[str]) -> list[tuple[int, bytes]]:
+        """Do what `place` does, for many."""
+        return list(map(self._identity.partitions.place, resources))
+
     def joins(self, more: Iterable[bytes] = ()) -> list[Operation]:
         """Return the operations that make a new identity a member of all that is held.
 
@@ -138,7 +142,11 @@ class Members:
         Returns:
             The entry to pass to `entered`, for each resource.
         """
-        return [self.enter(resource) for resource in resources]
+        held, unsure = self.held, self._entries
+        return [
+            None if resource in held and resource not in unsure else self.enter(resource)
+            for resource in resources
+        ]
 
     def enter(self, resource: str) -> Entry | None:
         """Do what `entering` does, for one resource."""

@@ -263,7 +263,7 @@ class Outbox:
         joining: list[tuple[Sequence[str], Sequence[Entry | None]]] = []
 
         def make() -> Iterator[int]:
-            for group in groups(parcels, [members.place(p.resource_id) for p in parcels]):
+            for group in groups(parcels, members.places([p.resource_id for p in parcels])):
                 self._append(group, sent, stored, errors)
                 yield len(group.names)
             for partition, some, names in groups(joined, map(members.place, joined)):
@@ -307,7 +307,7 @@ class Outbox:
         errors: list[BaseException],
     ) -> None:
         """Take the unsent data of updates, and make the operation that stores it."""
-        held, enter = self._members.held, self._members.enter
+        held, entering = self._members.held, self._members.entering
         taken: list[Any] = []
         names: list[bytes] = []
         partials: list[bytes] = []
@@ -327,10 +327,9 @@ class Outbox:
                 parcel.put_back(partial)
             raise
         for piece in pieces(partials) if taken else ():
-            entries = []
-            for parcel in taken[piece]:
-                resource = parcel.resource_id
-                entries.append(enter(resource))
+            resources = [parcel.resource_id for parcel in taken[piece]]
+            entries = entering(resources)
+            for parcel, resource in zip(taken[piece], resources, strict=True):
                 # Another thread may have left the resource in between.
                 if held.get(resource, ABSENT) is None:
                     held[resource] = weakref.ref(parcel)

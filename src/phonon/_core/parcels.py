@@ -4,8 +4,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-#: The most changes in one operation; it is sent while the next one is made.
+#: The most changes in one operation, and how many are sent while the next ones are made.
 GROUP = 128
+AHEAD = 32
 #: Bytes of partials in one operation, so that a few of them are a call.
 MOST_BYTES = 256 * 1024
 
@@ -113,7 +114,7 @@ def while_sending(making: Iterator[int], count: int) -> Iterator[object] | None:
         making: Makes some changes with each step, and yields their number.
         count: The number of all changes. If it is small, they are made now.
     """
-    if count >= 2 * GROUP:
+    if count >= 2 * AHEAD:
         return _worth_sending(making)
     deque(making, 0)
     return None
@@ -123,7 +124,7 @@ def _worth_sending(making: Iterator[int]) -> Iterator[None]:
     made = 0
     for some in making:
         made += some
-        if made >= GROUP:
+        if made >= AHEAD:
             yield
             made = 0
     yield

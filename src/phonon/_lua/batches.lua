@@ -228,9 +228,13 @@ read('candidates', function(T, args)
       first = due
     end
   end
-  local behind, begin = 0, last + 1
+  local behind, begin, from, piece = 0, last + 1, last + 1, nil
   for j = last, first, -1 do
-    local size = #call('LINDEX', partials, j)
+    if j < from then
+      from = math.max(first, from - PIECE)
+      piece = call('LRANGE', partials, from, j)
+    end
+    local size = #piece[j - from + 1]
     if behind + size > MOST_MERGED then
       break
     end

@@ -497,9 +497,16 @@ while True:
     except _KeyError:
         _record = None
     if _record is None or _record._batch_ is not _target:
-        _record = _ready(@ID, _batch, _target)
-        if _record is None:
-            continue
+        if _record is not None and @IDLE:
+            # The first message in the block of a record that has nothing. No call: see FoldCode.
+            _record._batch_ = _target
+            _record._unsent_ = True
+            _fresh = _target.fresh
+            _fresh += [_record]
+        else:
+            _record = _ready(@ID, _batch, _target)
+            if _record is None:
+                continue
     @PREPARE
     break
 """

@@ -14,6 +14,7 @@ from typing import Any
 from phonon._core.local import EMPTY
 from phonon._models.field import Field
 from phonon._models.messages import mapping_of
+from phonon._models.packing import Packing
 from phonon.errors import ConfigurationError, InvalidMessageError
 
 #: One level of indentation.
@@ -51,6 +52,8 @@ class Compiled:
             "_int": int,
             "_float": float,
             "_list": list,
+            "_dict": dict,
+            "_NOTHING": {},
             "_len": len,
             "_zip": zip,
             "_EMPTY": EMPTY,
@@ -75,14 +78,14 @@ class Compiled:
         self._states: Any = type("_States", (), {"__slots__": self.slots})
         self._settlers: dict[tuple[str, ...], Any] = {}
         self._fold = self.build("fold", FOLD)
-        #: Moves the states of a record into its ``moved_``, which no signal handler can interrupt.
-        self.move: Callable[[Any], None] = self.build("move", _MOVE)
         #: Returns whether a record has a state.
         self.has_states: Callable[[Any], bool] = self.build("has_states", _HAS)
         #: Returns the doc of a record.
         self.doc_of: Callable[[Any], dict[str, Any]] = self.build("doc_of", _DOC)
         #: Gives a record the states of a doc.
         self.fill: Callable[[Any, Mapping[str, Any]], None] = self.build("fill", _FILL)
+        #: Stores records, and reads what was stored.
+        self.packing = Packing(self)
 
     # Docs: the states of a record's fields, by name
 
@@ -308,9 +311,12 @@ class Compiled:
             lines.append(f"    {field.name} = _get({field.name!r}{default})")
         return lines
 
-    def source(self, template: str) -> str:
-        """Return the source of a function, given its template."""
-        blocks = {
+    def source(
+        self, template: str, more: Mapping[str, Sequence[str]] = MappingProxyType({})
+    ) -> str:
+        """Return the source of a function, given its template, and blocks of its own."""
+        blocks: dict[str, Sequence[str]] = {
+            **more,
             "@CHECKS": [*self.check_lines(), *self.before_lines()],
             "@BEFORE": self.before_lines(),
             "@PREPARE": self.prepare_lines(),
@@ -324,6 +330,7 @@ class Compiled:
         lines: list[str] = []
         for line in (
             template.replace("@PARAMETERS", self.parameters())
+            .replace("@IDLE", _IDLE)
             .replace(
                 "@EMPTY",
                 " and ".join(["True", *(f"_record.{f.slot} is None" for f in self.others)]),
@@ -337,7 +344,11 @@ class Compiled:
         return "\n".join(lines) + "\n"
 
     def build(
-        self, name: str, template: str, namespace: Mapping[str, Any] = MappingProxyType({})
+        self,
+        name: str,
+        template: str,
+        namespace: Mapping[str, Any] = MappingProxyType({}),
+        blocks: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> Any:
         """Compile a function.
 
@@ -345,8 +356,9 @@ class Compiled:
             name: Its name.
             template: Its source, with ``@PARAMETERS``, ``@ID`` and lines that stand for blocks.
             namespace: The values of its free names.
+            blocks: The lines that marks of its own stand for.
         """
-        source = self.source(template)
+        source = self.source(template, blocks)
         file = f"<{name} of {self.model}>"
         # For tracebacks, which then show the line
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
@@ -354,6 +366,12 @@ class Compiled:
         exec(compile(source, file, "exec"), everything)  # noqa: S102 - the fields' own code
         return everything[name]
 
+
+#: Whether nothing is unsent of a record that no batch stores, and one is open that does.
+_IDLE = (
+    "_record._batch_ is None and _target is not None and not _record._unsent_ "
+    "and _record._emptied_ == _EMPTY and _record.aside_ is None and @EMPTY"
+)
 
 FOLD = """\
 def fold(@PARAMETERS, *, _record, **_unknown):
@@ -382,16 +400,6 @@ def settle(_columns, _records):
         @COMMIT
         _record.aside_ = None
         @TIDY
-"""
-
-_MOVE = """\
-def move(_record):
-    _doc = {}
-    _record.moved_ += (_doc,)
-    @MOVE
-    _record.version_ += 1
-    _record._unsent_ = False
-    _record._emptied_ = _EMPTY
 """
 
 _DOC = """\

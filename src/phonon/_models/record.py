@@ -13,6 +13,7 @@ from phonon._core import codec
 from phonon._core.classes import name_of
 from phonon._core.local import EMPTY
 from phonon._models.compiled import Compiled
+from phonon.serializers import ExactSerializer
 from phonon.update import Update
 
 #: The database in the names of records' resources; the model's name is the collection.
@@ -148,19 +149,35 @@ class ModelRecord(Update):
             return super().has_unsent()
         return self.compiled.has_states(self)
 
+    def take(self) -> bytes | None:
+        """Move out what is unsent, as one partial; None if there is nothing.
+
+        Raises:
+            NotStorableError: A value has a type that cannot be stored; nothing was moved.
+            ForkedError: The data is the parent process's.
+        """
+        engine, lock = self._engine_, self._lock_
+        if lock is not None and self._generation_ is engine.identity.generation:
+            with lock:
+                if lock is self._lock_:
+                    return self._take_(engine, keep=False)[0]
+        return super().take()
+
     def _take_(self, engine: Any, *, keep: bool) -> tuple[bytes | None, Any]:
-        if not self.has_unsent():
+        if not (self._unsent_ or self.has_unsent()):
             self.version_ += 1  # makes a message that is being folded look for its record again
             return None, None
-        compiled, depth = self.compiled, len(self.moved_)
+        depth, serializer = len(self.moved_), engine.codec.serializer
         if self.aside_ is not None:
             self.aside_.settle()
         try:
             # Messages that come after this, from a signal handler say, go into the next partial.
-            compiled.move(self)
+            content = self.compiled.packing.take(self, serializer)
             doc = self.moved_[-1]
-            compiled.seal(doc)
-            partial = codec.pack(self._with(doc), engine.codec.serializer)
+            if content is not None:
+                partial = codec.enveloped(type(self), serializer, content)
+            else:
+                partial = codec.pack(self._with(doc), serializer)
             if len(partial) > engine.most_bytes:
                 raise codec.too_large(self, len(partial), engine.most_bytes)  # noqa: TRY301 - handled like the errors of pack
         except BaseException:
@@ -169,6 +186,20 @@ class ModelRecord(Update):
             raise
         self.moved_ = self.moved_[:-1]
         return partial, (None, doc, {}) if keep else None
+
+    @classmethod
+    def merge_stored_(cls, bodies: Sequence[bytes], serializer: Any) -> Self | None:
+        """Merge contents of one record; None if there is anything unusual about them."""
+        if type(serializer) is not ExactSerializer:
+            return None
+        merged = cls.compiled.packing.merge(bodies, serializer)
+        if merged is None:
+            return None
+        record = object.__new__(cls)
+        record._id, record.database, record.collection, doc = merged
+        record.spec, record.odd_ = None, None
+        cls.compiled.fill(record, doc)
+        return record
 
     def _with(self, doc: dict[str, Any]) -> Self:
         """Return a record of the same key with given states, for storing."""

@@ -1,4 +1,4 @@
-"""Phonon for asyncio: the same library, to be awaited.
+"""Phonon for asyncio: the same library, with methods to await.
 
 Each class corresponds to the one without ``Async`` in its name: it has the same methods, arguments
 and errors, runs the same flows, and works together with it on the same resources.

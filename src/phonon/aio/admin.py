@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from phonon._admin.pages import Walk, next_page
@@ -34,17 +33,17 @@ T = TypeVar("T")
 
 
 class AsyncAdmin(BaseAdmin):
-    """Looks at a namespace, and acts on it, without becoming one of its processes; see `Admin`.
+    """Reads a namespace, and acts on it, without becoming one of its processes; see `Admin`.
 
     Use it in an ``async with`` block, or await `start` and `close`. It belongs to the event loop in
     which it was started.
 
     Args:
-        url: Where the server is.
+        url: The server's URL.
         client: A ``redis.asyncio`` client to use instead.
         namespace: The namespace.
         timeout: Seconds to go on asking a server that does not answer.
-        who: Who acts, for the log on the server. None: user, host and process.
+        who: The operator's name, for the log on the server. None: user, host and process.
 
     Example:
         >>> async with AsyncAdmin() as admin:
@@ -82,12 +81,7 @@ class AsyncAdmin(BaseAdmin):
     async def __aenter__(self) -> Self:
         return await self.start()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def __repr__(self) -> str:
@@ -122,7 +116,7 @@ class AsyncAdmin(BaseAdmin):
 
     async def processes(self) -> list[ProcessStatus]:
         """See `Admin.processes`."""
-        return await self._run(lambda: self._inspector.processes())  # noqa: PLW0108 - not before it was started
+        return await self._run(lambda: self._inspector.processes())  # noqa: PLW0108 - looked up once it has started
 
     def locks(self, prefix: str = "") -> AsyncIterator[LockStatus]:
         """See `Admin.locks`."""

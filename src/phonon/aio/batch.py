@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class AsyncBatch(BaseBatch):
-    """Collects what a task does with a process, and the tasks that it starts meanwhile.
+    """Collects the actions of a task, and of the tasks that it starts meanwhile, with a process.
 
     Made by `AsyncProcess.batch`.
 
@@ -28,7 +28,7 @@ class AsyncBatch(BaseBatch):
     """
 
     async def close(self) -> list[BaseException]:
-        """Send everything, and collect no more. Returns what went wrong."""
+        """Send everything, and stop collecting. Return the errors."""
         closing = self._closing()
         if closing is None:
             return []

@@ -12,7 +12,7 @@ from phonon.cache import PIECE, BaseCache, U, raise_all
 class AsyncLruCache(BaseCache[U]):
     """Merges updates by key, least recently used out first; see `LruCache`.
 
-    All methods may be called from several tasks of an event loop.
+    Several tasks of an event loop may call all methods.
 
     Args:
         max_entries: The number of keys to keep at the most.
@@ -41,24 +41,23 @@ class AsyncLruCache(BaseCache[U]):
     _is_async = True
 
     async def set(self, key: Hashable, update: U) -> bool | None:
-        """Store an update, and add it or merge it into the one that is there.
+        """Store an update, and add it to the cache or merge it into the present entry.
 
         Args:
             key: The update's key, usually the record's.
             update: An `AsyncUpdate`, or anything with ``end_session``; see `LruCache.set`.
 
         Returns:
-            True if the cache has grown, or would have but for an older entry that went; False if
-            the update was merged; None if it was merged into one whose session was over, which
-            has been ended.
+            True if the update is a new entry; False if it was merged into an entry; None if it was
+            merged into an entry whose session was over, and that session has been ended.
 
         Raises:
             ConnectionLostError: The server does not answer; see `AsyncUpdate`. The update is not
                 in the cache.
             ConfigurationError: The key belongs to another record, or to another class. Nothing was
                 merged.
-            Exception: What ``merge`` raised; or what ending an evicted or expired entry's session
-                raised, and then the update that was passed is in the cache, or merged.
+            Exception: The error that ``merge`` raised; or an error from ending the session of an
+                evicted or expired entry, and then the given update is in the cache, or merged.
         """
         if isinstance(update, AsyncUpdate) and update.is_to_be_opened:
             await update.open_now()
@@ -93,9 +92,9 @@ class AsyncLruCache(BaseCache[U]):
         await self._end_keys(self._keys(expired=True), expired=True)
 
     def _check(self) -> None:
-        """Refuse a call in another event loop, or in a forked child, if the cache has anything.
+        """Refuse a call in another event loop, or in a forked child, unless the cache is empty.
 
-        One that is made once may serve the processes of several loops, one after the other.
+        A cache may serve the processes of several loops, one after the other.
         """
         engine = self._known_to
         if engine is not None and self._entries and not engine.stopped:
@@ -109,7 +108,7 @@ class AsyncLruCache(BaseCache[U]):
         raise_all(errors)
 
     async def _end(self, out: Sequence[tuple[Hashable, U]]) -> list[Exception]:
-        """End the sessions of entries that have left the cache. Returns what went wrong."""
+        """End the sessions of entries that have left the cache. Return the errors."""
         if not out:
             return []
         errors: list[Exception] = []

@@ -15,7 +15,7 @@ from phonon.settings import check_arguments
 P = ParamSpec("P")
 M = TypeVar("M")
 
-#: Seconds between two looks whether there is room for new messages.
+#: Seconds between two checks for room for new messages.
 _LOOK = 0.02
 
 
@@ -23,7 +23,7 @@ class AsyncRecordCache(BaseRecordCache, AsyncLruCache[Any]):
     """The records of a collection, for tasks."""
 
     async def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
-        """End the sessions of records that have left the cache. Returns the errors."""
+        """End the sessions of records that have left the cache. Return the errors."""
         return await self._end(out)
 
 
@@ -56,16 +56,16 @@ class AsyncCollection(BaseCollection[P, M]):
         return AsyncRecordCache(max_entries, self._build)
 
     def _wait_for_room(self) -> None:
-        """Tasks wait before their messages are folded."""
+        """Do nothing: tasks wait before their messages are folded."""
 
     async def add(self, *values: P.args, **named: P.kwargs) -> None:
         """Merge a message into the record of its key; see `Collection.add`.
 
         Raises:
-            InvalidMessageError: The model does not take it. Nothing of it was merged.
+            InvalidMessageError: The model refuses the message. No part of it was merged.
             ConnectionLostError: The server does not answer. The data is kept and stored once, when
                 the server is back: do not hand the message back to its broker.
-            BacklogFullError: Too much is unfinished; this was not taken in.
+            BacklogFullError: Too much work is unfinished; the message was not taken in.
             Exception: The error of ending an evicted record's session; the message was merged.
         """
         if self._engine.outbox.full:
@@ -93,14 +93,14 @@ class AsyncCollection(BaseCollection[P, M]):
         if rows.table is None:
             return await self.add_many(rows.rows)
         await self._room()
-        # Not one in another: it would make that durable.
+        # Not inside another batch, which would become durable.
         async with nullcontext() if self._engine.batch is not None else self._process.batch():
             out = self._put_table(rows)
             raise_together("ending sessions failed", await self._cache.end(out))
         return [Rejected(*each) for each in rows.rejected]
 
     async def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
-        """Merge a record that shows one message; see `Collection.add_record`."""
+        """Merge a record of one message; see `Collection.add_record`."""
         await self._room()
         rest = self._folded_record(
             record, *check_arguments(arguments, named, ("arguments", "named"))
@@ -116,7 +116,7 @@ class AsyncCollection(BaseCollection[P, M]):
         raise_together("not everything went well", errors)
 
     def _finish(self, record: Any, out: Sequence[tuple[Hashable, Any]], alone: bool) -> Any:
-        """Return it all: a task awaits the rest."""
+        """Return the arguments, because the calling task awaits the rest."""
         return record, out, alone
 
     async def _rows(self, rows: Any, first: int, rejected: list[Rejected]) -> None:
@@ -129,11 +129,11 @@ class AsyncCollection(BaseCollection[P, M]):
         return found
 
     async def expire(self, key: Any) -> None:
-        """End the session of a key here; see `Collection.expire`."""
+        """End this process's session of a key; see `Collection.expire`."""
         await self._cache.expire(key)
 
     async def expire_all(self) -> None:
-        """End all sessions here, many at a time; see `Collection.expire_all`."""
+        """End all sessions of this process, many at a time; see `Collection.expire_all`."""
         await self._cache.expire_all()
 
     async def _room(self) -> None:

@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Awaitable
 
-#: Seconds that a cancelled task gives the end of a block. Then that goes on in the background.
+#: Seconds for which a cancelled task waits for a block's end, which then goes on in the background.
 PATIENCE = 0.5
 
 
 async def leave(error: BaseException | None, work: Awaitable[object]) -> None:
-    """Await the end of a block. A cancelled task is not held up for long by that.
+    """Await the end of a block. A cancelled task does not wait for long.
 
     Args:
         error: The error of the block.

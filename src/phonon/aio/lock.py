@@ -19,22 +19,22 @@ class AsyncLock(BaseLock):
     """Exclusive or shared access to a resource, across processes, threads and tasks.
 
     Made by `AsyncProcess.lock` or `AsyncReference.lock`; use it in an ``async with`` block. It is
-    a `Lock` that belongs to a task where that one belongs to a thread.
+    like a `Lock`, but its holder is a task and not a thread.
 
-    A task that is cancelled while it waits neither has the lock afterwards nor a place in line.
-    `asyncio.wait_for` may run `acquire` in a task of its own, which then has the lock: use
-    `asyncio.timeout`, or the argument ``timeout``.
+    A task that is cancelled while it waits has neither the lock nor a place in the queue
+    afterwards. `asyncio.wait_for` may run `acquire` in another task, which would then hold the
+    lock: use `asyncio.timeout`, or the argument ``timeout``.
 
     Args:
-        process: The process that wants it.
+        process: The process that wants the lock.
         lock_key: The resource, any text.
         block: Whether to wait if it is taken: `AsyncProcess.BLOCKING_TIMEOUT` seconds at the most.
-        shared: Whether to share it with others that do.
+        shared: Whether to share the lock with other shared holders.
         reentrant: Whether the task that has the lock may take it again.
         lease: Seconds that a grant lasts unless renewed. None: as long as the process's lease.
         on_lost: Called, and awaited if it returns something to await, with this lock, once it is
             found to be lost.
-        timeout: Seconds to wait at the most, where `acquire` is not told otherwise.
+        timeout: Seconds to wait at the most, unless `acquire` is given another number.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -50,17 +50,17 @@ class AsyncLock(BaseLock):
     process: "AsyncProcess"
 
     def _check_process(self) -> None:
-        # A process may be started later: a decorator is applied when the module is imported.
+        # The process may not be started yet: a decorator is applied when the module is imported.
         if getattr(self.process, "_engine", self) is not None:
             super()._check_process()
 
     def __call__(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
-        """Decorate a coroutine function: each call takes the lock, and gives it back.
+        """Decorate a coroutine function: each call takes the lock, and releases it.
 
         The process may be started later.
 
         Raises:
-            ConfigurationError: It is no coroutine function.
+            ConfigurationError: The function is not a coroutine function.
         """
         self._check_decorated(function)
 
@@ -135,7 +135,7 @@ class AsyncLock(BaseLock):
 if TYPE_CHECKING:
 
     class HeldAsyncLock(AsyncLock):
-        """A lock in its ``async with`` block, where it is known to have a token."""
+        """The type of a lock inside its ``async with`` block, where its token is never None."""
 
         @property
         def token(self) -> int:
@@ -149,12 +149,12 @@ class AsyncSemaphore(BaseSemaphore, AsyncLock):
 
     Args:
         process: The process that wants a place.
-        name: The semaphore's name, any text. It has nothing to do with a resource of that name.
+        name: The semaphore's name, any text. A resource of the same name is independent of it.
         places: The number of places; all processes must name the same number.
         block: Whether to wait if all places are taken.
         lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
-        on_lost: As of an `AsyncLock`.
-        timeout: As of an `AsyncLock`.
+        on_lost: As for an `AsyncLock`.
+        timeout: As for an `AsyncLock`.
 
     Example:
         >>> async with process.semaphore("connections", 10) as place:

@@ -44,18 +44,18 @@ M = TypeVar("M")
 
 
 class AsyncProcess(BaseProcess):
-    """One participant, for programs with an event loop; see `Process`.
+    """A process for programs with an event loop; see `Process`.
 
     Use it in an ``async with`` block, or await `start` and `stop`. It belongs to the event loop in
     which it was started: its heartbeat and its other background work are tasks of that loop, which
-    end with `stop`. Other processes, of this program or others, with or without
-    an event loop, may use the same resources.
+    end with `stop`. Other processes, of this program or others, with or without an event loop, may
+    use the same resources.
 
     A call that is cancelled is as safe as one whose answer was lost: it is finished in the
     background. After ``os.fork`` the child cannot use it.
 
     Args:
-        session_length: As of a `Process`, as are the next ones.
+        session_length: As for a `Process`, like the next ones.
         host: The server's host.
         port: The server's port.
         db: The server's database.
@@ -63,22 +63,21 @@ class AsyncProcess(BaseProcess):
             of them makes others declare this process dead.
         recover_failed_processes: Whether this process executes the batches of dead ones.
         hosts: Nodes of a cluster, ``"host:port"`` each, instead of ``host`` and ``port``.
-        url: Where the server is, instead of those.
+        url: The server's URL, instead of those.
         client: A ``redis.asyncio.Redis`` or ``redis.asyncio.RedisCluster`` of the same event loop
             to use, instead of those.
         namespace: Processes of different namespaces do not see each other. Any text.
         partitions: The number of partitions, if this is the namespace's first process.
-        serializer: How partials are encoded; the same in all processes.
+        serializer: Encodes partials; the same in all processes.
         retry: When a batch whose ``execute`` fails is tried again, and when it is parked.
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`.
         durability: The confirmation that a call which stores data waits for.
-        on_error: Called with every error that has no caller to be raised to, and awaited if it
-            returns something to await.
+        on_error: Called with every background error. If it returns an awaitable, that is awaited.
         max_concurrent: The most ``execute`` calls at the same time, each in a task of its own. A
             resource's batches stay in order.
-        max_backlog: The most unfinished sessions and calls, because ``execute`` fails or the server
-            does not answer, with which new updates are taken in.
+        max_backlog: The most unfinished sessions and calls with which new updates are taken in.
+            Work is unfinished if ``execute`` fails or the server does not answer.
         overflow: Whether `AsyncLruCache.set` then waits for room, for `BLOCKING_TIMEOUT` at the
             most (``"block"``), or raises a `BacklogFullError` at once (``"raise"``).
 
@@ -180,11 +179,11 @@ class AsyncProcess(BaseProcess):
     # Life
 
     async def start(self) -> Self:
-        """Connect, and begin to beat. A second call does nothing.
+        """Connect, and start the heartbeat. A second call does nothing.
 
         Raises:
             ConfigurationError: An argument is invalid.
-            ServerUnreachableError: There is no server. Phonon never looks for another one.
+            ServerUnreachableError: There is no server at that address.
             ServerError: The server cannot be used: too old, wrong password.
         """
         async with self._starting:
@@ -256,7 +255,7 @@ class AsyncProcess(BaseProcess):
 
     @property
     def engine(self) -> TaskEngine:
-        """The process's parts; nothing of them is public.
+        """The process's parts, which are private.
 
         Raises:
             ProcessStoppedError: The process was not started.
@@ -270,12 +269,12 @@ class AsyncProcess(BaseProcess):
     async def stop(self) -> None:
         """See `Process.stop`."""
         if self._starting.locked() and self.engine.is_worker:
-            return  # called by an on_error: another task stops the process, and waits for this one
+            return  # an on_error calls this while another task stops the process and waits for it
         async with self._starting:
             engine = self.engine
             if engine.stopped:
                 return
-            engine.driver.check()  # another loop, or a forked child, must not end what it has not
+            engine.driver.check()  # another loop, or a forked child, must not stop this process
             errors: list[BaseException] = []
             try:
                 batch = engine.batch
@@ -289,7 +288,7 @@ class AsyncProcess(BaseProcess):
         raise_together("stopping left something undone", errors_only(errors))
 
     def begin_after_fork(self) -> None:
-        """Hold nothing: the child has no event loop, and refuses every call."""
+        """Disable the child's copy: it has no event loop, and refuses every call."""
         self.engine.after_fork_in_child()
 
         # Objects of the process
@@ -297,7 +296,7 @@ class AsyncProcess(BaseProcess):
     async def create_reference(
         self, resource: str, block: bool = True, parties: int | None = None
     ) -> AsyncReference:
-        """Become a member of a resource; see `Process.create_reference`."""
+        """Join a resource, and return a reference to it; see `Process.create_reference`."""
         reference = AsyncReference(self, resource, block, parties)
         if not self._joins_in_a_batch(reference):
             await self.engine.run(reference.joining())
@@ -366,8 +365,8 @@ class AsyncProcess(BaseProcess):
             idle: Seconds without a message after which this process leaves a key's session.
             longest: Seconds after which it ends the session although messages keep coming.
             largest: The number of messages from this process after which it ends the session.
-            ignore_unknown: Whether to pass over a message's fields that the model does not have.
-            sink: The sink that its records are written to, in place of the model's ``on_complete``.
+            ignore_unknown: Whether to ignore a message's fields that the model does not have.
+            sink: The sink to write records to, in place of the model's ``on_complete``.
 
         Raises:
             ConfigurationError: An argument is invalid, or the model never completes.

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 class AsyncReference(BaseReference):
     """A process's membership in a resource; see `Reference`.
 
-    Made by `AsyncProcess.create_reference`. To count tasks separately, give each an `AsyncProcess`.
+    Made by `AsyncProcess.create_reference`. To count tasks separately, give each task an
+    `AsyncProcess`.
 
     Args:
         process: The process that is a member.
         resource: The name of the resource, any text.
         block: Whether `lock` waits by default.
-        parties: The number of different processes that the session is to have, if it is known: no
-            process is the last before so many have joined.
+        parties: The number of different processes that the session will have, if known. No process
+            is the last one before so many have joined.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -97,14 +98,14 @@ class AsyncReference(BaseReference):
         kwargs: Mapping[str, Any] | None = None,
         block: bool | None = None,
     ) -> bool:
-        """Let go of the resource; see `Reference.dereference`.
+        """Leave the resource; see `Reference.dereference`.
 
         Args:
-            callback: Called if this process is the last to let go, and awaited if it returns
-                something to await.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-            block: Whether to wait for the resource's lock. None: as the reference was told to.
+            callback: Called if this process is the last to leave. If it returns an awaitable, that
+                is awaited.
+            args: Positional arguments of the callback.
+            kwargs: Keyword arguments of the callback.
+            block: Whether to wait for the resource's lock. None: as given to the reference.
         """
         check_callable("callback", callback, is_async=True)
         given = check_arguments(args, kwargs)

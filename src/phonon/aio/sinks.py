@@ -30,7 +30,7 @@ class AsyncSqlTable(BaseSqlTable):
             )
 
     async def create_table(self) -> None:
-        """Create the table, and its child tables, unless they are there."""
+        """Create the table and its child tables, unless they exist."""
         async with self._engine.begin() as connection:
             await connection.run_sync(self._create)
 
@@ -50,5 +50,5 @@ class AsyncSqlTable(BaseSqlTable):
 
 @contextlib.asynccontextmanager
 async def once(connection: Any, update: Any, *, name: str = TOKENS) -> AsyncIterator[bool]:
-    """Tell whether a batch is new to the database; see `phonon.sinks.once`."""
+    """Yield whether a batch is new to the database; see `phonon.sinks.once`."""
     yield await connection.run_sync(is_fresh, update.resource_id, update.token, name)

@@ -15,7 +15,7 @@ M = TypeVar("M")
 
 
 class AsyncMessages(BaseMessages[M], AsyncBatch):
-    """A batch of messages that is stored with its offsets or ids; see `phonon.source.Messages`.
+    """A batch of messages, stored together with its offsets or ids; see `phonon.source.Messages`.
 
     Loop over it with ``async for``, inside of its ``async with`` block.
     """
@@ -60,7 +60,7 @@ class AsyncSource(BaseSource):
         self._claim = await engine.run(engine.sources.claim(self.name, position))
 
     async def settle(self) -> None:
-        """Store in all partitions how far the source is; see `phonon.source.Source.settle`."""
+        """Store the source's position in all partitions; see `phonon.source.Source.settle`."""
         self._check()
         if not self._claim.is_behind:
             return
@@ -73,6 +73,6 @@ class AsyncSource(BaseSource):
         raise_together("not everything was stored", errors_only(errors))
 
     async def forget(self) -> None:
-        """Delete the source's position: it is new when it is claimed again."""
+        """Delete the source's position, so that it is a new source when it is claimed again."""
         engine = self._process.engine
         await engine.run(engine.sources.drop(self._claim))

@@ -13,7 +13,7 @@ from phonon.update import Update, add_up, raise_first
 if TYPE_CHECKING:
     from phonon.aio.process import AsyncProcess
 
-#: Seconds between two looks whether there is room for a new update.
+#: Seconds between two checks for room for a new update.
 _LOOK = 0.02
 
 
@@ -22,13 +22,13 @@ class AsyncUpdate(Update):
 
     Subclass it and override `merge`, which is an ordinary method, and ``async def execute``. The
     constructor does not wait for the server: `AsyncLruCache.set`, `cache` or `end_session` store
-    the data. If the server does not answer then, or the call is cancelled, the process has the
-    data and stores it, once, as soon as it can: call again with the same update to wait for that,
-    and do not hand the message back to its broker. Inside `AsyncProcess.batch` the data is stored
-    when the block ends.
+    the data. If the server does not answer such a call, or the call is cancelled, the process keeps
+    the data and stores it, once, as soon as it can: call again with the same update to wait for
+    that, and do not hand the message back to its broker. Inside `AsyncProcess.batch` the data is
+    stored when the block ends.
 
-    Its batches are executed by processes with an event loop. A process without one that takes over
-    such a batch leaves it to them.
+    Processes with an event loop execute its batches. A process without an event loop that takes
+    over such a batch leaves it to them.
 
     Args:
         process: The process it belongs to. None, for a unit test of `merge` and `execute`.
@@ -63,7 +63,7 @@ class AsyncUpdate(Update):
     """
 
     is_async: ClassVar[bool] = True
-    #: The argument ``init_cache``, as long as nothing has come of it.
+    #: The argument ``init_cache``, until the constructor's work is done.
     _init_cache_: bool | None = None
 
     def __init__(
@@ -102,7 +102,7 @@ class AsyncUpdate(Update):
 
     @property
     def is_to_be_opened(self) -> bool:
-        """Return whether the constructor left something undone."""
+        """Return whether the constructor left work that has to wait."""
         return self._init_cache_ is not None
 
     async def open_now(self) -> None:
@@ -143,9 +143,9 @@ class AsyncUpdate(Update):
     async def execute(self) -> None:
         """Write the merged record to the database; see `Update.execute`.
 
-        It runs in a task of its own; `AsyncProcess(max_concurrent=)` limits their number. If the
-        call that ended the session is cancelled, it goes on nevertheless: if it may take too long,
-        limit that here.
+        It runs in a separate task; `AsyncProcess(max_concurrent=)` limits the number of these
+        tasks. If the call that ended the session is cancelled, `execute` goes on nevertheless: if
+        it may take too long, limit its time inside it.
         """
         if not self.executes_many():
             raise NotImplementedError(f"{type(self).__qualname__} must define execute()")

@@ -15,7 +15,7 @@ from phonon.errors import PhononError
 
 
 def _each(admin: Admin, resource: str, token: int | None, *, every: bool) -> list[int]:
-    """Return the tokens that are meant."""
+    """Return the tokens of the batches to act on."""
     if token is not None:
         return [token]
     tokens = [b.token for b in admin.resource(resource).batches if b.state == "parked"]
@@ -41,12 +41,12 @@ def _do_all(tokens: list[int], act: Callable[[int], str]) -> None:
 
 
 def _for_parked(act: Callable[[Admin, str, int], str], question: str, text: str) -> click.Command:
-    """Return the command that does something with parked batches.
+    """Return a command that acts on parked batches.
 
     Args:
-        act: Does it with one, and returns what it did.
-        question: Is asked before, with their number and resource.
-        text: What the command does, for its help.
+        act: Acts on one batch, and returns the result in words.
+        question: The question to ask first, about their number and resource.
+        text: The command's help.
     """
 
     @click.command(help=text)

@@ -1,7 +1,7 @@
 """The group of commands.
 
-A command of this package is imported when it is used. A command of another distribution is found
-by its entry point.
+A command of this package is imported when it is used. Entry points find the commands of other
+distributions.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
 ENTRY_POINTS = "phonon.commands"
 
 
-#: The commands of this package, and where they are.
+#: The commands of this package, with module and name.
 COMMANDS = {
     "batches": "listing:batches",
     "completion": "completing:completion",

@@ -17,7 +17,7 @@ MOST = 50
 
 def complete_parked(
     context: click.Context,
-    parameter: click.Parameter,  # noqa: ARG001 - click gives it
+    parameter: click.Parameter,  # noqa: ARG001 - click passes it
     incomplete: str,
 ) -> list[CompletionItem]:
     """Return the resources that have dead letters."""
@@ -43,6 +43,6 @@ def completion(shell: str) -> None:
     For bash: phonon completion bash > ~/.local/share/bash-completion/completions/phonon
     """
     cls: Any = get_completion_class(shell)
-    from phonon.cli.app import phonon  # noqa: PLC0415 - that module finds this one
+    from phonon.cli.app import phonon  # noqa: PLC0415 - that module imports this one
 
     click.echo(cls(phonon, {}, "phonon", "_PHONON_COMPLETE").source())

@@ -1,4 +1,4 @@
-"""``phonon once``: a command that cron starts on many machines, and that one of them runs."""
+"""``phonon once``: cron starts a command on many machines, and one of them runs it."""
 
 import signal
 import subprocess
@@ -53,7 +53,7 @@ def once(name: str, command: tuple[str, ...], every: float | None, url: str | No
 
 
 def _run(turn: Turn, command: tuple[str, ...]) -> int:
-    """Run the command, and have it end if somebody else may run it as well."""
+    """Run the command, and end it if another process may run it too."""
     with subprocess.Popen(command) as running:  # noqa: S603 - the user's own
         turn.lock.on_lost = lambda _: running.terminate()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""Options that all of the operator's commands share."""
+"""Options that all operator's commands share."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ from rich.live import Live
 from phonon._admin.plain import plain
 from phonon.admin import Admin
 
-#: Seconds between two looks, unless ``--watch`` names others.
+#: Seconds between two looks, unless ``--watch`` gives a number.
 WATCH = 2.0
 
 
 class Target(NamedTuple):
-    """The namespace and server that a command looks at.
+    """The namespace and the server of a command.
 
     Attributes:
         url: The server; None for the default.
@@ -37,7 +37,7 @@ class Target(NamedTuple):
 
 
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say where to look."""
+    """Add the options for server and namespace."""
     for option in (
         click.option(
             "--timeout",
@@ -112,8 +112,8 @@ def show(
     """Print the result of a look, once or again and again.
 
     Args:
-        look: Returns entries, and how they are shown to people.
-        as_json: Whether they are printed as JSON.
+        look: Returns entries, and their table.
+        as_json: Whether to print the entries as JSON.
         watch: Seconds between two looks; None for a single one.
 
     Returns:
@@ -139,10 +139,10 @@ def show(
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something is done that cannot be undone.
+    """Ask before an act that cannot be undone.
 
     Raises:
-        click.Abort: The answer is no, or there is no terminal to ask at: ``--yes`` helps.
+        click.Abort: The answer is no, or there is no terminal (then use ``--yes``).
     """
     if yes:
         return

@@ -1,4 +1,4 @@
-"""The command ``show``: all that is known of one resource, and the data of its batches."""
+"""The command ``show``: everything about one resource, and the data of its batches."""
 
 import itertools
 import sys
@@ -62,7 +62,7 @@ def _shown(found: ResourceStatus, partials: Iterable[Partial], token: int | None
     if found.lock is not None:
         parts += ["", tables.lock(found.lock)]
     if found.batches:
-        # Their errors are told in full below, so not in the table as well.
+        # Their errors follow in full, so they are not in the table.
         parts += ["", tables.batches([batch._replace(error="") for batch in found.batches])]
         parts += [
             Text(f"  {batch.token}: {batch.error}", style="red")

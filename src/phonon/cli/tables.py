@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Tables for the terminal."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from phonon.admin import (
     SourceStatus,
 )
 
-#: How a batch's state is coloured.
+#: The colour of a batch's state.
 COLOURS = {
     "running": "green",
     "retrying": "yellow",
@@ -33,7 +33,7 @@ _KIB = 1024
 
 
 def span(seconds: float | None) -> str:
-    """Return a time span as people read it."""
+    """Return a time span for people to read."""
     if seconds is None:
         return "-"
     if seconds < 10:  # noqa: PLR2004 - digits that matter
@@ -45,14 +45,14 @@ def span(seconds: float | None) -> str:
 
 
 def moment(at: float | None) -> str:
-    """Return a point in time as people read it, in their own time zone."""
+    """Return a point in time for people to read, in their time zone."""
     if not at:
         return "-"
     return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def size(count: int | None) -> str:
-    """Return a number of bytes as people read it."""
+    """Return a number of bytes for people to read."""
     if count is None:
         return "-"
     number = float(count)

@@ -12,7 +12,7 @@ from phonon.admin import Admin, BatchStatus, ProcessStatus
 from phonon.cli import tables
 from phonon.cli.options import WATCH, json_option, show, target, target_options
 
-#: Dead letters that are counted.
+#: The most dead letters that are counted.
 MOST = 1000
 
 
@@ -23,22 +23,22 @@ class Rates:
         self._before: dict[tuple[str, str], tuple[float, float]] = {}
 
     def of(self, process: str, name: str, value: float | None) -> float | None:
-        """Return how much a counter grows a second; None if that is not known yet."""
+        """Return the growth of a counter per second; None if it is not known yet."""
         if value is None:
             return None
         now = time.monotonic()
         at, before = self._before.get((process, name), (now, value))
         if value != before or (process, name) not in self._before:
-            # Counters come with heartbeats: the rate is over the time in which they changed.
+            # Counters come with heartbeats, so the rate is over the time between two changes.
             self._before[process, name] = now, value
         return (value - before) / (now - at) if now > at and value > before else None
 
 
 class Screen:
-    """Looks, and remembers the figures, for rates.
+    """Reads the figures, and remembers them for rates.
 
     Args:
-        admin: Looks.
+        admin: The admin to read with.
     """
 
     def __init__(self, admin: Admin) -> None:
@@ -47,7 +47,7 @@ class Screen:
         self._last: dict[tuple[str, str], float] = {}
 
     def look(self) -> tuple[list[Any], RenderableType]:
-        """Return the figures, and how they are shown."""
+        """Return the figures and their display."""
         processes = self._admin.processes()
         parked = list(itertools.islice(self._admin.batches("parked"), MOST))
         oldest = self._admin.oldest_sessions(1)
@@ -93,7 +93,7 @@ class Screen:
             ("merged", "merge_ratio"),
         ):
             table.add_column(label, justify="right")
-            # rich fills tables by rows alone, and these are the same but for three columns.
+            # rich fills tables only by rows, and these rows differ only in three columns.
             table.columns[-1]._cells.extend(_rate(row[name]) for row in rows)  # noqa: SLF001
         return table
 
@@ -104,7 +104,7 @@ def _sum(rates: Any) -> float | None:
 
 
 def _ratio(processes: list[ProcessStatus]) -> float | None:
-    """Return how many messages one stored partial stands for."""
+    """Return the number of messages for each stored partial."""
     messages = sum(p.counters.get("messages", 0) for p in processes)
     stored = sum(p.counters.get("stored", 0) for p in processes)
     return messages / stored if messages and stored else None

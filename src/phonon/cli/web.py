@@ -67,7 +67,7 @@ def web(
         timeout=place.timeout,
     )
     with place.open():
-        pass  # a server that is not there is said now, not in a browser
+        pass  # reports a missing server now, not in the browser
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     socket = config.bind_socket()

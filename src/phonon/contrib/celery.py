@@ -1,4 +1,4 @@
-"""Celery: tasks that add to records, tasks of which one runs at a time, joins that survive deaths.
+"""Celery: tasks that add to records, tasks that run one at a time, joins that survive crashes.
 
 ::
 
@@ -44,8 +44,8 @@ class CeleryWorker(Worker):
 
     Args:
         name: The app's name.
-        url: Where Phonon's server is.
-        options: As of a `Worker`.
+        url: The URL of Phonon's server.
+        options: As for a `Worker`.
     """
 
     def __init__(self, name: str, url: str | None, **options: Any) -> None:
@@ -53,7 +53,7 @@ class CeleryWorker(Worker):
         self._name = name
 
     def exactly_once(self, function: Callable[P, R]) -> Callable[P, R | None]:
-        """Store a task's records once, however often the task is delivered or retried.
+        """Store a task's records once, even if the task is delivered or retried several times.
 
         Write it below ``@app.task``. The task's records are stored when it has returned, together
         with its id, and not at all if it raises. A task that is delivered again within an hour adds
@@ -63,7 +63,7 @@ class CeleryWorker(Worker):
         @functools.wraps(function)
         def task(*args: P.args, **kwargs: P.kwargs) -> R | None:
             request = _request()
-            if request is None:  # called, not sent
+            if request is None:  # called directly, not sent
                 with self.batch():
                     return function(*args, **kwargs)
             result: R | None = self.once(
@@ -76,15 +76,15 @@ class CeleryWorker(Worker):
     def one_at_a_time(
         self, function: Callable[P, R] | None = None, *, retry: float | None = None
     ) -> Any:
-        """Have one task of a name and arguments run at a time; write it below ``@app.task``.
+        """Run one task of the same name and arguments at a time; write it below ``@app.task``.
 
-        The lock lasts as long as the worker lives, so a task that runs for hours keeps it, and the
-        task of a worker that is killed frees it.
+        The lock lasts as long as the worker lives, so a task that runs for hours keeps it. When a
+        worker is killed, its lock is freed.
 
         Args:
             function: The task's function.
-            retry: Seconds after which a task that found another one running tries again. None: it
-                is ignored, because another task does its work.
+            retry: Seconds after which a task tries again if another one was running. None: the task
+                is ignored, because the other one does its work.
         """
         if function is None:
             return functools.partial(self.one_at_a_time, retry=retry)
@@ -110,22 +110,22 @@ class CeleryWorker(Worker):
     def join(self, name: str, part: Any, *, parties: int, then: Signature[Any]) -> bool:
         """Mark a part as done; the worker that completes the last part sends the next task.
 
-        A chord that survives its workers: parts are told apart by name, so one that is delivered
-        again, because its worker died, counts once, and none is missing. Call it at the end of a
-        task with ``acks_late=True, reject_on_worker_lost=True``.
+        This is a chord that survives its workers: parts have names, so a part that is delivered
+        again because its worker died counts once, and none is missing. Call it at the end of a task
+        with ``acks_late=True, reject_on_worker_lost=True``.
 
         Args:
-            name: The whole, new for each time.
+            name: The name of the join, a new one each time.
             part: The name of the part.
             parties: The number of parts.
-            then: The task to send when all are done. If a worker dies at that very moment it may be
-                sent twice, with the same task id: `exactly_once` makes it count once.
+            then: The task to send when all parts are done. If a worker dies at that moment the task
+                may be sent twice, with the same task id: `exactly_once` makes it count once.
 
         Returns:
-            Whether this was the last one.
+            Whether this was the last part.
         """
         key = f"phonon-celery:{self.process.namespace}:{name}"
-        # One at a time, or the last two would both find that all are there.
+        # One at a time: otherwise the last two would both find all parts done.
         with self.process.lock(f"celery/join/{name}"):
             client = self.process.client
             client.sadd(key, repr(part))
@@ -140,17 +140,17 @@ class CeleryWorker(Worker):
 def setup(app: "celery.Celery", url: str | None = None, **options: Any) -> CeleryWorker:
     """Give each worker of an app a process, and end its sessions when it shuts down.
 
-    With any pool: in each child of ``prefork``, and in the worker itself with ``solo`` and
-    ``threads``. A warm shutdown ends all sessions, and so does a child that has done its
-    ``max_tasks_per_child``. After a cold one, or a kill, the others take them over.
+    It works with any pool: in each child of ``prefork``, and in the worker itself with ``solo`` and
+    ``threads``. A warm shutdown ends all sessions, and so does a child that has reached its
+    ``max_tasks_per_child``. After a cold shutdown, or a kill, the other workers take over.
 
     Args:
         app: The Celery app.
-        url: Where Phonon's server is; None: as of `phonon.Process`.
+        url: The URL of Phonon's server; None: as for `phonon.Process`.
         options: Arguments of `phonon.Process`, and ``max_entries``.
 
     Returns:
-        The object that tasks add records with.
+        The object with which tasks add records.
     """
     if not isinstance(app, celery.Celery):
         raise ConfigurationError(f"app is a celery.Celery, not {app!r}: setup(app, url)")
@@ -165,7 +165,7 @@ def setup(app: "celery.Celery", url: str | None = None, **options: Any) -> Celer
 
 
 def _request() -> Any:
-    """Return the request of the task that runs; None outside of one."""
+    """Return the request of the running task; None outside of a task."""
     task = celery.current_task
     request = task.request if task else None
     return request if request is not None and request.id else None

@@ -21,12 +21,12 @@ log = logging.getLogger("phonon")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Of the time between two runs; the rest is for clocks that do not agree.
+#: The share of the time between two runs in which no other runs; the rest allows for clock skew.
 _SHARE = 0.75
 
 
 class Turn:
-    """The right to run a job now: no other process runs it, or has run it since the last time.
+    """The right to run a job now: no other process runs it, or has run it this time.
 
     Args:
         process: The process that wants it.
@@ -53,27 +53,27 @@ class Turn:
         return True
 
     def done(self) -> None:
-        """The job was done, and is not due before the next time."""
+        """Note that the job was done, so that it is not due before the next time."""
         if self._every is not None:
             milliseconds = max(1, int(self._every * _SHARE * 1000))
             self._process.client.set(self._key, self._process.id, px=milliseconds)
         self.lock.release()
 
     def fail(self) -> None:
-        """The job was not done: the next process may try."""
+        """Note that the job failed, so that the next process may try."""
         self.lock.release()
 
 
 def only_one(
     process: Process, name: str, *, every: float | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
-    """Decorate a job that all machines schedule, and of which one machine runs each turn.
+    """Decorate a job that all machines schedule and one machine runs.
 
-    The lock lasts as long as the process lives, however long the job takes; if it is killed the
-    next one that is scheduled runs. A job that raises was not done.
+    The lock lasts as long as the process lives, even if the job takes long. If the process is
+    killed, the next scheduled one runs. A job that raises counts as not done.
 
     Args:
-        process: The process that wants to run it.
+        process: The process that wants to run the job.
         name: The job's name, the same on all machines.
         every: Seconds between two runs; see `Turn`.
 

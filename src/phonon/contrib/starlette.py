@@ -1,4 +1,4 @@
-"""Starlette and FastAPI: a process for each worker, and requests that are counted into a table.
+"""Starlette and FastAPI: a process for each worker, and middleware that counts requests.
 
 ::
 
@@ -30,8 +30,8 @@ class Phonon:
     """A process and a cache for each worker of an ASGI application.
 
     Args:
-        url: Where the server is; None: as of `AsyncProcess`.
-        max_entries: How many records a worker keeps at the most.
+        url: The server's URL; None: as for `AsyncProcess`.
+        max_entries: The most records that a worker keeps.
         options: Arguments of `AsyncProcess`.
     """
 
@@ -77,8 +77,8 @@ class Phonon:
         Args:
             kind: A subclass of `AsyncUpdate`.
             key: The record's key.
-            content: Further arguments of the update, such as ``doc``; ``init_cache=False`` to keep
-                it in this worker until the session ends, at the price of losing it with the worker.
+            content: Further arguments of the update, such as ``doc``. With ``init_cache=False``
+                the data stays in this worker until the session ends, and is lost with the worker.
         """
         update = kind(self.process(), key, **content)
         await self._cache.set((kind, update.resource_id), update)
@@ -89,7 +89,7 @@ class CountRequests:
 
     Args:
         app: The application.
-        phonon: Whose process it uses.
+        phonon: The `Phonon` with the process to use.
         update: The records' class. Its ``doc`` is ``{"requests": 1, "seconds": …}``.
         key: Returns the record's key, given the scope and the status. None:
             ``"GET /users/{user} 200"``.
@@ -115,7 +115,7 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500  # what the server answers where the application raises
+        status = 500  # the server's answer if the application raises
         loop = asyncio.get_running_loop()
         begun = loop.time()
 
@@ -138,6 +138,6 @@ class CountRequests:
 
 
 def _by_route(scope: Scope, status: int) -> str:
-    route = scope.get("route")  # a path with names, so that users are no keys of their own
+    route = scope.get("route")  # a path with parameter names, so that not each user is a key
     path = getattr(route, "path", None) or ("-" if status == 404 else scope["path"])  # noqa: PLR2004
     return f"{scope['method']} {path} {status}"

@@ -1,8 +1,8 @@
-"""uWSGI: has its workers end their sessions; `Worker` imports this by itself.
+"""uWSGI: ends the sessions of its workers; `Worker` imports this module by itself.
 
-uWSGI runs no exit functions of the interpreter's, and no threads unless it is told to: a process
-without threads has no heartbeat, and is taken for dead. Import this in a program that makes its own
-`Process`; outside of uWSGI it does nothing.
+uWSGI does not run the interpreter's exit functions, and runs threads only if configured to. A
+process without threads has no heartbeat and would be declared dead. Import this module in a program
+that makes its own `Process`; outside of uWSGI it does nothing.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from phonon.errors import ConfigurationError
 
 
 def _hook(server: Any) -> None:
-    """Have a worker of uWSGI's end its sessions.
+    """Make a worker of uWSGI end its sessions.
 
     Raises:
-        ConfigurationError: It runs without threads.
+        ConfigurationError: uWSGI runs without threads.
     """
     if not (server.opt.get("enable-threads") or server.opt.get("threads")):
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""A process and a cache for each worker of a server, from its start to its end."""
+"""A process and a cache for each worker of a server."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from phonon.batch import BaseBatch
 from phonon.cache import LruCache
-from phonon.contrib import uwsgi as _uwsgi  # noqa: F401 - it hooks into uWSGI
+from phonon.contrib import uwsgi as _uwsgi  # noqa: F401 - the import adds hooks to uWSGI
 from phonon.errors import AlreadyStoredError
 from phonon.process import Process
 from phonon.settings import check_name
@@ -18,14 +18,14 @@ U = TypeVar("U", bound=Update)
 
 
 class Worker:
-    """A process, made when it is first used, and a cache, in each worker of a program.
+    """A process, made at its first use, and a cache, in each worker of a program.
 
-    It may be made at import: nothing is connected before something is used, and after a fork each
-    child has a process of its own.
+    It may be made at import: it connects at the first use, and after a fork each child has its own
+    process.
 
     Args:
-        url: Where the server is; None: as of `Process`.
-        max_entries: How many records a worker keeps at the most.
+        url: The server's URL; None: as for `Process`.
+        max_entries: The most records that a worker keeps.
         options: Arguments of `Process`.
     """
 
@@ -47,7 +47,7 @@ class Worker:
     def process(self) -> Process:
         """The process of this worker."""
         if os.getpid() != self._pid:
-            self._begin()  # the process made before the fork is the parent's
+            self._begin()  # a process from before the fork belongs to the parent
         with self._lock:
             if self._process is None:
                 self._process = Process(url=self._url, **self._options)
@@ -56,8 +56,8 @@ class Worker:
     def add(self, kind: Callable[..., U], key: Any, **content: Any) -> None:
         """Merge a message into its record, and store it.
 
-        When this returns, the data is on the server, unless it is called inside `once` or
-        ``process.batch()``: then it is when that block ends.
+        When this returns, the data is on the server. Inside `once` or ``process.batch()`` the data
+        is on the server when that block ends.
 
         Args:
             kind: A subclass of `Update`.
@@ -69,17 +69,17 @@ class Worker:
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[BaseBatch]:
-        """Store all that is added in the ``with`` block together, when it ends."""
+        """Store all data of the ``with`` block together, when it ends."""
         with self.process.batch() as batch:
             yield batch
 
     def once(self, message_id: str, handle: Callable[[], Any], *, of: str) -> Any:
-        """Handle a message, unless its data was stored already, with its id, in the last hour.
+        """Handle a message, unless its data and its id were stored already in the last hour.
 
         Args:
             message_id: The message's id.
             handle: Adds the message's data. If it raises, nothing is stored.
-            of: Whose ids they are: the name of a queue.
+            of: The scope of the ids: the name of a queue.
 
         Returns:
             The result of ``handle``; None if the message was stored already.
@@ -91,11 +91,11 @@ class Worker:
                     for _ in batch:
                         result = handle()
             except AlreadyStoredError:
-                continue  # another delivery was stored meanwhile; now it is known which
+                continue  # another delivery was stored meanwhile; now its id is known here
             return result
 
     def stop(self) -> None:
-        """End all sessions, and the process. The next use makes another one."""
+        """End all sessions, and stop the process. The next use makes another one."""
         if os.getpid() != self._pid:
             return
         with self._lock:

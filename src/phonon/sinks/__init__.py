@@ -1,6 +1,6 @@
 """Sinks: destinations of records whose sessions are over, each batch once.
 
-A sink is anything with the two methods of `Sink`. Give it to `phonon.Process.collect`::
+A sink is any object with the two methods of `Sink`. Give it to `phonon.Process.collect`::
 
     views = process.collect(PageViews, sink=SqlTable(engine, "page_views"))
 
@@ -31,24 +31,24 @@ class Sink(Protocol):
             model: The model; its ``fields()`` are the fields by name.
 
         Raises:
-            ConfigurationError: They cannot be written here.
+            ConfigurationError: The sink cannot write records of this model.
         """
 
     def write(self, records: Sequence[Any]) -> Iterable[tuple[Any, Exception]] | None:
         """Write records, in one transaction.
 
-        A record that was written before comes again if its process died before it could report
-        back. It has the same ``token`` then; store that beside the record, in the same transaction,
-        and skip a record whose token is not greater than the stored one.
+        If a process dies before it could report back, a written record comes again, with the same
+        ``token``. So store the token beside the record, in the same transaction, and skip a record
+        whose token is not greater than the stored one.
 
         Args:
             records: Records of different keys, with their tokens. Their attributes are the fields.
 
         Returns:
-            Those that failed, with their errors. None if none did.
+            Pairs of a failed record and its error; None if all succeeded.
 
         Raises:
-            Exception: Nothing was written. They are tried again, each by itself.
+            Exception: Nothing was written. The records are tried again, each by itself.
         """
 
 

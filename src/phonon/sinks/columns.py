@@ -1,9 +1,9 @@
 """Columns of a table for the fields of a model.
 
-The database merges integers, and values that are compared by size. The state of all other fields is
-kept in one binary column, merged by the model's own code, and shown in a column for people and
-queries: a database's own way of merging (floating point, decimals of a fixed scale, texts by a
-collation, time zones) would give another result than the model.
+The database merges integers, and values that are compared by size. The states of all other fields
+are in one binary column, which the model's own code merges; another column shows their values to
+people and queries. If the database merged them (floating point, decimals of a fixed scale, texts by
+a collation, time zones) the result would differ from the model's.
 """
 
 import copy
@@ -19,34 +19,34 @@ from sqlalchemy.dialects import mysql, postgresql
 from phonon.errors import ConfigurationError
 from phonon.serializers import ExactSerializer
 
-#: The column of the token, and that of the state.
+#: The names of the columns of the token and of the state.
 TOKEN, STATE = "token", "phonon_state"
 
 _ADDED = frozenset({"sum", "diff", "count"})
 _COMPARED = {"max": True, "timestamp": True, "min": False}
-#: The kinds of field that may have a child table: whether its rows have a count.
+#: The kinds of field that may have a child table, and whether its rows have a count.
 _CHILDREN = {"counter": True, "set_append": False}
 #: A key of MySQL has a length.
 _KEY_LENGTH = 255
 
 
 class ExactNumeric(sa.TypeDecorator[decimal.Decimal]):
-    """A decimal. SQLite has none, and gets its text."""
+    """A decimal. SQLite has no such type, and stores its text."""
 
     impl = sa.Numeric
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Any) -> Any:
-        """Return the type that a database has."""
+        """Return the database's type."""
         type_: Any = sa.Text() if dialect.name == "sqlite" else sa.Numeric()
         return dialect.type_descriptor(type_)
 
     def process_bind_param(self, value: Any, dialect: Any) -> Any:
-        """Return a value as it is sent."""
+        """Return a value in the form to send."""
         return str(value) if value is not None and dialect.name == "sqlite" else value
 
     def process_result_value(self, value: Any, dialect: Any) -> Any:
-        """Return a value as it is read."""
+        """Return a value in the form to read."""
         del dialect
         return None if value is None else decimal.Decimal(value)
 
@@ -70,7 +70,7 @@ _SCALARS: dict[Any, Any] = {
     dt.date: sa.Date(),
     uuid.UUID: sa.Uuid(),
 }
-#: Fields that show one value of the type of those in messages.
+#: Kinds of field that show a single value, of the type of the values in messages.
 _SHOW_ONE = frozenset({"sum", "diff", "max", "min", "timestamp", "latest", "first"})
 _JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 
@@ -89,7 +89,7 @@ class Plain(NamedTuple):
     zero: Any
 
     def merged(self, old: Any, new: Any) -> Any:
-        """Return the expression that two values come to."""
+        """Return the expression that merges two values."""
         kind = self.field.kind
         if kind in _ADDED:
             return old + new
@@ -107,7 +107,7 @@ class Layout:
     Args:
         model: The model.
         name: The table's name.
-        metadata: Where the tables are entered.
+        metadata: The metadata of the tables.
         schema: The database's schema.
         children: Tables for counters and sets, by field.
 
@@ -115,8 +115,8 @@ class Layout:
         table: The table.
         key: The column of the key.
         plain: Fields that the database merges, by name.
-        kept: Fields of which the state is kept, by name.
-        children: The tables of others, by name.
+        kept: Fields whose states are in the binary column, by name.
+        children: The child tables of other fields, by name.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Layout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether one statement writes a whole record."""
+        """Return whether one statement writes a whole record."""
         return not (self.kept or self.children)
 
     def key_of(self, record: Any) -> Any:
@@ -192,7 +192,7 @@ class Layout:
         return {self.id: self.key_of(record), TOKEN: record.token, **row}
 
     def empty_row(self, record: Any) -> dict[str, Any]:
-        """Return the row of a key that has had no records."""
+        """Return the row of a key without records."""
         row = {name: plain.zero for name, plain in self.plain.items()}
         return {self.id: self.key_of(record), TOKEN: 0, **row}
 
@@ -202,7 +202,7 @@ class Layout:
         old = _serializer.loads(bytes(stored)) if stored else {}
         merged: dict[str, Any] = {}
         for name, field in self.kept.items():
-            # Merging uses states up, and a transaction that loses is tried again.
+            # Copied, because merging changes states, and a lost transaction is tried again.
             one, other = old.get(name), copy.deepcopy(states.get(name))
             if one is None or other is None:
                 state = other if one is None else one
@@ -257,7 +257,7 @@ def _child(
 
 
 def _for_json(value: Any) -> Any:
-    """Return a value as JSON shows it; it is never read back."""
+    """Return a value for a JSON column, which is never read back."""
     shown = value
     if isinstance(value, Mapping):
         shown = {str(k): _for_json(v) for k, v in value.items()}

@@ -1,7 +1,7 @@
 """Tables of SQL databases as sinks, on SQLAlchemy Core 2: each batch once.
 
-A row has the token of the last batch that went into it. A batch is added only if its token is
-greater, in the same transaction, so a batch that comes again changes nothing.
+A row has the token of its last batch. A batch is added only if its token is greater, in the same
+transaction, so that a batch that comes again changes nothing.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from phonon.sinks.columns import STATE, TOKEN, Layout
 
 #: Bound parameters in one statement: SQLite takes 32,766.
 MOST_PARAMETERS = 30_000
-#: How often a transaction is tried that lost against another one.
+#: How often a transaction is tried if it loses against another one.
 ATTEMPTS = 6
 #: Seconds before the second attempt; they double.
 FIRST_PAUSE = 0.02
@@ -31,7 +31,7 @@ FIRST_PAUSE = 0.02
 #: The errors of a transaction that has to be tried again: SQLSTATEs, and MySQL's numbers.
 _AGAIN = frozenset({"40001", "40P01", "55P03", 1213, 1205, 1020})
 
-#: The table of `once`, unless something else is said.
+#: The default name of the table of `once`.
 TOKENS = "phonon_tokens"
 
 
@@ -73,7 +73,7 @@ class BaseSqlTable:
         """Derive the table from a model's fields.
 
         Raises:
-            ConfigurationError: It cannot be a table, or the sink is another model's.
+            ConfigurationError: The model cannot be a table, or the sink has another model.
         """
         if self._found is None:
             if not isinstance(model, type) or not hasattr(model, "fields"):
@@ -98,7 +98,7 @@ class BaseSqlTable:
 
     @property
     def table(self) -> sa.Table:
-        """The table, for queries, and for Alembic by its metadata."""
+        """The table, for queries, and, by its metadata, for Alembic."""
         return self._layout.table
 
     @property
@@ -121,7 +121,7 @@ class BaseSqlTable:
 
     def _write(self, connection: sa.Connection, records: Sequence[Any]) -> None:
         layout = self._layout
-        # Always in the same order, so that two writers never wait for each other.
+        # Always in the same order, so that two writers cannot deadlock.
         records = sorted(records, key=layout.key_of)
         width = max(len(table.columns) for table in self.tables)
         for some in _pieces(records, MOST_PARAMETERS // width):
@@ -136,13 +136,13 @@ class SqlTable(BaseSqlTable):
     """A table with one row for each key of a model.
 
     Args:
-        engine: SQLAlchemy's.
+        engine: The engine of SQLAlchemy.
         name: The table's name.
         model: The model; None leaves it to `phonon.Process.collect`.
-        metadata: Where the table is entered; give Alembic's.
+        metadata: The metadata of the table; give the one that Alembic uses.
         schema: The database's schema.
-        children: For a `Counter` or `SetAppend`: the name of a table of its own, by field, with one
-            row for each item.
+        children: For a `Counter` or `SetAppend`: the name of a child table, by field, with one row
+            for each item.
 
     Raises:
         ConfigurationError: The model cannot be a table.
@@ -162,7 +162,7 @@ class SqlTable(BaseSqlTable):
             )
 
     def create_table(self) -> None:
-        """Create the table, and its child tables, unless they are there."""
+        """Create the table and its child tables, unless they exist."""
         with self._engine.begin() as connection:
             self._create(connection)
 
@@ -185,7 +185,7 @@ class SqlTable(BaseSqlTable):
 
 
 def pause(attempt: int) -> float:
-    """Return the seconds before a lost transaction is tried again."""
+    """Return the seconds to wait before a lost transaction is tried again."""
     return FIRST_PAUSE * 2.0**attempt * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
 
 
@@ -237,7 +237,7 @@ def _insert(dialect: str, table: sa.Table) -> Any:
 def _upsert(dialect: str, layout: Layout) -> Any:
     table, insert = layout.table, _insert(dialect, layout.table)
     if dialect in ("mysql", "mariadb"):
-        # It assigns from left to right, so the token comes last.
+        # MySQL assigns from left to right, so the token comes last.
         new = insert.inserted
         is_newer = new[TOKEN] > table.c[TOKEN]
         changes = [
@@ -263,9 +263,9 @@ def _insert_missing(dialect: str, table: sa.Table, key: Sequence[str]) -> Any:
 
 
 def _merge(connection: sa.Connection, layout: Layout, records: Sequence[Any]) -> None:
-    """Add records of which some fields are merged here, while the rows are locked."""
+    """Add records with fields that are merged here, while their rows are locked."""
     dialect, table = connection.dialect.name, layout.table
-    # A row that is not there cannot be locked. On SQLite this is what locks the database.
+    # A missing row cannot be locked, so it is inserted. On SQLite this locks the database.
     missing = _insert_missing(dialect, table, [layout.id])
     connection.execute(missing.values([layout.empty_row(record) for record in records]))
     columns = [layout.key, layout.token, *([table.c[STATE]] if layout.kept else [])]
@@ -324,11 +324,11 @@ def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[first : first + size]
 
 
-# Tokens of updates that write in their own way
+# Tokens of updates with an `execute` of their own
 
 
 def tokens_table(metadata: sa.MetaData | None = None, name: str = TOKENS) -> sa.Table:
-    """Return the table of tokens that `once` needs. Create it, or give its metadata to Alembic."""
+    """Return the table of tokens for `once`. Create it, or give its metadata to Alembic."""
     text = sa.Text().with_variant(sa.String(700, collation="utf8mb4_bin"), "mysql", "mariadb")
     _check_metadata(metadata)
     return sa.Table(
@@ -342,17 +342,17 @@ def tokens_table(metadata: sa.MetaData | None = None, name: str = TOKENS) -> sa.
 
 @contextlib.contextmanager
 def once(connection: sa.Connection, update: Any, *, name: str = TOKENS) -> Iterator[bool]:
-    """Tell whether a batch is new to the database. Use it in `execute`, in your transaction.
+    """Yield whether a batch is new to the database. Use it in `execute`, in your transaction.
 
-    The token is stored with your data, or neither is.
+    The token is stored in the same transaction as your data.
 
     Args:
-        connection: In a transaction.
+        connection: A connection in a transaction.
         update: The update that executes.
         name: The name of the table that `tokens_table` describes.
 
     Returns:
-        For a ``with`` block: whether the batch is new. If it is not, write nothing.
+        A context manager with the answer. If the batch is not new, write nothing.
 
     Example:
         >>> def execute(self):
@@ -364,10 +364,10 @@ def once(connection: sa.Connection, update: Any, *, name: str = TOKENS) -> Itera
 
 
 def is_fresh(connection: sa.Connection, resource: str, token: int | None, name: str) -> bool:
-    """Store a token. Return whether it is greater than the one that was there.
+    """Store a token. Return whether it is greater than the stored one.
 
     Raises:
-        ConfigurationError: There is no token: nothing executes.
+        ConfigurationError: There is no token, because the update is not executing.
     """
     if token is None:
         raise ConfigurationError("once() is for execute(): an update has a token while it runs")

@@ -21,11 +21,11 @@ log = logging.getLogger("phonon")
 
 M = TypeVar("M")
 
-#: Told about a message that cannot be handled, and why.
+#: Called with a message that cannot be handled, and the error.
 OnPoison = Callable[[M, Exception], object]
-#: How often the same messages are handled at the most because others were storing them as well.
+#: How often the same messages are handled at the most if other consumers store them too.
 ATTEMPTS = 10
-#: Seconds to wait before a server, or a broker, that did not answer is asked again.
+#: Seconds to wait before a server or a broker that did not answer is asked again.
 PAUSE = 0.5
 
 
@@ -41,8 +41,8 @@ class Storing(Generic[M]):
 
     Args:
         handle: The user's function, which makes the updates of one message.
-        on_poison: Told about each message that cannot be handled. It is passed over once this has
-            returned.
+        on_poison: Called with each message that cannot be handled, and the error. When it has
+            returned, the message is skipped.
     """
 
     def __init__(self, handle: Callable[[M], object], on_poison: OnPoison[M] | None) -> None:
@@ -61,7 +61,7 @@ class Storing(Generic[M]):
             messages: The messages.
 
         Raises:
-            PhononError: They could not be stored, and no message is the cause.
+            PhononError: The messages could not be stored, and no message is the cause.
             Exception: A message is poison, and there is no ``on_poison``.
         """
         waiting = [messages]
@@ -73,7 +73,7 @@ class Storing(Generic[M]):
             except Exception as error:
                 if isinstance(error, PhononError) and not isinstance(error, NotStorableError):
                     raise
-                # Which one it was is known if its handler has raised. If storing did, look for it.
+                # If a handler raised, its message is known. If storing raised, find the message.
                 if len(some) == 1:
                     self._put_aside(open_batch, some, error)
                 elif at:
@@ -94,13 +94,13 @@ class Storing(Generic[M]):
             try:
                 self.run_through(batch, self.handle, messages, at)
             except AlreadyStoredError:
-                # Now it is known here which ones: they are passed over.
+                # Now the stored ones are known here, and will be skipped.
                 if attempt == ATTEMPTS - 1:
                     raise
             except Exception as error:
                 if not batch.is_stored or isinstance(error, PhononError):
                     raise
-                # A database that is away, say. No message is to blame, and none is lost.
+                # A database may be away. No message is the cause, and none is lost.
                 log.warning("ending sessions failed, and is tried again: %s", error)
                 return
             else:
@@ -124,13 +124,13 @@ class Storing(Generic[M]):
     def run_through(
         self, batch: Any, handle: Callable[[M], object], messages: Sequence[M], at: list[int]
     ) -> None:
-        """Hand each message of a batch to a function, and store what that brings.
+        """Hand each message of a batch to a function, and store its updates.
 
         Args:
             batch: The batch.
             handle: The function.
             messages: The messages of the batch.
-            at: Is set to the place of the message for which the function has raised.
+            at: Gets the index of the message for which the function has raised.
         """
         with batch:
             for message in batch:
@@ -142,11 +142,11 @@ class Storing(Generic[M]):
 
 
 def pass_over(message: object) -> None:
-    """Bring nothing for a message, so that it is only noted that it has come."""
+    """Make no update for a message, so that only its receipt is stored."""
 
 
 def index_of(messages: Sequence[Any], message: Any) -> int:
-    """Return the place of a message, which may be equal to others."""
+    """Return the index of a message, which may be equal to others."""
     for index, each in enumerate(messages):
         if each is message:
             return index
@@ -154,10 +154,10 @@ def index_of(messages: Sequence[Any], message: Any) -> int:
 
 
 class Loop:
-    """A loop that can be stopped, by a signal or another thread.
+    """A loop that a signal or another thread can stop.
 
     Args:
-        sessions: All of them are ended at the end.
+        sessions: The sessions to end after the loop.
     """
 
     def __init__(self, sessions: SupportsExpireAll | None) -> None:
@@ -170,16 +170,16 @@ class Loop:
 
     @property
     def stopping(self) -> bool:
-        """Return whether the loop is to be left."""
+        """Return whether the loop has to be left."""
         return self._stopping.is_set()
 
     def pause(self) -> None:
-        """Wait a little, unless the loop is to be left."""
+        """Wait a little, unless the loop has to be left."""
         self._stopping.wait(PAUSE)
 
     @contextlib.contextmanager
     def running(self, signals: Sequence[signal.Signals]) -> Iterator[None]:
-        """Stop on signals. They are only taken in the main thread."""
+        """Stop on signals, if this is the main thread."""
         self._stopping.clear()
         previous: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -201,7 +201,7 @@ def check_topics(argument: str, value: Any) -> list[str]:
     """Return the names of one or several topics.
 
     Raises:
-        ConfigurationError: There are none, or something else.
+        ConfigurationError: There is no name, or a value of another type.
     """
     names = [value] if isinstance(value, str) else value
     if (
@@ -222,10 +222,10 @@ def check_loop(
     dead_letters: Any,
     is_async: bool = False,
 ) -> None:
-    """Refuse arguments that all sources have; ``on_poison`` may be a coroutine function in asyncio.
+    """Refuse invalid arguments that all sources have.
 
     Raises:
-        ConfigurationError: One is invalid.
+        ConfigurationError: An argument is invalid.
     """
     if check_whole("batch_size", batch_size) < 1:
         raise ConfigurationError(
@@ -245,5 +245,5 @@ def check_loop(
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether to go on after an error: the source is claimed again, or asked again."""
+    """Return whether to go on after an error, by claiming or asking the source again."""
     return isinstance(error, SourceLostError | AlreadyStoredError | ConnectionError)

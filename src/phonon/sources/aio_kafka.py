@@ -1,6 +1,6 @@
 """Kafka topics for tasks, each message once; see `phonon.sources.kafka`.
 
-The client waits in a thread of its own. Messages are handled, and stored, by the event loop.
+The client waits in a separate thread. The event loop handles and stores messages.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class _Storing(Storing[Message]):
 
     Args:
         handle: The user's function.
-        on_poison: Told about each message that cannot be handled.
+        on_poison: Called with each message that cannot be handled, and the error.
         wait: Runs a coroutine on the event loop, and waits for it.
     """
 
@@ -54,7 +54,7 @@ class _Storing(Storing[Message]):
         messages: Sequence[Message],
         at: list[int],
     ) -> None:
-        """Hand each message of a batch to a function, and store what that brings."""
+        """Hand each message of a batch to a function, and store its updates."""
         self._wait(_run_through(batch, handle, messages, at))
 
 
@@ -80,14 +80,14 @@ class AsyncKafkaSource(BaseKafkaSource):
 
     Args:
         process: An `AsyncProcess`.
-        config: Of confluent-kafka's `Consumer`.
+        config: The configuration of confluent-kafka's `Consumer`.
         topics: The topic, or several.
         batch_size: Messages that are stored together at the most.
         poll_timeout: Seconds to wait for messages.
-        sessions: A collection, say: its sessions are ended when the loop ends.
+        sessions: A collection or a cache, whose sessions are ended when the loop ends.
         on_poison: Called with a message that cannot be handled and the error; it may be a coroutine
             function.
-        dead_letters: In its place: the topic that such a message is sent to.
+        dead_letters: Instead of ``on_poison``: the topic to which such a message is sent.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -138,7 +138,7 @@ class AsyncKafkaSource(BaseKafkaSource):
     ) -> None:
         """Read and handle messages until `stop`, a signal, or the cancellation of the task.
 
-        The batch in hand is stored, the group is left, and the sessions are ended.
+        In the end it stores the present batch, leaves the group, and ends the sessions.
 
         Args:
             handle: Makes the updates of one message; a coroutine function, or a plain one. It may
@@ -146,8 +146,8 @@ class AsyncKafkaSource(BaseKafkaSource):
             stop_on: Signals that end the loop, if it runs in the main thread.
 
         Raises:
-            Exception: What ``handle`` raised, if there is neither ``on_poison`` nor
-                ``dead_letters``; or what ending the sessions raised.
+            Exception: The error of ``handle``, if there is neither ``on_poison`` nor
+                ``dead_letters``; or of ending the sessions.
         """
         self._loop = asyncio.get_running_loop()
         storing = _Storing(self._counted(handle), self._on_poison, self._wait)
@@ -160,7 +160,7 @@ class AsyncKafkaSource(BaseKafkaSource):
                 await reading
                 raise
             finally:
-                # Cancelled or not: what is stored is to be executed, here or by whoever is left.
+                # Even after a cancellation: stored data has to be executed by some process.
                 if self._to_end is not None and reading.done() and not reading.exception():
                     await self._to_end.expire_all()
 

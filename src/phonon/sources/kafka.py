@@ -1,9 +1,9 @@
 """Topics of Kafka, and of other brokers with its protocol, each message once.
 
-The offsets up to which messages are stored are kept in Phonon, in the same atomic step as their
-data. They are committed to the broker as well, for its tools to show.
+Phonon stores the offsets up to which messages are stored, in the same atomic step as their data.
+They are committed to the broker too, for its tools.
 
-Needs the extra ``phonon[kafka]``, that is confluent-kafka.
+This module needs the extra ``phonon[kafka]``: confluent-kafka.
 """
 
 import logging
@@ -49,7 +49,7 @@ DELIVERY_TIMEOUT = 30.0
 
 
 class BaseKafkaSource(Loop):
-    """The base of `KafkaSource` and `AsyncKafkaSource`: all that goes on in the loop's thread."""
+    """The base of `KafkaSource` and `AsyncKafkaSource`: the work of the loop's thread."""
 
     #: Whether ``on_poison`` may be a coroutine function.
     _is_async = False
@@ -97,19 +97,19 @@ class BaseKafkaSource(Loop):
         self._dead_letters = dead_letters
         self._producer: Any = None
         self._sources: dict[_Key, Source] = {}
-        #: How far each partition is stored.
+        #: The offset up to which each partition is stored.
         self._done: dict[_Key, int] = {}
         self._consumer: Any = None
-        #: Messages that were handled, and those that were received, repeated ones included.
+        #: The number of handled messages, and of received ones, repeated ones included.
         self.handled = 0
         self.received = 0
 
     def name_of(self, topic: str, partition: int) -> str:
-        """Return the name under which a partition's position is kept; see `Process.source`."""
+        """Return the name of a partition's source; see `Process.source`."""
         return f"kafka/{self._group}/{topic}/{partition}"
 
     def _read(self, storing: Storing[Message]) -> None:
-        """Read and handle messages until the loop is to be left, and leave the group."""
+        """Read and handle messages until the loop has to be left, and leave the group."""
         self._consumer = consumer = Consumer(self._config)
         try:
             consumer.subscribe(
@@ -129,10 +129,10 @@ class BaseKafkaSource(Loop):
             self._sources.clear()
             if self._producer is not None:
                 self._producer.flush(DELIVERY_TIMEOUT)
-            # A client that a forked child collects as garbage waits for its threads for ever.
+            # If a forked child garbage-collects a client, that waits for its threads for ever.
             self._consumer = self._producer = None
 
-    # What the two do in their own ways
+    # Implemented for threads and for tasks
 
     def _claimed(self, name: str) -> Any:
         """Claim a source."""
@@ -177,13 +177,13 @@ class BaseKafkaSource(Loop):
                 self._commit([key], wait=False)
 
     def _report_end(self, key: _Key, source: Any) -> None:
-        """Tell operators how far the topic reaches, as of the last answer of the broker."""
+        """Report the end of the topic to operators, by the broker's last answer."""
         reach = self._consumer.get_watermark_offsets(TopicPartition(*key), cached=True)
         if reach is not None and reach[1] >= 0:
             source.report_end(reach[1])
 
     def _commit(self, keys: Sequence[_Key], *, wait: bool) -> None:
-        """Tell the broker how far we are. Nothing depends on it."""
+        """Commit the offsets to the broker, only for its tools."""
         offsets = [TopicPartition(*key, self._done[key]) for key in keys if key in self._done]
         if not offsets:
             return
@@ -196,7 +196,7 @@ class BaseKafkaSource(Loop):
             log.debug("kafka: %s", error)
 
     def _settle(self, keys: Sequence[_Key]) -> None:
-        """Nothing comes at the moment, or others go on with them: leave them as far as they are."""
+        """Store the positions of partitions that are silent, or that another member takes."""
         for key in keys:
             source = self._sources.get(key)
             if source is None or source.in_doubt:
@@ -210,7 +210,7 @@ class BaseKafkaSource(Loop):
         # The partitions of this member
 
     def _claim(self, key: _Key) -> int | None:
-        """Claim a partition, however long it takes. Return where to read on from."""
+        """Claim a partition, and retry until it succeeds. Return the offset to read on from."""
         while not self.stopping:
             try:
                 source: Source = self._claimed(self.name_of(*key))
@@ -242,17 +242,17 @@ class BaseKafkaSource(Loop):
                 try:
                     self._settled(source)
                 except PhononError as error:
-                    log.info("%s", error)  # the member that has it now reads a little more again
+                    log.info("%s", error)  # the next member only reads some messages again
 
     def _lost(self, _consumer: Any, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
             self._sources.pop((partition.topic, partition.partition), None)
 
     def _begin_again(self, key: _Key) -> None:
-        """After an error: claim the partition again if it is still ours, and go back."""
+        """Claim a partition again after an error, if it is still assigned, and seek back."""
         self.pause()
-        # A member that has lost a partition learns it here, and does not claim it from the member
-        # that has it. Messages that are read here are read again.
+        # The poll tells a member that it has lost the partition, so that it does not claim it from
+        # the new member. The messages of this poll are read again.
         self._consumer.poll(0)
         if key not in self._sources or self.stopping:
             return
@@ -263,7 +263,7 @@ class BaseKafkaSource(Loop):
         try:
             self._consumer.seek(partition)
         except KafkaException:
-            # Not being read yet, or not any more.
+            # The partition is not read yet, or not any more.
             if self._cooperative:
                 self._consumer.incremental_unassign([partition])
                 self._consumer.incremental_assign([partition])
@@ -304,22 +304,22 @@ class BaseKafkaSource(Loop):
 class KafkaSource(BaseKafkaSource):
     """Reads topics as a member of a consumer group, and hands each message to a function.
 
-    Partitions that are assigned are claimed, so that a member that has lost them and does not know
-    it yet stores nothing more, and are read from where they are stored.
+    It claims the assigned partitions, so that a former member that does not know of its loss yet
+    cannot store any more, and reads on at their stored positions.
 
     Args:
         process: The process that stores the messages.
-        config: Of confluent-kafka's `Consumer`: ``bootstrap.servers``, ``group.id`` and others.
-            Offsets are not committed automatically, and ``auto.offset.reset`` is ``earliest``
-            unless it is given.
+        config: The configuration of confluent-kafka's `Consumer`: ``bootstrap.servers``,
+            ``group.id`` and others. Automatic commits are off, and ``auto.offset.reset`` is
+            ``earliest`` by default.
         topics: The topic, or several.
-        batch_size: Messages that are stored together at the most. More cost less each.
+        batch_size: The most messages that are stored together. A larger batch costs less a message.
         poll_timeout: Seconds to wait for messages.
         sessions: A cache or a collection, whose sessions are ended when the loop ends. (Sessions
-            that are over before end by themselves.)
-        on_poison: Called with a message that cannot be handled and the error. The message is passed
-            over once this has returned.
-        dead_letters: Instead of ``on_poison``: the topic that such a message is sent to, with its
+            that are over earlier end by themselves.)
+        on_poison: Called with a message that cannot be handled, and the error. When it has
+            returned, the message is skipped.
+        dead_letters: Instead of ``on_poison``: the topic to which such a message is sent, with its
             error in the headers.
 
     Raises:
@@ -339,11 +339,11 @@ class KafkaSource(BaseKafkaSource):
     ) -> None:
         """Read and handle messages until `stop` is called, or a signal comes.
 
-        The batch in hand is stored, the group is left, and the sessions are ended.
+        In the end it stores the present batch, leaves the group, and ends the sessions.
 
         Args:
-            handle: Makes the updates of one message. It may be called again for a message that
-                could not be stored, so it should do nothing else.
+            handle: Makes the updates of one message. It should do nothing else, because it is
+                called again for a message that could not be stored.
             stop_on: Signals that end the loop, if it runs in the main thread.
 
         Raises:

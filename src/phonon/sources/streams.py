@@ -1,7 +1,7 @@
 """Streams of Redis and Valkey with consumer groups, each entry once.
 
-Entries are shared by the consumers of a group, and those of dead consumers are taken over, so they
-come in no particular order. Their ids are stored with their data, for a window of time
+The consumers of a group share the entries, and take over those of dead consumers, so entries come
+in no particular order. Their ids are stored with their data, for a window of time
 (`phonon.Process.batch` with ``dedupe``): an entry that is delivered again in it changes nothing.
 """
 
@@ -37,8 +37,8 @@ class StreamEntry(NamedTuple):
     """An entry of a stream.
 
     Attributes:
-        id: Its id.
-        fields: Its content.
+        id: The entry's id.
+        fields: The entry's content.
         stream: The stream's key.
     """
 
@@ -54,19 +54,19 @@ class StreamSource(Loop):
         process: The process that stores the entries. Its server has the streams, unless ``client``
             is given.
         streams: The stream's key, or several. In a cluster give one.
-        group: The consumer group, which is made if it is not there, to begin with the first entry.
+        group: The consumer group. If it does not exist, it is made and begins at the first entry.
         client: Another `redis.Redis` to read the streams from.
-        batch_size: Entries that are stored together at the most.
+        batch_size: The most entries that are stored together.
         poll_timeout: Seconds to wait for entries.
-        claim_idle: Seconds after which an entry that another consumer was given, and has not
-            acknowledged, is taken over.
+        claim_idle: Seconds after which an entry that another consumer has not acknowledged is taken
+            over.
         window: Seconds for which ids are remembered: much longer than ``claim_idle``, and than any
-            outage after which entries are to count once.
+            outage after which entries must count once.
         sessions: A cache or a collection, whose sessions are ended when the loop ends. (Sessions
-            that are over before end by themselves.)
-        on_poison: Called with an entry that cannot be handled and the error. The entry is passed
-            over once this has returned.
-        dead_letters: Instead of ``on_poison``: the stream that such an entry is added to, with its
+            that are over earlier end by themselves.)
+        on_poison: Called with an entry that cannot be handled, and the error. When it has returned,
+            the entry is skipped.
+        dead_letters: Instead of ``on_poison``: the stream to which such an entry is added, with its
             error.
 
     Raises:
@@ -118,12 +118,12 @@ class StreamSource(Loop):
         self._on_poison = on_poison if dead_letters is None else self._add_dead_letter
         self._dead_letters = dead_letters
         self._consumer = process.id
-        #: Entries that were handled, and those that were received, repeated ones included.
+        #: The number of handled entries, and of received ones, repeated ones included.
         self.handled = 0
         self.received = 0
 
     def scope_of(self, stream: str) -> str:
-        """Return the name under which a stream's ids are kept; see `Process.batch`."""
+        """Return the scope of a stream's ids; see `Process.batch`."""
         return f"stream/{self._group}/{stream}"
 
     def run(
@@ -134,11 +134,11 @@ class StreamSource(Loop):
     ) -> None:
         """Read and handle entries until `stop` is called, or a signal comes.
 
-        The batch in hand is stored, and the sessions are ended.
+        In the end it stores the present batch, and ends the sessions.
 
         Args:
-            handle: Makes the updates of one entry. It may be called again for an entry that could
-                not be stored, so it should do nothing else.
+            handle: Makes the updates of one entry. It should do nothing else, because it is called
+                again for an entry that could not be stored.
             stop_on: Signals that end the loop, if it runs in the main thread.
 
         Raises:
@@ -172,11 +172,11 @@ class StreamSource(Loop):
 
     def _make_groups(self) -> None:
         for stream in self._streams:
-            with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: it is there
+            with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: the group exists
                 self._client.xgroup_create(stream, self._group, id="0", mkstream=True)
 
     def _leave(self) -> None:
-        """Leave the group, if nothing is left that others would have to take over."""
+        """Leave the group, unless others have to take over entries of this consumer."""
         with contextlib.suppress(redis.RedisError):
             for stream in self._streams:
                 self._forget(stream, lambda consumer: consumer["name"] == self._consumer.encode())
@@ -201,7 +201,7 @@ class StreamSource(Loop):
             self._store(storing, _text(stream), entries)
 
     def _take_over(self, storing: Storing[StreamEntry]) -> None:
-        """Take over entries that others were given, and have not acknowledged for long."""
+        """Take over entries that others have not acknowledged for a long time."""
         for stream in self._streams:
             start: Any = "0-0"
             while not self.stopping:
@@ -218,7 +218,7 @@ class StreamSource(Loop):
             ids.lag = self._waiting(stream)
 
     def _waiting(self, stream: str) -> int | None:
-        """Return how many entries nobody was given yet; None if the server cannot tell."""
+        """Return how many entries were not delivered yet; None if the server cannot tell."""
         for group in self._client.xinfo_groups(stream):
             if _text(group["name"]) == self._group:
                 lag: int | None = group.get("lag")
@@ -249,7 +249,7 @@ class StreamSource(Loop):
 
 
 def _items(found: Any) -> Sequence[tuple[Any, Any]]:
-    """Return streams and their entries, as either version of the protocol answers them."""
+    """Return streams and their entries, from the answer of either version of the protocol."""
     if not found:
         return ()
     return list(found.items()) if isinstance(found, dict) else found

@@ -1,6 +1,6 @@
 """Tools to test programs that use Phonon: real servers, a clock to advance, processes to kill.
 
-The pytest plugin beside this has fixtures: ``phonon_process``, ``phonon_processes``,
+The pytest plugin has the fixtures ``phonon_process``, ``phonon_processes``,
 ``phonon_clock``, ``phonon_server``, ``phonon_namespace``, ``phonon_url`` and ``phonon_lab``.
 """
 

@@ -1,10 +1,9 @@
 """A clock that a test advances, for the server and the library together.
 
-The server's part is a variant of the function library that adds an offset, which is kept in a key,
-to the server's time. It has another name than the shipped library, which has no such key, so no
-production program can be made to follow a test's clock. The library's part takes the place of the
-module ``time`` in Phonon's modules, but for those that talk to the server: the network's time-outs
-are real.
+The server's part is a variant of the function library that adds an offset, stored in a key, to the
+server's time. It has another name than the shipped library, which reads no such key, so that no
+production program can follow a test's clock. The library's part replaces the module ``time`` in
+Phonon's modules, except in those that talk to the server: the network's time-outs are real.
 """
 
 import asyncio
@@ -30,7 +29,7 @@ _SERVERS_TIME = "local time = call('TIME')\n  return time[1], time[2]"
 _SHIFTED_TIME = f"""local time = call('TIME')
   local micros = time[1] * 1000000 + time[2] + tonumber(call('GET', '{KEY}') or 0)
   return string.format('%d', math.floor(micros / 1000000)), string.format('%d', micros % 1000000)"""
-#: Real seconds to wait for the work that an advance sets going.
+#: Real seconds to wait for the work that an advance triggers.
 _PATIENCE = 20.0
 _LOOK = 0.002
 
@@ -75,8 +74,8 @@ def _library() -> library.Library:
 class Clock:
     """Time as the server and the library see it, from `start` to `stop`.
 
-    Processes that are to follow it are made in between. Time goes on by itself, as it does in
-    reality; `advance` lets more of it pass at once.
+    Processes that are made in between follow the clock. Its time goes on by itself like real time;
+    `advance` adds to it.
 
     Args:
         client: A redis-py client of the server, of the database that the processes use.
@@ -103,21 +102,21 @@ class Clock:
 
     @property
     def ahead(self) -> float:
-        """Return how many seconds it is ahead of the real time."""
+        """Return how many seconds the clock is ahead of real time."""
         return self._time.ahead
 
     def advance(self, seconds: float) -> None:
-        """Let time pass: leases run out, the dead are taken over, retries and sessions come due.
+        """Let time pass: leases run out, survivors take over, retries and sessions come due.
 
-        Processes of this interpreter that live beat meanwhile as they would in that time. It
+        Live processes of this interpreter beat meanwhile as they would in that time. The call
         returns when they have done all work that came due.
 
         Args:
-            seconds: How many.
+            seconds: The number of seconds.
 
         Raises:
-            ConfigurationError: An `AsyncProcess` of this thread's event loop is to beat meanwhile:
-                ``await clock.advance_async(seconds)``.
+            ConfigurationError: An `AsyncProcess` of this thread's event loop has to beat meanwhile:
+                use ``await clock.advance_async(seconds)``.
         """
         if any(engine.is_async for engine in _living()) and _in_a_loop():
             raise ConfigurationError(
@@ -132,16 +131,16 @@ class Clock:
         for _ in self._advancing(seconds):
             await asyncio.sleep(_LOOK)
 
-    # For both drivers. Each step of these generators is a moment in which to wait.
+    # For both drivers. At each yield the caller waits for a moment.
 
     def _advancing(self, seconds: float) -> Iterator[None]:
         if seconds < 0:
             raise ConfigurationError(f"time does not go back: advance(seconds={seconds!r})")
-        self._shift_modules()  # those that were imported since
+        self._shift_modules()  # for modules that were imported since
         left = seconds
         while left > 0:
             engines = _living()
-            # In one leap all would be overdue at once, and none would be left to notice deaths.
+            # After one leap all processes would be overdue at once, and none could detect deaths.
             step = min([left, *map(_pace, engines)])
             left -= step
             self._time.ahead += step
@@ -170,9 +169,9 @@ class Clock:
 
 
 def _living() -> list[Any]:
-    """Return the engines of the processes that live in this interpreter, and reach their server."""
+    """Return the engines of this interpreter's processes that live and reach their server."""
     engines = []
-    for process in list(_lifetime._forkable):  # noqa: SLF001 - between the library's own modules
+    for process in list(_lifetime._forkable):  # noqa: SLF001 - within the library
         engine = getattr(process, "_engine", None)
         if engine is not None and engine.is_started and not _is_out(engine):
             engines.append(engine)
@@ -180,7 +179,7 @@ def _living() -> list[Any]:
 
 
 def _is_out(engine: Any) -> bool:
-    """Return whether a process has ended, or does not beat: a test has paused or killed it."""
+    """Return whether a process has ended, or was paused or killed by a test."""
     return bool(engine.stopped or engine.heartbeat.stopping or engine in paused)
 
 
@@ -197,7 +196,7 @@ def _in_a_loop() -> bool:
 
 
 def _wake(engine: Any) -> None:
-    """Wake all workers that wait for a time, so that they look at the clock."""
+    """Wake all workers that wait for a time, so that they read the clock again."""
     for part in list(vars(engine).values()):
         ring: Any = getattr(getattr(part, "signal", None), "set", None)
         if ring is not None:
@@ -227,7 +226,7 @@ def _are_quiet(engines: Sequence[Any]) -> bool:
         e.outbox.taken_over
         or e.takeover.is_working
         or e.identity.suspected
-        or (e.leases.soonest() < math.inf and e.leases._due <= e.identity.clock())  # noqa: SLF001 - between the library's own modules
+        or (e.leases.soonest() < math.inf and e.leases._due <= e.identity.clock())  # noqa: SLF001 - within the library
         for e in engines
         if not _is_out(e)
     )

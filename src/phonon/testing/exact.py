@@ -1,4 +1,4 @@
-"""`assert_exact`: the user's own ``merge`` and ``execute``, under all kinds of crashes."""
+"""`assert_exact`: tests the user's ``merge`` and ``execute`` under all kinds of crashes."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from phonon.testing.lab import Lab, Server
 
 M = TypeVar("M")
 
-#: Seconds, more than it takes to notice a death and to try a failed batch again.
+#: Seconds, longer than detecting a death and retrying a failed batch.
 _LONG = 120.0
 
 
@@ -21,7 +21,7 @@ class _Trial:
     """One run of all messages through a few processes, one of which goes through a crash.
 
     Args:
-        lab: Where.
+        lab: The lab of the processes.
         update: Makes the update of a message.
         messages: The messages.
         processes: How many processes there are.
@@ -44,7 +44,7 @@ class _Trial:
         self._messages = messages
 
     def store(self) -> None:
-        """Deal the messages out, and store them."""
+        """Deal out the messages, and store them."""
         for i, (process, cache) in enumerate(zip(self.processes, self.caches, strict=True)):
             with process.batch():
                 for message in self._messages[i :: len(self.processes)]:
@@ -53,16 +53,16 @@ class _Trial:
                     cache.set(update.resource_id, update)
 
     def end(self) -> None:
-        """End all sessions, the victim's last: it executes. Then let a long time pass."""
+        """End all sessions, the victim's last, so that it executes. Then let a long time pass."""
         for process, cache in reversed(list(zip(self.processes, self.caches, strict=True))):
             if process.engine.stopped:
                 continue
             try:
                 cache.expire_all()
-            except* Exception as errors:  # noqa: BLE001 - kept and tried again; told if it matters
+            except* Exception as errors:  # noqa: BLE001 - retried; reported if the table is wrong
                 self.errors.extend(errors.exceptions)
         self.lab.clock.advance(_LONG)
-        with self.lab.process() as last:  # executes batches that no process was left for
+        with self.lab.process() as last:  # executes batches that have no process
             self.lab.clock.advance(_LONG)
             self.errors += [RuntimeError(parked.error) for parked in last.parked()]
 
@@ -70,7 +70,7 @@ class _Trial:
     def around_execute(
         self, before: Callable[[], object] | None = None, after: Callable[[], object] | None = None
     ) -> Iterator[None]:
-        """Have something happen, once, where the victim executes."""
+        """Call a function once when the victim executes."""
         cls = self.cls
         name = "execute_many" if cls.executes_many() else "execute"
         own = vars(cls).get(name)
@@ -168,7 +168,7 @@ class _DiedError(Exception):
     """Raised to end the thread of a process that has died."""
 
 
-#: The crashes that one of the processes goes through.
+#: The crashes of one of the processes, by description.
 _FAULTS: dict[str, Callable[[_Trial], None]] = {
     "nothing happens": _nothing,
     "answers are lost": _loses_answers,
@@ -195,12 +195,12 @@ def assert_exact(
     processes: int = 3,
     server: Server | None = None,
 ) -> None:
-    """Assert that your ``merge`` and ``execute`` come to the right table after each kind of crash.
+    """Assert that your ``merge`` and ``execute`` produce the right table after each kind of crash.
 
-    All messages are dealt out to a few processes, and all their sessions ended: once for each kind
-    of crash, after a call of ``clear``. A process dies with open sessions, just before and just
-    after it executed, is paused until others have taken over, ``execute`` fails once, answers are
-    lost. The clock is advanced, so the test does not wait.
+    For each kind of crash it calls ``clear``, deals out all messages to a few processes, and ends
+    all their sessions. The crashes are: a process dies with open sessions, just before and just
+    after it executed, or is paused until others have taken over; ``execute`` fails once; answers
+    are lost. The clock is advanced, so the test does not wait.
 
     Args:
         update: Makes the update of one message.

@@ -1,4 +1,4 @@
-"""Faults of a process: it is killed, it is paused, answers to it are lost."""
+"""Faults of a process: kill it, pause it, lose answers to it."""
 
 import asyncio
 import contextlib
@@ -23,17 +23,17 @@ _wires: "weakref.WeakKeyDictionary[Any, Wire]" = weakref.WeakKeyDictionary()
 
 
 def attach(process: Any, wire: Wire) -> None:
-    """Note through which wire a process reaches its server."""
+    """Note the wire through which a process reaches its server."""
     _wires[process] = wire
 
 
 def kill(process: Any) -> None:
-    """Kill a process: it is cut off from the server without a clean stop.
+    """Kill a process, without a clean stop.
 
     A process of the operating system gets SIGKILL, and is waited for. A `Process` of this
     interpreter is cut off from its server, and stops beating; the server and the other processes
-    cannot tell the difference. Calls of it that are under way raise a `ConnectionLostError`, later
-    ones a `ProcessStoppedError`.
+    see no difference. Its calls under way raise a `ConnectionLostError`, later ones a
+    `ProcessStoppedError`.
 
     Args:
         process: A `Process` or `AsyncProcess` that was made by the fixture ``phonon_processes``; or
@@ -58,13 +58,13 @@ def kill(process: Any) -> None:
 
 @contextlib.contextmanager
 def pause(process: Any) -> Iterator[None]:
-    """Pause a process as long as the ``with`` block lasts, and let it go on afterwards.
+    """Pause a process for the time of the ``with`` block.
 
-    A process of the operating system gets SIGSTOP and SIGCONT. Of a `Process` of this interpreter
-    nothing reaches the server and nothing comes back; its calls wait.
+    A process of the operating system gets SIGSTOP and SIGCONT. A `Process` of this interpreter is
+    cut off from its server for that time; its calls wait.
 
     Args:
-        process: As of `kill`.
+        process: As for `kill`.
     """
     if not hasattr(process, "engine"):
         os.kill(_pid_of(process), signal.SIGSTOP)
@@ -87,11 +87,11 @@ def pause(process: Any) -> Iterator[None]:
 def lose_answers(process: Any, answers: int = 1) -> Iterator[None]:
     """Lose the server's next answers to a process, after it has carried out the calls.
 
-    The process repeats those calls. Answers that are not lost when the ``with`` block ends arrive.
+    The process repeats those calls. After the ``with`` block all answers arrive.
 
     Args:
         process: A `Process` or `AsyncProcess` that was made by the fixture ``phonon_processes``.
-        answers: How many.
+        answers: How many answers to lose.
     """
     wire = _wire_of(process)
     wire.lose(check_count("answers", answers))

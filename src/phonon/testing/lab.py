@@ -5,7 +5,6 @@ import itertools
 import os
 import shutil
 import tempfile
-from types import TracebackType
 from typing import Any, Self
 
 import redis
@@ -21,12 +20,12 @@ _numbers = itertools.count(1)
 
 
 class Server:
-    """An embedded server for tests, with a folder of its own; it ends with its last user.
+    """An embedded server for tests, in a private folder; it ends with its last user.
 
     Attributes:
-        url: Where it is.
-        socket_path: Its unix socket.
-        client: A redis-py client of its database 1, in which tests work.
+        url: The server's URL.
+        socket_path: The path of its unix socket.
+        client: A redis-py client of its database 1, which tests use.
     """
 
     def __init__(self) -> None:
@@ -37,7 +36,7 @@ class Server:
         self.client: Any = redis.Redis(unix_socket_path=self.socket_path, db=1, protocol=2)
 
     def close(self) -> None:
-        """Let go of the server, and of its data."""
+        """Release the server, and delete its data."""
         self.client.close()
         self._server.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -50,18 +49,18 @@ class Server:
 
 
 def new_namespace() -> str:
-    """Return a namespace that nobody else uses."""
+    """Return a namespace that is not in use."""
     return f"test-{os.getpid()}-{next(_numbers)}"
 
 
 class Lab:
-    """Processes in a namespace of their own, and a clock that they follow.
+    """Makes processes in a private namespace, with a clock that they follow.
 
     A context manager. The pytest plugin makes one for each test that uses its fixtures.
 
     Args:
-        server: Where they are; None: a server for this one.
-        namespace: Their namespace; None: one that nobody else uses.
+        server: The server; None: a new one for this lab.
+        namespace: The namespace; None: a new one.
 
     Attributes:
         server: The server.
@@ -95,20 +94,15 @@ class Lab:
         self._stack.callback(self.clock.stop)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def process(self, kind: Any = Process, **options: Any) -> Any:
-        """Return a process, which is stopped when the lab closes unless it was killed.
+        """Return a process. The lab stops it when it closes, unless it was killed.
 
         Args:
             kind: `Process`, or `phonon.aio.AsyncProcess`, which the caller starts and stops.
-            options: Arguments of it.
+            options: The arguments of the process.
         """
         wire = Wire(self.server.socket_path)
         self._stack.callback(wire.cut)
@@ -119,7 +113,7 @@ class Lab:
         return process
 
     def keys(self) -> set[str]:
-        """Return the keys on the server that belong to resources: empty when all is over."""
+        """Return the keys of resources on the server: none, when all sessions have ended."""
         about_processes = ("token", "lanes", "lane:", "registry:", "mailbox:", "handed")
         found = self.server.client.scan_iter(match=f"{{{self.namespace}/*", count=1000)
         names = {key.decode("utf-8", "replace").partition("}:")[2] for key in found}

@@ -1,4 +1,4 @@
-"""Finds out whether merging depends on the order and the grouping of messages."""
+"""Tests whether merging depends on the order and the grouping of messages."""
 
 import copy
 import random
@@ -22,24 +22,24 @@ def assert_mergeable(
     rounds: int = 100,
     seed: int = 0,
 ) -> None:
-    """Check that messages come to the same record however they are merged.
+    """Assert that messages merge to the same record in any order and grouping.
 
-    They are dealt out to processes, merged there, stored, read and merged again, in random orders
-    and groupings. A merge that is not associative and commutative then comes to different records,
-    as it would occasionally in production.
+    Messages are dealt out to processes, merged there, stored, read and merged again, in random
+    orders and groupings. A merge that is not associative and commutative then produces different
+    records, as it occasionally would in production.
 
     Args:
         kind: A subclass of `Model` or `Update`.
-        messages: Messages about one record, the more different the better: of a model the values by
-            field, the ID among them; of an update its ``doc``, its ``spec`` and the attributes that
-            its `state` returns, by name.
+        messages: Messages about one record, the more different the better. For a model: the values
+            by field, with the ID. For an update: ``doc``, ``spec`` and the attributes of `state`,
+            by name.
         rounds: The number of orders and groupings to try.
         seed: The seed of the random orders, so that a failure can be repeated.
 
     Raises:
-        AssertionError: Two ways of merging come to different records, or `merge` needs something
-            that is not stored. The message shows them.
-        ConfigurationError: There are less than two messages, or they are of several records.
+        AssertionError: Two ways of merging produce different records, or `merge` needs an attribute
+            that is not stored. The message shows the difference.
+        ConfigurationError: There are fewer than two messages, or they belong to several records.
 
     Example:
         >>> from phonon.update import ConflictFreeUpdate
@@ -50,7 +50,7 @@ def assert_mergeable(
     check_iterable("messages", messages)
     check_count("rounds", rounds)
     given = list(messages)
-    if len(given) < 2:  # noqa: PLR2004 - one has nothing to merge with
+    if len(given) < 2:  # noqa: PLR2004 - a single message has no merge
         raise ConfigurationError("assert_mergeable() takes two messages at least, of one record")
     merging: _Merging = _Models(kind, given) if issubclass(kind, Model) else _Updates(kind, given)
     chance = random.Random(seed)  # noqa: S311 - repeatable, no secret
@@ -68,7 +68,7 @@ def assert_mergeable(
             )
 
 
-#: A message's number, or two groups that were merged by themselves and meet.
+#: A message's number, or two groups that are merged first and then with each other.
 _Plan = int | tuple[Any, Any]
 
 
@@ -93,33 +93,33 @@ def _text(plan: _Plan) -> str:
 
 
 class _Merging:
-    """Merges messages as processes do."""
+    """Merges messages like processes."""
 
     def make(self, number: int) -> Any:
-        """Return a message as its process holds it."""
+        """Return a message in the form that its process holds."""
         raise NotImplementedError
 
     def merge(self, one: Any, other: Any) -> Any:
-        """Return the merged data of two processes, whose own data is used up."""
+        """Return the merged data of two processes. Both arguments may be changed."""
         raise NotImplementedError
 
     def stored(self, one: Any) -> Any:
-        """Return it as it comes back from the server."""
+        """Return the data in the form that comes back from the server."""
         raise NotImplementedError
 
     def shown(self, one: Any) -> Any:
-        """Return the form that is compared."""
+        """Return the form to compare."""
         raise NotImplementedError
 
     def run(self, plan: _Plan) -> Any:
-        """Merge as a plan says. Return the result."""
+        """Merge by a plan. Return the result."""
         return self.shown(self._run(plan))
 
     def _run(self, plan: _Plan) -> Any:
         if isinstance(plan, int):
             return self.make(plan)
         one, other = self._run(plan[0]), self._run(plan[1])
-        # Messages are merged where they come in; what has been merged was stored in between.
+        # Single messages are merged where they arrive; merged data was stored in between.
         if not isinstance(plan[1], int):
             one, other = self.stored(one), self.stored(other)
         return self.merge(one, other)

@@ -1,7 +1,7 @@
 """The pytest plugin: a server for the session, a namespace for each test, a clock.
 
-pytest loads it by itself where Phonon is installed. Nothing of Phonon is imported before a test
-asks for one of its fixtures.
+pytest loads it by itself if Phonon is installed. It imports no other module of Phonon before a test
+uses one of its fixtures.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def phonon_server() -> Iterator["Server"]:
 
 @pytest.fixture
 def phonon_url(phonon_server: "Server", monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Have `Process()` use the tests' server, emptied before and after the test."""
+    """Make `Process()` use the tests' server, which is emptied before and after the test."""
     monkeypatch.setenv("PHONON_URL", phonon_server.url)
     phonon_server.client.flushdb()
     yield phonon_server.url

@@ -1,7 +1,7 @@
-"""A wire between one process and its server, which a test can cut, hold, or have lose answers.
+"""A wire between one process and its server. A test can cut it, hold it, or let it lose answers.
 
 It listens on a unix socket and forwards bytes both ways, so process and server see the same as with
-a broken network, a paused or a killed process.
+a broken network, or a paused or killed process.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ class Wire:
         db: The database, for the URL.
 
     Attributes:
-        url: The URL that a process connects to.
-        mode: Whether it forwards, holds or has been cut.
+        url: The URL for the process.
+        mode: Whether the wire forwards, holds or is cut.
     """
 
     def __init__(self, server: str, db: int = 1) -> None:
@@ -54,12 +54,12 @@ class Wire:
         self._start(self._accept)
 
     def hold(self) -> None:
-        """Let nothing through, either way, until `release`."""
+        """Forward no bytes, either way, until `release`."""
         self.mode = Mode.HELD
         self._goes_on.clear()
 
     def release(self) -> None:
-        """Let through all held and later bytes."""
+        """Forward all held and later bytes."""
         if self.mode is Mode.HELD:
             self.mode = Mode.OPEN
             self._goes_on.set()
@@ -78,7 +78,7 @@ class Wire:
         """End all connections, and refuse new ones, for good."""
         self.mode = Mode.CUT
         self._goes_on.set()
-        # A listener that another thread waits at is not closed by close() alone.
+        # close() alone does not close a listener while another thread waits at it.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -119,7 +119,7 @@ class Wire:
             if self.mode is Mode.CUT:
                 _end(client)
                 _end(server)
-            both = threading.Barrier(2)  # the last of the two closes both
+            both = threading.Barrier(2)  # the second of the two threads closes both sockets
             self._start(self._pump, client, server, both)
             self._start(self._pump, server, client, both, self._loses)
 

@@ -22,16 +22,15 @@ def create_app(
 ) -> "Starlette":
     """Return the page as an ASGI application.
 
-    It connects when it is first asked. Served by itself it closes its connection at shutdown;
-    where it is mounted, await its ``state.close()`` in the other application's lifespan.
+    It connects at the first request. Served by itself it closes its connection at shutdown. If it
+    is mounted, await its ``state.close()`` in the other application's lifespan.
 
     Args:
         url: The Redis or Valkey server; see `phonon.Admin`.
         namespace: The namespace.
-        token: The token that an act needs (replay, discard, unlock, expire). None: the page is
-            read-only.
-        hosts: The names under which it may be asked for, against DNS rebinding. None: any, where
-            the application that it is mounted into sees to that.
+        token: The token for acts (replay, discard, unlock, expire). None: the page is read-only.
+        hosts: The allowed host names, against DNS rebinding. None: any name, if the application
+            that mounts it checks them.
         timeout: Seconds to go on asking a server that does not answer.
 
     Raises:

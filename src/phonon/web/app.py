@@ -1,4 +1,4 @@
-"""The ASGI application: pages and answers in JSON, read from the server when they are asked for."""
+"""The ASGI application: pages, and answers in JSON that are read from the server on request."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from phonon.web.history import History
 
 #: Entries of a listing that a page shows, and partials of a batch.
 MOST, MOST_PARTIALS = 200, 50
-#: A token that can be guessed is none.
+#: The least number of characters of a token, so that it cannot be guessed.
 SHORTEST_TOKEN = 16
 
 _POLICY = (
@@ -47,7 +47,7 @@ _FILES = {
 
 
 class _Headers:
-    """Adds the headers that keep a browser from doing more than the page needs."""
+    """Adds headers that limit the browser to the needs of the page."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -65,8 +65,8 @@ class Page:
     """Answers the page's requests.
 
     Args:
-        admin: Looks and acts.
-        token: The token that an act needs; None if nothing is to be changed.
+        admin: The admin to read with and to act with.
+        token: The token for acts; None if the page is read-only.
     """
 
     def __init__(self, admin: AsyncAdmin, token: str | None) -> None:
@@ -82,7 +82,7 @@ class Page:
         return self._admin
 
     async def close(self) -> None:
-        """Look no more, and close the connection. A page that is asked again opens another."""
+        """Stop sampling, and close the connection. Another request opens a new one."""
         self._history.close()
         await self._admin.close()
 
@@ -181,7 +181,7 @@ def _refusal(status: int, text: str) -> JSONResponse:
 
 
 def _answer(function: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Any]:
-    """Make a function of the page's answer in JSON, errors included."""
+    """Make a function of the page answer in JSON, errors included."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -200,7 +200,7 @@ def _answer(function: Callable[[Request], Awaitable[Any]]) -> Callable[[Request]
 
 
 def _for_browsers(value: Any) -> Any:
-    """Write tokens as text: numbers above 2^53 lose digits there."""
+    """Convert tokens to text, because numbers above 2^53 lose digits in browsers."""
     if isinstance(value, dict):
         return {
             name: str(part) if name == "token" and isinstance(part, int) else _for_browsers(part)
@@ -221,7 +221,7 @@ async def _file(request: Request) -> Response:
 
 async def _index(request: Request) -> Response:
     if not request.url.path.endswith("/"):
-        return RedirectResponse(f"{request.url.path}/")  # or what it refers to is looked for beside
+        return RedirectResponse(f"{request.url.path}/")  # relative links need the slash
     return await _file(request)
 
 

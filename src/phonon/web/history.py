@@ -1,4 +1,4 @@
-"""Figures of the last hour, which the page draws. Kept in memory, and begun when somebody looks."""
+"""Figures of the last hour for the page's graphs, in memory, from the first request on."""
 
 import asyncio
 import time
@@ -10,12 +10,12 @@ from phonon.admin import BatchState, ProcessStatus
 from phonon.aio.admin import AsyncAdmin
 from phonon.errors import PhononError
 
-#: Seconds between two samples, and how many an hour has.
+#: Seconds between two samples, and the number of samples of an hour.
 PAUSE = 5.0
 KEPT = 720
-#: A request is answered with a sample that is at most so many seconds old.
+#: The greatest age, in seconds, of a sample that answers a request.
 FRESH = 1.5
-#: Dead letters that are counted; more are "many".
+#: The most dead letters that are counted; more are "many".
 MOST = 1000
 
 
@@ -24,7 +24,7 @@ class Sample:
     """The figures of a namespace at one time.
 
     Attributes:
-        at: When, seconds since the epoch.
+        at: The time, seconds since the epoch.
         processes: The processes.
         parked: How many batches are parked.
         waiting: How many wait for a class or a survivor.
@@ -56,7 +56,7 @@ class History:
     """Samples a namespace.
 
     Args:
-        admin: Looks.
+        admin: The admin to read with.
     """
 
     def __init__(self, admin: AsyncAdmin) -> None:
@@ -67,12 +67,12 @@ class History:
         self._task: asyncio.Task[None] | None = None
 
     def ensure_alive(self) -> None:
-        """Sample in the background, from the first look on."""
+        """Start sampling in the background, unless it runs."""
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._work())
 
     def close(self) -> None:
-        """Sample no more."""
+        """Stop sampling."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
@@ -105,7 +105,7 @@ class History:
     async def _sample(self) -> Sample:
         admin, before = self._admin, self._latest
         processes = await admin.processes()
-        # Only now: a server or a machine that is slow to answer would make peaks of the rates.
+        # The time is taken after the answer: otherwise slow answers would show as peaks of rates.
         sample = Sample(time.time(), processes)
         sample.parked = await _count(admin.batches("parked"))
         states: list[BatchState] = ["waiting-for-class", "waiting-for-survivor"]

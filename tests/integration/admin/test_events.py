@@ -1,4 +1,4 @@
-"""What happens to a process: its listeners are told, and lines in the log have fields."""
+"""Events of a process: listeners are called, and lines of the log have fields."""
 
 import asyncio
 import logging

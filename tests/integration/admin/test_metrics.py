@@ -173,7 +173,7 @@ def test_operations_and_round_trips(make: Make, updates: int) -> None:
         name: after[f"phonon_{name}"] - before[f"phonon_{name}"]
         for name in ("operations", "calls", "round_trips")
     }
-    # What the process does in the background may come in between.
+    # Background work of the process may come in between.
     assert updates <= told["operations"] <= updates + 20
     assert updates / 256 <= told["calls"] <= 20 + updates / 100
     assert told["calls"] <= told["round_trips"] <= told["calls"] + 50

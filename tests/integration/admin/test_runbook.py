@@ -37,7 +37,7 @@ class Drill:
         return self.popen.stdout.readline().strip()
 
     def tell(self) -> None:
-        """What the script waits for: the trouble happens, or the database is back."""
+        """The events that the script waits for: the trouble happens, or the database is back."""
         assert self.popen.stdin is not None
         self.popen.stdin.write("\n")
         self.popen.stdin.flush()

@@ -188,7 +188,7 @@ def occupy(member: Member, crew: Crew) -> None:
 def test_a_killed_program_is_inherited_by_another(
     api: Api, crew: Crew, member: Members, make_async: AsyncMake
 ) -> None:
-    """What it has stored, what it was executing, and its locks."""
+    """Survivors take over its stored data, its running batches, and its locks."""
     doomed = member()
     doomed.do("acquire", "x")
     occupy(doomed, crew)
@@ -422,7 +422,7 @@ def test_another_loops_process_is_refused(
     api.run(test)
 
 
-# What belongs to the other API
+# Objects of the other API
 
 
 def test_ordinary_code_cannot_call_it(api: Api, make_async: AsyncMake, database: Database) -> None:
@@ -448,7 +448,7 @@ def test_ordinary_code_cannot_call_it(api: Api, make_async: AsyncMake, database:
                     attempt()
                 with pytest.raises(ConfigurationError, match="await the method of its asyncio"):
                     await asyncio.to_thread(attempt)
-            # What is called and not awaited has not begun.
+            # A call that is not awaited has not begun.
             for call in (process.create_reference("y"), reference.dereference(), process.stop()):
                 call.close()
             # Nor does it happen later.
@@ -655,7 +655,7 @@ def test_a_thousand_tasks_on_a_hundred_resources(
     api.run(test)
 
 
-# What goes wrong in the background
+# Errors in the background
 
 
 def test_an_error_without_a_caller_is_told(

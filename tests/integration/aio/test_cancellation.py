@@ -308,7 +308,7 @@ def test_ending_a_session(lab: Lab) -> None:
                 cache: AsyncLruCache[Row] = AsyncLruCache()
                 await cache.set(key, Row(process, key, doc=1))
                 reached = await cancelled_at(place, cache.expire(key))
-                # What was cut off is brought to its end, while the process goes on.
+                # A cancelled call is finished, while the process goes on.
                 await until(lambda: Row.rows[key])
                 update = Row(other, key, doc=10)
                 await update.end_session()
@@ -375,7 +375,7 @@ def test_timeouts_of_asyncio(lab: Lab, caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_stopping(lab: Lab) -> None:
-    """What it did not come to any more, others do."""
+    """Others do the work that was left undone."""
 
     async def test() -> None:
         async def attempt(place: int) -> bool:

@@ -66,7 +66,7 @@ def _nothing_executed() -> None:
 
 
 def left(cluster: Cluster, namespace: str) -> set[str]:
-    """What is left of a namespace, besides what expires and how many partitions it has."""
+    """Return the keys of a namespace that do not expire, except its number of partitions."""
     keys = cluster.scan(f"{{{namespace}[}}/]*", expiring=False)
     return {name for key in keys if (name := key.partition("}:")[2]) != "partitions"}
 
@@ -520,7 +520,7 @@ def test_functions_that_a_node_has_lost(make: Make, cluster: Cluster, namespace:
 
 
 def test_primary_that_dies_in_mid_work(make: Make, cluster: Cluster, namespace: str) -> None:
-    """What its replica had, what came after, and what the others have is there once."""
+    """The replica's data, later data, and the other nodes' data count once."""
     primary, replica = cluster.pair()
     processes = [make(), make()]
     mark = resource_at(processes[0], partial(cluster.owns, primary))

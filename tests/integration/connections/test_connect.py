@@ -166,7 +166,7 @@ def test_malformed_url_is_refused_with_its_remedy_and_without_its_password(url: 
 
 
 def everything(error: BaseException) -> str:
-    """What a log might have of an error, with all its causes."""
+    """Return the text of an error with all its causes, as a log may have it."""
     lines = traceback.format_exception(error)
     return "".join(line for line in lines if not line.startswith("  File"))
 

@@ -295,7 +295,7 @@ def test_nobody_joins_a_server_that_has_been_told_to_go(new_user: Users, place: 
     supervisor = supervisor_of(server_of(path))
     start, users = (Path(path).with_name(name) for name in ("start.lock", "users.lock"))
     with start.open() as joining, users.open() as joined:
-        # What `start` does, one step at a time, around the end of the last user.
+        # The steps of `start`, one at a time, around the end of the last user.
         fcntl.flock(joining, fcntl.LOCK_EX)
         user.leave()
         wait_until(lambda: waits_for_lock(supervisor, start))

@@ -53,7 +53,7 @@ def ids_of(api: Api) -> Any:
 
 
 def applied(written: list[Written]) -> Counter[int]:
-    """What a database has that skips a token which is not greater than the last one."""
+    """Return the rows of a database that skips a token not greater than the last one."""
     last: dict[str, int] = {}
     found: Counter[int] = Counter()
     for record, ids, token in written:

@@ -1,4 +1,4 @@
-"""What people type first: it works, or one sentence says what to write instead."""
+"""The first lines that people type work, or raise one sentence with the remedy."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the server's user may do: the least that Phonon needs, and what happens with less."""
+"""The rights of the server's user: the least that Phonon needs, and the errors with less."""
 
 import re
 from collections.abc import Iterator

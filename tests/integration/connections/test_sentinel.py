@@ -132,7 +132,7 @@ class Worker:
 
 
 def test_calls_go_on_after_a_failover(namespace: str) -> None:
-    """What the replica had when the primary was killed, and all that came after, is there once."""
+    """Data that the replica had when the primary was killed, and all later data, counts once."""
     Ids.executed.clear()
     numbers = itertools.count()
     failed_over, end = threading.Event(), threading.Event()
@@ -220,6 +220,6 @@ def test_primary_that_is_no_primary_any_more(namespace: str) -> None:
             partition, name = process.engine.members.place("x")
             prefix = process.engine.identity.partitions.prefixes[partition]
             members = (prefix + b"members:" + name).decode()
-            # What the old one was told in between is lost with it, and with that our identity.
+            # Writes to the old primary in between are lost, and with them this process's identity.
             assert sum(reference.modified_by().values()) == times + 1
             assert int(watched.replica.ask("HGET", members, process.id)) >= 1

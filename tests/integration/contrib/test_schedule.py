@@ -69,7 +69,7 @@ def test_apscheduler_on_two_machines(own_server: Redis, tmp_path: Path) -> None:
         ) as two,
     ):
         wait_for_line(report, 3)
-        # Whoever wrote last is killed; the other goes on.
+        # The process that wrote last is killed; the other one goes on.
         last = lines_of(report)[-1]
         dead, alive = (one, two) if int(last) == one.popen.pid else (two, one)
         dead.close()

@@ -27,7 +27,7 @@ SOON = RetryPolicy(attempts=1_000_000, first_delay=0.01, longest_delay=0.05)
 
 
 class TimeLimit(Exception):  # noqa: N818 - as Celery's soft time limit, an ordinary exception
-    """What a handler raises."""
+    """The exception of a signal handler."""
 
 
 class Alarm:

@@ -1,4 +1,4 @@
-"""Every argument is checked where it is given; errors name it, its value and the remedy (19.14)."""
+"""Every argument is checked where it is given; errors name it, its value and the remedy."""
 
 import asyncio
 import inspect

@@ -1,4 +1,4 @@
-"""Arguments of what is beside the core: sinks, sources, jobs, figures, classes (19.14)."""
+"""Arguments of what is beside the core: sinks, sources, jobs, figures, classes."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A batch block whose body raises stores nothing of what was set inside (19.15)."""
+"""A batch block whose body raises stores nothing of what was set inside."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from support.world import Redis
 
 
 class Broken(Exception):  # noqa: N818 - it is what is broken
-    """What the body of a block raises."""
+    """The exception of a block's body."""
 
 
 @pytest.fixture(params=APIS, ids=lambda api: api.name)
@@ -40,7 +40,7 @@ class World:
         return update
 
     async def totals(self) -> dict[str, int]:
-        """What has been written once all sessions have ended."""
+        """Return the written records, once all sessions have ended."""
         await got(self.process.stop())
         totals: dict[str, int] = {}
         for entry in self.kind.written:

@@ -1,4 +1,4 @@
-"""What a caller passes in stays the caller's, and is not shared (19.2)."""
+"""Objects that a caller passes stay the caller's, and are not shared."""
 
 from collections import Counter
 from typing import Any

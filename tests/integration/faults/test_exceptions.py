@@ -1,4 +1,4 @@
-"""Exceptions that generators, futures and executors treat in a way of their own (19.6)."""
+"""Exceptions that generators, futures and executors treat in a way of their own."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""A fork gives another process, whoever has forked, and whether or not Python was told (19.1)."""
+"""A fork gives another process, whoever has forked, and whether or not Python was told."""
 
 import contextlib
 import ctypes
@@ -39,7 +39,7 @@ def _begun(child: int) -> int:
 
 
 def others_wait() -> bool:
-    """Whether all of our threads wait for a signal."""
+    """Return whether all of Phonon's threads wait for a signal."""
     ours = {thread.ident for thread in threading.enumerate() if thread.name.startswith("phonon")}
     frames = sys._current_frames()
     return all(frames[i].f_code is Bell.wait.__code__ for i in ours & frames.keys() if i)
@@ -182,7 +182,7 @@ def test_an_update_of_the_parents_is_refused_in_the_child(
 def test_a_block_that_was_forked_inside_of_is_the_parents(
     fork: Fork, process: Process, kind: Any
 ) -> None:
-    """What the child does in it is stored at once."""
+    """The child's data in the block is stored at once."""
 
     def work() -> None:
         put(kind, process, "record", 10)

@@ -1,4 +1,4 @@
-"""Servers that fork: each message counts once, and nothing is left to take over (19.1, 19.8)."""
+"""Servers that fork: each message counts once, and nothing is left to take over."""
 
 import contextlib
 import http.client

@@ -1,4 +1,4 @@
-"""What the server never takes is an error at once; nothing else suffers (19.9, 19.16, 19.19)."""
+"""Data that the server always refuses raises at once, and does not affect other data."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Code of the user's that never ran does not count as done: return values are looked at (19.5)."""
+"""Code of the user's that never ran does not count as done: return values are looked at."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ def end(process: Process, made: type[Update], *records: str) -> None:
 
 
 def is_kept(process: Process | AsyncProcess, record: str = "record") -> bool:
-    """Whether a batch is still to be executed."""
+    """Return whether a batch is still to be executed."""
     return any(due.name.endswith(record.encode()) for due in process.engine.outbox._due.values())
 
 
@@ -221,7 +221,7 @@ def test_a_serializer_that_returns_no_bytes(server: Redis, namespace: str, retur
 
 
 def test_an_execute_of_a_process_with_an_event_loop(server: Redis, namespace: str) -> None:
-    """What it returns may be awaited; what comes of that is looked at as well."""
+    """The returned value may be awaitable; then its result is checked as well."""
 
     class Made(AsyncUpdate, name=f"made-{next(_numbers)}"):
         def merge(self, other: Any) -> None:

@@ -1,4 +1,4 @@
-"""Signal handlers that raise, or stop the process, in the middle of any call (19.10, 19.11)."""
+"""Signal handlers that raise, or stop the process, in the middle of any call."""
 
 import contextlib
 import itertools
@@ -33,7 +33,7 @@ NO_BEAT = 50
 
 
 class TimeLimit(Exception):  # noqa: N818 - as Celery's soft time limit, an ordinary exception
-    """What a handler raises."""
+    """The exception of a signal handler."""
 
 
 def limit() -> None:
@@ -42,7 +42,7 @@ def limit() -> None:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is raised in a finalizer gets no further."""
+    """Ignore exceptions in finalizers, as the interpreter does."""
     monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)
 
 
@@ -138,7 +138,7 @@ def test_an_interrupt_in_the_event_loop_itself(server: Redis, namespace: str, ki
 
 
 def test_an_interrupt_in_the_middle_of_a_lock_leaves_it_free(make: Make) -> None:
-    """Whoever has the exception has no lock, and nobody would come back to release it."""
+    """A caller that gets the exception does not hold the lock, and cannot release it."""
     process, other = make(heartbeat_interval=NO_BEAT), make()
     entries: list[int] = []
     for reentrant in (False, True):
@@ -397,7 +397,7 @@ def test_nothing_is_expected_behind_an_interrupt(make: Make) -> None:
     for number in itertools.count(1):
         if not interrupted(number):
             break
-        # What goes on in the background expects something; what the exception has ended does not.
+        # A call that goes on in the background expects an answer; one that has ended does not.
         wait_until(lambda: not process.engine.executor.expects(b"test.test.record"))
     assert number > 30
     process.flush()
@@ -412,7 +412,7 @@ def test_a_stop_in_a_frame_that_holds_a_lock_which_a_worker_wants(make: Make) ->
     sessions = process.engine.sessions
 
     def stop() -> None:
-        # What `set` holds in the middle of a call.
+        # The locks that `set` holds during a call.
         with cache._lock:
             waits = threading.Event()
             look = sessions._pop

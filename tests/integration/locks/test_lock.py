@@ -50,7 +50,7 @@ def impatient(server: Redis, namespace: str) -> Iterator[Process]:
 
 @pytest.fixture
 def in_line(admin: "redis.Redis", namespace: str) -> InLine:
-    """Whether so many wait for the lock on "x"."""
+    """Return whether so many wait for the lock on "x"."""
     queue = key_of(namespace, "queue", "x")
     return lambda number: bool(admin.zcard(queue) == number)
 
@@ -156,7 +156,7 @@ def test_blocking_ends(impatient: Process, make: Make, keys: Keys) -> None:
         assert "'x'" in str(raised.value)
         assert Process.AlreadyLocked is AlreadyLockedError
         assert issubclass(AlreadyLockedError, PhononError)
-        # Whoever gives up leaves neither a place in line nor a wake-up behind.
+        # A waiter that gives up leaves neither a place in the queue nor a wake-up behind.
         assert keys() == {"lock:x"}
         assert impatient.get_registry() == []
 

@@ -28,7 +28,7 @@ def admin(server: Redis) -> Iterator["redis.Redis"]:
 
 
 class Told:
-    """What a process and its lock were told."""
+    """Collects the errors that a process and its lock report."""
 
     def __init__(self) -> None:
         self.errors: list[Exception] = []

@@ -94,7 +94,7 @@ def work(
 
 
 def main() -> None:
-    """What the processes run that are killed."""
+    """The program of the processes that are killed."""
     url, namespace, folder, readers = json.loads(sys.argv[1])
     done = threading.Event()
     witness = Witness(folder)
@@ -188,7 +188,7 @@ def test_locks_of_processes_that_are_killed(
         check_order(database.execute("SELECT shared, token FROM entry ORDER BY id").fetchall())
         assert killed > SECONDS / 4
         print("entries", before, "killed", killed)  # noqa: T201 - as above
-    # What those have left that nobody has survived is for the next process.
+    # The next process takes over from processes without survivors.
     with Process(url=server.url, namespace=namespace, heartbeat_interval=HEARTBEAT):
         wait_until(lambda: keys() == set(), 60)
 

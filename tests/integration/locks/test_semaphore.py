@@ -18,7 +18,7 @@ Keys = Callable[[], set[str]]
 
 @pytest.fixture
 def in_line(process: Process) -> Callable[[int], bool]:
-    """Whether so many wait for the semaphore "s"."""
+    """Return whether so many wait for the semaphore "s"."""
     looks = process.semaphore("s", 1)
     return lambda number: len(looks.waiters()) == number
 
@@ -91,7 +91,7 @@ def test_places_are_given_in_order_of_arrival(make: Make, in_line: InLine) -> No
 
 
 def test_places_that_are_free_together_are_taken_together(make: Make, in_line: InLine) -> None:
-    """Whoever looked before it was its turn is woken again when it is."""
+    """A waiter that asked before its turn is woken again when its turn comes."""
     holder, waiter = make(), make()
     together = threading.Barrier(3)
 

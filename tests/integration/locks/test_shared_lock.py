@@ -20,7 +20,7 @@ InLine = Callable[[int], bool]
 
 @pytest.fixture
 def in_line(server: Redis, namespace: str) -> InLine:
-    """Whether so many wait for the lock on "x"."""
+    """Return whether so many wait for the lock on "x"."""
 
     def count(number: int) -> bool:
         with server.client() as client:
@@ -213,7 +213,7 @@ def test_others_that_give_up_do_not_keep_a_dead_waiter_waiting(
     in_line: InLine,
     other: Others,  # noqa: F811
 ) -> None:
-    """Whoever gives up wakes who is first in line. That must not prolong the life of a dead one."""
+    """A waiter that gives up wakes the first waiter. That must not keep a dead waiter's place."""
     one, two = make(recover_failed_processes=False), make(recover_failed_processes=False)
     lock = one.lock("x")
     assert lock.acquire()

@@ -16,11 +16,12 @@ import pydantic
 import pytest
 
 from phonon import Model, Process
+from phonon._core.compaction import COMPACT_AT
 from phonon._models import collecting
 from phonon.errors import ConfigurationError, InvalidMessageError, ProcessStoppedError
 from phonon.fields import ID, Count, Counter, Latest, ListAppend, Max, SetAppend, Sum, Window
 from phonon.serializers import ExactSerializer
-from support.world import Make, Redis, keys_in, wait_until
+from support.world import Make, Redis, key_for, keys_in, wait_until
 
 T = TypeVar("T")
 
@@ -53,6 +54,15 @@ class Many(Model, name="test_many"):
     def on_complete_many(cls, records: Sequence[Self]) -> Any:
         cls.done.append(list(records))
         return [(record, ZeroDivisionError()) for record in records if record.id in cls.failing]
+
+
+class Plain(Model, name="test_plain"):
+    id: ID[int]
+    hits: Sum[int] = Sum()
+    seen: SetAppend[str] = SetAppend()
+
+    def on_complete(self) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)
@@ -603,3 +613,35 @@ def test_a_batch_that_fails_leaves_nothing_in_its_records(make: Make, durable: b
         views.add("ada", views=2)
     views.expire_all()
     assert [record.views for record in PageViews.done] == [6]
+
+
+def test_partials_of_a_long_session_are_merged_by_compiled_code(
+    make: Make, server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, client = make(), server.client()
+    records = process.collect(Plain)
+    key = key_for(process, "partials", f"model.test_plain.{7}")
+    decoded: list[Any] = []
+    decode = process.engine.codec.decode
+
+    def watched(*arguments: Any) -> Any:
+        decoded.append(arguments)
+        return decode(*arguments)
+
+    monkeypatch.setattr(process.engine.codec, "decode", watched)
+    for number in range(COMPACT_AT):
+        records.add(7, hits=number, seen=str(number % 5))
+    assert client.llen(key) == 1
+    assert not decoded
+
+    # One that cannot be read stays, and the others are merged as ever.
+    client.rpush(key, b"damaged")
+    for number in range(COMPACT_AT - 2):
+        records.add(7, hits=number, seen="x")
+    assert decoded
+    assert b"damaged" in client.lrange(key, 0, -1)
+    client.lrem(key, 1, "damaged")
+    found = records.read(7)
+    assert found == Plain(
+        7, hits=sum(range(COMPACT_AT)) + sum(range(COMPACT_AT - 2)), seen={*"01234x"}
+    )

@@ -108,7 +108,7 @@ def records(server: Redis, namespace: str, folder: Path, workers: int, kills: in
             lines = out.read_text().splitlines() if out.exists() else []
             return sorted((sensor, row) for sensor, _, row in map(json.loads, lines))
 
-        # What was left to the last one is written before it stops.
+        # The last process writes the data that was left to it before it stops.
         return list(wait_until(lambda: found() if len(found()) >= 5 else None))
     finally:
         for worker in crew:

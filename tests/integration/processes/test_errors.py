@@ -1,4 +1,4 @@
-"""What a server refuses while we work: each error says what to do, and nothing is lost or doubled.
+"""A server refuses calls: each error names the remedy, and no data is lost or doubled.
 
 What goes wrong when a connection is made is in test_connect.py.
 """
@@ -304,7 +304,7 @@ def test_a_server_without_memory_stores_no_more_and_loses_nothing(
             for error in getattr(caught.value, "exceptions", [caught.value]):
                 assert isinstance(error, ServerError), name
                 assert "raise its maxmemory" in str(error), name
-        # What makes room, and what keeps us alive, goes on.
+        # Calls that free memory, and heartbeats, go on.
         updates["b"].end_session()
         assert executed == [("b", 3)]
         process.engine.run(process.engine.heartbeat.beat())

@@ -98,7 +98,7 @@ class Total(Update):
 
 @dataclass
 class World:
-    """What a scene plays in."""
+    """The server, the processes and the database of a scene."""
 
     make: Make
     proxy: Proxy
@@ -119,7 +119,7 @@ class World:
         return self.make(url=self.proxy.url, retry=SOON, **options)
 
     def clean(self) -> bool:
-        """Whether nothing is left of the resources."""
+        """Return whether nothing is left of the resources."""
         return not self.keys_left()
 
     def strike(self, fault: Fault, at: int = 0) -> None:
@@ -846,7 +846,7 @@ def in_threads(count: int, function: Callable[[int], None]) -> None:
 
 
 def work(process: Process, sink: Sink, worker: int, rounds: int) -> None:
-    """What each of several workers does: messages about the same few records."""
+    """The work of each of several workers: messages about the same few records."""
     cache: LruCache[Total] = LruCache(max_entries=2)
     for i in range(rounds):
         record = f"record-{(i + worker) % 3}"
@@ -977,7 +977,7 @@ def test_a_server_that_has_lost_everything_starts_again(
                 own_server.start()
 
         in_threads(5, use)
-        # What was on the server is gone with it; from here on all is as ever.
+        # The server's data is lost; from here on everything works as before.
         wait_until(lambda: not lock.owned())
         with pytest.raises(LockLostError):
             lock.release()
@@ -1102,7 +1102,7 @@ def test_an_interrupt_loses_no_call_and_no_answer(world: World, step: str) -> No
     with interrupted(world.proxy, step):
         update.cache()
         update.end_session()
-    # Whoever comes next gets his own answer.
+    # The next caller gets its own answer.
     assert reference.count() == 1
     reference.increment_times_modified()
     assert reference.modified_by() == {world.process.id: 1}
@@ -1258,7 +1258,7 @@ def test_others_join_while_a_batch_executes(world: World) -> None:
 
 @dataclass
 class Crowd:
-    """What many threads do to few resources, and what has to come out."""
+    """The work of many threads on few resources, and the expected result."""
 
     world: World
     seed: int

@@ -1,4 +1,4 @@
-"""What cannot be Phonon's, among its keys: it is skipped or named, and stops no heart."""
+"""Foreign data in Phonon's keys is skipped or named, and stops no heartbeat."""
 
 import pytest
 

@@ -119,7 +119,7 @@ def test_work_goes_on_after_a_loss(own_server: Redis, crew: Crew) -> None:
             member.do("end", f"r{i}")
         wait_until(partial(member.told, "ServerStateLostError"))
     sums = crew.journal.applied()
-    # Whoever ended before the other's heart had renewed its membership was alone.
+    # A process that ended before the other's heartbeat had renewed its membership was alone.
     assert sums == {f"r{i}": {"n": 200} for i in range(20)}, "all that was local"
     for member in members:
         member.do("stop")

@@ -41,7 +41,7 @@ def admin(server: Redis) -> Iterator["redis.Redis"]:
 
 @pytest.fixture
 def process_keys(admin: "redis.Redis", namespace: str) -> Keys:
-    """What is on the server about processes themselves."""
+    """Return the server's keys about processes themselves."""
     lasting = ("partitions", "token")
 
     def find() -> set[str]:

@@ -52,7 +52,7 @@ def test_stopping_leaves_nothing(own_server: Redis, seed: int) -> None:
             await survivor.stop()
             listed = client.zrange(survivor.heartbeat_hash_name, 0, -1)
         assert survivor.id.encode() not in listed, "it was left to be taken over itself"
-        # What it has not come to is there for the next one.
+        # The next process finds the work that is left.
         async with AsyncProcess(own_server.url, heartbeat_interval=0.25):
             with own_server.client() as client:
                 name = survivor.heartbeat_hash_name

@@ -44,11 +44,11 @@ def running_token(process: Process, resource: str) -> int:
 
 
 def is_dead(process: Process, member: Member) -> bool:
-    """Whether a member is no longer listed."""
+    """Return whether a member is not listed any more."""
     return process.client.zscore(process.heartbeat_hash_name, member.id) is None
 
 
-# What a dead process held
+# Resources of a dead process
 
 
 def test_a_member_that_was_killed_is_dropped(crew: Crew) -> None:
@@ -147,7 +147,7 @@ def test_the_partials_of_a_last_member_that_was_killed(crew: Crew) -> None:
 
 
 def test_a_session_that_ended_while_its_executor_was_killed(crew: Crew) -> None:
-    """What was left to the owner of the running batch goes to the survivor with it."""
+    """A batch that waits for the running batch's end goes to the survivor together with it."""
     doomed, other = crew.member(), crew.process(recover_failed_processes=False)
     doomed.do("put", "hang-a", 1)
     doomed.begin("end", "hang-a")
@@ -182,7 +182,7 @@ def test_a_batch_that_failed_is_tried_again_when_it_is_due(crew: Crew) -> None:
     wait_until(lambda: survivor.get_registry() == [])
 
 
-# Who takes over
+# The processes that take over
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_a_process_that_comes_later_takes_over(
 
 
 def alive(process: Process) -> set[str]:
-    """Who is alive by the server's clock."""
+    """Return the processes that are alive by the server's clock."""
     seconds, micros = process.client.time()
     now = seconds * 1000 + micros // 1000
     found = process.client.zrangebyscore(process.heartbeat_hash_name, f"({now}", "+inf")
@@ -284,7 +284,7 @@ def test_nothing_but_a_tombstone_is_left_of_the_dead(
     doomed.kill()
 
     def is_tombstone(key: str) -> bool:
-        """Whether it is of a lane whose calls are refused, and goes by itself."""
+        """Return whether a key is the dead process's fenced lane, which expires by itself."""
         return (
             key.endswith(f":lane:{doomed.id}")
             and bool(admin.hexists(key, "fenced"))

@@ -26,7 +26,7 @@ def crew(server: Redis, namespace: str, tmp_path: Path) -> Iterator[Crew]:
 
 
 def buried(process: Process, name: str) -> bool:
-    """Whether all that a process held under a name has been taken over."""
+    """Return whether survivors have taken over everything of a process's id."""
     return process.client.zscore(process.heartbeat_hash_name, name) is None
 
 
@@ -52,7 +52,7 @@ def test_a_zombie_goes_on_under_another_id(crew: Crew) -> None:
     ((_, text, _, _),) = zombie.told("DeclaredDeadError")
     assert zombie.id in text
     assert zombie.do("id") in text
-    # What is local is kept, and stored once.
+    # Local data is kept, and stored once.
     zombie.do("end", "a")
     zombie.do("keep", "b", 1)
     zombie.do("end", "b")
@@ -344,7 +344,7 @@ def test_a_cache_of_a_zombie_ends_its_sessions(crew: Crew) -> None:
 
 
 def test_a_zombie_that_dies_for_good(crew: Crew) -> None:
-    """What it held under both of its ids is taken over."""
+    """Survivors take over from both of its ids."""
     zombie, survivor = crew.member(), crew.process()
     zombie.do("put", "a", 1)
     pause_until_buried(zombie, survivor)

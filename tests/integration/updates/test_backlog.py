@@ -13,7 +13,7 @@ from support.world import ALWAYS, Make, Redis, wait_until
 
 
 class Database:
-    """What `Row` writes to."""
+    """The database of `Row`."""
 
     def __init__(self) -> None:
         self.up = threading.Event()

@@ -97,7 +97,7 @@ def length(process: Process, record: str = "record") -> int:
     return int(process.client.llen(key_for(process, "partials", f"test.test.{record}")))
 
 
-# What it is for
+# Purpose
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_what_is_larger_than_an_answer(make: Make, executed: list[tuple[str, Any
 
 
 def test_a_large_value_is_executed_in_little_memory(make: Make) -> None:
-    """What merges is merged as it comes: 50 MB in pieces, of which a few are there at a time."""
+    """Partials are merged as they arrive: 50 MB in pieces, a few of them in memory at a time."""
     process = make()
     longest = ["x" * 100_000]
 
@@ -284,7 +284,7 @@ def test_sessions_that_end_while_a_batch_runs(make: Make, executed: list[tuple[s
     assert executed == [("Slow", ["first"]), ("Slow", list(range(500)))]
 
 
-# What cannot be merged
+# Partials that do not merge
 
 
 def test_two_classes_on_one_resource(make: Make, executed: list[tuple[str, Any]]) -> None:
@@ -418,7 +418,7 @@ def test_what_cannot_be_stored_once_it_is_merged_stays(
     assert executed == [("Growing", [-1, *range(COMPACT_AT)])]
 
 
-# What goes wrong on the way
+# Failures on the way
 
 
 @FAULTS

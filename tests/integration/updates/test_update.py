@@ -277,7 +277,7 @@ def test_execute_may_use_its_own_process_and_resource(make: Make) -> None:
     assert docs() == [{"n": 1}, {"later": 1}]
 
 
-# What an update is made of
+# The content of an update
 
 
 class Clock:
@@ -750,7 +750,7 @@ def test_sessions_that_end_while_a_batch_executes_follow_in_order(make: Make) ->
         assert len(Slow.written) == 1
         sluice.opened.set()
         ending.result()
-    # What had ended by then is the owner's; who still holds the record goes on.
+    # Data of ended sessions is the owner's; processes that still hold the record go on.
     assert {entry.process for entry in Slow.written} == {owner.id}
     assert [entry.doc for entry in Slow.written] == [{"n": 1}, {"n": 33}]
     assert Slow.written[0].token < Slow.written[1].token

@@ -1,4 +1,4 @@
-"""What becomes a partial, and what a partial may become."""
+"""Updates become partials, and partials become updates."""
 
 import asyncio
 import itertools

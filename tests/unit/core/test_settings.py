@@ -1,4 +1,4 @@
-"""What users pass as arguments is checked where it is given; each message names the remedy."""
+"""Users' arguments are checked where they are given; each message names the remedy."""
 
 import json
 from collections.abc import Callable

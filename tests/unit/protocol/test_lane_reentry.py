@@ -194,7 +194,7 @@ def test_a_late_answer_and_a_late_refusal_change_nothing() -> None:
 
 @pytest.mark.parametrize("enqueue_first", [False, True])
 def test_fencing_in_the_middle_of_making_a_call(enqueue_first: bool) -> None:
-    """What no call carries is in the queue; what a call carries is not, and the call is known."""
+    """Each operation is either in the queue or in a known call."""
     lane = lane_with()
     seen: list[Any] = []
 

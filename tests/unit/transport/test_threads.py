@@ -87,7 +87,7 @@ class Lab:
                 requests = steps.send(sync_io.run(self.server.exchange(requests, 5)))
 
     def catch_up(self) -> list[Any]:
-        """What the outbox does: go on with all that callers have left."""
+        """Do the outbox's work: go on with the flows of callers that have gone."""
         results = []
         deadline = time.monotonic() + 20
         while self.detached or any(lane.has_work for lane in self.identity.lanes):
@@ -308,7 +308,7 @@ def test_a_flow_that_goes_on_may_lose_the_server_again(
 
 
 def test_the_server_is_full(make: Make, own_server: Redis) -> None:
-    """What was refused is told, and what frees memory beside it is done."""
+    """A refused operation gets its error, and an operation beside it that frees memory runs."""
     lab = make(own_server.socket)
     names = [b"r%d" % i for i in range(40)]
     lab.driver.run(send([ops.join(*lab.identity.place(name)) for name in names]))
@@ -499,8 +499,8 @@ def test_a_finalizer_calls(make: Make, own_server: Redis) -> None:
 def test_ten_thousand_interrupts(
     make: Make, own_server: Redis, others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was answered is there; what was not goes on in the background; nothing comes twice."""
-    # What is raised in a finalizer gets no further.
+    """Answered calls count, unanswered ones go on in the background, and none counts twice."""
+    # The interpreter ignores exceptions in finalizers.
     monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)
     lab = make(own_server.socket)
     over = threading.Event()
@@ -1082,7 +1082,7 @@ def test_a_forked_child_goes_on_as_another_process(make: Make, own_server: Redis
 
 
 class OddError(Exception):
-    """What making operations raises."""
+    """The error of making operations."""
 
 
 def storing(lab: Lab, fails_at: int = -1) -> Flow[Any]:

@@ -97,7 +97,7 @@ def test_lost_connection_is_repeated(
     proxy.strike(fault, at=1)
     assert lab.exchange(to, *(lab.count(b"k", b"%d" % i) for i in range(3))) == [b"0", b"1", b"2"]
     assert to.troubles == 1
-    # What was answered before the connection broke is not sent again.
+    # Calls that were answered before the connection broke are not sent again.
     assert counted(own_server, b"k") == (3 if fault is Fault.LOST_REQUEST else 4)
 
 

@@ -1,4 +1,4 @@
-"""What a URL says, and what is said about one that cannot be meant."""
+"""The parts of a URL, and the errors for invalid ones."""
 
 import re
 from typing import Any

@@ -36,7 +36,7 @@ __all__ = ["add", "get_process", "stop", "worker"]
 
 @functools.cache
 def worker() -> Worker:
-    """Return the process and the cache of this worker, made as ``settings.PHONON`` says."""
+    """Return the process and the cache of this worker, made with ``settings.PHONON``."""
     return Worker(**getattr(settings, "PHONON", {}))
 
 
@@ -51,5 +51,5 @@ def add(kind: Any, key: Any, **content: Any) -> None:
 
 
 def stop() -> None:
-    """End all sessions of this worker: at the end of a management command of your own, say."""
+    """End all sessions of this worker, for example at the end of your own management command."""
     worker().stop()

@@ -1,4 +1,4 @@
-"""The admin's page: processes, and batches that were given up on."""
+"""The admin's page: processes, and parked batches."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,18 @@ else:
 class ParkedBatchAdmin(_Admin):
     """Lists parked batches, and replays or discards them.
 
-    ``settings.PHONON_PAGE`` is the address of the operations page, which the list then links to.
+    The list links to the operations page if ``settings.PHONON_PAGE`` has its address.
     """
 
     def has_add_permission(self, request: HttpRequest) -> bool:
-        """Nobody makes one by hand."""
+        """Return False: only Phonon parks batches."""
         del request
         return False
 
     def changelist_view(
         self, request: HttpRequest, extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
-        """Show the list, or do the act of one of its buttons."""
+        """Show the list, or carry out the act of one of its buttons."""
         process = get_process()
         if request.method == "POST":
             self._act(request)
@@ -58,7 +58,7 @@ class ParkedBatchAdmin(_Admin):
             act(request.POST["resource"], int(request.POST["token"]))
         except PhononError as error:
             messages.error(request, str(error))
-        except Exception as error:  # noqa: BLE001 - what the user's execute raises
+        except Exception as error:  # noqa: BLE001 - the error of the user's execute
             messages.error(request, f"It failed again: {error}")
         else:
             messages.success(request, f"Done: {act.__name__} {request.POST['resource']}.")

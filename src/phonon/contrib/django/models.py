@@ -1,4 +1,4 @@
-"""Models: a base for tables that records are written into, and the admin's list."""
+"""Models: a base for tables of records, and the admin's list."""
 
 from typing import ClassVar
 
@@ -6,11 +6,11 @@ from django.db import models
 
 
 class Counted(models.Model):
-    """A table that `Upsert` writes into.
+    """A table for `Upsert`.
 
     Attributes:
-        phonon_token: The token of the last batch that was added to the row. A batch that comes
-            again, after a crash, has the same one, and is skipped.
+        phonon_token: The token of the row's last batch. A batch that comes again after a crash has
+            the same token, and is skipped.
     """
 
     phonon_token: "models.BigIntegerField[int, int]" = models.BigIntegerField(
@@ -18,16 +18,16 @@ class Counted(models.Model):
     )
 
     class Meta:
-        """Each subclass has a table of its own."""
+        """Each subclass has its own table."""
 
         abstract = True
 
 
 class ParkedBatch(models.Model):
-    """Stands in the admin for the batches that were given up on; it has no table."""
+    """Represents the parked batches in the admin; it has no table."""
 
     class Meta:
-        """Django makes no table and no permissions but for looking."""
+        """Django makes no table, and only the permission to view."""
 
         managed = False
         default_permissions: ClassVar = ("view",)

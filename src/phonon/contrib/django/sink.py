@@ -1,4 +1,4 @@
-"""`Upsert`: records that are added to the rows of a model, many in one statement."""
+"""`Upsert`: adds records to the rows of a model, many in one statement."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -9,19 +9,19 @@ from django.db import connections, router, transaction
 from phonon.errors import ConfigurationError
 from phonon.update import ConflictFreeUpdate
 
-#: Parameters of one statement; SQLite takes no more than 999 where it is old.
+#: The most parameters of one statement; old versions of SQLite take 999.
 _MOST_PARAMETERS = 900
 
 
 class Upsert(ConflictFreeUpdate):
-    """A record whose numbers are added to the row of its key, each batch once.
+    """A record whose numbers are added to the row of its key. Each batch counts once.
 
-    Rows are written many in one statement, in one transaction, in the order of their keys, over
-    the connection that Django's router names. The token is checked in the same statement.
+    Many rows are written in one statement and one transaction, in the order of their keys, over the
+    connection of Django's router. The same statement checks the token.
 
     Args:
         model: A subclass of `phonon.contrib.django.models.Counted`, or ``"app.Name"``.
-        key: The field that the record's key goes into; it is unique.
+        key: The unique field for the record's key.
 
     Example:
         >>> class Views(Upsert, model="shop.PageViews", key="page"):  # doctest: +SKIP
@@ -66,7 +66,7 @@ def _statement(
 ) -> tuple[str, list[Any]]:
     """Return an upsert and its parameters."""
     fields = [model._meta.get_field(name) for name in (key, *numbers, "phonon_token")]
-    # Columns that are not given in an INSERT have no default in the database.
+    # Django sets no defaults in the database for columns that an INSERT leaves out.
     others = [
         field
         for field in model._meta.local_concrete_fields
@@ -89,7 +89,7 @@ def _statement(
     rows = ", ".join([row] * len(updates))
     insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {rows}"  # noqa: S608 - quoted names
     if connection.vendor == "mysql":
-        # The token is set last: MySQL sees what was set before in the same statement.
+        # The token is set last: MySQL reads columns with the values that the statement has set.
         is_new = f"VALUES({token}) > {token}"
         sets = [f"{name} = IF({is_new}, {name} + VALUES({name}), {name})" for name in added]
         sets.append(f"{token} = GREATEST({token}, VALUES({token}))")

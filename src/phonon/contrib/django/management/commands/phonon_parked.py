@@ -1,4 +1,4 @@
-"""``manage.py phonon_parked``: batches that were given up on."""
+"""``manage.py phonon_parked``: parked batches."""
 
 from typing import Any
 
