@@ -444,9 +444,7 @@ class BaseCollection(Generic[P, M]):
             ConfigurationError: The argument is a single message.
         """
         if isinstance(rows, str | bytes) or mapping_of(rows) is not None:
-            raise ConfigurationError(
-                f"rows are several messages, not {rows!r}: put it into a list"
-            )
+            raise ConfigurationError(f"rows are several messages, not {rows!r}: put it into a list")
         check_iterable("rows", rows)
 
     def _put_rows(
