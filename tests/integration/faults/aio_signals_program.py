@@ -282,10 +282,14 @@ def cancel(url: str, namespace: str, seed: int, count: int, kind: str) -> dict[s
         while breaker.came < count:
             call = chance.choice(world.calls)
             watch()
-            with contextlib.suppress(
-                asyncio.CancelledError, KeyboardInterrupt, PhononError, ExceptionGroup
-            ):
+            try:
                 runner.run(one(call))
+            except (asyncio.CancelledError, KeyboardInterrupt, PhononError, ExceptionGroup):
+                continue
+            except RuntimeError as error:
+                # A signal behind the end of one run leaves asyncio's loop stopped for the next one.
+                if "Event loop stopped before" not in str(error):
+                    raise
         watch()
         runner.run(free(process))
         found = runner.run(modified(process))

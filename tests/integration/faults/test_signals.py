@@ -24,7 +24,7 @@ from phonon._transport import sync_io
 from phonon.errors import ProcessStoppedError
 from support.interrupts import at_call
 from support.samples import fresh
-from support.world import ALWAYS, Make, Redis, keys_in, wait_until
+from support.world import ALWAYS, Make, Redis, key_of, keys_in, wait_until
 
 PROGRAM = Path(__file__).with_name("signals_program.py")
 AIO_PROGRAM = PROGRAM.with_name("aio_signals_program.py")
@@ -302,7 +302,7 @@ def test_a_stop_in_the_middle_of_a_lock_leaves_it_free(make: Make, block: bool) 
 
 @pytest.mark.parametrize("waits_for", ["lock", "parties"])
 def test_a_stop_in_a_wait_does_not_wait_for_itself(
-    make: Make, monkeypatch: pytest.MonkeyPatch, waits_for: str
+    make: Make, server: Redis, namespace: str, monkeypatch: pytest.MonkeyPatch, waits_for: str
 ) -> None:
     monkeypatch.setattr(engine_module, "_DISMISSAL", 1000.0)
     process, other = make(), make()
@@ -323,6 +323,9 @@ def test_a_stop_in_a_wait_does_not_wait_for_itself(
         finally:
             signal.signal(signal.SIGUSR1, before)
         assert not held.waiters()
+    with server.client() as client:
+        parties = client.hgetall(key_of(namespace, "parties", "resource"))
+    assert not [field for field in parties if field.startswith(b">")], "the waiters"
 
 
 # Stopping
