@@ -544,6 +544,11 @@ class AsyncDriver:
                 except RuntimeError as error:
                     job.outcome = Outcome(error=error)
                     continue
+            elif job.running.done():  # an exception out of a signal handler has ended it
+                cancelled = job.running.cancelled()
+                ended = asyncio.CancelledError() if cancelled else job.running.exception()
+                job.outcome = Outcome(error=ended)
+                continue
             running.append(job.running)
         if running:
             done, _ = await asyncio.wait(running, timeout=self.slice)
@@ -554,11 +559,11 @@ class AsyncDriver:
         try:
             if EXECUTING.get():
                 # It is part of a job that runs already and has a place: it could wait for itself.
-                job.outcome = await _outcome_of(job.function)
+                job.outcome = await _outcome_of(job)
             else:
                 async with self._places:
                     EXECUTING.set(True)
-                    job.outcome = await _outcome_of(job.function)
+                    job.outcome = await _outcome_of(job)
         except asyncio.CancelledError as error:
             job.outcome = job.outcome or Outcome(error=error)
             raise
@@ -711,12 +716,13 @@ class _Mail:
             async_io.settle(future, True)  # noqa: FBT003 - the value
 
 
-async def _outcome_of(function: Callable[[], Any]) -> Outcome:
+async def _outcome_of(job: Job) -> Outcome:
     """Run the user's code; a thread runs functions that are not ``async``."""
+    function = job.function
     if iscoroutinefunction(function):
         outcome = Outcome(function())
     else:
-        outcome = await asyncio.to_thread(run_user_code, function)
+        outcome = await asyncio.to_thread(run_user_code, job)
     if isawaitable(outcome.value):
         try:
             outcome = Outcome(await outcome.value)

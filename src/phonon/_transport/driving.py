@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from redis.exceptions import ResponseError
 
-from phonon._core.flows import EXECUTING, FlowRun, Outcome, Send
+from phonon._core.flows import EXECUTING, FlowRun, Job, Outcome, Send
 from phonon._protocol.answers import Reply
 from phonon._protocol.lane import Call, Lane, State, move
 from phonon._protocol.library import Library, Request
@@ -345,26 +345,31 @@ def is_nudge(waiter: str) -> bool:
 # Executing
 
 
-def run_user_code(function: Callable[[], Any]) -> Outcome:
-    """Run the user's code, and return its value or its error.
+def run_user_code(job: Job) -> Outcome:
+    """Run the user's code, unless it has run, and return its value or its error.
+
+    The job notes both in steps that no signal handler can come between: an interrupt right after
+    the code's end must not make it run again.
 
     Raises:
         BaseException: A signal handler raised it, after the code had ended.
     """
-    box: deque[Any] = deque(maxlen=1)
-    token = EXECUTING.set(True)
-    try:
-        # One step: an interrupt right after the code's end must not make it run again.
-        box.extend(map(call_function, (function,)))
-    except BaseException as error:
-        if box:
-            raise
-        return Outcome(error=error)
-    finally:
-        EXECUTING.reset(token)
-    if not box:
-        return Outcome(error=RuntimeError(f"{name_of(function)} raised StopIteration"))
-    return Outcome(box[0])
+    returned = job.returned
+    if not returned and job.raised is None:
+        token = EXECUTING.set(True)
+        try:
+            returned.extend(map(call_function, (job.function,)))
+            if not returned:
+                job.raised = RuntimeError(f"{name_of(job.function)} raised StopIteration")
+        except BaseException as error:
+            if returned:
+                raise
+            job.raised = error
+        finally:
+            EXECUTING.reset(token)
+    if job.raised is not None:
+        return Outcome(error=job.raised)
+    return Outcome(returned[0])
 
 
 def check_result(function: Callable[[], Any], outcome: Outcome, *, is_async: bool) -> Outcome:

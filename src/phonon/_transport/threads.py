@@ -825,7 +825,7 @@ def _run_job(job: Job) -> None:
 
 
 def _outcome_of(job: Job) -> Outcome:
-    return check_result(job.function, run_user_code(job.function), is_async=False)
+    return check_result(job.function, run_user_code(job), is_async=False)
 
 
 def _copy(things: Any) -> list[Any]:

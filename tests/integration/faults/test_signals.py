@@ -24,7 +24,7 @@ from phonon._transport import sync_io
 from phonon.errors import ProcessStoppedError
 from support.interrupts import at_call
 from support.samples import fresh
-from support.world import ALWAYS, Make, Redis, key_of, keys_in, wait_until
+from support.world import ALWAYS, Make, Redis, is_settled, key_of, keys_in, wait_until
 
 PROGRAM = Path(__file__).with_name("signals_program.py")
 AIO_PROGRAM = PROGRAM.with_name("aio_signals_program.py")
@@ -216,6 +216,35 @@ def test_an_interrupt_anywhere_in_a_batch_ends_it(make: Make, server: Redis) -> 
     docs = kind.docs()
     assert docs.pop("broken off")["n"] <= number
     assert docs == {f"acknowledged-{n}": {"n": 1} for n in range(1, number)}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_callback_is_called_once_whatever_is_interrupted(make: Make, *, fails: bool) -> None:
+    """Also if the interrupt comes between its end and the note of that."""
+    process = make(heartbeat_interval=NO_BEAT)
+    called: list[int] = []
+
+    def callback() -> None:
+        called.append(number)
+        if fails:
+            raise ValueError(number)
+
+    struck = [0]
+    for number in itertools.count(1):
+        reference = process.create_reference(f"resource-{number}")
+
+        def strike() -> None:
+            struck.append(number)  # noqa: B023 - called in this round
+            raise TimeLimit
+
+        with contextlib.suppress(TimeLimit, ValueError):
+            at_call(number, partial(reference.dereference, callback), strike)
+        wait_until(lambda: is_settled(process))
+        assert called.count(number) <= 1
+        if struck[-1] != number:
+            break
+    assert number > 25
+    assert called[-1] == number
 
 
 def test_an_exit_stack_ends_locks_and_batches(make: Make) -> None:
