@@ -4,7 +4,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import math
 import threading
 import time
 import weakref
@@ -263,9 +262,7 @@ class BaseLock:
         if timeout is None:
             timeout = self.process.BLOCKING_TIMEOUT if self.timeout is None else self.timeout
         seconds = check_timeout("timeout", timeout)
-        if not block:
-            return None
-        return math.inf if seconds < 0 else seconds
+        return seconds if block else None
 
     def _acquiring(
         self, seconds: float | None, owner: object, attempt: Attempt
@@ -540,8 +537,8 @@ class Lock(BaseLock):
         lease: Seconds that a grant lasts unless renewed. None: as long as the process's lease. Give
             one to have the lock freed sooner than a process is declared dead.
         on_lost: Called with this lock, from any thread, once the lock is found to be lost.
-        timeout: Seconds to wait at the most, unless `acquire` is given another number; below 0
-            waits for ever. None: `Process.BLOCKING_TIMEOUT`.
+        timeout: Seconds to wait at the most, unless `acquire` is given another number; -1 waits
+            for ever. None: `Process.BLOCKING_TIMEOUT`.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -571,7 +568,7 @@ class Lock(BaseLock):
 
         Args:
             block: Whether to wait if the lock is taken. None: as given to the constructor.
-            timeout: Seconds to wait at the most; below 0 for ever. None:
+            timeout: Seconds to wait at the most; -1 for ever. None:
                 `Process.BLOCKING_TIMEOUT`.
             blocking: Another name of ``block``, which the locks of the standard library and of
                 redis-py have.

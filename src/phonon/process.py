@@ -458,8 +458,8 @@ class Process(BaseProcess):
             reentrant: Whether the thread that has the lock may take it again.
             lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the lock, from any thread, once the lock is found to be lost.
-            timeout: Seconds to wait at the most, unless `acquire` is given another number; below 0
-                waits for ever. None: `Process.BLOCKING_TIMEOUT`.
+            timeout: Seconds to wait at the most, unless `acquire` is given another number; -1 waits
+                for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return phonon.lock.Lock(
             self,
@@ -490,8 +490,8 @@ class Process(BaseProcess):
             block: Whether to wait if all places are taken.
             lease: Seconds that a place lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the semaphore, from any thread, once a place is found to be lost.
-            timeout: Seconds to wait at the most, unless `acquire` is given another number; below 0
-                waits for ever. None: `Process.BLOCKING_TIMEOUT`.
+            timeout: Seconds to wait at the most, unless `acquire` is given another number; -1 waits
+                for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return phonon.lock.Semaphore(
             self, name, places, block, lease=lease, on_lost=on_lost, timeout=timeout

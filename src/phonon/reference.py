@@ -71,8 +71,7 @@ class BaseReference:
                 "create_reference(..., parties=n)"
             )
         seconds = self._process.BLOCKING_TIMEOUT if timeout is None else timeout
-        check_timeout("timeout", seconds)
-        return self._waiting(seconds)
+        return self._waiting(check_timeout("timeout", seconds))
 
     def _waiting(self, seconds: float) -> Flow[bool]:
         done: bool = yield from self._engine.members.wait_for_parties(self.resource_key, seconds)
@@ -252,8 +251,8 @@ class Reference(BaseReference):
             reentrant: Whether the thread that has the lock may take it again.
             lease: Seconds that it lasts unless renewed. None: as long as the process's lease.
             on_lost: Called with the lock, from any thread, once the lock is found to be lost.
-            timeout: Seconds to wait at the most, unless `acquire` is given another number; below 0
-                waits for ever. None: `Process.BLOCKING_TIMEOUT`.
+            timeout: Seconds to wait at the most, unless `acquire` is given another number; -1 waits
+                for ever. None: `Process.BLOCKING_TIMEOUT`.
         """
         return self._process.lock(
             self.resource_key,
@@ -284,13 +283,14 @@ class Reference(BaseReference):
         resource, and its `dereference` is the last one.
 
         Args:
-            timeout: Seconds to wait at the most. None: `Process.BLOCKING_TIMEOUT`.
+            timeout: Seconds to wait at the most; -1 for ever. None: `Process.BLOCKING_TIMEOUT`.
 
         Returns:
             Whether all others have left in time.
 
         Raises:
             ConfigurationError: The reference was made without ``parties``.
+            ProcessStoppedError: The process was stopped meanwhile.
         """
         return bool(self._engine.run(self._wait(timeout)))
 

@@ -71,7 +71,7 @@ def check_position(value: Any) -> None:
 
 
 def check_timeout(argument: str, value: Any) -> float:
-    """Refuse a value that is not a number of seconds to wait; infinity is allowed.
+    """Return a number of seconds to wait: infinity for -1, as in `threading`.
 
     Raises:
         ConfigurationError: The value is refused.
@@ -81,7 +81,11 @@ def check_timeout(argument: str, value: Any) -> float:
             f"{argument} is a number of seconds, not {value!r}: give one like {argument}=10.0, or "
             "leave it out"
         )
-    seconds: float = value
+    if value < 0 and value != -1:  # what is left of a deadline must not become a wait for ever
+        raise ConfigurationError(
+            f"{argument} is at least 0, not {value!r}: give 0 to ask once, or -1 to wait for ever"
+        )
+    seconds: float = math.inf if value == -1 else value
     return seconds
 
 

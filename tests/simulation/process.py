@@ -25,7 +25,6 @@ from phonon._core.leases import Grant, LockRequest
 from phonon._core.parcels import Ending
 from phonon._core.retry import RetryPolicy
 from phonon._core.sources import Claim, Ordered, Progress, Unordered
-from phonon._protocol import operations
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import Operation
 from phonon.errors import (
@@ -36,6 +35,7 @@ from phonon.errors import (
     UnknownClassError,
 )
 from simulation.broker import QUEUE, TOPIC, WINDOW
+from support import operations
 
 if TYPE_CHECKING:
     from simulation.world import World

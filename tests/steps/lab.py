@@ -9,11 +9,11 @@ import pytest
 import redis
 
 from phonon._protocol import lane as shipped_lane
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.library import Library, text
 from phonon._protocol.operations import Operation
 from phonon._protocol.partitions import Partitions
+from support import operations as ops
 from support.world import Redis
 
 EPOCH_US = 1_700_000_000_000_000

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.partitions import Partitions, decode, encode_resource, encode_semaphore
 from steps.lab import Lab, lab_fixture  # noqa: F401 - the fixture is found by its name
+from support import operations as ops
 from support.world import Redis, wait_until
 
 SPECIAL = [

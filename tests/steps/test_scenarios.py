@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from phonon._protocol import operations as ops
 from phonon._protocol.operations import Operation
 from steps.lab import Lab, Proc, lab_fixture  # noqa: F401 - the fixture is found by its name
 from steps.world import World, fresh
+from support import operations as ops
 
 #: What a process does next, as soon as it is its turn; None if there is nothing to do any more.
 Step = Callable[[World, Proc], Operation | None]

@@ -3,9 +3,9 @@
 import msgpack
 import pytest
 
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from steps.lab import BATCH_SCORE, Lab, lab_fixture  # noqa: F401 - found by its name
+from support import operations as ops
 
 QUEUE = b"class:C"
 

@@ -5,10 +5,10 @@ import hashlib
 import pytest
 
 from phonon._core.compaction import digest
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import MODIFICATIONS
 from steps.lab import Lab, Proc, lab_fixture  # noqa: F401 - found by its name
+from support import operations as ops
 
 
 def compact(process: Proc, first: int, partials: list[bytes], *merged: bytes) -> object:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from phonon._core.compaction import digest
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import FORCE, MODIFICATIONS, Operation
 from steps.lab import Lab, Proc, lab_fixture  # noqa: F401 - the fixture is found by its name
+from support import operations as ops
 
 TYPES = (
     *("members", "left", "partials", "running", "batch", "parked", "parties"),

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.lane import MOST_BYTES, MOST_OPERATIONS, State
 from steps.lab import Lab, lab_fixture, refused  # noqa: F401 - found by its name
+from support import operations as ops
 
 
 def altered(call: object, place: int, word: bytes) -> object:

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from steps.lab import BATCH_SCORE, Lab, lab_fixture  # noqa: F401 - found by its name
+from support import operations as ops
 
 
 def test_a_free_lock_is_granted_and_again_to_its_holder(lab: Lab) -> None:

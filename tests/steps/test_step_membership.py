@@ -2,10 +2,10 @@
 
 import pytest
 
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import FORCE, MODIFICATIONS
 from steps.lab import BATCH_SCORE, Lab, lab_fixture  # noqa: F401 - found by its name
+from support import operations as ops
 
 
 def test_join_counts_a_process_once(lab: Lab) -> None:

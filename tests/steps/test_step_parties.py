@@ -1,9 +1,9 @@
 """Sessions of known parties: over only when so many have come and left."""
 
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import MODIFICATIONS
 from steps.lab import WEEK_MS, Lab, lab_fixture  # noqa: F401 - found by its name
+from support import operations as ops
 
 
 def ttl(lab: Lab, suffix: str) -> int:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import MODIFICATIONS
 from steps.lab import LEFT_SCORE, WEEK_MS, Lab, lab_fixture, refused  # noqa: F401 - found by its name
+from support import operations as ops
 
 ONE = [Reply.REAPED, 0, 0, [], [], 1]
 

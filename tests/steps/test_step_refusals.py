@@ -6,9 +6,9 @@ import pytest
 import redis
 
 from phonon._protocol import library
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from steps.lab import Lab
+from support import operations as ops
 from support.world import Redis
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
 from steps.lab import Lab, Proc, lab_fixture  # noqa: F401 - found by its name
+from support import operations as ops
 
 S = b"orders/1"
 HOUR = 3_600_000

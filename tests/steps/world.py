@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import msgpack
 import redis
 
-from phonon._protocol import operations as ops
-from phonon._protocol.answers import Reply, code_of
+from phonon._protocol.answers import Reply
 from phonon._protocol.operations import Operation
 from steps.lab import BATCH_SCORE, LEFT_SCORE, Lab, Proc, Violation
 from steps.model import Model, places_of
+from support import operations as ops
 
 QUEUE = b"class:C"
 PLUS = b"+"
@@ -336,7 +336,7 @@ class World:
         reply = process.send_raw(empty)
         told = lane.receive(reply)
         if carried_out:
-            codes = [code_of(a) for _, a in told if not isinstance(a, Exception)]
+            codes = [ops.code_of(a) for _, a in told if not isinstance(a, Exception)]
             if len(codes) != len(call.operations):
                 raise Violation("G4: a call that was carried out is said to be refused")
         else:
@@ -367,7 +367,7 @@ class World:
                 self.model.at(operation.resource).batch if operation.resource in b"xy" else None
             )
             expected = self.model.apply(process.id, operation.words, answer)
-            self.seen[f"{operation.code.name} {Reply(code_of(answer)).name}"] += 1
+            self.seen[f"{operation.code.name} {Reply(ops.code_of(answer)).name}"] += 1
             self.note(operation, expected, before)
             contents.append((operation, expected))
         # Contents are read after each operation; a later one of the call may have ended the batch.
@@ -380,12 +380,12 @@ class World:
         code, name = operation.code, operation.resource
         if code in (ops.Code.APPEND, ops.Code.LEAVE) and operation.words[-1]:
             self.stored[operation.words[-1]] += 1
-        ended = code_of(answer) in (Reply.DONE, Reply.AGAIN, Reply.PARKED)
+        ended = ops.code_of(answer) in (Reply.DONE, Reply.AGAIN, Reply.PARKED)
         if code == ops.Code.COMPLETE and ended:
             self.executed.update(parts(before.partials))
         if code == ops.Code.DISCARD and answer == Reply.DISCARDED:
             self.discarded_one(name)
-        if code_of(answer) in (Reply.RUN, Reply.AGAIN):
+        if ops.code_of(answer) in (Reply.RUN, Reply.AGAIN):
             self.tokens[name].append((answer[3], b""))
 
     def discarded_one(self, _name: bytes) -> None:

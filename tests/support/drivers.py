@@ -7,7 +7,6 @@ import redis
 import redis.asyncio
 
 from phonon._core.flows import REBORN, Flow, Send
-from phonon._protocol import operations as ops
 from phonon._protocol.lane import Lane, add_contents
 from phonon._protocol.library import Library, Request, default
 from phonon._protocol.operations import Operation
@@ -15,6 +14,7 @@ from phonon._protocol.partitions import Partitions
 from phonon._transport.async_io import AsyncNode
 from phonon._transport.server import Server
 from phonon._transport.sync_io import SyncNode
+from support import operations as ops
 from support.world import Redis
 
 COUNT = 16

@@ -26,9 +26,11 @@ NEVER = Retry(NoBackoff(), 0)
 def wait_until(condition: Callable[[], Any], timeout: float = 40.0) -> Any:
     """Wait for a condition, never for time. Returns what it returned."""
     deadline = time.monotonic() + timeout
+    pause = 0.002
     while not (found := condition()):
         assert time.monotonic() < deadline, f"still not so after {timeout} s"
-        time.sleep(0.002)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.02)  # looking costs more than the wait, where that is long
     return found
 
 

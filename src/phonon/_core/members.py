@@ -11,6 +11,7 @@ from phonon._core.identity import Identity, Waiter
 from phonon._protocol import operations
 from phonon._protocol.operations import Operation
 from phonon._protocol.partitions import decode, encode_resource, is_semaphore
+from phonon.errors import ProcessStoppedError
 
 #: Seconds after which a waiter asks again, in case its wake-up was lost.
 ASK_AGAIN = 5.0
@@ -220,6 +221,9 @@ class Members:
 
         Returns:
             Whether that happened in time.
+
+        Raises:
+            ProcessStoppedError: The process was stopped meanwhile.
         """
         waiters: list[str] = []
         try:
@@ -234,7 +238,7 @@ class Members:
         deadline = identity.clock() + seconds
         waiter = ""
         try_again = True
-        found = False
+        found, left = False, seconds
         while try_again:
             if not waiter or operations.process_of(waiter) != identity.name:
                 waiter = operations.holder_name(identity.name, identity.new_number())
@@ -251,6 +255,11 @@ class Members:
             if try_again:
                 yield AwaitMail(partition, waiter, min(left, ASK_AGAIN))
         yield Send((operations.forget(partition, name, waiter),))
+        if self.stopping and left > 0 and not found:
+            raise ProcessStoppedError(
+                f"process {identity.name} was stopped, and waits no longer for the other parties "
+                f"of {resource!r}: make a new Process"
+            )
         return found
 
     def registry(self, process: bytes | None = None) -> Flow[list[str]]:

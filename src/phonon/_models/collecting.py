@@ -536,7 +536,7 @@ def add(@PARAMETERS, **_unknown):
                 if _batch.asks and _passes_over(_batch, @ID):
                     return None
     @FIND
-    @COMMIT
+    @FOLD
     if not _record.is_used:
         _record.is_used = _record.is_used is not None
     _measures.folded += 1
@@ -571,7 +571,7 @@ def put_rows(_rows, _number, _batch, _target, _rejected):
         if _asks and _passes_over(_target, @ID):
             continue
         @FIND
-        @COMMIT
+        @FOLD
         @SEEN
         if not _record.is_used:
             _record.is_used = _record.is_used is not None

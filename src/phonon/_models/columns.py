@@ -176,6 +176,7 @@ def reduce(tables: Sequence[Any], compiled: Compiled) -> dict[str, list[Any]]:
     pc = arrow.compute
     table = arrow.concat_tables(tables, promote_options="default")
     aggregates: list[Any] = []
+    texts: dict[str, list[Any]] = {}
     for field in compiled.others:
         kind = _AGGREGATES.get(field.kind)
         if field.kind == "count":
@@ -183,12 +184,26 @@ def reduce(tables: Sequence[Any], compiled: Compiled) -> dict[str, list[Any]]:
         if field.name in table.column_names:
             options = pc.CountOptions(mode="only_valid") if kind == "distinct" else None
             aggregates.append((field.name, kind, options))
+            if kind == "distinct" and arrow.types.is_string(table[field.name].type):
+                table, texts[field.name] = _numbered(table, field.name, arrow)
     name = compiled.id.name
     grouped = table.group_by(name, use_threads=False).aggregate(aggregates)
     columns = {name: _values(grouped[name])}
     for name, kind, _ in aggregates:
-        columns[name] = _contributions(compiled.fields[name], grouped[f"{name}_{kind}"])
+        column = grouped[f"{name}_{kind}"]
+        columns[name] = _contributions(compiled.fields[name], column, texts.get(name))
     return columns
+
+
+def _numbered(table: Any, name: str, arrow: Any) -> tuple[Any, list[Any]]:
+    """Return a table with numbers in a column of texts, and the texts by number.
+
+    Arrow finds the different ones among numbers of a group in half the time.
+    """
+    encoded = table[name].dictionary_encode()
+    numbers = arrow.chunked_array([chunk.indices for chunk in encoded.chunks], arrow.int32())
+    texts = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
+    return table.set_column(table.column_names.index(name), name, numbers), texts
 
 
 def _counted(table: Any, name: str, arrow: Any) -> Any:
@@ -199,25 +214,35 @@ def _counted(table: Any, name: str, arrow: Any) -> Any:
     return table.set_column(table.column_names.index(name), name, filled)
 
 
-def _contributions(field: Field[Any, Any], column: Any) -> list[Any]:
-    """Return the values to fold of a column that was reduced; None is no value."""
+def _contributions(
+    field: Field[Any, Any], column: Any, texts: list[Any] | None = None
+) -> list[Any]:
+    """Return the values to fold of a column that was reduced; None is no value.
+
+    Args:
+        field: The field.
+        column: The column.
+        texts: The texts that its numbers stand for.
+    """
     kind = _AGGREGATES[field.kind]
     if kind == "list":
         lists = _lists(column)
         return [[item for item in part if item is not None] or None for part in lists]
     if kind == "distinct":
         make = set if field.kind == "set_append" else field.check
-        return [make(part) if part else None for part in _lists(column)]
+        return [make(part) if part else None for part in _lists(column, texts)]
     values = _values(column)
     if field.value_type is float:
         return [None if value is None else field.check(value) for value in values]
     return values
 
 
-def _lists(column: Any) -> Iterator[list[Any]]:
-    """Return the lists of a column."""
+def _lists(column: Any, texts: list[Any] | None = None) -> Iterator[list[Any]]:
+    """Return the lists of a column; see `_contributions`."""
     for chunk in column.chunks:
         values = _values(chunk.values)
+        if texts is not None:
+            values = [texts[number] for number in values]
         for begin, end in itertools.pairwise(_values(chunk.offsets)):
             yield values[begin:end]
 

@@ -75,6 +75,7 @@ class Compiled:
         self._folds = {field: field.fold_code() for field in self.others}
         self._sealed = [field.name for field in self.others if field.seals]
         self._names = frozenset(field.name for field in self.others)
+        self._has_versions = any(code.prepare or code.most for code in self._folds.values())
         self._states: Any = type("_States", (), {"__slots__": self.slots})
         self._settlers: dict[tuple[str, ...], Any] = {}
         self._fold = self.build("fold", FOLD)
@@ -213,6 +214,18 @@ class Compiled:
                 lines += [f"if {field.name} is not None:", *(_STEP + line for line in code)]
         return lines
 
+    def usual(self) -> str:
+        """Return the condition that no value needs a check; empty if some always do."""
+        if not self.others:
+            return ""
+        conditions: list[str] = []
+        for field in self.fields.values():
+            line, *more = field.check_code(self._stamp)
+            if not more or not all(other.startswith(_STEP) for other in more):
+                return ""
+            conditions.append(line[3:-1].replace(" is not ", " is ").replace(" != ", " == "))
+        return " and ".join(conditions)
+
     def before_lines(self) -> list[str]:
         """Return the lines that examine checked values before they are folded."""
         return [line for code in self._folds.values() for line in code.before]
@@ -235,9 +248,26 @@ class Compiled:
         for field, code in self._folds.items():
             lines.append(f"if {field.name} is not None:")
             lines += [_STEP + line for line in code.commit]
-        if any(code.prepare or code.most for code in self._folds.values()):
+        if self._has_versions:
             lines.append("_record.version_ += 1")
         return lines
+
+    def _unless_usual(self, lines: list[str]) -> list[str]:
+        usual = self.usual()
+        if not usual:
+            return lines
+        return [f"_usual = {usual}", "if not _usual:", *(_STEP + line for line in lines)]
+
+    def fold_lines(self) -> list[str]:
+        """Return `commit_lines`, after shorter ones for a message that needed no check."""
+        if not self.usual():
+            return self.commit_lines()
+        lines = ["if _usual:"]
+        for code in self._folds.values():
+            lines += [_STEP + line for line in code.usual or code.commit]
+        if self._has_versions:
+            lines.append(f"{_STEP}_record.version_ += 1")
+        return [*lines, "else:", *(_STEP + line for line in self.commit_lines())]
 
     def tidy_lines(self) -> list[str]:
         """Return the lines that shorten states which have become long."""
@@ -317,7 +347,8 @@ class Compiled:
         """Return the source of a function, given its template, and blocks of its own."""
         blocks: dict[str, Sequence[str]] = {
             **more,
-            "@CHECKS": [*self.check_lines(), *self.before_lines()],
+            "@CHECKS": self._unless_usual([*self.check_lines(), *self.before_lines()]),
+            "@FOLD": self.fold_lines(),
             "@BEFORE": self.before_lines(),
             "@PREPARE": self.prepare_lines(),
             "@COMMIT": self.commit_lines(),
@@ -381,7 +412,7 @@ def fold(@PARAMETERS, *, _record, **_unknown):
     while True:
         @PREPARE
         break
-    @COMMIT
+    @FOLD
     @TIDY
     return @ID
 """

@@ -23,12 +23,14 @@ class FoldCode(NamedTuple):
         before: Lines that may call anything, and read only the value.
         most: The field's ``tidy`` shortens a state of more elements than this. Its result is
             dropped if the state has changed meanwhile. 0: never.
+        usual: Lines that do what ``commit`` does, for a value that needed no check.
     """
 
     commit: list[str]
     prepare: Sequence[str] = ()
     before: Sequence[str] = ()
     most: int = 0
+    usual: Sequence[str] = ()
 
 
 def set_or(state: str, first: str, change: str) -> list[str]:

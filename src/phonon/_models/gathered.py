@@ -102,18 +102,18 @@ class SetAppend(Field[set[T], Any], Generic[T]):
         if kind is None:
             return FoldCode(many)
         # A single value, which is usually in the set already, needs no set of its own.
+        one = [
+            f"_state = {state}",
+            "if _state is None:",
+            f"    {state} = {{{name}}}",
+            f"elif {name} not in _state:",
+            f"    _state |= {{{name}}}",
+        ]
+        indented = [*(f"    {line}" for line in one), "else:", *(f"    {line}" for line in many)]
         return FoldCode(
-            [
-                f"if _is_one_{name}:",
-                f"    _state = {state}",
-                "    if _state is None:",
-                f"        {state} = {{{name}}}",
-                f"    elif {name} not in _state:",
-                f"        _state |= {{{name}}}",
-                "else:",
-                *(f"    {line}" for line in many),
-            ],
+            [f"if _is_one_{name}:", *indented],
             before=[f"_is_one_{name} = _type({name}) is _{kind.__name__}"],
+            usual=one,
         )
 
 

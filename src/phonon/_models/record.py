@@ -223,8 +223,8 @@ class ModelRecord(Update):
         if self.aside_ is not None:
             self.aside_.settle()
         had = super()._discard_()
-        # Messages are folded into the present states.
-        self.doc = {}
+        # Messages are folded into the present states, and are unsent data wherever there are any.
+        self.doc, self._emptied_ = {}, EMPTY
         return had
 
     def is_expired(self) -> bool:

@@ -110,8 +110,3 @@ class Reaped(NamedTuple):
     batches: list[Any]
     wrong: list[Any]
     resources: int
-
-
-def code_of(answer: Any) -> int:
-    """Return the code of an answer."""
-    return int(answer[0]) if isinstance(answer, list) else int(answer)

@@ -61,7 +61,7 @@ _FREES = frozenset(
 #: The name of a lock's holder or waiter on the server; see `holder_name`.
 Holder = str
 
-#: Flags of `leave`.
+#: Flags of `leave_many`.
 FORCE = 1
 MODIFICATIONS = 2
 
@@ -153,11 +153,6 @@ def join(partition: int, resource: bytes) -> Operation:
     return Operation(partition, (_JOIN, resource))
 
 
-def append(partition: int, resource: bytes, partial: bytes) -> Operation:
-    """Become a member and store a partial."""
-    return Operation(partition, (_APPEND, resource, partial), len(partial) + 64)
-
-
 def _many(partition: int, code: int, columns: Sequence[Sequence[Any]], size: int = 0) -> Operation:
     """Return many changes of a kind, given their arguments column by column."""
     count, width = len(columns[0]), len(columns) + 1
@@ -180,7 +175,7 @@ def append_many(partition: int, resources: Sequence[bytes], partials: Sequence[b
 def leave_many(
     partition: int, resources: Sequence[bytes], flags: Sequence[int], partials: Sequence[bytes]
 ) -> Operation:
-    """Do what `leave` does, for many resources."""
+    """Store last partials, where not empty, and end memberships; see `FORCE`, `MODIFICATIONS`."""
     return _many(partition, _LEAVE, (resources, flags, partials), sum(map(len, partials)))
 
 
@@ -194,27 +189,12 @@ def resume_many(partition: int, resources: Sequence[bytes], tokens: Sequence[int
     return _many(partition, int(Code.RESUME), (resources, tokens))
 
 
-def leave(partition: int, resource: bytes, partial: bytes = b"", flags: int = 0) -> Operation:
-    """Store the last partial, if any, and end the membership; see `FORCE`, `MODIFICATIONS`."""
-    return Operation(partition, (_LEAVE, resource, flags, partial), len(partial) + 64)
-
-
-def complete(partition: int, resource: bytes, token: int) -> Operation:
-    """Drop a batch that was executed."""
-    return Operation(partition, (_COMPLETE, resource, token))
-
-
 def fail(
     partition: int, resource: bytes, token: int, error: bytes, delay_ms: int, attempts: int
 ) -> Operation:
     """Keep a batch whose execution failed for a retry, or park it after so many attempts."""
     words = (int(Code.FAIL), resource, token, error, delay_ms, attempts)
     return Operation(partition, words, len(error) + 64)
-
-
-def resume(partition: int, resource: bytes, token: int) -> Operation:
-    """Take a batch of one's own up again."""
-    return Operation(partition, (int(Code.RESUME), resource, token))
 
 
 def hand_off(partition: int, resource: bytes, token: int, queue: bytes) -> Operation:

@@ -115,6 +115,8 @@ def expire(process: str, yes: bool, **where: Any) -> None:
 
     PROCESS is its id, or the beginning of it.
     """
+    if not process:  # every id begins with it: a variable of a script that is not set
+        raise click.UsageError("PROCESS is empty; phonon ps lists the ids")
     with target(where).open() as admin:
         found = [p for p in admin.processes() if p.id.startswith(process)]
         if len(found) > 1:

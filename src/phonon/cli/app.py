@@ -4,6 +4,8 @@ A command of this package is imported when it is used. Entry points find the com
 distributions.
 """
 
+import io
+import sys
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -67,6 +69,9 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a name may have what it cannot encode
+                stream.reconfigure(errors="backslashreplace")
         with one_line_errors():
             return super().invoke(ctx)
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import click
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 
 from phonon._admin.plain import plain
 from phonon.admin import Admin
+from phonon.cli.tables import CONTROL
 
 #: Seconds between two looks, unless ``--watch`` gives a number.
 WATCH = 2.0
@@ -91,9 +93,22 @@ prefix_option = click.option(
 )
 
 
+class _Console(Console):
+    """Prints names and errors as they are: the terminal obeys nothing that is in them."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text == "\n":
+                yield segment
+            else:
+                yield Segment(CONTROL.sub("\ufffd", segment.text), segment.style)
+
+
 def console() -> Console:
     """Return the console to print on."""
-    return Console(highlight=False)
+    return _Console(highlight=False, markup=False, emoji=False)
 
 
 def print_json(entries: Iterable[Any]) -> None:

@@ -1,5 +1,6 @@
 """Tables for the terminal."""
 
+import re
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -29,6 +30,8 @@ COLOURS = {
     "dead": "red",
 }
 _SHORT_ID = 8
+#: Characters that a terminal would obey.
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 _KIB = 1024
 
 
@@ -71,6 +74,11 @@ def short(process: str) -> str:
 def place(host: str, pid: int) -> str:
     """Return where a process runs."""
     return f"{host}:{pid}" if host else "-"
+
+
+def visible(text: str) -> Text:
+    """Return a name, or another text that anybody may have made up, as one line."""
+    return Text(CONTROL.sub("\ufffd", text))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -129,7 +137,7 @@ def locks(found: Sequence[LockStatus]) -> Table:
         first = lock.holders[0] if lock.holders else None
         others = f" and {lock.holding - 1} more" if lock.holding > 1 else ""
         table.add_row(
-            Text(lock.name),
+            visible(lock.name),
             lock.mode,
             f"{short(first.process)} {place(first.host, first.pid)}{others}" if first else "nobody",
             first.thread if first else "-",
@@ -173,7 +181,7 @@ def sessions(found: Sequence[SessionStatus], total: int | None) -> Table:
     for session in found:
         modified = session.modifications
         table.add_row(
-            Text(session.resource),
+            visible(session.resource),
             span(session.age),
             f"{session.members:,}",
             "-" if modified is None else f"{modified:,}",
@@ -191,7 +199,7 @@ def batches(found: Sequence[BatchStatus]) -> Table:
     )
     for batch in found:
         table.add_row(
-            Text(batch.resource),
+            visible(batch.resource),
             str(batch.token),
             _state(batch.state),
             Text(batch.class_name or short(batch.owner)),
@@ -199,7 +207,7 @@ def batches(found: Sequence[BatchStatus]) -> Table:
             moment(batch.next_attempt)[11:] if batch.next_attempt else "-",
             span(batch.age),
             f"{batch.partials:,}",
-            Text(batch.error.splitlines()[0][:120] if batch.error else ""),
+            visible(batch.error.splitlines()[0][:120] if batch.error else ""),
         )
     return table
 
@@ -209,7 +217,9 @@ def sources(found: Sequence[SourceStatus]) -> Table:
     table = _table(counted(len(found), "source"), "source", "kind", "process", "position", "lag>")
     for source in found:
         lag = "-" if source.lag is None else f"{source.lag:,}"
-        table.add_row(Text(source.name), source.kind, short(source.process), source.position, lag)
+        table.add_row(
+            visible(source.name), source.kind, short(source.process), source.position, lag
+        )
     return table
 
 
@@ -219,10 +229,10 @@ def acts(found: Sequence[Act]) -> Table:
     for act in found:
         table.add_row(
             moment(act.at),
-            Text(act.who),
+            visible(act.who),
             act.act,
-            Text(act.resource),
+            visible(act.resource),
             str(act.token or ""),
-            Text(act.detail),
+            visible(act.detail),
         )
     return table

@@ -9,6 +9,7 @@ a collation, time zones) the result would differ from the model's.
 import copy
 import datetime as dt
 import decimal
+import re
 import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,22 +29,26 @@ _COMPARED = {"max": True, "timestamp": True, "min": False}
 _CHILDREN = {"counter": True, "set_append": False}
 #: A key of MySQL has a length.
 _KEY_LENGTH = 255
+_MYSQL = ("mysql", "mariadb")
+#: Characters that PostgreSQL takes neither as text nor in JSON.
+_UNSHOWABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class ExactNumeric(sa.TypeDecorator[decimal.Decimal]):
-    """A decimal. SQLite has no such type, and stores its text."""
+    """A decimal. SQLite has no such type and MySQL's has few digits: they store its text."""
 
     impl = sa.Numeric
     cache_ok = True
+    _as_text = ("sqlite", *_MYSQL)
 
     def load_dialect_impl(self, dialect: Any) -> Any:
         """Return the database's type."""
-        type_: Any = sa.Text() if dialect.name == "sqlite" else sa.Numeric()
+        type_: Any = sa.Text() if dialect.name in self._as_text else sa.Numeric()
         return dialect.type_descriptor(type_)
 
     def process_bind_param(self, value: Any, dialect: Any) -> Any:
         """Return a value in the form to send."""
-        return str(value) if value is not None and dialect.name == "sqlite" else value
+        return str(value) if value is not None and dialect.name in self._as_text else value
 
     def process_result_value(self, value: Any, dialect: Any) -> Any:
         """Return a value in the form to read."""
@@ -51,22 +56,36 @@ class ExactNumeric(sa.TypeDecorator[decimal.Decimal]):
         return None if value is None else decimal.Decimal(value)
 
 
+class Instant(sa.TypeDecorator[dt.datetime]):
+    """A time. Databases that know no time zones get it in UTC, if it has one."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        """Return a value as it is sent."""
+        if value is None or value.tzinfo is None or dialect.name == "postgresql":
+            return value
+        try:
+            return value.astimezone(dt.UTC)
+        except OverflowError:  # in the first or last day of all
+            return value
+
+
 _KEYS: dict[Any, Any] = {
-    str: sa.Text().with_variant(
-        sa.String(_KEY_LENGTH, collation="utf8mb4_bin"), "mysql", "mariadb"
-    ),
+    str: sa.Text().with_variant(sa.String(_KEY_LENGTH, collation="utf8mb4_bin"), *_MYSQL),
     int: sa.BigInteger(),
     uuid.UUID: sa.Uuid(),
     dt.date: sa.Date(),
 }
 _SCALARS: dict[Any, Any] = {
-    str: sa.Text(),
+    str: sa.Text().with_variant(mysql.LONGTEXT(), *_MYSQL),
     int: sa.BigInteger(),
     float: sa.Double(),
     bool: sa.Boolean(),
-    bytes: sa.LargeBinary(),
+    bytes: sa.LargeBinary().with_variant(mysql.LONGBLOB(), *_MYSQL),
     decimal.Decimal: ExactNumeric(),
-    dt.datetime: sa.DateTime(timezone=True),
+    dt.datetime: Instant(),
     dt.date: sa.Date(),
     uuid.UUID: sa.Uuid(),
 }
@@ -88,17 +107,30 @@ class Plain(NamedTuple):
     field: Any
     zero: Any
 
-    def merged(self, old: Any, new: Any) -> Any:
+    def merged(self, old: Any, new: Any, dialect: str) -> Any:
         """Return the expression that merges two values."""
         kind = self.field.kind
+        if self.zero is not None:
+            # Rows from before the column was added have none.
+            old = sa.func.coalesce(old, sa.literal(self.zero))
         if kind in _ADDED:
-            return old + new
+            return added(old, new, dialect)
         if kind == "any_of":
             return sa.or_(old, new)
         if kind == "all_of":
             return sa.and_(old, new)
         greater = new > old if _COMPARED[kind] else new < old
         return sa.case((old.is_(None), new), (greater, new), else_=old)
+
+
+def added(old: Any, new: Any, dialect: str) -> Any:
+    """Return the expression of a sum, which raises where it does not fit the column."""
+    total = old + new
+    if dialect != "sqlite":
+        return total
+    # SQLite would go on with floating point. Its abs() raises "integer overflow" for this number.
+    least = sa.literal_column(str(-(2**63) + 1), sa.BigInteger) - 1
+    return sa.case((sa.func.typeof(total) == "integer", total), else_=sa.func.abs(least))
 
 
 class Layout:
@@ -171,9 +203,8 @@ class Layout:
             )
         columns.append(sa.Column(TOKEN, sa.BigInteger, nullable=False))
         if self.kept:
-            blob = sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
-            columns.append(sa.Column(STATE, blob))
-        self.table = sa.Table(name, metadata, *columns, schema=schema)
+            columns.append(sa.Column(STATE, _SCALARS[bytes]))
+        self.table = _table(model, name, metadata, schema, columns)
         self.key: sa.Column[Any] = self.table.c[self.id]
         self.token: sa.Column[Any] = self.table.c[TOKEN]
 
@@ -200,7 +231,8 @@ class Layout:
         """Return the state of a record merged with the stored one, and its shown values."""
         states = record.__dict__["_states_"]
         old = _serializer.loads(bytes(stored)) if stored else {}
-        merged: dict[str, Any] = {}
+        # What a newer release has stored stays, though this one does not know the field.
+        merged: dict[str, Any] = {k: v for k, v in old.items() if k not in self.kept}
         for name, field in self.kept.items():
             # Copied, because merging changes states, and a lost transaction is tried again.
             one, other = old.get(name), copy.deepcopy(states.get(name))
@@ -213,8 +245,8 @@ class Layout:
         row: dict[str, Any] = {STATE: _serializer.dumps(merged)}
         for name, field in self.kept.items():
             value = field.read(merged.get(name))
-            type_ = self.table.c[name].type
-            row[name] = _for_json(value) if isinstance(type_, sa.JSON) else value
+            is_json = isinstance(self.table.c[name].type, sa.JSON)
+            row[name] = _for_json(value) if is_json or isinstance(value, str) else value
         return row
 
     def child_rows(self, name: str, record: Any) -> list[dict[str, Any]]:
@@ -253,14 +285,36 @@ def _child(
     ]
     if _CHILDREN[field.kind]:
         columns.append(sa.Column("n", sa.BigInteger, nullable=False))
-    return sa.Table(name, metadata, *columns, schema=schema)
+    return _table(model, name, metadata, schema, columns)
+
+
+def _table(
+    model: Any,
+    name: str,
+    metadata: sa.MetaData,
+    schema: str | None,
+    columns: list[sa.Column[Any]],
+) -> sa.Table:
+    """Return a new table, or the one that is in the metadata: Alembic's may know it already."""
+    entered = metadata.tables.get(f"{schema}.{name}" if schema else name)
+    if entered is None:
+        return sa.Table(name, metadata, *columns, schema=schema)
+    missing = [column.name for column in columns if column.name not in entered.c]
+    if missing:
+        raise ConfigurationError(
+            f"the metadata has a table {name!r} without the column {missing[0]!r} that "
+            f"{model.__qualname__} needs: give each model a table of its own"
+        )
+    return entered
 
 
 def _for_json(value: Any) -> Any:
-    """Return a value for a JSON column, which is never read back."""
+    """Return a value in the form to show, which is never read back."""
     shown = value
-    if isinstance(value, Mapping):
-        shown = {str(k): _for_json(v) for k, v in value.items()}
+    if isinstance(value, str):
+        shown = _UNSHOWABLE.sub("\ufffd", value)
+    elif isinstance(value, Mapping):
+        shown = {_for_json(str(k)): _for_json(v) for k, v in value.items()}
     elif isinstance(value, set | frozenset):
         ordered = sorted(value, key=lambda each: (str(type(each)), each))
         shown = [_for_json(each) for each in ordered]
@@ -269,6 +323,6 @@ def _for_json(value: Any) -> Any:
         shown = {name: _for_json(getattr(value, name)) for name in names}
     elif isinstance(value, list | tuple):
         shown = [_for_json(each) for each in value]
-    elif value is not None and not isinstance(value, str | int | float | bool):
+    elif value is not None and not isinstance(value, int | float | bool):
         shown = str(value)
     return shown

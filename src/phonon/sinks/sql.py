@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("phonon.sinks needs SQLAlchemy: pip install 'phonon[sql]'") from error
 
-from phonon.sinks.columns import STATE, TOKEN, Layout
+from phonon.sinks.columns import STATE, TOKEN, Layout, added
 
 #: Bound parameters in one statement: SQLite takes 32,766.
 MOST_PARAMETERS = 30_000
@@ -240,14 +240,18 @@ def _upsert(dialect: str, layout: Layout) -> Any:
         # MySQL assigns from left to right, so the token comes last.
         new = insert.inserted
         is_newer = new[TOKEN] > table.c[TOKEN]
-        changes = [
-            (name, sa.case((is_newer, plain.merged(table.c[name], new[name])), else_=table.c[name]))
-            for name, plain in layout.plain.items()
-        ]
+        changes = []
+        for name, plain in layout.plain.items():
+            old = table.c[name]
+            merged_here = plain.merged(old, new[name], dialect)
+            changes.append((name, sa.case((is_newer, merged_here), else_=old)))
         token = sa.case((is_newer, new[TOKEN]), else_=table.c[TOKEN])
         return insert.on_duplicate_key_update([*changes, (TOKEN, token)])
     new = insert.excluded
-    merged = {name: plain.merged(table.c[name], new[name]) for name, plain in layout.plain.items()}
+    merged = {
+        name: plain.merged(table.c[name], new[name], dialect)
+        for name, plain in layout.plain.items()
+    }
     return insert.on_conflict_do_update(
         index_elements=[layout.id],
         set_={**merged, TOKEN: new[TOKEN]},
@@ -277,9 +281,8 @@ def _merge(connection: sa.Connection, layout: Layout, records: Sequence[Any]) ->
         return
     changes: dict[str, Any] = {TOKEN: sa.bindparam("b_token")}
     for name, plain in layout.plain.items():
-        changes[name] = plain.merged(
-            table.c[name], sa.bindparam(f"b_{name}", type_=table.c[name].type)
-        )
+        value = sa.bindparam(f"b_{name}", type_=table.c[name].type)
+        changes[name] = plain.merged(table.c[name], value, dialect)
     for name in layout.kept:
         changes[name] = sa.bindparam(f"b_{name}", type_=table.c[name].type)
     if layout.kept:
@@ -313,7 +316,8 @@ def _add_to_child(
     else:
         statement = _insert(dialect, child)
         statement = statement.on_conflict_do_update(
-            index_elements=[layout.id, "item"], set_={"n": child.c.n + statement.excluded.n}
+            index_elements=[layout.id, "item"],
+            set_={"n": added(child.c.n, statement.excluded.n, dialect)},
         )
     for some in _pieces(flat, MOST_PARAMETERS // len(child.columns)):
         connection.execute(statement.values(list(some)))

@@ -69,11 +69,6 @@ class Wire:
         with self._lock:
             self._to_lose = answers
 
-    @property
-    def left_to_lose(self) -> int:
-        """Return how many answers are still to be lost."""
-        return self._to_lose
-
     def cut(self) -> None:
         """End all connections, and refuse new ones, for good."""
         self.mode = Mode.CUT

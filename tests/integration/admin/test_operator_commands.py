@@ -1,6 +1,11 @@
 """The operator's commands: tables for people, JSON for programs, exit statuses for scripts."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,6 +82,42 @@ def test_locks(run: Run, make: Make) -> None:
     assert str(lock.token) in result.stdout
     assert process.id in result.stdout
     assert "is not locked" in run("locks", "z").stdout
+
+
+ODD = ["[/x]", "[bold]", ":smile:", "e\x1b[31mred\x9b0m", "\ud800", "{x}", "new\nline"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_name_is_shown_as_it_is(run: Run, make: Make, name: str) -> None:
+    process = make(retry=ONCE)
+    took = threading.Thread(target=process.lock(name).acquire, name="[/worker]")
+    took.start()
+    took.join()
+    process.create_reference(name)
+    park(process, name)
+    shown = re.sub("[\x1b\x9b]", "\ufffd", name).encode("utf-8", "backslashreplace").decode()
+    for status, *words in (
+        (0, "locks"),
+        (0, "locks", name),
+        (0, "locks", "no" + name),
+        (0, "show", name),
+        (0, "sessions"),
+        (1, "batches"),
+        (1, "show", f"test.test.{name}"),
+    ):
+        result = run(*words)
+        assert result.exit_code == status
+        assert isinstance(result.exception, SystemExit | None)
+        assert all(line in result.stdout for line in shown.splitlines())
+        assert "\x1b" not in result.stdout
+
+
+def test_a_terminal_that_has_not_all_characters(run: Run, own_server: Redis) -> None:
+    program = [sys.executable, "-m", "phonon", "doctor", "--url", own_server.url]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(program, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "persistence" in done.stdout
 
 
 def test_sessions(run: Run, make: Make) -> None:
@@ -163,6 +204,7 @@ def test_unlock(run: Run, make: Make) -> None:
 
 def test_expire(run: Run, make: Make) -> None:
     process = make(heartbeat_interval=0.2)
+    assert "PROCESS is empty" in run("expire", "", "--yes").stderr  # $UNSET
     make(heartbeat_interval=0.2)
     former = process.id
     result = run("expire", former[:10], "--yes")

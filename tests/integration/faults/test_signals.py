@@ -19,9 +19,9 @@ import pytest
 from phonon import LruCache, Process
 from phonon._core import engine as engine_module
 from phonon._core.flows import Flow, Send
-from phonon._protocol import operations
 from phonon._transport import sync_io
 from phonon.errors import ProcessStoppedError
+from support import operations
 from support.interrupts import at_call
 from support.samples import fresh
 from support.world import ALWAYS, Make, Redis, is_settled, key_of, keys_in, wait_until

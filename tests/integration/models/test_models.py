@@ -1,10 +1,12 @@
 """Models and their collections, in threads and real processes, on a real server."""
 
+import contextlib
 import copy
 import dataclasses
 import enum
 import os
 import pickle
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -233,6 +235,57 @@ def test_stop_ends_what_is_left(make: Make) -> None:
     assert [record.views for record in PageViews.done] == [3]
     with pytest.raises(ProcessStoppedError):
         views.add("ada", views=1)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("again", ["add", "durable", "local", "many", "end"])
+def test_a_message_that_comes_again_after_a_block_that_failed(
+    make: Make, stored: bool, again: str
+) -> None:
+    process = make()
+    views = process.collect(PageViews)
+    with process.batch(durable=stored):
+        views.add("ada", views=100)
+    with pytest.raises(ZeroDivisionError), process.batch():
+        views.add("ada", views=1)
+        raise ZeroDivisionError
+    if again in ("durable", "local"):
+        with process.batch(durable=again == "durable"):
+            views.add("ada", views=1)
+    elif again == "many":
+        views.add_many([{"user": "ada", "views": 1}])
+    elif again == "add":
+        views.add("ada", views=1)
+    process.stop()
+    assert sum(record.views for record in PageViews.done) == (100 if again == "end" else 101)
+
+
+def test_blocks_that_fail_and_blocks_that_do_not(make: Make) -> None:
+    """Random messages, of which a block that fails brings none."""
+    moves = random.Random(1)  # noqa: S311 - the same moves each time
+    process = make()
+    views = process.collect(PageViews, max_entries=3)
+    expected: dict[str, int] = {}
+    for _ in range(400):
+        kind = moves.choice(["add", "durable", "local", "failing"])
+        users = [f"user-{moves.randrange(6)}" for _ in range(moves.randrange(1, 6))]
+        if kind == "add":
+            for user in users:
+                views.add(user, views=1)
+        else:
+            with contextlib.suppress(ZeroDivisionError), process.batch(durable=kind != "local"):
+                for user in users:
+                    views.add(user, views=1)
+                if kind == "failing":
+                    raise ZeroDivisionError
+        if kind != "failing":
+            for user in users:
+                expected[user] = expected.get(user, 0) + 1
+    process.stop()
+    found = dict.fromkeys(expected, 0)
+    for record in PageViews.done:
+        found[record.user] += record.views
+    assert found == expected
 
 
 def test_threads_with_batches_of_their_own(make: Make) -> None:

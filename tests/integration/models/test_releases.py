@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
-from phonon import ConflictFreeUpdate, Model, Update
+from phonon import ConflictFreeUpdate, Model, RetryPolicy, Update
 from phonon.errors import ConfigurationError, UnstableNameWarning
 from phonon.fields import ID, Sum
-from support.world import Make, Redis, wait_until
+from support.world import Make, Redis, key_for, wait_until
 
 #: The releases of a program: in the second one the model and the update were renamed and changed.
 COMMON = """
@@ -181,6 +184,63 @@ def test_data_of_a_later_version_waits_for_it(make: Make) -> None:
     assert classes.resolve("test_later") == (Later._record, 1)
     assert classes.resolve("test_later@" + "9" * 5000) is None
     assert make().collect(Later).read("a") is None
+
+
+@pytest.mark.parametrize("kind", ["model", "update"])
+def test_an_upgrade_that_returns_no_dict_loses_nothing(make: Make, kind: str) -> None:
+    """The batch is parked with an error that names the method, and replayed once it is mended."""
+    done: list[Any] = []
+    mended: list[bool] = []
+
+    def upgraded(old: dict[str, Any], version: int) -> Any:
+        assert version == 1
+        return old if mended else None
+
+    class Views(Model, name="test_upgraded_views", version=2):
+        user: ID[str]
+        views: Sum[int] = Sum()
+
+        def on_complete(self) -> None:
+            done.append((self.user, self.views))
+
+        @classmethod
+        def upgrade(cls, old: dict[str, Any], version: int) -> dict[str, Any]:
+            found: dict[str, Any] = upgraded(old, version)
+            return found
+
+    class Row(ConflictFreeUpdate, name="test_upgraded_row", version=2):
+        def execute(self) -> None:
+            done.append((self._id, self.doc["n"]))
+
+        @classmethod
+        def upgrade(cls, old: dict[str, Any], version: int) -> dict[str, Any]:
+            found: dict[str, Any] = upgraded(old, version)
+            return found
+
+    process = make(retry=RetryPolicy(attempts=1))
+    client = process.client
+    if kind == "model":
+        records = process.collect(Views)
+        records.add("ada", views=3)
+        resource = "model.test_upgraded_views.ada"
+        end: Callable[[], None] = partial(records.expire, "ada")
+    else:
+        row = Row(process, "ada", doc={"n": 3})
+        resource, end = row.resource_id, row.end_session
+    key = key_for(process, "partials", resource)
+    layout, name, *rest = msgpack.unpackb(client.lrange(key, 0, -1)[0])
+    assert name.endswith("@2")
+    # As the first version of the class has stored it
+    client.lset(key, 0, msgpack.packb([layout, name.removesuffix("@2"), *rest]))
+
+    with pytest.raises(TypeError, match=r"\.upgrade\(\) returned None: it returns"):
+        end()
+    (parked,) = process.parked()
+    assert "upgrade() returned None" in parked.error
+    assert not done
+    mended.append(True)
+    process.replay(parked.resource, parked.token)
+    assert done == [("ada", 3)]
 
 
 def test_an_update_never_absorbs_one_of_another_resource_or_class(make: Make) -> None:

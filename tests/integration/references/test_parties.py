@@ -5,11 +5,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from phonon import Process
-from phonon.errors import ConfigurationError
+from phonon.errors import ConfigurationError, ProcessStoppedError
 from support.samples import fresh, put
 from support.world import Make, Redis, key_of, wait_until
 
@@ -84,6 +85,17 @@ def test_waiting_for_the_others(make: Make, leaves_last: bool) -> None:
     assert first.count() == 1
     assert first.dereference(), "whoever waited for all others is the last"
     assert first.wait(timeout=0), "it is over"
+
+
+def test_a_wait_ends_with_its_process(make: Make) -> None:
+    process = make()
+    reference = process.create_reference("x", parties=2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(reference.wait, timeout=40)
+        wait_until(lambda: process.engine.identity.waiters)
+        process.stop()
+        with pytest.raises(ProcessStoppedError, match="waits no longer for the other parties"):
+            waiting.result(20)
 
 
 def test_waiting_leaves_nothing_behind(make: Make, keys: Keys) -> None:

@@ -207,6 +207,109 @@ def test_counters_and_sets_in_tables_of_their_own(engine: sa.Engine) -> None:
     assert [row["views"] for row in rows(engine, sink.table)] == [2, 0]
 
 
+def test_rows_from_before_a_field_was_added_count_from_its_zero(engine: sa.Engine) -> None:
+    older = sa.Table("plain", sa.MetaData(), *_columns("user", "longest", "shortest", "token"))
+    older.create(engine)
+    with engine.begin() as connection:
+        connection.execute(older.insert(), {"user": "a", "token": 1})
+        for name in ("views", "balance", "times"):  # as a migration adds them: empty
+            connection.execute(sa.text(f"ALTER TABLE plain ADD COLUMN {name} BIGINT"))
+        for name in ("any_error", "all_paid"):
+            connection.execute(sa.text(f"ALTER TABLE plain ADD COLUMN {name} BOOLEAN"))
+    sink = SqlTable(engine, "plain", Plain)
+    sink.write([record(Plain, 2, "a", views=2, balance=1, times=1, all_paid=True)])
+    (row,) = rows(engine, sink.table)
+    assert (row["views"], row["balance"], row["times"]) == (2, -1, 1)
+    assert (row["any_error"], row["all_paid"]) == (False, True)
+
+
+def _columns(*names: str) -> list[sa.Column[Any]]:
+    types: dict[str, Any] = {"user": sa.Text(), "token": sa.BigInteger(), "shortest": sa.Double()}
+    return [
+        sa.Column(name, types.get(name, sa.BigInteger()), primary_key=name == "user")
+        for name in names
+    ]
+
+
+def test_an_older_release_keeps_what_a_newer_one_has_stored(engine: sa.Engine) -> None:
+    class Newer(Model, name="sql_newer"):
+        user: ID[str]
+        pages: Counter[str] = Counter()
+        tags: SetAppend[str] = SetAppend()
+
+    class Older(Model, name="sql_older"):
+        user: ID[str]
+        pages: Counter[str] = Counter()
+
+    newer, older = SqlTable(engine, "released", Newer), SqlTable(engine, "released", Older)
+    newer.create_table()
+    newer.write([record(Newer, 1, "a", pages={"/": 1}, tags=["x"])])
+    older.write([record(Older, 2, "a", pages={"/": 1})])
+    newer.write([record(Newer, 3, "a", pages={"/": 1}, tags=["y"])])
+    (row,) = rows(engine, newer.table)
+    assert (row["pages"], row["tags"]) == ({"/": 3}, ["x", "y"])
+
+
+def test_a_sum_that_does_not_fit_its_column_is_refused(engine: sa.Engine) -> None:
+    children = {"pages": "large_pages"}
+    plain = SqlTable(engine, "large", Plain)
+    rich = SqlTable(engine, "large_too", Children, children=children)
+    for sink, model, doc in (
+        (plain, Plain, {"views": 2**63 - 1}),
+        (rich, Children, {"views": 2**63 - 1}),
+        (rich, Children, {"pages": {"/": 2**63 - 1}}),
+    ):
+        sink.create_table()
+        key = str(doc)
+        sink.write([record(model, 1, key, **doc)])
+        before = [rows(engine, table) for table in sink.tables]
+        with pytest.raises(sa.exc.DBAPIError, match=r"overflow|out of range"):
+            sink.write([record(model, 2, key, **doc)])
+        assert [rows(engine, table) for table in sink.tables] == before
+
+
+def test_what_a_database_cannot_show_is_stored_all_the_same(engine: sa.Engine) -> None:
+    sink = SqlTable(engine, "rich", Rich)
+    sink.create_table()
+    odd = "a\0b\ud800"
+    doc = {"status": (1, odd), "first": (1, odd), "pages": {odd: 1}, "tags": [odd]}
+    for token in (1, 2):
+        sink.write([record(Rich, token, 1, **doc, events=[odd], recent=[(1, odd)])])
+    (row,) = rows(engine, sink.table)
+    shown = "a\ufffdb\ufffd"
+    assert (row["status"], row["first"], row["pages"]) == (shown, shown, {shown: 2})
+    assert (row["tags"], row["events"]) == ([shown], [shown, shown])
+
+
+def test_times_are_shown_as_instants(engine: sa.Engine) -> None:
+    sink = SqlTable(engine, "rich", Rich)
+    sink.create_table()
+    noon = dt.datetime(2026, 1, 1, 12, tzinfo=dt.timezone(dt.timedelta(hours=5)))
+    sink.write([record(Rich, 1, 1, seen=noon)])
+    last = dt.datetime(9999, 12, 31, 23, tzinfo=dt.timezone(-dt.timedelta(hours=5)))
+    if engine.dialect.name == "sqlite":  # a driver of PostgreSQL stores it, and cannot read it
+        sink.write([record(Rich, 1, 2, seen=last)])
+    seen = rows(engine, sink.table)[0]["seen"]
+    assert (seen if seen.tzinfo else seen.replace(tzinfo=dt.UTC)) == noon
+
+
+def test_one_metadata_may_know_the_table_already(engine: sa.Engine) -> None:
+    metadata = sa.MetaData()
+    table = table_of(Children, "shared", metadata)  # for Alembic
+    children = {"pages": "shared_pages"}
+    sink = SqlTable(engine, "shared", Children, metadata=metadata)
+    assert sink.table is table
+    with pytest.raises(
+        ConfigurationError, match=r"'shared' without the column .* that Plain needs"
+    ):
+        SqlTable(engine, "shared", Plain, metadata=metadata)
+    for _ in range(2):
+        sink = SqlTable(engine, "parents", Children, metadata=metadata, children=children)
+    sink.create_table()
+    sink.write([record(Children, 1, "a", views=1, pages={"/": 1})])
+    assert [row["n"] for row in rows(engine, sink.tables[1])] == [1]
+
+
 @pytest.mark.parametrize("model", [Plain, Children])
 def test_writers_side_by_side_neither_wait_for_ever_nor_lose(engine: sa.Engine, model: Any) -> None:
     sink = SqlTable(engine, "many", model)
@@ -318,6 +421,9 @@ def test_statements_of_other_databases(dialect: str) -> None:
     assert len(names) == 8
     ddl = str(sa.schema.CreateTable(sink.table).compile(dialect=mysql.dialect()))
     assert "VARCHAR(255)" in ddl
+    rich = str(sa.schema.CreateTable(table_of(Rich, "rich")).compile(dialect=mysql.dialect()))
+    assert "price TEXT" in rich
+    assert "status LONGTEXT" in rich
     with pytest.raises(ConfigurationError, match="no upsert that is known"):
         sink.statement("oracle")
 

@@ -6,8 +6,8 @@ import msgpack
 import pytest
 
 from phonon._protocol import lane as shipped
-from phonon._protocol import operations as ops
 from phonon._protocol.answers import Reply
+from support import operations as ops
 
 
 @pytest.fixture(name="lanes")

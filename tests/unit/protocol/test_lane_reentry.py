@@ -8,9 +8,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from phonon._protocol import operations as ops
 from phonon._protocol.lane import Lane, State, move
 from phonon._protocol.operations import Operation
+from support import operations as ops
 
 PROCESS, NUMBER = b"p1", b"7"
 

@@ -34,12 +34,12 @@ from phonon._core.flows import (
     call,
     single,
 )
-from phonon._protocol import operations as ops
 from phonon._protocol.library import default
 from phonon._transport import async_io
 from phonon._transport.asyncio import AsyncDriver
 from phonon._transport.server import after_fork_in_child
 from phonon.errors import ConfigurationError, ConnectionLostError, ForkedError, ServerError
+from support import operations as ops
 from support.drivers import Identity, async_server, calls_of, partials, send
 from support.proxy import Fault, Proxy
 from support.world import Redis

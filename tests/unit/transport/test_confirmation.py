@@ -2,10 +2,10 @@
 
 import pytest
 
-from phonon._protocol import operations
 from phonon._protocol.lane import Lane
 from phonon._protocol.operations import Operation
 from phonon._transport import driving
+from support import operations
 
 STORES = (
     operations.append(0, b"x", b"1"),

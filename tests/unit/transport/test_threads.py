@@ -39,13 +39,13 @@ from phonon._core.flows import (
     call,
     single,
 )
-from phonon._protocol import operations as ops
 from phonon._protocol.library import default
 from phonon._protocol.operations import Operation
 from phonon._transport import sync_io, threads
 from phonon._transport.server import after_fork_in_child
 from phonon._transport.threads import ThreadDriver, _Leader
 from phonon.errors import ConnectionLostError, ServerError
+from support import operations as ops
 from support.drivers import Identity, calls_of, partials, send, sync_server
 from support.interrupts import alarms
 from support.proxy import Fault, Proxy
