@@ -1,6 +1,7 @@
 """Reads a namespace, and acts on it, without becoming one of its processes."""
 
 import getpass
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +27,13 @@ from phonon._admin.records import (
     SessionStatus,
     SourceStatus,
 )
+from phonon._core.checks import is_number
 from phonon._protocol import library
 from phonon._transport import connect, sync_io
 from phonon._transport.connect import SharedConnection
 from phonon._transport.steps import Steps
 from phonon.errors import ConfigurationError
-from phonon.settings import check_name, url_of
+from phonon.settings import check_count, check_flag, check_name, url_of
 
 __all__ = [
     "Act",
@@ -187,6 +189,7 @@ class Admin(BaseAdmin):
             PhononError: The server does not answer, or refuses.
         """
         check_name("name", name)
+        check_flag("semaphore", semaphore)
         return sync_io.run(self._inspector.lock(name, semaphore=semaphore))
 
     def sessions(self, older: float | None = None, prefix: str = "") -> Iterator[SessionStatus]:
@@ -218,6 +221,7 @@ class Admin(BaseAdmin):
             PhononError: The server does not answer, or refuses.
         """
         check_older(older)
+        check_count("most", most)
         steps = self._inspector.oldest_sessions(most, older, check_prefix(prefix))
         return sync_io.run(steps)
 
@@ -281,7 +285,7 @@ class Admin(BaseAdmin):
         Args:
             most: The most acts to return. The server remembers about 1,000 in each partition.
         """
-        return sync_io.run(self._inspector.acts(most))
+        return sync_io.run(self._inspector.acts(check_count("most", most)))
 
     def replay(self, resource: str, token: int) -> str:
         """Hand a parked batch to a process that can execute it, under a new token.
@@ -327,6 +331,7 @@ class Admin(BaseAdmin):
         Raises:
             LockLostError: The lock is not held under that token.
         """
+        check_flag("semaphore", semaphore)
         check_name("name", name)
         steps = self._acts.break_lock(name, check_token(token), semaphore=semaphore)
         return sync_io.run(steps)
@@ -357,7 +362,7 @@ def states_of(state: Any) -> tuple[BatchState, ...]:
     """
     if state is None:
         return STATES
-    states = (state,) if isinstance(state, str) else tuple(state)
+    states = tuple(state) if isinstance(state, list | tuple | set | frozenset) else (state,)
     for each in states:
         if each not in STATES:
             raise ConfigurationError(f"state is one of {', '.join(STATES)}, not {each!r}")
@@ -381,10 +386,10 @@ def check_older(older: Any) -> None:
     Raises:
         ConfigurationError: The age is not a number of seconds.
     """
-    if older is not None and (
-        isinstance(older, bool) or not isinstance(older, int | float) or not older >= 0
-    ):
-        raise ConfigurationError(f"older is a number of seconds, not {older!r}")
+    if older is not None and not (is_number(older) and 0 <= older < math.inf):
+        raise ConfigurationError(
+            f"older is a number of seconds, not {older!r}: give one like older=60, or leave it out"
+        )
 
 
 def check_token(token: Any) -> int:

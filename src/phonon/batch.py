@@ -9,6 +9,7 @@ from inspect import GEN_CREATED, getgeneratorstate
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from phonon._core import codec
+from phonon._core.blocks import BlockEnd
 from phonon._core.copies import UNREFERENCED
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
@@ -61,6 +62,7 @@ class BaseBatch:
         fresh: Updates to store. One that was merged into another may be among them.
         merge_at: The number of updates above which `shrink` is called.
         is_failed: Whether the block's body has raised, so that nothing of it is stored.
+        is_complete: Whether the block's body has come to its end.
     """
 
     #: Whether `passes_over` has to be asked about each new message of a record.
@@ -82,7 +84,7 @@ class BaseBatch:
         self.joins: dict[str, Any] = {}
         self.fresh: list[Any] = []
         self.merge_at = MANY
-        self.is_failed = False
+        self.is_failed = self.is_complete = False
         self._engine = engine
         self._opened = 0.0
         # For undoing the block if its body raises: the content that updates had before it, and
@@ -91,6 +93,7 @@ class BaseBatch:
         self._aside: list[tuple[Any, Any]] = []
         self._endings: dict[int, _Ended] = {}
         self._depth = 0
+        self._block: weakref.ref[Any] | None = None
         self._outer: Any = None
         self._pid = 0
 
@@ -180,9 +183,38 @@ class BaseBatch:
 
     # Opening and closing
 
+    def _begins(self, end: object) -> bool:
+        """A block begins. Return whether it is the outermost; see `BlockEnd`."""
+        if self.is_open:
+            return False
+        self._block = weakref.ref(end)
+        return True
+
+    @property
+    def _is_left(self) -> bool:
+        return self._block is not None and self._block() is None
+
+    def lives(self) -> bool:
+        """Return whether it collects.
+
+        An exception out of a signal handler may have left its block without the block's end. Then
+        what is in it is kept, as if it had come in the middle of the end.
+        """
+        if self.is_open and not self._is_left:
+            return True
+        self.is_complete = False
+        closing = self._closing()
+        if closing is not None and self._pid == os.getpid():
+            closing.interrupted()
+            self._engine.outbox.wake()
+        return False
+
     def _open(self) -> None:
         """Collect the actions of this thread or task from now on."""
-        if self._depth == 0:
+        if not self.is_open:
+            if self._is_left:
+                self._block = None
+            self._depth = 0
             self._engine.ensure_alive()  # type: ignore[attr-defined]  # of threads or tasks
             self._outer = self._engine.batch
             self._engine.open_batch(self)
@@ -191,11 +223,15 @@ class BaseBatch:
             self.is_open = True
         self._depth += 1
 
-    def _leaves(self) -> bool:
+    def _leaves(self, error: BaseException | None, *, outermost: bool) -> bool:
         """Leave a block. Return whether it was the outermost one, so that the batch is closed."""
         self._depth -= 1
         # After a fork inside the block it belongs to the parent, and `stop` closes a batch itself.
-        return not self._depth and self.is_open and self._pid == os.getpid()
+        if (self._depth and not outermost) or not self.is_open or self._pid != os.getpid():
+            return False
+        self.is_failed = error is not None
+        self.is_complete = error is None
+        return True
 
     def _closing(self) -> "Closing | None":
         """Stop collecting.
@@ -334,15 +370,17 @@ class Batch(BaseBatch):
         self._open()
         return self
 
+    @BlockEnd
     def __exit__(
         self,
         kind: "type[BaseException] | None",
         error: BaseException | None,
         traceback: "TracebackType | None",
+        *,
+        block: bool = False,
     ) -> None:
-        if not self._leaves():
+        if not self._leaves(error, outermost=block):
             return
-        self.is_failed = error is not None
         try:
             raise_together("not everything in the batch went well", errors_only(self.close()))
         except Exception as failure:

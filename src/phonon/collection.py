@@ -8,6 +8,7 @@ from phonon._core.engine import Engine, errors_only
 from phonon._models.collecting import TOGETHER, BaseCollection, Limits, Rejected
 from phonon.batch import raise_together
 from phonon.cache import BaseCache, LruCache
+from phonon.settings import check_arguments
 
 P = ParamSpec("P")
 M = TypeVar("M")
@@ -182,7 +183,7 @@ class Collection(BaseCollection[P, M]):
             ConnectionLostError: The server does not answer; see `add`.
             Exception: As `add`.
         """
-        self._folded_record(record, tuple(arguments), dict(named or {}))
+        self._folded_record(record, *check_arguments(arguments, named, ("arguments", "named")))
 
     def _rows(self, rows: Any, first: int, rejected: list[Rejected]) -> None:
         out = self._put_rows(rows, first, rejected)

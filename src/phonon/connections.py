@@ -6,6 +6,7 @@ from typing import Any
 
 from phonon.errors import ConfigurationError
 from phonon.process import Process
+from phonon.settings import check_hosts
 
 __all__ = ["connect", "process"]
 
@@ -31,6 +32,8 @@ def connect(
     global _process  # noqa: PLW0603 - the original's interface is a module
     with _lock:
         if _process is None or _process.engine.stopped:
+            if hosts is not None:
+                check_hosts(hosts)
             if hosts and len(hosts) > 1:
                 options["hosts"] = [host if ":" in host else f"{host}:{port}" for host in hosts]
             elif hosts:

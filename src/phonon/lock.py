@@ -3,11 +3,14 @@
 import contextlib
 import functools
 import inspect
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
+from phonon._core.blocks import BlockEnd
 from phonon._core.executor import TOKENS
 from phonon._core.flows import CALLER_GONE, Flow
 from phonon._core.forks import notice
@@ -126,6 +129,7 @@ class BaseLock:
         self._places = 0
         #: The attempts through which this object has acquired the lock and not released it yet.
         self.taken: list[Attempt] = []
+        self._blocks: dict[int, _Block] = {}
 
     def _check_process(self) -> None:
         """Refuse a process of the other API."""
@@ -371,6 +375,7 @@ class BaseLock:
     @property
     def latest(self) -> Attempt | None:
         """This thread's latest attempt, or else another thread's: any thread may release a lock."""
+        self._engine.leases.settle()
         taken = self.taken
         if not taken:
             return None
@@ -496,6 +501,21 @@ class BaseLock:
             )
             for info, name, (_, token, since_ms, thread) in zip(infos, names, rows, strict=True)
         ]
+
+
+class _Block:
+    """A ``with`` block of a lock.
+
+    Attributes:
+        attempt: What it has taken and not given back.
+        end: Refers to something that lives as long as the block.
+    """
+
+    __slots__ = ("attempt", "end")
+
+    def __init__(self) -> None:
+        self.attempt: Attempt | None = None
+        self.end: Callable[[], object] = lambda: None
 
 
 class Lock(BaseLock):
@@ -654,23 +674,45 @@ class Lock(BaseLock):
 
         return locked
 
+    def _begins(self, end: object) -> "_Block":
+        """A block begins; see `BlockEnd`."""
+        block = _Block()
+        block.end = weakref.ref(end, lambda _: self._is_left(block))
+        self._blocks[threading.get_ident()] = block
+        return block
+
+    def _is_left(self, block: "_Block") -> None:
+        """An exception out of a signal handler may have left a block without its end."""
+        attempt, block.attempt = block.attempt, None
+        if attempt is not None:
+            self._engine.leases.forsaken.append((attempt, self.taken))
+            self._engine.leases.start_work()
+
     def __enter__(self) -> "HeldLock":
         attempt = self.new_attempt()
+        block = self._blocks.pop(threading.get_ident(), None)
         try:
+            if block is not None and block.end() is not None:
+                block.attempt = attempt
             self._engine.run(self.entering(attempt))
             return cast("HeldLock", self)
         except PhononError:
+            if block is not None:
+                block.attempt = None
             raise
         except BaseException:
             self._engine.leases.forsaken.append((attempt, self.taken))
             self._engine.leases.start_work()
             raise
 
+    @BlockEnd
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
+        *,
+        block: "_Block | None" = None,
     ) -> None:
         attempt = None
         try:
@@ -685,6 +727,9 @@ class Lock(BaseLock):
             self._engine.leases.forsaken.append((attempt or self.latest, self.taken))
             self._engine.leases.start_work()
             raise
+        finally:
+            if block is not None:
+                block.attempt = None
 
 
 if TYPE_CHECKING:

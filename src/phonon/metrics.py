@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phonon.errors import ConfigurationError
-from phonon.settings import check_owner
+from phonon.settings import check_has, check_owner
 
 if TYPE_CHECKING:
     from phonon.process import BaseProcess
@@ -337,6 +337,9 @@ def instrument(*processes: "BaseProcess", meter_provider: Any = None) -> None:
         ) from error
     for process in processes:
         check_owner(process)
+    if meter_provider is not None:
+        remedy = "a MeterProvider of OpenTelemetry's, or leave the argument out"
+        check_has("meter_provider", meter_provider, ["get_meter"], remedy)
     meter = api.get_meter("phonon", meter_provider=meter_provider)
     histograms: dict[str, Any] = {}
 

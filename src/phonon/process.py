@@ -24,7 +24,7 @@ from phonon._transport.connect import SharedConnection
 from phonon._transport.threads import ThreadDriver
 from phonon.batch import Batch, raise_together
 from phonon.collection import Collection
-from phonon.errors import AlreadyLockedError, ConfigurationError, ConnectionLostError
+from phonon.errors import AlreadyLockedError, ConfigurationError
 from phonon.reference import BaseReference, Reference
 from phonon.serializers import ExactSerializer, Serializer
 from phonon.settings import (
@@ -136,6 +136,7 @@ class BaseProcess:
     def _flush(self) -> Flow[list[BaseException]]:
         engine = self.engine
         outbox = engine.outbox
+        _ = engine.batch  # one whose block was left without its end comes to its own here
         unstored, outbox.unstored = outbox.unstored, []
         errors: list[BaseException] = yield from outbox.store(unstored)
         deadline = engine.identity.clock() + engine.driver.retry_timeout
@@ -150,12 +151,9 @@ class BaseProcess:
                 pause *= 2
                 continue
             if not errors and outbox.is_unfinished:
-                errors.append(
-                    ConnectionLostError(
-                        f"{engine.address} did not answer all unfinished calls: they go on in the "
-                        "background; call flush() again to wait for them"
-                    )
-                )
+                lost = engine.driver.lost()
+                lost.add_note("phonon: call flush() again to wait for them")
+                errors.append(lost)
             break
         return errors
 
@@ -610,9 +608,10 @@ class Process(BaseProcess):
                 ``id``, its key ``"MessageId"``, or the first item of a tuple.
             window: Seconds for which ids are remembered on the server.
         """
-        if dedupe is not None:
+        if (dedupe, messages, message_id, window) != (None, (), None, WINDOW):
             progress = unordered(self._engine, dedupe, window)
-            return Messages(self._engine, progress, messages, message_id or id_of)
+            mark = id_of if message_id is None else message_id
+            return Messages(self._engine, progress, messages, mark)
         batch: Batch | None = self._engine.batch
         if batch is None:
             return Batch(self._engine, durable=check_flag("durable", durable))

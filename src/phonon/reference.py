@@ -98,6 +98,8 @@ class BaseReference:
 
         The lock is taken around both unless this thread holds it exclusively.
         """
+        if block is not None:
+            check_flag("block", block)
         engine = self._engine
         batch = engine.batch
         if callback is None:
@@ -345,18 +347,18 @@ class Reference(BaseReference):
                 it was still waiting for the lock; calling again is right in both cases.
         """
         check_callable("callback", callback, is_async=True)  # a coroutine function: see `bound`
-        run = None if callback is None else bound(callback, args, kwargs)
+        given = check_arguments(args, kwargs)
+        run = None if callback is None else bound(callback, *given)
         return bool(self._engine.run(self._dereference(run, block)))
 
 
 def bound(
-    callback: Callable[..., Any], args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+    callback: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Callable[[], Any]:
     """Return a function with the callback's name that calls it with arguments."""
-    given, named = check_arguments(args, kwargs)
 
     def run() -> Any:
-        return callback(*given, **named)
+        return callback(*args, **kwargs)
 
     # An error, about a coroutine function for example, shows this name.
     run.__qualname__ = getattr(callback, "__qualname__", repr(callback))

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from inspect import iscoroutinefunction
 from typing import Any, Final
@@ -89,6 +89,51 @@ def check_timeout(argument: str, value: Any) -> float:
     return seconds
 
 
+def check_count(argument: str, value: Any) -> int:
+    """Refuse a number of things that is no whole number of 1 or more.
+
+    Raises:
+        ConfigurationError: The value is refused.
+    """
+    count = check_whole(argument, value)
+    if count < 1:
+        raise ConfigurationError(
+            f"{argument} is at least 1, not {value!r}: give {argument}=1 or more"
+        )
+    return count
+
+
+def check_iterable(argument: str, value: Any) -> None:
+    """Refuse a value that cannot be looped over, or is a single text.
+
+    Raises:
+        ConfigurationError: The value is refused.
+    """
+    if isinstance(value, str | bytes) or not (
+        isinstance(value, Iterable) or hasattr(value, "__getitem__")
+    ):
+        raise ConfigurationError(
+            f"{argument} is a list, or anything else to loop over, not {value!r}: put a single one "
+            "into a list"
+        )
+
+
+def check_has(argument: str, value: Any, methods: Sequence[str], remedy: str) -> None:
+    """Refuse an object that lacks methods.
+
+    Args:
+        argument: The argument's name, for the message.
+        value: The value.
+        methods: The methods that are called.
+        remedy: What to give.
+
+    Raises:
+        ConfigurationError: The value is refused.
+    """
+    if isinstance(value, type) or not all(callable(getattr(value, m, None)) for m in methods):
+        raise ConfigurationError(f"{argument} is not {value!r}: give {remedy}")
+
+
 def check_key(value: Any) -> None:
     """Refuse a cache's key that is not hashable.
 
@@ -117,26 +162,30 @@ def check_owner(value: Any) -> Any:
     return engine
 
 
-def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def check_arguments(
+    args: Any, kwargs: Any, names: tuple[str, str] = ("args", "kwargs")
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return copies of a callback's arguments.
 
     Args:
         args: Positional arguments; None for none.
         kwargs: Keyword arguments; None for none.
+        names: The arguments' names, for the message.
 
     Raises:
         ConfigurationError: ``args`` or ``kwargs`` has a wrong type.
     """
     if args is not None and (isinstance(args, str | bytes) or not isinstance(args, Sequence)):
         raise ConfigurationError(
-            f"args is a list or tuple of the callback's arguments, not {args!r}: write args=(...,)"
+            f"{names[0]} is a list or tuple of the callback's arguments, not {args!r}: write "
+            f"{names[0]}=(...,)"
         )
     if kwargs is not None and not (
         isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)
     ):
         raise ConfigurationError(
-            f"kwargs is a dict of the callback's arguments by name, not {kwargs!r}: write "
-            "kwargs={...}"
+            f"{names[1]} is a dict of the callback's arguments by name, not {kwargs!r}: write "
+            f"{names[1]}={{...}}"
         )
     return tuple(args or ()), dict(kwargs or {})
 
@@ -338,6 +387,19 @@ def check_executor(value: Any) -> None:
 # The server's address
 
 
+def check_hosts(hosts: Any) -> None:
+    """Refuse a list of hosts that is none, or empty.
+
+    Raises:
+        ConfigurationError: The list is refused.
+    """
+    is_list = isinstance(hosts, Sequence) and not isinstance(hosts, str | bytes)
+    if not is_list or not hosts or not all(isinstance(host, str) for host in hosts):
+        raise ConfigurationError(
+            f'hosts= is a list of "host:port", not {hosts!r}: write hosts=["localhost:7000"]'
+        )
+
+
 def url_of(
     url: Any, hosts: Sequence[str] | None, client: Any, address: tuple[Any, Any, Any]
 ) -> str | None:
@@ -361,11 +423,7 @@ def url_of(
     if url is not None:
         return check_name("url", url)
     if hosts is not None:
-        is_list = isinstance(hosts, Sequence) and not isinstance(hosts, str | bytes)
-        if not is_list or not hosts or not all(isinstance(h, str) for h in hosts):
-            raise ConfigurationError(
-                f'hosts= is a list of "host:port", not {hosts!r}: write hosts=["localhost:7000"]'
-            )
+        check_hosts(hosts)
         return "redis+cluster://" + ",".join(hosts)
     if address == _DEFAULT_ADDRESS and os.environ.get(URL_VARIABLE):
         return os.environ[URL_VARIABLE]

@@ -1,18 +1,18 @@
 """Sources of messages: a batch is stored together with its offsets or ids."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from phonon._core.checks import is_number
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
 from phonon._core.sources import Claim, Ids, Ordered, Progress, Unordered
 from phonon.batch import BaseBatch, Batch, Out, end_all, has_begun, merge_updates, raise_together
 from phonon.errors import ConfigurationError
-from phonon.settings import check_name
+from phonon.settings import check_callable, check_iterable, check_name
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from phonon.process import Process
 
 M = TypeVar("M")
@@ -56,6 +56,8 @@ class BaseMessages(BaseBatch, Generic[M]):
         messages: Iterable[M],
         mark: Callable[[M], Any],
     ) -> None:
+        check_iterable("messages", messages)
+        check_callable("message_id", mark, is_async=False)
         super().__init__(engine)
         self._progress = progress
         self._messages = messages
@@ -64,8 +66,6 @@ class BaseMessages(BaseBatch, Generic[M]):
         #: Whether all data of the messages is on the server. A later error, such as from executing
         #: a session that has ended, does not concern the messages.
         self.is_stored = False
-        #: Whether the block has ended without an error, so that the last message is complete.
-        self._complete = False
         self._measure_at = MOST_RECORDS
         self.asks = progress.asks
         if self.asks:
@@ -165,11 +165,6 @@ class BaseMessages(BaseBatch, Generic[M]):
 
     # The end
 
-    def _ends(self, error: BaseException | None) -> None:
-        """End the block. If it raised, drop its data, because the broker still has the messages."""
-        if self._depth == 1:
-            self._complete = error is None
-
     def _closing(self) -> "MessagesClosing | None":  # type: ignore[override]  # the same for `close`
         self.is_open = False
         outs = [self._endings.pop(key) for key in list(self._endings)]
@@ -177,13 +172,13 @@ class BaseMessages(BaseBatch, Generic[M]):
         self.fresh, self.joins = [], {}
         self._engine.close_batch(self, self._outer)
         self._return_aside()
-        if not self._complete:
+        if not self.is_complete:
             drop(self, fresh)
             fresh = []
         elif fresh and not self._has_begun:
             drop(self, fresh)
             raise self._outside()
-        stores = self._complete and self._has_begun
+        stores = self.is_complete and self._has_begun
         if not (stores or joins or outs):
             return None
         return MessagesClosing(self._engine, self, fresh, joins, outs, stores=stores)
@@ -227,8 +222,8 @@ class MessagesClosing:
             errors += yield from _storing(engine, self._batch, progress, self._fresh)
         if self._joins:
             errors += yield from engine.outbox.store((), list(self._joins))
-        self._batch.is_stored = self._batch._complete and not errors  # noqa: SLF001 - a class of this module
-        # Only now: their last data has to be stored with the positions, not by the sessions' ends.
+        self._batch.is_stored = self._batch.is_complete and not errors
+        # Only now: their last data has to be stored with the books, not by the end of a session.
         errors += yield from end_all(engine, self._outs)
         return errors
 
@@ -296,15 +291,6 @@ class Messages(BaseMessages[M], Batch):
             raise
         for error in errors:
             raise error
-
-    def __exit__(
-        self,
-        kind: "type[BaseException] | None",
-        error: BaseException | None,
-        traceback: "TracebackType | None",
-    ) -> None:
-        self._ends(error)
-        super().__exit__(kind, error, traceback)
 
 
 class BaseSource:
@@ -456,8 +442,13 @@ def unordered(engine: Engine, dedupe: Any, window: float) -> Unordered:
     Raises:
         ConfigurationError: An argument is invalid.
     """
+    if dedupe is None:
+        raise ConfigurationError(
+            "messages, message_id and window are for batches that remember ids: give dedupe= as "
+            "well, or leave them out"
+        )
     check_name("dedupe", dedupe)
-    if isinstance(window, bool) or not isinstance(window, int | float) or not window >= 1:
+    if not is_number(window) or not 1 <= window < math.inf:
         raise ConfigurationError(
             f"window is a number of seconds, at least 1, not {window!r}: give one that is longer "
             "than the broker takes to deliver a message again"

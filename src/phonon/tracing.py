@@ -11,7 +11,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phonon.errors import ConfigurationError
-from phonon.settings import check_owner
+from phonon.settings import check_has, check_owner
 
 if TYPE_CHECKING:
     from phonon.process import BaseProcess
@@ -52,6 +52,9 @@ def instrument(*processes: "BaseProcess", tracer_provider: Any = None) -> None:
         raise ConfigurationError(
             "OpenTelemetry's spans need its API: pip install 'phonon[opentelemetry]'"
         ) from error
+    if tracer_provider is not None:
+        remedy = "a TracerProvider of OpenTelemetry's, or leave the argument out"
+        check_has("tracer_provider", tracer_provider, ["get_tracer"], remedy)
     tracer = api.get_tracer("phonon", tracer_provider=tracer_provider)
     for engine in [check_owner(process) for process in processes]:
         _Tracing(api, tracer, engine)

@@ -50,7 +50,8 @@ class Redis:
         binary = os.environ.get("PHONON_TEST_SERVER") or str(get_binary_path())
         command = [binary, "--port", "0", "--unixsocket", self.socket]
         command += ["--dir", str(self.folder), "--save", "", "--loglevel", "warning", *self.options]
-        self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        # Without the default of SIGXFSZ, which would kill it where a test makes its disk full.
+        self.popen = subprocess.Popen(command, stdout=subprocess.DEVNULL, restore_signals=False)
         wait_until(self.ready)
 
     def ready(self) -> bool:

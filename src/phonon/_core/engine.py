@@ -363,7 +363,9 @@ class Engine:
         """The batch that this thread or task is in, or None."""
         if not self.batches:
             return None
-        batch = getattr(self.local, "batch", None)
+        batch: Any = getattr(self.local, "batch", None)
+        while batch in self.batches and not batch.lives():
+            batch = self.local.batch
         return batch if batch in self.batches else None
 
     def open_batch(self, batch: Any) -> None:
@@ -495,6 +497,7 @@ class Engine:
                 compared = True
                 yield from self.heartbeat.compare()
                 yield from self.leases.release_all()
+                yield from self._leave_all()  # another task or thread may have joined meanwhile
                 yield from self.outbox.retry(math.inf, begun)
                 for p, answer in zip(
                     left, (yield Send(list(map(operations.close, left)))), strict=True

@@ -43,12 +43,16 @@ class Job:
         outcome: Its outcome; None as long as it has not ended.
         running: The driver's handle, once the job has begun.
         is_callers: Whether the job runs in the caller's thread although there is an executor.
+        returned: The value that the function has returned, if it has.
+        raised: The error that the function has raised, if it has.
     """
 
     function: Callable[[], Any]
     outcome: Outcome | None = None
     running: Any = field(default=None, repr=False)
     is_callers: bool = False
+    returned: deque[Any] = field(default_factory=lambda: deque(maxlen=1), repr=False)
+    raised: BaseException | None = field(default=None, repr=False)
 
 
 class Signal(Protocol):

@@ -14,7 +14,7 @@ from phonon._core.takeover import Takeover
 from phonon._protocol.lane import Lane
 from phonon._protocol.operations import class_of_queue
 from phonon._protocol.partitions import decode
-from phonon.errors import ServerUnreachableError
+from phonon.errors import ServerError, ServerUnreachableError
 
 log = logging.getLogger("phonon")
 
@@ -109,7 +109,7 @@ class Heartbeat:
                 if self._identity.suspected:
                     yield from self._rebirth.run()
                 pause = min(pause, (yield from self.beat()))
-            except ServerUnreachableError as error:
+            except (ServerUnreachableError, ServerError) as error:
                 pause = min(pause, 1.0)
                 if not self._complained:
                     log.warning("no heartbeat: %s", error)

@@ -70,6 +70,7 @@ class Members:
         self.stopping = False
         self.held: dict[str, weakref.ref[Any] | None] = {}
         self._entries: dict[str, Entry] = {}
+        self._doubtful: dict[str, None] = {}
         self.undelivered_results: set[str] = set()
 
     def begin(self) -> None:
@@ -77,6 +78,7 @@ class Members:
         self.stopping = False
         self.held = {}
         self._entries = {}
+        self._doubtful = {}
         self.undelivered_results = set()
 
     def place(self, resource: str) -> tuple[int, bytes]:
@@ -98,9 +100,12 @@ class Members:
         of = self._identity.partitions.of
         return [operations.join(of(name), name) for name in names]
 
-    def joining(self, resource: str) -> list[Operation]:
-        """Return the operation that joins a resource again, if it is held."""
-        return [operations.join(*self.place(resource))] if resource in self.held else []
+    def settle_doubts(self) -> Flow[None]:
+        """Join resources again that a rebirth has joined, and that may have been left since."""
+        doubtful, self._doubtful = self._doubtful, {}
+        sent = [operations.join(*self.place(each)) for each in doubtful if each in self.held]
+        if sent:
+            yield Send(sent)
 
     def join(self, resource: str) -> Flow[None]:
         """Become a member.
@@ -130,6 +135,7 @@ class Members:
         (answer,) = yield Send((operation,))
         failed = isinstance(answer, Exception)
         self.entered(resource, entry, failed=failed)
+        yield from self.settle_doubts()
         if failed:
             raise answer
 
@@ -164,6 +170,9 @@ class Members:
         if entry is None:
             return
         entry.pending -= 1
+        if failed and entry.identity != self._identity.id:
+            # A rebirth has joined it, but a leave may have come before the refusal.
+            self._doubtful[resource] = None
         if not failed and not entry.entered:
             entry.entered = True
             self._identity.measures.opened += 1

@@ -293,6 +293,7 @@ class Outbox:
             told = operation.each(answer)
             self._entered(resources, entries, told)
             errors += [error for error in told if isinstance(error, Exception)]
+        yield from members.settle_doubts()
         if errors:
             self.look()
         self._identity.measures.add_stored(count, size)

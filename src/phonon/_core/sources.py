@@ -505,7 +505,6 @@ class Sources:
             progress.failed()
             raise
         many: list[LongSession] = []
-        doubtful: list[Operation] = []
         partials = size = 0
         for operation, answer, names, entered in zip(sent, answers, named, entries, strict=True):
             code = answer[0] if isinstance(answer, list) else answer
@@ -524,11 +523,7 @@ class Sources:
                 errors.append(_error(progress, operation, answer))
             for name, entry in zip(names, entered, strict=True):
                 self._members.entered(name, entry, failed=code != _INGESTED)
-                # A rebirth has joined it, but a leave may have come before the refusal.
-                if code != _INGESTED and entry and entry.identity != self._identity.id:
-                    doubtful += self._members.joining(name)
-        if doubtful:
-            yield Send(doubtful)
+        yield from self._members.settle_doubts()
         self._identity.measures.add_stored(partials, size)
         if many:
             yield Branch(self._executor.compact(many))

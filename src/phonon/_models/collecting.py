@@ -15,7 +15,14 @@ from phonon._models.columns import Aside, Rows, rows_of
 from phonon._models.messages import mapping_of
 from phonon._models.record import DATABASE, ModelRecord
 from phonon.errors import ConfigurationError, InvalidMessageError, UnknownClassError
-from phonon.settings import check_seconds, check_whole
+from phonon.settings import (
+    check_count,
+    check_flag,
+    check_has,
+    check_iterable,
+    check_key,
+    check_seconds,
+)
 
 P = ParamSpec("P")
 M = TypeVar("M")
@@ -124,10 +131,10 @@ class BaseCollection(Generic[P, M]):
         for name, value in (("idle", idle), ("longest", longest)):
             if value is not None:
                 check_seconds(name, value)
-        if largest is not None and check_whole("largest", largest) < 1:
-            raise ConfigurationError(f"largest is a number of messages, not {largest!r}")
+        if largest is not None:
+            check_count("largest", largest)
         self.idle, self.longest, self.largest = idle, longest, largest
-        self.ignore_unknown = bool(ignore_unknown)
+        self.ignore_unknown = check_flag("ignore_unknown", ignore_unknown)
         self._process = process
         self._engine: Engine = process.engine
         self._record: type[ModelRecord] = self.model._record  # noqa: SLF001 - a model of ours
@@ -148,9 +155,14 @@ class BaseCollection(Generic[P, M]):
 
         model = self.model
         if not isinstance(model, type) or not issubclass(model, Model):
-            raise ConfigurationError(f"collect() takes a subclass of phonon.Model, not {model!r}")
+            raise ConfigurationError(
+                f"model is a subclass of phonon.Model, not {model!r}: give collect() the class"
+            )
         model._code()  # noqa: SLF001 - it raises if there is no ID
         if sink is not None:
+            check_has(
+                "sink", sink, ["prepare", "write"], "a phonon.sinks.Sink, such as an SqlTable"
+            )
             sink.prepare(model)
             model._record.sink = sink  # noqa: SLF001 - a model of ours
         elif not model.completes_many() and model.on_complete is Model.on_complete:
@@ -181,6 +193,7 @@ class BaseCollection(Generic[P, M]):
 
         Inside a batch this is the batch's data. The call does not count as a message.
         """
+        check_key(key)
         cache = self._cache
         with cache._lock:  # noqa: SLF001 - a cache of ours
             record = cache._entries.get(key)  # noqa: SLF001
@@ -433,9 +446,8 @@ class BaseCollection(Generic[P, M]):
             ConfigurationError: The argument is a single message.
         """
         if isinstance(rows, str | bytes) or mapping_of(rows) is not None:
-            raise ConfigurationError(
-                f"add_many() takes several messages, not {rows!r}: put it into a list"
-            )
+            raise ConfigurationError(f"rows are several messages, not {rows!r}: put it into a list")
+        check_iterable("rows", rows)
 
     def _put_rows(
         self, rows: Iterable[Any], first: int, rejected: list[Rejected]

@@ -76,8 +76,7 @@ class Slot:
         if self.share is not None and failure is not None:
             self.share.failure = failure
         self.share = None
-        if not self.done.done():
-            self.done.set_result(None)
+        settle(self.done)
 
     def abandon(self) -> None:
         """Read and drop the answers that are still to come: the caller has gone."""
@@ -188,8 +187,17 @@ class Channel(asyncio.Protocol):
         """Fail all tasks that wait for an answer."""
         self._real._writer = self._real._reader = None  # noqa: SLF001 - it is closed
         self._fail(RedisConnectionError(str(exc) if exc else "the server has closed it"))
-        if not self.lost.done():
-            self.lost.set_result(None)
+        settle(self.lost)
+
+
+def settle(future: "asyncio.Future[Any]", result: Any = None) -> None:
+    """Let those go on that wait for a future, if any do.
+
+    A signal handler may cancel a task at any moment, as asyncio's own for SIGINT does; so it is no
+    use to ask before whether the future is done.
+    """
+    with contextlib.suppress(asyncio.InvalidStateError):
+        future.set_result(result)
 
 
 def _copy(error: BaseException) -> BaseException:

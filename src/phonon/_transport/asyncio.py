@@ -77,11 +77,6 @@ MOST_MAIL = 1000
 _Future = asyncio.Future[Any]
 
 
-def _resolve(future: _Future, value: Any) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
 class AsyncSignal:
     """Wakes one task. Any thread may set it, before the task waits or while it does.
 
@@ -101,10 +96,10 @@ class AsyncSignal:
         if waiter is None:
             return
         if _running_loop() is self._loop:
-            _resolve(waiter, True)  # noqa: FBT003 - the value
+            async_io.settle(waiter, True)  # noqa: FBT003 - the value
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits
-            self._loop.call_soon_threadsafe(_resolve, waiter, True)  # noqa: FBT003 - the value
+            self._loop.call_soon_threadsafe(async_io.settle, waiter, True)  # noqa: FBT003 - the value
 
     async def wait(self, seconds: float) -> bool:
         """Wait until the signal is set, and unset it. Return whether it was set."""
@@ -132,13 +127,14 @@ class _Ticket(Ticket):
     def tell(self) -> None:
         """Wake the task, if all answers are there."""
         future = self.future
-        if future is not None and not future.done() and self.is_done:
-            future.set_result(None)
+        if future is not None and self.is_done:
+            async_io.settle(future)
 
     def fail(self, error: Exception) -> None:
         """Wake the task with an error: there are no answers yet."""
-        if self.future is not None and not self.future.done():
-            self.future.set_exception(error)
+        if self.future is not None:
+            with contextlib.suppress(asyncio.InvalidStateError):
+                self.future.set_exception(error)
 
 
 class AsyncWorker:
@@ -225,7 +221,6 @@ class AsyncDriver:
         # Tickets in the order of their deadlines, and the timer for the first.
         self._waiting: dict[_Ticket, None] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._trouble: Exception | None = None
         self._mail = _Mail()
         self._readers: dict[int | None, asyncio.Task[None]] = {}
         identity.on_rebirth(self.look_again)
@@ -427,18 +422,13 @@ class AsyncDriver:
         until = self.loop.time() + patience
         steps = exchange(self.server, requests, [call for _, call in calls], patience)
         replies = await async_io.run(steps)
-        moved = False
-        lost: Exception | None = None
-        for (lane, call), reply in zip(calls, replies, strict=True):
-            if isinstance(reply, Exception):
-                self._trouble = reply
-                if isinstance(reply, ConnectionLostError):
-                    lost = reply
-            moved = self._receiver.take(lane, call, reply) or moved
-        if lost is not None and self.loop.time() < until:
-            # Given up early: the server refuses the connection.
+        early = self.loop.time() < until
+        moved, hopeless = self._receiver.take_all(calls, replies, early=early)
+        if hopeless:
             self._fail({lane for lane, _ in calls})
-        if self._trouble is not None and any(lane.state is State.FENCED for lane, _ in calls):
+        if self._receiver.trouble is not None and any(
+            lane.state is State.FENCED for lane, _ in calls
+        ):
             for ticket in list(self._waiting):
                 if ticket.run.background and ticket.send.first:
                     self._fail_if_fenced(ticket)
@@ -463,7 +453,7 @@ class AsyncDriver:
         for ticket in list(self._waiting):
             if ticket.deadline <= now:
                 self._waiting.pop(ticket)
-                ticket.fail(self._lost())
+                ticket.fail(self.lost())
         if self._waiting:
             earliest = min(ticket.deadline for ticket in self._waiting)
             self._timer = self.loop.call_at(earliest, self._overdue)
@@ -472,20 +462,16 @@ class AsyncDriver:
         lanes = set(lanes)
         for ticket in list(self._waiting):
             if not lanes.isdisjoint(ticket.lanes()):
-                ticket.fail(self._lost())
+                ticket.fail(self.lost())
 
     def _fail_if_fenced(self, ticket: _Ticket) -> None:
         """Fail the heartbeat's own ticket: it must not wait for a rebirth, which it has to do."""
         if any(lane.state is State.FENCED for lane in ticket.lanes()):
-            ticket.fail(self._lost())
+            ticket.fail(self.lost())
 
-    def _lost(self) -> ConnectionLostError:
-        trouble = self._trouble
-        if isinstance(trouble, ConnectionLostError):
-            return ConnectionLostError(*trouble.args)
-        if isinstance(trouble, ResponseError):
-            trouble = self.explain(trouble)
-        return self.server.lost(trouble)
+    def lost(self) -> ConnectionLostError:
+        """Return the error for a caller whose call is not answered, with the reason if known."""
+        return self.server.lost(self._receiver.trouble)
 
     def deliver(self, operation: Operation, answer: Any) -> None:
         """Hand an answer that a rebirth has found to the task that waits for it."""
@@ -559,6 +545,11 @@ class AsyncDriver:
                 except RuntimeError as error:
                     job.outcome = Outcome(error=error)
                     continue
+            elif job.running.done():  # an exception out of a signal handler has ended it
+                cancelled = job.running.cancelled()
+                ended = asyncio.CancelledError() if cancelled else job.running.exception()
+                job.outcome = Outcome(error=ended)
+                continue
             running.append(job.running)
         if running:
             done, _ = await asyncio.wait(running, timeout=self.slice)
@@ -569,11 +560,11 @@ class AsyncDriver:
         try:
             if EXECUTING.get():
                 # It is part of a job that runs already and has a place: it could wait for itself.
-                job.outcome = await _outcome_of(job.function)
+                job.outcome = await _outcome_of(job)
             else:
                 async with self._places:
                     EXECUTING.set(True)
-                    job.outcome = await _outcome_of(job.function)
+                    job.outcome = await _outcome_of(job)
         except asyncio.CancelledError as error:
             job.outcome = job.outcome or Outcome(error=error)
             raise
@@ -591,7 +582,7 @@ class AsyncDriver:
         mail.groups[future] = group
         if group not in self._readers:
             self._readers[group] = self._start(self._read_mail(group), "phonon-mail", Context())
-        timer = self.loop.call_later(effect.seconds, _resolve, future, False)  # noqa: FBT003 - the value
+        timer = self.loop.call_later(effect.seconds, async_io.settle, future, False)  # noqa: FBT003 - the value
         try:
             return bool(await future)
         finally:
@@ -679,7 +670,7 @@ class AsyncDriver:
             self._timer.cancel()
             self._timer = None
         for ticket in list(self._waiting):
-            ticket.fail(self._lost())
+            ticket.fail(self.lost())
         self._mail.wake_all()
         left = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in left:
@@ -706,7 +697,7 @@ class _Mail:
         """Wake the task of a mail."""
         future = self.waiting.get(waiter)
         if future is not None:
-            _resolve(future, True)  # noqa: FBT003 - the value
+            async_io.settle(future, True)  # noqa: FBT003 - the value
         elif is_nudge(waiter):
             self.wake_all()
         else:
@@ -723,15 +714,16 @@ class _Mail:
     def wake_all(self) -> None:
         """Wake all tasks: they ask again."""
         for future in list(self.groups):
-            _resolve(future, True)  # noqa: FBT003 - the value
+            async_io.settle(future, True)  # noqa: FBT003 - the value
 
 
-async def _outcome_of(function: Callable[[], Any]) -> Outcome:
+async def _outcome_of(job: Job) -> Outcome:
     """Run the user's code; a thread runs functions that are not ``async``."""
+    function = job.function
     if iscoroutinefunction(function):
         outcome = Outcome(function())
     else:
-        outcome = await asyncio.to_thread(run_user_code, function)
+        outcome = await asyncio.to_thread(run_user_code, job)
     if isawaitable(outcome.value):
         try:
             outcome = Outcome(await outcome.value)

@@ -8,15 +8,16 @@ from typing import Any, Protocol, TypeAlias
 
 from redis.exceptions import ResponseError
 
-from phonon._core.flows import EXECUTING, FlowRun, Outcome, Send
+from phonon._core.flows import EXECUTING, FlowRun, Job, Outcome, Send
 from phonon._protocol.answers import Reply
-from phonon._protocol.lane import Call, Lane, move
+from phonon._protocol.lane import Call, Lane, State, move
 from phonon._protocol.library import Library, Request
 from phonon._protocol.operations import Code, Operation
 from phonon._protocol.partitions import ENCODING, ERRORS, Partitions
 from phonon._transport.server import Reply as Answer
 from phonon._transport.server import Server
 from phonon._transport.steps import Steps
+from phonon.errors import ConnectionLostError
 
 #: Errors that end a lane, unless it was closing.
 REFUSALS = frozenset({"PHONONFENCED", "PHONONLOST", "PHONONSTALE"})
@@ -244,6 +245,33 @@ class Receiver:
     def __init__(self, identity: LaneOwner, explain: Explain) -> None:
         self.identity = identity
         self.explain = explain
+        #: The last reply that was an error.
+        self.trouble: Exception | None = None
+
+    def take_all(
+        self, calls: Sequence[tuple[Lane, Call]], replies: Sequence[Any], *, early: bool
+    ) -> tuple[bool, bool]:
+        """Take in the replies to calls.
+
+        Args:
+            calls: The calls.
+            replies: Their replies.
+            early: Whether a call without an answer was given up before its time.
+
+        Returns:
+            Whether a lane can go on at once; and whether waiting is no use, because the server does
+            not let us in, or refuses even to say what became of a call that it has refused.
+        """
+        moved = hopeless = False
+        for (lane, call), reply in zip(calls, replies, strict=True):
+            moved = self.take(lane, call, reply) or moved
+            if isinstance(reply, Exception):
+                self.trouble = reply
+                if isinstance(reply, ConnectionLostError):
+                    hopeless = hopeless or early
+                elif call.error is not None and lane.state is State.REFUSED:
+                    hopeless = True
+        return moved, hopeless
 
     def take(self, lane: Lane, call: Call, reply: Any) -> bool:
         """Take in the reply to a call, or the error in place of a reply.
@@ -327,26 +355,31 @@ def is_nudge(waiter: str) -> bool:
 # Executing
 
 
-def run_user_code(function: Callable[[], Any]) -> Outcome:
-    """Run the user's code, and return its value or its error.
+def run_user_code(job: Job) -> Outcome:
+    """Run the user's code, unless it has run, and return its value or its error.
+
+    The job notes both in steps that no signal handler can come between: an interrupt right after
+    the code's end must not make it run again.
 
     Raises:
         BaseException: A signal handler raised it, after the code had ended.
     """
-    box: deque[Any] = deque(maxlen=1)
-    token = EXECUTING.set(True)
-    try:
-        # One step: an interrupt right after the code's end must not make it run again.
-        box.extend(map(call_function, (function,)))
-    except BaseException as error:
-        if box:
-            raise
-        return Outcome(error=error)
-    finally:
-        EXECUTING.reset(token)
-    if not box:
-        return Outcome(error=RuntimeError(f"{name_of(function)} raised StopIteration"))
-    return Outcome(box[0])
+    returned = job.returned
+    if not returned and job.raised is None:
+        token = EXECUTING.set(True)
+        try:
+            returned.extend(map(call_function, (job.function,)))
+            if not returned:
+                job.raised = RuntimeError(f"{name_of(job.function)} raised StopIteration")
+        except BaseException as error:
+            if returned:
+                raise
+            job.raised = error
+        finally:
+            EXECUTING.reset(token)
+    if job.raised is not None:
+        return Outcome(error=job.raised)
+    return Outcome(returned[0])
 
 
 def check_result(function: Callable[[], Any], outcome: Outcome, *, is_async: bool) -> Outcome:

@@ -34,6 +34,16 @@ PASSING = (
 )
 #: The answers of a former primary; a new connection finds the new one.
 DEMOTED = ("READONLY ", "NOREPLICAS ", "UNBLOCKED ")
+#: The remedies for answers of a server that accepts no calls, or no writes.
+REMEDIES = {
+    "BUSY": "somebody's script runs there: wait for its end, or SCRIPT KILL, or FUNCTION KILL",
+    "CLUSTERDOWN": "some of its slots are served by nobody: see its CLUSTER INFO",
+    "LOADING": "it reads its data from the disk: wait for that",
+    "MASTERDOWN": "it is a replica that has lost its primary: see its INFO replication",
+    "MISCONF": "it cannot write to its disk: make room there, and see its log",
+    "NOREPLICAS": "it wants more replicas: start them, or lower its min-replicas-to-write",
+    "READONLY": "it is a replica: see its INFO replication for its primary",
+}
 #: Errors by which a server refuses the credentials.
 REFUSED = (RedisAuthenticationError, AuthorizationError)
 
@@ -85,10 +95,17 @@ def no_cluster(address: str) -> ConfigurationError:
 
 
 def lost(address: str, error: BaseException | None) -> ConnectionLostError:
-    """Return the error for a server that stopped answering during a call."""
+    """Return the error for a server that does not answer a call, or takes none."""
+    if isinstance(error, ConnectionLostError):
+        return ConnectionLostError(*error.args)  # one each: a traceback grows as it is raised
+    if isinstance(error, ResponseError):
+        reason = str(explain(address, error))
+    elif isinstance(error, REFUSED):
+        reason = str(refused(address, error))
+    else:
+        reason = f"{address} does not answer ({error or 'not ready'})"
     return ConnectionLostError(
-        f"{address} does not answer ({error or 'not ready'}); "
-        "nothing local is lost, and calls under way go on when the server is back"
+        f"{reason}; nothing local is lost, and calls under way go on when the server takes them"
     )
 
 
@@ -134,4 +151,5 @@ def explain(address: str, error: ResponseError, keys: Sequence[bytes | str] = ()
         found = re.search(r"run the '([^']+)' command", text)
         remedy = f"ACL SETUSER <user> +{found[1]}" if found else "ACL SETUSER"
         return ServerError(f"{address} answered: {text}; grant the permission with {remedy}")
-    return ServerError(f"{address} answered: {text}")
+    advice = REMEDIES.get(text.partition(" ")[0])
+    return ServerError(f"{address} answered: {text}" + (f"; {advice}" if advice else ""))

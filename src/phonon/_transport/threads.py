@@ -277,7 +277,6 @@ class ThreadDriver:
         self._claims = _Claims()
         self._waiting: dict[_Ticket, None] = {}
         self._mail = _Mail()
-        self._trouble: Exception | None = None
         self._closed = False
         identity.on_rebirth(self.look_again)
 
@@ -538,7 +537,7 @@ class ThreadDriver:
                 ):
                     # The heartbeat's own flow must not wait for a rebirth, which it has to do
                     # itself.
-                    raise self._lost()
+                    raise self.lost()
                 steal = not bell.wait(min(left, pause))
                 pause = min(pause * 2, LOOK_AGAIN)
         finally:
@@ -569,22 +568,17 @@ class ThreadDriver:
     def _exchange(self, calls: Sequence[tuple[Lane, Call]], patience: float) -> bool:
         requests = self._requests(calls)
         server = self.server
+        is_awaited = patience > 0
         if not server.colocated:
             # The lanes of nodes that answer must not wait for a node that does not.
             patience = 0
         until = time.monotonic() + patience
         sent = [call for _, call in calls]
         replies = sync_io.run(exchange(server, requests, sent, patience))
-        moved = False
-        lost: Exception | None = None
-        for (lane, call), reply in zip(calls, replies, strict=True):
-            if isinstance(reply, Exception):
-                self._trouble = reply
-                if isinstance(reply, ConnectionLostError):
-                    lost = reply
-            moved = self._receiver.take(lane, call, reply) or moved
-        if lost is not None and time.monotonic() < until:
-            raise lost  # given up early: the server refuses the connection
+        early = time.monotonic() < until
+        moved, hopeless = self._receiver.take_all(calls, replies, early=early)
+        if hopeless and is_awaited:
+            raise self.lost()
         return moved
 
     def _pass_on(self, lane: Lane) -> None:
@@ -599,13 +593,9 @@ class ThreadDriver:
                 bell.set()
                 return
 
-    def _lost(self) -> ConnectionLostError:
-        trouble = self._trouble
-        if isinstance(trouble, ConnectionLostError):
-            return ConnectionLostError(*trouble.args)
-        if isinstance(trouble, ResponseError):
-            trouble = self.explain(trouble)
-        return self.server.lost(trouble)
+    def lost(self) -> ConnectionLostError:
+        """Return the error for a caller whose call is not answered, with the reason if known."""
+        return self.server.lost(self._receiver.trouble)
 
     def deliver(self, operation: Operation, answer: Any) -> None:
         """Hand an answer that a rebirth has found to the thread that waits for it."""
@@ -774,7 +764,7 @@ class ThreadDriver:
         self._claims.forget()
         self._waiting = {}
         self._mail = _Mail()
-        self._trouble = None
+        self._receiver.trouble = None
 
 
 class _Mail:
@@ -836,7 +826,7 @@ def _run_job(job: Job) -> None:
 
 
 def _outcome_of(job: Job) -> Outcome:
-    return check_result(job.function, run_user_code(job.function), is_async=False)
+    return check_result(job.function, run_user_code(job), is_async=False)
 
 
 def _copy(things: Any) -> list[Any]:

@@ -27,7 +27,7 @@ from phonon.admin import (
     states_of,
 )
 from phonon.errors import ConfigurationError
-from phonon.settings import check_name
+from phonon.settings import check_count, check_flag, check_name
 
 T = TypeVar("T")
 
@@ -126,6 +126,7 @@ class AsyncAdmin(BaseAdmin):
     async def lock(self, name: str, *, semaphore: bool = False) -> LockStatus | None:
         """See `Admin.lock`."""
         check_name("name", name)
+        check_flag("semaphore", semaphore)
         return await self._run(lambda: self._inspector.lock(name, semaphore=semaphore))
 
     def sessions(
@@ -140,6 +141,7 @@ class AsyncAdmin(BaseAdmin):
         self, most: int, older: float | None = None, prefix: str = ""
     ) -> list[SessionStatus]:
         """See `Admin.oldest_sessions`."""
+        check_count("most", most)
         check_older(older)
         check_prefix(prefix)
         return await self._run(lambda: self._inspector.oldest_sessions(most, older, prefix))
@@ -174,6 +176,7 @@ class AsyncAdmin(BaseAdmin):
 
     async def acts(self, most: int = 100) -> list[Act]:
         """See `Admin.acts`."""
+        check_count("most", most)
         return await self._run(lambda: self._inspector.acts(most))
 
     async def replay(self, resource: str, token: int) -> str:
@@ -192,6 +195,7 @@ class AsyncAdmin(BaseAdmin):
         """See `Admin.break_lock`."""
         check_name("name", name)
         check_token(token)
+        check_flag("semaphore", semaphore)
         return await self._run(lambda: self._acts.break_lock(name, token, semaphore=semaphore))
 
     async def expire(self, process: str) -> str:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Self
 
+from phonon._core.blocks import BlockEnd
 from phonon._core.engine import errors_only
 from phonon.aio.leaving import leave
 from phonon.batch import BaseBatch, raise_together
@@ -44,15 +45,17 @@ class AsyncBatch(BaseBatch):
         self._open()
         return self
 
+    @BlockEnd
     async def __aexit__(
         self,
         kind: "type[BaseException] | None",
         error: BaseException | None,
         traceback: "TracebackType | None",
+        *,
+        block: bool = False,
     ) -> None:
-        if not self._leaves():
+        if not self._leaves(error, outermost=block):
             return
-        self.is_failed = error is not None
         try:
             await leave(error, self._close())
         except Exception as failure:

@@ -10,6 +10,7 @@ from phonon._models.collecting import TOGETHER, BaseCollection, Rejected
 from phonon.aio.cache import AsyncLruCache
 from phonon.batch import raise_together
 from phonon.collection import BaseRecordCache
+from phonon.settings import check_arguments
 
 P = ParamSpec("P")
 M = TypeVar("M")
@@ -101,7 +102,9 @@ class AsyncCollection(BaseCollection[P, M]):
     async def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
         """Merge a record of one message; see `Collection.add_record`."""
         await self._room()
-        rest = self._folded_record(record, tuple(arguments), dict(named or {}))
+        rest = self._folded_record(
+            record, *check_arguments(arguments, named, ("arguments", "named"))
+        )
         if rest is not None:
             await self._finished(*rest)
 

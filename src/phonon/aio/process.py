@@ -417,9 +417,10 @@ class AsyncProcess(BaseProcess):
             message_id: Returns a message's id.
             window: Seconds for which ids are remembered on the server.
         """
-        if dedupe is not None:
+        if (dedupe, messages, message_id, window) != (None, (), None, WINDOW):
             progress = unordered(self.engine, dedupe, window)
-            return AsyncMessages(self.engine, progress, messages, message_id or id_of)
+            mark = id_of if message_id is None else message_id
+            return AsyncMessages(self.engine, progress, messages, mark)
         batch: AsyncBatch | None = self.engine.batch
         if batch is None:
             return AsyncBatch(self.engine, durable=check_flag("durable", durable))

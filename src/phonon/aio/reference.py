@@ -108,18 +108,18 @@ class AsyncReference(BaseReference):
             block: Whether to wait for the resource's lock. None: as given to the reference.
         """
         check_callable("callback", callback, is_async=True)
-        run = None if callback is None else _in_the_loop(callback, args, kwargs)
+        given = check_arguments(args, kwargs)
+        run = None if callback is None else _in_the_loop(callback, *given)
         return bool(await self._engine.run(self._dereference(run, block)))
 
 
 def _in_the_loop(
-    callback: Callable[..., Any], args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+    callback: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Callable[[], Any]:
     """Return a coroutine function that calls the callback, so that no thread runs it."""
-    given, named = check_arguments(args, kwargs)
 
     async def run() -> Any:
-        result = callback(*given, **named)
+        result = callback(*args, **kwargs)
         return await result if isawaitable(result) else result
 
     run.__qualname__ = getattr(callback, "__qualname__", repr(callback))

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
 
+from phonon.errors import ConfigurationError
 from phonon.sinks.sql import ATTEMPTS, TOKENS, BaseSqlTable, is_fresh, is_lost_race, pause
 
 __all__ = ["AsyncSqlTable", "once"]
@@ -17,6 +19,15 @@ class AsyncSqlTable(BaseSqlTable):
 
     Its engine is an ``AsyncEngine``.
     """
+
+    @staticmethod
+    def _check_engine(engine: Any) -> None:
+        if not isinstance(engine, AsyncEngine):
+            raise ConfigurationError(
+                f"engine is an AsyncEngine of SQLAlchemy's, not {engine!r}: write "
+                "sqlalchemy.ext.asyncio.create_async_engine(...); phonon.sinks.SqlTable takes an "
+                "Engine"
+            )
 
     async def create_table(self) -> None:
         """Create the table and its child tables, unless they exist."""

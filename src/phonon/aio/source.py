@@ -9,8 +9,6 @@ from phonon.batch import raise_together
 from phonon.source import BaseMessages, BaseSource, offset_of
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from phonon.aio.process import AsyncProcess
 
 M = TypeVar("M")
@@ -37,15 +35,6 @@ class AsyncMessages(BaseMessages[M], AsyncBatch):
             raise
         for error in errors:
             raise error
-
-    async def __aexit__(
-        self,
-        kind: "type[BaseException] | None",
-        error: BaseException | None,
-        traceback: "TracebackType | None",
-    ) -> None:
-        self._ends(error)
-        await super().__aexit__(kind, error, traceback)
 
 
 class AsyncSource(BaseSource):

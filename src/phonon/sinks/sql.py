@@ -48,6 +48,7 @@ class BaseSqlTable:
         schema: str | None = None,
         children: Mapping[str, str] | None = None,
     ) -> None:
+        self._check_engine(engine)
         _check_metadata(metadata)
         if schema is not None:
             check_name("schema", schema)
@@ -63,6 +64,10 @@ class BaseSqlTable:
         self._found: Layout | None = None
         if model is not None:
             self.prepare(model)
+
+    @staticmethod
+    def _check_engine(engine: Any) -> None:
+        raise NotImplementedError
 
     def prepare(self, model: Any) -> None:
         """Derive the table from a model's fields.
@@ -148,6 +153,14 @@ class SqlTable(BaseSqlTable):
         >>> sink.create_table()  # doctest: +SKIP
     """
 
+    @staticmethod
+    def _check_engine(engine: Any) -> None:
+        if not isinstance(engine, sa.Engine):
+            raise ConfigurationError(
+                f"engine is a sqlalchemy.Engine, not {engine!r}: write "
+                "sqlalchemy.create_engine(...); phonon.aio.sinks.AsyncSqlTable takes an AsyncEngine"
+            )
+
     def create_table(self) -> None:
         """Create the table and its child tables, unless they exist."""
         with self._engine.begin() as connection:
@@ -192,7 +205,15 @@ def table_of(
     model: Any, name: str, metadata: sa.MetaData | None = None, schema: str | None = None
 ) -> sa.Table:
     """Return the table of a model, without a database: for Alembic, and for queries."""
-    return SqlTable(None, name, model, metadata=metadata, schema=schema).table
+    return _Table(None, name, model, metadata=metadata, schema=schema).table
+
+
+class _Table(BaseSqlTable):
+    """A table without a database."""
+
+    @staticmethod
+    def _check_engine(engine: Any) -> None:
+        """Take none."""
 
 
 _INSERTS: dict[str, Any] = {

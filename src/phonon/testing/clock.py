@@ -19,6 +19,7 @@ from phonon import _lifetime
 from phonon._core.flows import Flow, Read
 from phonon._protocol import library
 from phonon.errors import ConfigurationError
+from phonon.settings import check_has
 
 #: The key of the server's offset, microseconds.
 KEY = "phonon-testing:clock"
@@ -81,6 +82,7 @@ class Clock:
     """
 
     def __init__(self, client: Any) -> None:
+        check_has("client", client, ["set", "incrby"], "a redis.Redis, such as Lab.server.client")
         self._client = client
         self._time = _Time()
         self._replaced: list[tuple[ModuleType, str, Any]] = []

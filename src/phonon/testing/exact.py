@@ -6,6 +6,8 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from phonon import LruCache, Process, Update
+from phonon.errors import ConfigurationError
+from phonon.settings import check_count, check_iterable
 from phonon.testing.faults import kill, lose_answers, pause
 from phonon.testing.lab import Lab, Server
 
@@ -227,6 +229,12 @@ def assert_exact(
         ...     clear=table.clear,
         ... )
     """
+    for argument, value in (("update", update), ("read", read), ("clear", clear)):
+        if not callable(value):
+            raise ConfigurationError(f"{argument} is a function, not {value!r}: give one")
+    check_iterable("messages", messages)
+    messages = list(messages)
+    check_count("processes", processes)
     with contextlib.ExitStack() as stack:
         where = server or stack.enter_context(Server())
         for name, run in _FAULTS.items():

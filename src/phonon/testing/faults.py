@@ -11,6 +11,8 @@ from typing import Any
 from phonon import Process, _lifetime
 from phonon._transport import async_io
 from phonon.errors import ConfigurationError
+from phonon.process import BaseProcess
+from phonon.settings import check_count
 from phonon.testing import clock
 from phonon.testing.wire import Wire
 
@@ -38,7 +40,7 @@ def kill(process: Any) -> None:
             an object with a ``pid``: a ``subprocess.Popen`` or a ``multiprocessing.Process``.
     """
     if not hasattr(process, "engine"):
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(_pid_of(process), signal.SIGKILL)
         getattr(process, "wait", getattr(process, "join", int))()
         return
     wire = _wire_of(process)
@@ -65,7 +67,7 @@ def pause(process: Any) -> Iterator[None]:
         process: As for `kill`.
     """
     if not hasattr(process, "engine"):
-        os.kill(process.pid, signal.SIGSTOP)
+        os.kill(_pid_of(process), signal.SIGSTOP)
         try:
             yield
         finally:
@@ -92,15 +94,25 @@ def lose_answers(process: Any, answers: int = 1) -> Iterator[None]:
         answers: How many answers to lose.
     """
     wire = _wire_of(process)
-    wire.lose(answers)
+    wire.lose(check_count("answers", answers))
     try:
         yield
     finally:
         wire.lose(0)
 
 
+def _pid_of(process: Any) -> int:
+    pid = getattr(process, "pid", None)
+    if not isinstance(pid, int):
+        raise ConfigurationError(
+            f"process is not {process!r}: give a Process that the testing kit has made, or a "
+            "subprocess.Popen or multiprocessing.Process that was started"
+        )
+    return pid
+
+
 def _wire_of(process: Any) -> Wire:
-    wire = _wires.get(process)
+    wire = _wires.get(process) if isinstance(process, BaseProcess) else None
     if wire is None:
         raise ConfigurationError(
             f"{process!r} was not made by the testing kit, so its connection is not in its hands: "

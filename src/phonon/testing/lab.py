@@ -10,6 +10,8 @@ from typing import Any, Self
 import redis
 
 from phonon import Process, embedded
+from phonon.errors import ConfigurationError
+from phonon.settings import check_name
 from phonon.testing import faults
 from phonon.testing.clock import Clock
 from phonon.testing.wire import Wire
@@ -76,9 +78,15 @@ class Lab:
     """
 
     def __init__(self, server: Server | None = None, namespace: str | None = None) -> None:
+        if server is not None and not isinstance(server, Server):
+            raise ConfigurationError(
+                f"server is a phonon.testing.Server, not {server!r}: leave it out for a new one"
+            )
         self._stack = contextlib.ExitStack()
+        self.namespace = (
+            new_namespace() if namespace is None else check_name("namespace", namespace)
+        )
         self.server = server or self._stack.enter_context(Server())
-        self.namespace = namespace or new_namespace()
         self.clock = Clock(self.server.client)
 
     def __enter__(self) -> Self:

@@ -9,6 +9,7 @@ from phonon._models.messages import mapping_of
 from phonon.errors import ConfigurationError
 from phonon.model import Model
 from phonon.serializers import ExactSerializer
+from phonon.settings import check_count, check_iterable
 from phonon.update import Update
 
 _SERIALIZER = ExactSerializer()
@@ -44,6 +45,10 @@ def assert_mergeable(
         >>> from phonon.update import ConflictFreeUpdate
         >>> assert_mergeable(ConflictFreeUpdate, [{"doc": {"n": 1}}, {"doc": {"n": 2, "m": 5}}])
     """
+    if not isinstance(kind, type) or not issubclass(kind, Model | Update):
+        raise ConfigurationError(f"kind is a subclass of Model or Update, not {kind!r}")
+    check_iterable("messages", messages)
+    check_count("rounds", rounds)
     given = list(messages)
     if len(given) < 2:  # noqa: PLR2004 - a single message has no merge
         raise ConfigurationError("assert_mergeable() takes two messages at least, of one record")

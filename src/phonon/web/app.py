@@ -19,6 +19,7 @@ from phonon._admin.plain import plain
 from phonon.admin import BatchState
 from phonon.aio.admin import AsyncAdmin
 from phonon.errors import ConfigurationError, PhononError
+from phonon.settings import check_hosts, check_name
 from phonon.web.history import History
 
 #: Entries of a listing that a page shows, and partials of a batch.
@@ -230,11 +231,13 @@ def make(admin: AsyncAdmin, *, token: str | None, hosts: tuple[str, ...] | None)
     Raises:
         ConfigurationError: An argument is invalid.
     """
-    if token is not None and len(token) < SHORTEST_TOKEN:
+    if token is not None and len(check_name("token", token)) < SHORTEST_TOKEN:
         raise ConfigurationError(
             f"token has {len(token)} characters: one that cannot be guessed has at least "
             f"{SHORTEST_TOKEN}; python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
+    if hosts is not None:
+        check_hosts(hosts)
     page = Page(admin, token)
     reads = {
         name: getattr(page, name)

@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from resource import RLIM_INFINITY, RLIMIT_FSIZE, prlimit
+from typing import Any, NamedTuple
 
 import pytest
+import redis
+from redis.exceptions import ResponseError
 
 from phonon import LruCache, Process
+from phonon._transport import failures
 from phonon.aio import AsyncLruCache, AsyncProcess
 from phonon.errors import ConnectionLostError, NotStorableError, ServerError
 from support.both import APIS, Api, got
 from support.samples import Tally, fresh
-from support.world import Redis
+from support.world import Redis, wait_until
 
 LIMIT = 1 << 20
 
@@ -142,6 +146,132 @@ def test_a_replica_names_its_primary(api: Api, own_server: Redis, namespace: str
         await got(process.stop())
 
     asyncio.run(tried())
+
+
+# A server that takes nothing in, for a while or until somebody sees to it
+
+
+class Trouble(NamedTuple):
+    """Something that a server refuses calls for.
+
+    Attributes:
+        begin: Make it so.
+        end: See to it.
+        told: What the error says, the remedy included.
+        at_once: Whether callers are told before `retry_timeout`.
+    """
+
+    begin: Callable[[Redis, Any], object]
+    end: Callable[[Redis, Any], object]
+    told: str
+    at_once: bool
+
+
+def fill_disk(server: Redis, client: Any) -> None:
+    """Let no file grow: a write of the append-only file fails as on a full disk."""
+    assert server.popen is not None
+    prlimit(server.popen.pid, RLIMIT_FSIZE, (0, RLIM_INFINITY))
+    with contextlib.suppress(redis.ResponseError):
+        client.set("written", 1)
+
+    def is_full() -> bool:
+        with contextlib.suppress(redis.ResponseError):
+            client.set("written", 2)
+        return bool(client.info("persistence")["aof_last_write_status"] == "err")
+
+    wait_until(is_full)
+
+
+def free_disk(server: Redis, client: Any) -> None:
+    assert server.popen is not None
+    prlimit(server.popen.pid, RLIMIT_FSIZE, (RLIM_INFINITY, RLIM_INFINITY))
+    wait_until(lambda: client.info("persistence")["aof_last_write_status"] == "ok")
+
+
+TROUBLES = {
+    "full disk": Trouble(fill_disk, free_disk, "MISCONF .* make room there", at_once=True),
+    "right": Trouble(
+        lambda _, client: client.execute_command("ACL SETUSER default -fcall"),
+        lambda _, client: client.execute_command("ACL SETUSER default +fcall"),
+        r"NOPERM .* ACL SETUSER <user> \+fcall",
+        at_once=True,
+    ),
+    "keys": Trouble(
+        lambda _, client: client.execute_command("ACL SETUSER default resetkeys ~other"),
+        lambda _, client: client.execute_command("ACL SETUSER default allkeys"),
+        "NOPERM .* ACL SETUSER",
+        at_once=True,
+    ),
+    "replicas": Trouble(
+        lambda _, client: client.config_set("min-replicas-to-write", 1),
+        lambda _, client: client.config_set("min-replicas-to-write", 0),
+        "NOREPLICAS .* start them, or lower its min-replicas-to-write",
+        at_once=False,
+    ),
+    "replica": Trouble(
+        lambda _, client: client.replicaof("127.0.0.1", 1),
+        lambda _, client: client.replicaof("NO", "ONE"),
+        "its primary is at 127.0.0.1:1",
+        at_once=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES.keys())
+@pytest.mark.parametrize("api", APIS[:2], ids=lambda api: api.name)
+def test_a_server_that_takes_nothing_in_says_what_to_do(
+    api: Api, namespace: str, trouble: Trouble
+) -> None:
+    """The calls are kept, and carried out once; those to come are told the same."""
+    patience = 1000 if trouble.at_once else 0.3
+
+    async def tried(server: Redis, client: Any) -> None:
+        process = api.process(
+            url=server.url, namespace=namespace, retry_timeout=patience, heartbeat_interval=50
+        )
+        if api.is_async:
+            await process.start()
+        update = api.tally()(process, "record", doc={"n": 1}, init_cache=False)
+        trouble.begin(server, client)
+        for call in (
+            update.cache,
+            lambda: process.create_reference("resource"),
+            process.lock("lock", timeout=1).acquire,
+        ):
+            with pytest.raises(ConnectionLostError, match=trouble.told) as caught:
+                await got(call())
+            assert "nothing local is lost" in str(caught.value)
+            assert "does not answer (" not in str(caught.value) or not trouble.at_once
+        trouble.end(server, client)
+        await got(process.flush())
+        await got(update.end_session())
+        await got(process.stop())
+        assert [entry.doc for entry in type(update).written] == [{"n": 1}]
+
+    server = Redis("--appendonly", "yes", "--appendfsync", "everysec")
+    with contextlib.closing(server), server.client() as client:
+        asyncio.run(tried(server, client))
+
+
+def test_a_flush_says_what_is_wrong(own_server: Redis, namespace: str) -> None:
+    with own_server.client() as client:
+        process = Process(url=own_server.url, namespace=namespace, retry_timeout=0.3)
+        client.config_set("min-replicas-to-write", 1)
+        with pytest.raises(ConnectionLostError):
+            process.create_reference("resource")
+        with pytest.raises(ConnectionLostError, match="min-replicas-to-write") as caught:
+            process.flush()
+        assert "call flush() again" in caught.value.__notes__[0]
+        client.config_set("min-replicas-to-write", 0)
+        process.stop()
+
+
+@pytest.mark.parametrize("word", sorted(failures.REMEDIES))
+def test_each_answer_of_a_server_in_trouble_has_its_remedy(word: str) -> None:
+    error = failures.lost("redis://host", ResponseError(f"{word} this is so"))
+    assert str(error).startswith(
+        f"redis://host answered: {word} this is so; {failures.REMEDIES[word]}; nothing local"
+    )
 
 
 # A cache that outlives its event loop

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from phonon.errors import ProcessStoppedError
 from support import operations
 from support.interrupts import at_call
 from support.samples import fresh
-from support.world import ALWAYS, Make, Redis, keys_in, wait_until
+from support.world import ALWAYS, Make, Redis, is_settled, key_of, keys_in, wait_until
 
 PROGRAM = Path(__file__).with_name("signals_program.py")
+AIO_PROGRAM = PROGRAM.with_name("aio_signals_program.py")
 #: Seconds in which no heartbeat finds what was forgotten.
 NO_BEAT = 50
 
@@ -45,11 +47,25 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(
-    server: Redis, namespace: str, action: str, seed: int, count: int, kind: str
+    server: Redis,
+    namespace: str,
+    action: str,
+    seed: int,
+    count: int,
+    kind: str,
+    program: Path = PROGRAM,
 ) -> dict[str, Any]:
     """Run the program; nothing that was acknowledged is lost, nothing comes twice or stays."""
-    program = [sys.executable, str(PROGRAM)]
-    command = [*program, action, server.url, namespace, str(seed), str(count), kind]
+    command = [
+        sys.executable,
+        str(program),
+        action,
+        server.url,
+        namespace,
+        str(seed),
+        str(count),
+        kind,
+    ]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-8000:]
     told: dict[str, Any] = json.loads(ended.stdout)
@@ -77,7 +93,9 @@ TIMES = 10 if os.environ.get("PHONON_TEST_SIGNALS") else 1
 @pytest.mark.parametrize("kind", ["exit", "limit"])
 def test_thousands_of_interrupts(server: Redis, namespace: str, kind: str) -> None:
     """Half of them with KeyboardInterrupt, half with an ordinary exception."""
-    run(server, namespace, "interrupt", 11, 500 * TIMES, kind)
+    told = run(server, namespace, "interrupt", 11, 500 * TIMES, kind)
+    # At the very entry of `release` nothing of it has begun; a block leaves nothing.
+    assert {name for name, times in told["held"].items() if times} <= {"acquire"}
 
 
 @pytest.mark.slow
@@ -86,6 +104,34 @@ def test_thousands_of_interrupts(server: Redis, namespace: str, kind: str) -> No
 def test_hundreds_of_stops(server: Redis, namespace: str) -> None:
     """As SIGTERM does it: in the middle of a call, a batch, an execution, or of another stop."""
     run(server, namespace, "stop", 11, 100 * TIMES, "exit")
+
+
+# With an event loop
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.leaves_connections
+@pytest.mark.parametrize("kind", ["cancel", "sigint"])
+def test_thousands_of_cancelled_awaits(server: Redis, namespace: str, kind: str) -> None:
+    """By a handler of the loop's that cancels a task, and by SIGINT as `asyncio.run` takes it."""
+    run(server, namespace, "cancel", 11, 500 * TIMES, kind, AIO_PROGRAM)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.leaves_connections
+def test_hundreds_of_stops_in_an_event_loop(server: Redis, namespace: str) -> None:
+    run(server, namespace, "stop", 11, 100 * TIMES, "stop", AIO_PROGRAM)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200 * TIMES)
+@pytest.mark.leaves_connections
+@pytest.mark.parametrize("kind", ["exit", "limit"])
+def test_an_interrupt_in_the_event_loop_itself(server: Redis, namespace: str, kind: str) -> None:
+    """It may end the loop, or leave it waiting for ever; what was acknowledged is executed."""
+    run(server, namespace, "raise", 11, 50 * TIMES, kind, AIO_PROGRAM)
 
 
 # Locks
@@ -116,6 +162,109 @@ def test_an_interrupt_in_the_middle_of_a_lock_leaves_it_free(make: Make) -> None
             theirs.release()
         entries.append(number)
     assert min(entries) > 25
+
+
+@pytest.mark.parametrize("kind", ["lock", "semaphore"])
+def test_an_interrupt_anywhere_in_a_lock_s_block_leaves_it_free(make: Make, kind: str) -> None:
+    """Also at the very entry of its end, of which nothing runs then."""
+    process, other = make(heartbeat_interval=NO_BEAT), make()
+
+    def made(owner: Process, **options: Any) -> Any:
+        return owner.semaphore(kind, 1, **options) if kind == "semaphore" else owner.lock(kind)
+
+    lock = made(process)
+    caught = None
+
+    def work() -> None:
+        with lock:
+            pass
+
+    for number in itertools.count(1):
+        try:
+            if not at_call(number, work, limit):
+                break
+        except TimeLimit as error:
+            caught = error  # with the frames that it has gone through
+        assert not lock.owned(), number
+        theirs = made(other, timeout=20)
+        assert theirs.acquire(), number
+        theirs.release()
+    assert caught is not None
+    assert number > 25
+
+
+def test_an_interrupt_anywhere_in_a_batch_ends_it(make: Make, server: Redis) -> None:
+    """Or what comes later would be collected in it, acknowledged, and stored nowhere."""
+    process = make(heartbeat_interval=NO_BEAT, retry=ALWAYS)
+    kind = fresh()
+    problems = []
+
+    def work(record: str) -> None:
+        with process.batch(), process.batch():
+            kind(process, record, doc={"n": 1})
+
+    for number in itertools.count(1):
+        try:
+            if not at_call(number, partial(work, "broken off"), limit):
+                break
+        except TimeLimit as error:
+            problems.append(error)  # with the frames that it has gone through
+        work(f"acknowledged-{number}")
+        assert f"partials:test.test.acknowledged-{number}" in keys_in(server, process.namespace)
+    assert number > 25
+    process.stop()
+    docs = kind.docs()
+    assert docs.pop("broken off")["n"] <= number
+    assert docs == {f"acknowledged-{n}": {"n": 1} for n in range(1, number)}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_callback_is_called_once_whatever_is_interrupted(make: Make, *, fails: bool) -> None:
+    """Also if the interrupt comes between its end and the note of that."""
+    process = make(heartbeat_interval=NO_BEAT)
+    called: list[int] = []
+
+    def callback() -> None:
+        called.append(number)
+        if fails:
+            raise ValueError(number)
+
+    struck = [0]
+    for number in itertools.count(1):
+        reference = process.create_reference(f"resource-{number}")
+
+        def strike() -> None:
+            struck.append(number)  # noqa: B023 - called in this round
+            raise TimeLimit
+
+        with contextlib.suppress(TimeLimit, ValueError):
+            at_call(number, partial(reference.dereference, callback), strike)
+        wait_until(lambda: is_settled(process))
+        assert called.count(number) <= 1
+        if struck[-1] != number:
+            break
+    assert number > 25
+    assert called[-1] == number
+
+
+def test_an_exit_stack_ends_locks_and_batches(make: Make) -> None:
+    """It looks their end up in the class."""
+    process = make()
+    kind = fresh()
+    lock = process.lock("lock")
+    for _ in range(2):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock)
+            stack.enter_context(process.batch())
+            stack.enter_context(process.batch())
+            kind(process, "record", doc={"n": 1})
+            assert process.engine.batch is not None
+        assert process.engine.batch is None
+        assert not lock.owned()
+        with process.batch(), lock:
+            kind(process, "record", doc={"n": 1})
+    process.stop()
+    assert kind.docs() == {"record": {"n": 4}}
 
 
 def test_an_interrupt_in_the_middle_of_a_lock_taken_again_leaves_the_first(make: Make) -> None:
@@ -182,7 +331,7 @@ def test_a_stop_in_the_middle_of_a_lock_leaves_it_free(make: Make, block: bool) 
 
 @pytest.mark.parametrize("waits_for", ["lock", "parties"])
 def test_a_stop_in_a_wait_does_not_wait_for_itself(
-    make: Make, monkeypatch: pytest.MonkeyPatch, waits_for: str
+    make: Make, server: Redis, namespace: str, monkeypatch: pytest.MonkeyPatch, waits_for: str
 ) -> None:
     monkeypatch.setattr(engine_module, "_DISMISSAL", 1000.0)
     process, other = make(), make()
@@ -203,6 +352,9 @@ def test_a_stop_in_a_wait_does_not_wait_for_itself(
         finally:
             signal.signal(signal.SIGUSR1, before)
         assert not held.waiters()
+    with server.client() as client:
+        parties = client.hgetall(key_of(namespace, "parties", "resource"))
+    assert not [field for field in parties if field.startswith(b">")], "the waiters"
 
 
 # Stopping

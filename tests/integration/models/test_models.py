@@ -382,7 +382,7 @@ def test_a_forked_child_begins_with_nothing(make: Make) -> None:
 
 def test_what_is_no_model_is_refused(make: Make) -> None:
     process = make()
-    with pytest.raises(ConfigurationError, match="takes a subclass of"):
+    with pytest.raises(ConfigurationError, match="a subclass of"):
         process.collect(dict)
 
     class Silent(Model, name="silent"):
