@@ -37,12 +37,19 @@ class Tally(Update):
         return {entry.record: entry.doc for entry in cls.written}
 
 
+#: The class that `fresh` made last: what is left of an earlier test may still refer to it.
+_sheets: list[type[Tally]] = []
+
+
 def fresh() -> type[Tally]:
-    """A `Tally` that has written nothing yet."""
+    """A `Tally` that has written nothing yet, in the place of the one that was made before."""
+    while _sheets:
+        classes.forget(_sheets.pop())
 
     class Sheet(Tally):
         written: ClassVar[list[Written]] = []
 
+    _sheets.append(Sheet)
     return Sheet
 
 

@@ -411,7 +411,7 @@ def rows_of(engine: sa.Engine, table: sa.Table) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("dialect", ["mysql", "mariadb"])
 def test_statements_of_other_databases(dialect: str) -> None:
-    sink = SqlTable(None, "plain", Plain)
+    sink = SqlTable(sa.create_engine("sqlite://"), "plain", Plain)
     statement = sink.statement(dialect).values([{"user": "a", "views": 1, "token": 5}])
     compiled = str(statement.compile(dialect=mysql.dialect(is_mariadb=dialect == "mariadb")))
     _, _, changes = compiled.partition("ON DUPLICATE KEY UPDATE ")
@@ -436,10 +436,10 @@ def test_what_cannot_be_a_table_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="cannot be the key of a table"):
         table_of(Bad, "bad")
     with pytest.raises(ConfigurationError, match="cannot have a table of its own"):
-        SqlTable(None, "x", Plain, children={"views": "y"})
+        SqlTable(sa.create_engine("sqlite://"), "x", Plain, children={"views": "y"})
     with pytest.raises(ConfigurationError, match="has no field 'other'"):
-        SqlTable(None, "x", Plain, children={"other": "y"})
-    sink = SqlTable(None, "x")
+        SqlTable(sa.create_engine("sqlite://"), "x", Plain, children={"other": "y"})
+    sink = SqlTable(sa.create_engine("sqlite://"), "x")
     with pytest.raises(ConfigurationError, match="has no model yet"):
         _ = sink.table
     sink.prepare(Plain)
