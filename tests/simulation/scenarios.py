@@ -363,6 +363,35 @@ def a_leave_behind_a_rebirth_is_the_last(world: World) -> None:
     assert world.seen["told last"] == 1, "G2: nobody is told that it was the last"
 
 
+def _closes_a_lane(world: World) -> None:
+    """A process that stops has closed one of its lanes."""
+    world.do(("stop", "a"))
+    lanes = world.processes["a"].identity.lanes
+    for _ in range(30):
+        if lanes[1].call is not None:
+            break
+        world.do(("go", "a", "stop", "ok"))
+        world.do(("go", "a", "heartbeat", "ok"))
+    world.do(("call", "a", 1, "ok"))
+    assert lanes[1].answered
+
+
+def a_closed_lane_has_lost_nothing(world: World) -> None:
+    """A process that is declared dead while it stops does not miss the lanes that it has closed."""
+    _closes_a_lane(world)
+    world.do(("pause", "a"))
+    run_out(world, "b")
+    _is_reborn(world, "a")
+
+
+def a_call_behind_a_close_has_lost_nothing(world: World) -> None:
+    """A process that takes over while it stops may call a lane that it has closed."""
+    _closes_a_lane(world)
+    identity = world.processes["a"].identity
+    identity.suspect(identity.lanes[1], "PHONONLOST", 0)  # as it is told there
+    _is_reborn(world, "a")
+
+
 def of_two_batches_of_a_source_one_is_refused(world: World) -> None:
     """A thread has stored the next messages while the batch of another one was under way."""
     for _ in range(3):
@@ -411,6 +440,8 @@ SCENARIOS: list[Scenario] = [
     a_join_while_others_are_executed_stays,
     a_refused_join_behind_a_rebirth,
     a_leave_behind_a_rebirth_is_the_last,
+    a_closed_lane_has_lost_nothing,
+    a_call_behind_a_close_has_lost_nothing,
     of_two_batches_of_a_source_one_is_refused,
 ]
 

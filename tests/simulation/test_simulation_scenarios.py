@@ -160,6 +160,12 @@ WITHOUT: dict[Scenario, Mutation] = {
     scenarios.a_leave_behind_a_rebirth_is_the_last: Mutation(
         core=(Patch(rebirth, "Rebirth.run", "left += operation.held", "pass"),)
     ),
+    scenarios.a_closed_lane_has_lost_nothing: _lua("    stamp = '' -- the lane is gone", "    -- "),
+    scenarios.a_call_behind_a_close_has_lost_nothing: Mutation(
+        core=(
+            Patch(identity, "Identity.suspect", "if lane.stamp else 0", "if lane.answered else 0"),
+        )
+    ),
     scenarios.of_two_batches_of_a_source_one_is_refused: Mutation(
         core=(
             Patch(

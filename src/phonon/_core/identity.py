@@ -269,9 +269,9 @@ class Identity:
         lane.fence()
         if self.lanes and lane is self.lanes[lane.partition]:
             if kind != "PHONONFENCED":
-                # A lane that was never used was reaped and has lost nothing. Any other has lost
-                # calls, even if the server has others in their place.
-                lost = max(1, lane.answered - last) if lane.answered else 0
+                # A lane without a stamp was never used and was reaped, or is closed: it has lost
+                # nothing. Any other has lost calls, even if the server has others in their place.
+                lost = max(1, lane.answered - last) if lane.stamp else 0
                 self.lost_calls[lane.partition] = lost
             self.suspected = True
             if self.signal is not None:

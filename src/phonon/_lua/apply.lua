@@ -157,6 +157,7 @@ local function apply(keys, args)
   local packed = cmsgpack.pack(answers)
   local stamp = args[3] .. ' ' .. stamp_of(c)
   if c.closed then
+    stamp = '' -- the lane is gone: a process that is declared dead meanwhile must not miss it
     call('DEL', lane, T .. 'mailbox:' .. pid)
     call('SREM', T .. 'lanes', pid)
     if call('EXISTS', T .. 'lanes') == 0 and call('EXISTS', T .. 'token') == 1 then
