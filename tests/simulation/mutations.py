@@ -393,6 +393,7 @@ _FOUND_AT = {
     "resume does not ask who owns the batch": ("outage", 313),
     "a process believes that it lives": ("deaths", 36),
     "what a refused call could have freed is dropped": ("rollback", 0),
+    "reap does not note what is due": ("deaths", 880),
 }
 #: Directed scenarios find these; random schedules seldom do.
 _BY_SCENARIO = (
