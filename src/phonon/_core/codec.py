@@ -443,8 +443,9 @@ class UpdateCodec:
             opened = msgpack.unpackb(partial, unicode_errors="surrogatepass")
             layout, name, serializer, body = opened
         except Exception as error:
+            what = str(error) or type(error).__name__
             raise UndecodableError(
-                f"{_place(resource, where)} is not one of Phonon's: {error}"
+                f"{_place(resource, where)} is not one of Phonon's: {what}"
             ) from error
         if layout != FORMAT:
             raise UndecodableError(
