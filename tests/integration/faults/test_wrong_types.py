@@ -7,6 +7,7 @@ values each argument takes; a new argument has to be entered there.
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -293,8 +294,9 @@ def used(result: Any) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_value_of_a_wrong_type_is_told_where_it_is_passed(
-    process: Process, admin: Admin, name: str
+    process: Process, admin: Admin, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # a text is a fine folder for an embedded server
     call = CALLS[name]
     function = call.function(process, admin)
     for argument, fine in call.takes.items():
