@@ -28,7 +28,7 @@ import hmac
 import pickle
 import reprlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Context, Decimal, InvalidOperation
@@ -326,16 +326,19 @@ def _no_head(code: int, body: bytes) -> Any:
     raise ValueError(f"extension {code} with {len(body)} bytes")
 
 
+#: The options for reading. timestamp=3: msgpack calls no hook for its own extension, so it becomes
+#: a datetime here.
+UNPACKING: Mapping[str, Any] = {
+    "strict_map_key": False, "timestamp": 3, "unicode_errors": _ERRORS
+}  # fmt: skip
+#: A Packer's buffer never shrinks, so one that wrote more is dropped.
+KEPT = 256 * 1024
+#: False lengths in shorter data do no harm.
+SCANNED = 1024
+
+
 def _unpack(data: bytes, head: Callable[[int, bytes], Any], array: Any = None) -> Any:
-    # timestamp=3: msgpack calls no hook for its own extension, so it becomes a datetime here.
-    return msgpack.unpackb(
-        data,
-        ext_hook=head,
-        list_hook=array,
-        strict_map_key=False,
-        timestamp=3,
-        unicode_errors=_ERRORS,
-    )
+    return msgpack.unpackb(data, ext_hook=head, list_hook=array, **UNPACKING)
 
 
 class ExactSerializer:
@@ -356,8 +359,6 @@ class ExactSerializer:
     """
 
     name = "x1"
-    _KEPT = 256 * 1024  # a Packer's buffer never shrinks, so one that wrote more is dropped
-    _SCANNED = 1024  # false lengths in shorter data do no harm
 
     def __init__(self) -> None:
         # Making a Packer takes longer than packing a small dict. It is removed while in use,
@@ -374,14 +375,14 @@ class ExactSerializer:
             data = writer.pack(value)
         except (TypeError, ValueError, OverflowError, BufferError, RecursionError) as error:
             raise _refusal(value, where, error) from None
-        if len(data) <= self._KEPT:
+        if len(data) <= KEPT:
             self._writers.append(writer)
         return data
 
     def loads(self, data: bytes) -> Any:
         """Return the value of the output of ``dumps``, see ``Serializer``."""
         try:
-            if len(data) > self._SCANNED:
+            if len(data) > SCANNED:
                 scan(data)
             return _Reading().unpack(data) if _HEAD_BYTE in data else _unpack(data, _no_head)
         except MemoryError:

@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from phonon._models.field import Field
-from phonon.serializers import SET_HEAD, ExactSerializer, scan
+from phonon.serializers import KEPT, SCANNED, SET_HEAD, UNPACKING, ExactSerializer, scan
 
 if TYPE_CHECKING:
     from phonon._models.compiled import Compiled
 
 #: Types that MessagePack writes as they are.
 _ATOMS = frozenset({int, str, bool})
-#: A Packer's buffer never shrinks: one that wrote more is not kept.
-_KEPT = 256 * 1024
-#: What the headers in shorter data can claim does no harm.
-_SCANNED = 1024
 #: How many parts a content has.
 _LENGTH = 6
 _EMPTY_DICT = 0x80
@@ -77,7 +73,7 @@ class Packing:
         }
         namespace = {f"_seal_{field.name}": field.seal for field in compiled.others} | {
             "_pack": _packer(), "_packer": _packer, "_SET": SET_HEAD, "_Exact": ExactSerializer,
-            "_globals": globals, "_wrong": (TypeError, ValueError, OverflowError), "_kept": _KEPT,
+            "_globals": globals, "_wrong": (TypeError, ValueError, OverflowError), "_kept": KEPT,
         }  # fmt: skip
         #: Moves the states of a record into its ``moved_``. Returns how they are stored, unless the
         #: serializer has to say that.
@@ -116,7 +112,7 @@ class Packing:
             return None
         loads: Callable[[bytes], Any] = serializer.loads
         if self.is_plain:
-            loads = _loads if len(max(docs, key=len)) <= _SCANNED else _loads_long
+            loads = _loads if len(max(docs, key=len)) <= SCANNED else _loads_long
         if self._merge is None:
             self._merge = self._merger()
         states = self._merge(map(loads, docs))
@@ -215,13 +211,7 @@ def _head(code: int, body: bytes) -> Any:
     raise ValueError("not of a plain field")
 
 
-_loads = partial(
-    msgpack.unpackb,
-    ext_hook=_head,
-    strict_map_key=False,
-    timestamp=3,
-    unicode_errors="surrogatepass",
-)
+_loads = partial(msgpack.unpackb, ext_hook=_head, **UNPACKING)
 
 _TAKE = """\
 def take(_record, _serializer):

@@ -8,33 +8,22 @@ cancels it as `asyncio.Runner` does it (``sigint``). What a handler of `signal.s
 import asyncio
 import contextlib
 import faulthandler
-import json
 import math
 import random
 import signal
-import sys
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
-from phonon import Model, PhononError, RetryPolicy
+from phonon import Model, PhononError
 from phonon.aio import AsyncAdmin, AsyncConflictFreeUpdate, AsyncLruCache, AsyncProcess
 from phonon.fields import ID, Sum
+from support.interrupted import HANG, LATEST, SOON, SOONEST, TimeLimit, main, told
 
-#: Seconds between the timer's start and its signal, at the most: as long as a call takes.
-SOONEST, LATEST = 0.00002, 0.001
-#: Seconds after which a call that has not come back is called a hang.
-HANG = 30
 #: Seconds after which an event loop that an exception has gone through is given up.
 GIVE_UP = 1
-SOON = RetryPolicy(attempts=1_000_000, first_delay=0.01, longest_delay=0.05)
 
 Call = Callable[[], Awaitable[Any]]
-
-
-class TimeLimit(Exception):  # noqa: N818 - as Celery's soft time limit, an ordinary exception
-    """What a handler raises."""
 
 
 class Tally(AsyncConflictFreeUpdate, name="interrupted tally of tasks"):
@@ -300,7 +289,7 @@ def cancel(url: str, namespace: str, seed: int, count: int, kind: str) -> dict[s
         found = runner.run(modified(process))
         watch()
         runner.run(process.stop())
-    return told(world.tried, world.acknowledged, found) | {"came": breaker.came}
+    return told(world.tried, world.acknowledged, Tally.written, found) | {"came": breaker.came}
 
 
 def stop(url: str, namespace: str, seed: int, count: int, kind: str) -> dict[str, Any]:
@@ -334,7 +323,7 @@ def stop(url: str, namespace: str, seed: int, count: int, kind: str) -> dict[str
         asyncio.run(one())
     for counts in (tried, acknowledged):
         del counts["modified"]
-    return told(tried, acknowledged) | {"came": breaker.came}
+    return told(tried, acknowledged, Tally.written) | {"came": breaker.came}
 
 
 async def finish(options: dict[str, Any]) -> None:
@@ -427,25 +416,8 @@ def strike(url: str, namespace: str, seed: int, count: int, kind: str) -> dict[s
     asyncio.run(finish(options))
     for counts in (tried, acknowledged):
         del counts["modified"]
-    return told(tried, acknowledged) | {"came": striker.came, "loops": loops}
-
-
-def told(
-    tried: Counter[str], acknowledged: Counter[str], modified: int | None = None
-) -> dict[str, Any]:
-    found: Counter[str] = Counter()
-    for (record, _), n in Tally.written.items():
-        found[record] += n
-    if modified is not None:
-        found["modified"] = modified
-    return {"tried": tried, "acknowledged": acknowledged, "found": found}
+    return told(tried, acknowledged, Tally.written) | {"came": striker.came, "loops": loops}
 
 
 if __name__ == "__main__":
-    sys.unraisablehook = lambda *_: None  # what is raised in a finalizer gets no further
-    action, url, namespace, seed, count, kind = sys.argv[1:]
-    run = {"cancel": cancel, "stop": stop, "raise": strike}[action]
-    began = time.monotonic(), time.process_time()
-    result = run(url, namespace, int(seed), int(count), kind)
-    result |= {"seconds": time.monotonic() - began[0], "cpu": time.process_time() - began[1]}
-    sys.stdout.write(json.dumps(result))
+    main({"cancel": cancel, "stop": stop, "raise": strike})

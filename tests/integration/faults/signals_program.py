@@ -6,28 +6,16 @@ must not end the tests, and a hang shows where all threads are. It prints what i
 
 import contextlib
 import faulthandler
-import json
 import random
 import signal
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from phonon import Admin, ConflictFreeUpdate, LruCache, Model, PhononError, Process, RetryPolicy
+from phonon import Admin, ConflictFreeUpdate, LruCache, Model, PhononError, Process
 from phonon.errors import LockLostError, ProcessStoppedError
 from phonon.fields import ID, Sum
-
-#: Seconds between the timer's start and its signal, at the most: as long as a call takes.
-SOONEST, LATEST = 0.00002, 0.001
-#: Seconds after which a call that has not come back is called a hang.
-HANG = 30
-SOON = RetryPolicy(attempts=1_000_000, first_delay=0.01, longest_delay=0.05)
-
-
-class TimeLimit(Exception):  # noqa: N818 - as Celery's soft time limit, an ordinary exception
-    """The exception of a signal handler."""
+from support.interrupted import HANG, LATEST, SOON, SOONEST, TimeLimit, main, told
 
 
 class Alarm:
@@ -220,18 +208,10 @@ def interrupt(url: str, namespace: str, seed: int, count: int, kind: str) -> dic
     faulthandler.dump_traceback_later(HANG, exit=True)
     process.stop()
     faulthandler.cancel_dump_traceback_later()
-    return told(world.tried, world.acknowledged, modified) | {"held": held, "came": alarm.came}
-
-
-def told(
-    tried: Counter[str], acknowledged: Counter[str], modified: int | None = None
-) -> dict[str, Any]:
-    found: Counter[str] = Counter()
-    for (record, _), n in Tally.written.items():
-        found[record] += n
-    if modified is not None:
-        found["modified"] = modified
-    return {"tried": tried, "acknowledged": acknowledged, "found": found}
+    return told(world.tried, world.acknowledged, Tally.written, modified) | {
+        "held": held,
+        "came": alarm.came,
+    }
 
 
 def stop(url: str, namespace: str, seed: int, count: int, _: str) -> dict[str, Any]:
@@ -252,14 +232,8 @@ def stop(url: str, namespace: str, seed: int, count: int, _: str) -> dict[str, A
         acknowledged += world.acknowledged
     for counts in (tried, acknowledged):
         del counts["modified"]
-    return told(tried, acknowledged) | {"came": alarm.came}
+    return told(tried, acknowledged, Tally.written) | {"came": alarm.came}
 
 
 if __name__ == "__main__":
-    sys.unraisablehook = lambda *_: None  # what is raised in a finalizer gets no further
-    action, url, namespace, seed, count, kind = sys.argv[1:]
-    run = {"interrupt": interrupt, "stop": stop}[action]
-    began = time.monotonic(), time.process_time()
-    result = run(url, namespace, int(seed), int(count), kind)
-    result |= {"seconds": time.monotonic() - began[0], "cpu": time.process_time() - began[1]}
-    sys.stdout.write(json.dumps(result))
+    main({"interrupt": interrupt, "stop": stop})

@@ -28,6 +28,8 @@ from support.world import ALWAYS, Make, Redis, is_settled, key_of, keys_in, wait
 
 PROGRAM = Path(__file__).with_name("signals_program.py")
 AIO_PROGRAM = PROGRAM.with_name("aio_signals_program.py")
+#: The folder of what they import from `support`.
+TESTS = Path(__file__).parents[2]
 #: Seconds in which no heartbeat finds what was forgotten.
 NO_BEAT = 50
 
@@ -66,7 +68,9 @@ def run(
         str(count),
         kind,
     ]
-    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr[-8000:]
     told: dict[str, Any] = json.loads(ended.stdout)
     wrong = {

@@ -1,4 +1,4 @@
-"""Values of wrong types, passed for each argument of each public callable (19.14).
+"""Values of wrong types, passed for each argument of each public callable.
 
 What cannot be meant is a `ConfigurationError` where it is passed. The table says which of the
 values each argument takes; a new argument has to be entered there.

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from phonon import ExactSerializer, Model
-from phonon._models.packing import _KEPT
 from phonon.fields import (
     ID,
     AllOf,
@@ -23,6 +22,7 @@ from phonon.fields import (
     SetAppend,
     Sum,
 )
+from phonon.serializers import KEPT
 
 SERIALIZER = ExactSerializer()
 
@@ -113,7 +113,7 @@ def test_another_serializer_writes_by_itself() -> None:
 
 def test_a_large_record_leaves_no_large_buffer() -> None:
     before = PACKING.take.__globals__["_pack"]
-    doc = doc_of(Plain, {"names": ["x" * _KEPT]})
+    doc = doc_of(Plain, {"names": ["x" * KEPT]})
     assert PACKING.take(record_of(Plain, doc), SERIALIZER) == content(doc)
     assert PACKING.take.__globals__["_pack"] is not before
 
