@@ -62,7 +62,7 @@ class Storable(Protocol):
         """Return whether its records are executed together."""
 
     @classmethod
-    def lacks_(cls) -> str:
+    def missing_requirement_(cls) -> str:
         """Return what this interpreter lacks to execute the class's records; empty if nothing."""
 
     def attach(self, process: Any) -> None:
@@ -233,7 +233,11 @@ class UpdateCodec:
     def can_execute(self, class_name: str) -> bool:
         """Return whether this process can execute batches of a class."""
         cls = classes.find(class_name)
-        return cls is not None and (self._is_async or not cls.is_async) and not cls.lacks_()
+        return (
+            cls is not None
+            and (self._is_async or not cls.is_async)
+            and not cls.missing_requirement_()
+        )
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> list["UpdateRecord"]:
         """Merge the partials of a batch, class by class, in the order of the classes' first ones.
@@ -286,7 +290,7 @@ class UpdateCodec:
                 "has no event loop: run an AsyncProcess that imports it",
                 name,
             )
-        lacking = cls.lacks_()
+        lacking = cls.missing_requirement_()
         if lacking:
             name = classes.name_of(cls)
             raise UnknownClassError(

@@ -82,7 +82,7 @@ class Attempt:
         self.asking: Callable[[], object] = lambda: None
 
 
-class _Asking:
+class _PendingRequest:
     """Lives as long as a flow that asks for a lock."""
 
     __slots__ = ("__weakref__",)
@@ -254,7 +254,7 @@ class Leases:
             PhononError: The server does not answer, or refuses.
         """
         attempt = attempt or Attempt(request.partition, request.name)
-        asking: _Asking | None = _Asking()
+        asking: _PendingRequest | None = _PendingRequest()
         attempt.asking = weakref.ref(asking)
         try:
             return (yield from self._ask(request, seconds, owner, on_lost, attempt))
@@ -345,7 +345,7 @@ class Leases:
         self.attempts[holder] = attempt
         # Also without waiting: a stopping process has to release a lock that is granted meanwhile.
         identity.waiters[holder] = Waiter(
-            request.partition, identity.me(), operations.unlock, request.name
+            request.partition, identity.caller(), operations.unlock, request.name
         )
         return holder
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 #: How an execution ended.
-Outcome = Literal["ok", "failed"]
+ExecutionStatus = Literal["ok", "failed"]
 #: Upper bounds of a histogram's buckets: seconds, and partials of a batch.
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0)
 PARTIALS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -70,7 +70,7 @@ class Measures:
         # A signal handler or a finalizer may count while its own thread counts.
         self._lock = threading.RLock()
         self.folded = self.stored = self.stored_bytes = self.opened = self.ended = 0
-        self.executed: Counter[tuple[str, Outcome]] = Counter()
+        self.executed: Counter[tuple[str, ExecutionStatus]] = Counter()
         self.seconds: dict[str, Histogram] = {}
         self.batch_partials = Histogram(PARTIALS)
         self.retries = self.parked = self.reaped = self.reaped_batches = self.lost_locks = 0

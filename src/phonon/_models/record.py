@@ -49,7 +49,7 @@ class ModelRecord(Update):
     resource_collection: ClassVar[str]
     #: The sink that gets records in this interpreter, in place of ``on_complete``.
     sink: ClassVar[Any] = None
-    folds_: ClassVar[bool] = True
+    is_folded_: ClassVar[bool] = True
     messages: int
     #: Grows when the states change, so that a result computed from old states can be dropped.
     version_: int
@@ -110,7 +110,7 @@ class ModelRecord(Update):
         return cls.sink is not None or bool(cls.model.completes_many())
 
     @classmethod
-    def lacks_(cls) -> str:
+    def missing_requirement_(cls) -> str:
         """Return what this interpreter lacks to execute the records; empty if nothing."""
         model = getattr(cls, "model", None)
         if model is None or cls.sink is not None or model.completes_many():

@@ -36,7 +36,7 @@ class SupportsExpireAll(Protocol):
         """End all sessions."""
 
 
-class Storing(Generic[M]):
+class MessageHandler(Generic[M]):
     """Handles batches of messages, and puts poison ones aside.
 
     Args:
