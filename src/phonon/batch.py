@@ -32,7 +32,7 @@ class EndingUpdate(Protocol):
         """The update."""
 
     def failed(self) -> None:
-        """Do what is to be done if the end fails; the update may still have its data then."""
+        """Handle a failed end; the update may still have its data then."""
 
 
 class _BatchedEnding(NamedTuple):
@@ -97,7 +97,7 @@ class BaseBatch:
         self._outer: Any = None
         self._pid = 0
 
-    # What is collected
+    # Collecting
 
     def join(self, resource: str) -> None:
         """Become a member of a resource when the block ends."""

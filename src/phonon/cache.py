@@ -334,7 +334,7 @@ class LruCache(BaseCache[U]):
         ...     def execute(self):
         ...         print("write", self._id, self.doc["n"])
         >>> cache = LruCache(max_entries=1000)
-        >>> with process.batch():  # stores what is set in one exchange
+        >>> with process.batch():  # stores all that is set, in one exchange
         ...     for page in ("/a", "/b", "/a"):
         ...         cache.set(page, Clicks(process, page, doc={"n": 1}))
         True

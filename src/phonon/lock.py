@@ -208,7 +208,7 @@ class BaseLock:
     # Acquiring
 
     def new_attempt(self) -> Attempt:
-        """Return a record of what a call acquires, in case the call is interrupted."""
+        """Return a record of the call's acquisition, in case the call is interrupted."""
         return Attempt(self._engine.identity.partitions.of(self._name), self._name)
 
     def entering(self, attempt: Attempt | None = None) -> Flow[bool]:

@@ -92,7 +92,7 @@ class RunningBatch:
     Attributes:
         resource: The batch's resource.
         name: The server's name of the resource.
-        partition: Where it is.
+        partition: Its partition.
         run: The server's answer; its content is in ``partials``.
         local: The update whose session ended here, if there is one.
         errors: Collects the errors of the session that ended with this batch.
@@ -101,7 +101,7 @@ class RunningBatch:
         partials: The part of the batch's content that is here and not merged yet.
         records: The merged records, one a class; ``at`` is the index of the next one to run.
         job: The job that runs that record.
-        error: Why the batch has failed.
+        error: The cause of its failure.
         pause: Seconds until it is tried again.
     """
 

@@ -26,7 +26,7 @@ DEATH_GRACE = 0.01
 HANDED_OUT = 4
 #: The number of beats between two searches for lanes of processes that are not registered.
 SWEEP_EVERY = 4
-#: How many pages of this process's locks and batches are compared before it stops.
+#: The most pages of this process's locks and batches to compare before it stops.
 MOST_PAGES = 16
 #: Seconds by which the server's clock may be ahead of this one in that comparison.
 AHEAD = 3600

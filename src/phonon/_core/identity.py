@@ -48,7 +48,7 @@ class Identity:
 
     Args:
         namespace: The namespace.
-        partitions: How many partitions to ask for, if the namespace is new; None for the default.
+        partitions: The number of partitions to ask for, if the namespace is new; None: the default.
         lease: Seconds for which a heartbeat keeps the process alive.
         describe: Tells where the process runs, for operators.
         library: Knows the names of the server's functions.

@@ -30,7 +30,7 @@ from phonon.errors import PhononError, ProcessStoppedError, ServerError
 
 log = logging.getLogger("phonon")
 
-#: How often a lock with a lease of its own is renewed within it.
+#: The number of renewals of a lock with a lease of its own within that lease.
 RENEWALS = 4
 #: Seconds without work after which the worker ends.
 IDLE = 10.0
@@ -48,7 +48,7 @@ class LockRequest(NamedTuple):
         partition: The partition.
         name: The server's name of the resource.
         shared: Whether to share the lock with other shared holders.
-        places: How many may share it at the same time; 0 if any number may.
+        places: The number of holders that may share it at the same time; 0: any number.
         lease: Seconds that a grant lasts unless renewed; None: as long as the process's lease.
         thread: The name of the thread or task, for other processes.
     """
@@ -244,7 +244,7 @@ class Leases:
 
         Args:
             request: The request.
-            seconds: How long to wait at the most; None not to wait.
+            seconds: Seconds to wait at the most; None not to wait.
             owner: The thread or task that wants it.
             on_lost: Called once the grant is found to be lost.
             attempt: Records the holder's name and the grant, for a caller that may be interrupted.

@@ -1,4 +1,4 @@
-"""The local state of an update: what is unsent, how long its session lasts, who may touch it.
+"""The local state of an update: its unsent data, the end of its session, and its lock.
 
 An update is emptied when its content goes to the server, and goes on, as an entry of a cache say.
 """
@@ -88,7 +88,7 @@ class LocalUpdate:
     _ref_: Any = None
     #: The codec's: how partials of this class begin, by the serializer's name.
     _headers_: ClassVar[dict[str, bytes]]
-    #: The version of what the class stores.
+    #: The version of the class's stored data.
     _version_: ClassVar[int] = 1
     #: Whether the class has a `state` of its own.
     _has_state_: ClassVar[bool] = False
@@ -122,7 +122,7 @@ class LocalUpdate:
 
     @classmethod
     def missing_requirement_(cls) -> str:
-        """Return what is missing in this interpreter to execute updates; empty if nothing is."""
+        """Return the requirement that this interpreter lacks to execute updates, or ""."""
         return ""
 
     # The parcel that flows move to the server
@@ -349,7 +349,7 @@ class LocalUpdate:
         del bodies, serializer
 
     def fault_(self) -> str:
-        """Return what is wrong with decoded content; empty if nothing is."""
+        """Return the fault of decoded content; empty if it is valid."""
         return ""
 
     def begin_execution(self, merged: Self, token: int) -> Self:
@@ -408,7 +408,7 @@ class LocalUpdate:
         self._unsent_, self._emptied_ = False, None
 
     def _adopt_(self, other: "LocalUpdate") -> None:
-        """Become what the other is: replaced, not merged, so `merge` needs no identity element."""
+        """Take the other's content. It is not merged, so `merge` needs no identity element."""
         self.spec, self.doc = other.spec, other.doc
         if self._has_state_:
             for name, value in codec.state_of(other).items():

@@ -38,13 +38,13 @@ from phonon.errors import BacklogFullError, ConnectionLostError, PhononError
 
 log = logging.getLogger("phonon")
 
-#: How a full outbox meets a new update.
+#: The reaction of a full outbox to a new update.
 Overflow = Literal["block", "raise"]
 #: Sessions ended, or batches executed, together: a bound on what is held in memory.
 CHUNK = 1000
 #: Seconds after which the worker looks by itself.
 IDLE = 60.0
-#: Seconds between two attempts to send what was not answered.
+#: Seconds between two attempts to send unanswered calls.
 AGAIN = 0.25
 #: Seconds for which a call waits until earlier flows have taken in their answers.
 SETTLING = 0.5
@@ -90,8 +90,8 @@ class DueBatch(NamedTuple):
 
     Attributes:
         at: When it is due, by the clock.
-        order: Which of those at the same time comes first.
-        partition: Where it is.
+        order: The place among those that are due at the same time.
+        partition: Its partition.
         name: The server's name of its resource.
         token: The partition's token.
         local: The update whose session ended with it, if it is still here.
@@ -114,7 +114,7 @@ class Outbox:
         identity: Who it is.
         members: What it holds.
         reports: Told about errors in the background.
-        most: How much may be unfinished.
+        most: The most unfinished work.
         overflow: Whether a new update waits or raises when the outbox is full.
         changed: The condition on which callers wait for room.
 
@@ -561,7 +561,7 @@ class Outbox:
             ending.parcel.put_back(data)
             self.unended.append(ending)
 
-    # What is due
+    # Due work
 
     def schedule(self, batch: RunningBatch, seconds: float) -> None:
         """Schedule the retry of a batch that has failed."""
@@ -755,7 +755,7 @@ class Outbox:
             self.wake()
 
     def work(self) -> Flow[None]:
-        """Do in the background what is to be done, until the process stops."""
+        """Work off the unfinished work in the background, until the process stops."""
         while not self.stopping:
             try:
                 yield from self.catch_up()

@@ -33,7 +33,7 @@ PIECE = 1000
 _LOOK = 1.0
 #: Seconds after which to look again at a session that cannot end now.
 _AGAIN = 0.25
-#: How many outdated deadlines the heap may have, besides one for each session.
+#: The most outdated deadlines in the heap, besides one for each session.
 _LEFTOVERS = 1000
 
 

@@ -252,13 +252,13 @@ class StoredIds:
 
     Args:
         scope: The name within which the ids are unique.
-        window: How long the server remembers them, seconds.
+        window: Seconds for which the server remembers them.
 
     Attributes:
-        lag: How many messages of the scope wait, if their reader has reported it.
+        lag: The number of messages of the scope that wait, if their reader has reported it.
     """
 
-    #: How many ids are kept: those of a few batches, which may be delivered again.
+    #: The most ids to keep: those of a few batches, which may be delivered again.
     MOST = 65536
 
     def __init__(self, scope: str, window: float) -> None:

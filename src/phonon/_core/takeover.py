@@ -24,7 +24,7 @@ FIRST = 2
 QUICK = 0.05
 #: Survivors that share one dead process's batches, at the most. See SHARERS in processes.lua.
 SHARERS = 16
-#: How many batches may still wait for execution when more are taken, and seconds between two looks.
+#: The most batches that may wait for execution when more are taken, and seconds between two checks.
 FEW = 16
 PAUSE = 0.01
 #: Memberships renewed in one exchange.
@@ -62,7 +62,7 @@ class Takeover:
     Attributes:
         former: Own former identities, each with the partitions where it is not reaped yet. Until
             the reap the lanes there hold operations back whose answers would count the former self.
-        living: How many processes are alive, this one included, as of the last beat.
+        living: The number of living processes, this one included, as of the last beat.
         has_more: Whether the last beat has named as many dead processes as one beat can.
         ask_for_more: Sends a beat, whose answer names further dead processes.
     """

@@ -187,7 +187,7 @@ class WindowedList(Field[list[T], Any], Generic[T]):
     rank; in other models each value is a pair of the rank and the value.
 
     Args:
-        window_length: How many values are kept.
+        window_length: The number of values to keep.
         data_type: The type of the values, if no annotation gives it.
     """
 
@@ -265,7 +265,7 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
     merging.
 
     Args:
-        size: How many keys are kept.
+        size: The number of keys to keep.
         data_type: The type of the keys, if no annotation gives it.
     """
 

@@ -176,7 +176,7 @@ class AsyncDriver:
         identity: The identity of the process, which has the lanes.
         retry_timeout: Seconds after which a caller without an answer gets an error.
         explain: Turns a server's error into one that names the remedy.
-        max_concurrent: How many calls of the user's code run at the same time.
+        max_concurrent: The most calls of the user's code that run at the same time.
         slice: Seconds of user code after which an `Execute` returns with the results so far.
 
     Attributes:

@@ -78,7 +78,7 @@ SLICE = 0.5
 #: Seconds for which mail without a waiter is kept, and how much of it.
 KEEP_MAIL = 10.0
 MOST_MAIL = 1000
-#: How often to try to keep a flow, if signals interrupt the attempts.
+#: The most attempts to keep a flow, if signals interrupt the attempts.
 ATTEMPTS = 100
 #: Seconds between two questions to the server while the thread's own outer frame reads the mail.
 POLL = 0.05

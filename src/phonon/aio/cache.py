@@ -25,7 +25,7 @@ class AsyncLruCache(BaseCache[U]):
         ...     async def execute(self):
         ...         print("write", self._id, self.doc["n"])
         >>> cache = AsyncLruCache(max_entries=1000)
-        >>> async with process.batch():  # stores what is set in one exchange
+        >>> async with process.batch():  # stores all that is set, in one exchange
         ...     for page in ("/a", "/b", "/a"):
         ...         await cache.set(page, Clicks(process, page, doc={"n": 1}))
         True

@@ -231,7 +231,7 @@ class Layout:
         """Return the state of a record merged with the stored one, and its shown values."""
         states = record.__dict__["_states_"]
         old = _serializer.loads(bytes(stored)) if stored else {}
-        # What a newer release has stored stays, though this one does not know the field.
+        # A value of a newer release stays, though this one does not know its field.
         merged: dict[str, Any] = {k: v for k, v in old.items() if k not in self.kept}
         for name, field in self.kept.items():
             # Copied, because merging changes states, and a lost transaction is tried again.
