@@ -106,7 +106,9 @@ class Update(LocalUpdate):
             cls._listed_ = listed
             for own, method in methods_for(listed, LocalUpdate).items():
                 setattr(cls, own, method)
-        cls._direct_ = cls.refresh is Update.refresh and cls.is_expired is Update.is_expired
+        cls._has_default_expiry_ = (
+            cls.refresh is Update.refresh and cls.is_expired is Update.is_expired
+        )
         classes.register(cls, name, aliases, version)
 
     def __init__(  # noqa: C901, PLR0912, PLR0915 - all in one place: calls cost time
@@ -153,7 +155,7 @@ class Update(LocalUpdate):
             self.soft_session = _seconds("soft_session", soft_session)
         self._lock_ = self._emptied_ = self._batch_ = self.spec = self.doc = None
         self._unsent_ = True
-        self._opens_ = False
+        self._is_opener_ = False
         self._check_at_ = 0.0
         plain = type(_id) in PLAIN
         if spec is not None:
@@ -473,7 +475,7 @@ class Update(LocalUpdate):
             return False
         if batch.joins.get(resource) is None:
             batch.joins[resource] = self
-            self._opens_ = True
+            self._is_opener_ = True
         return True
 
     def _detached_(self) -> Any:

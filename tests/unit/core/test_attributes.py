@@ -137,14 +137,14 @@ def test_a_value_fares_alike(value: Any, process: Process) -> None:
         update.one = deepcopy(value)
         seen += [update.has_unsent(), update.take() is None]
         update.one = deepcopy(value)
-        update.spend()
+        update.mark_sent()
         update._mark_()
         seen += [update.has_unsent(), update._emptied_.__class__]
         for change, argument in (("clear", ()), ("append", (1,)), ("add", (1,))):
             if hasattr(update.one, change):
                 getattr(update.one, change)(*argument)
             seen += [update.has_unsent()]
-        update.spend()
+        update.mark_sent()
         update._adopt_(made(cls, process, value))
         return [*seen, update.state(), update.spec, update.doc]
 
