@@ -29,10 +29,10 @@ from phonon.errors import (
 from phonon.settings import (
     check_api,
     check_callable,
+    check_count,
     check_flag,
     check_name,
     check_owner,
-    check_places,
     check_seconds,
     check_timeout,
 )
@@ -759,7 +759,7 @@ class BaseSemaphore(BaseLock):
         timeout: float | None = None,
     ) -> None:
         check_name("name", name)
-        number = check_places(places)
+        number = check_count("places", places)
         super().__init__(
             process, name, block, shared=True, lease=lease, on_lost=on_lost, timeout=timeout
         )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import msgpack
 
 from phonon._core.executor import TOKENS, Executor, RunningBatch
-from phonon._core.flows import REBORN, Flow, Read, read, single
+from phonon._core.flows import REBORN, Flow, read, read_all, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
 from phonon._protocol import operations
@@ -96,14 +96,14 @@ class DeadLetters:
         """
         identity = self._identity
         places: list[tuple[int, bytes]] = []
-        replies = _checked((yield Read(identity.everywhere("parked"))))
+        replies = yield from read_all(identity.everywhere("parked"))
         for partition, names in enumerate(replies):
             places += [(partition, name) for name in names]
         found: list[Parked] = []
         for first in range(0, len(places), PIECE):
             some = places[first : first + PIECE]
-            replies = _checked(
-                (yield Read([identity.in_partition(p, "entries", name) for p, name in some]))
+            replies = yield from read_all(
+                [identity.in_partition(p, "entries", name) for p, name in some]
             )
             for (_, name), entries in zip(some, replies, strict=True):
                 found += [
@@ -234,10 +234,3 @@ def parse_entry(name: bytes, token: bytes, entry: bytes, size: int) -> Parked:
     attempts, since, at = numbers
     number = int(token) * TOKENS if token.isdigit() else 0
     return Parked(decode(name), number, error, attempts, owner, since / 1000, at / 1000, int(size))
-
-
-def _checked(replies: Sequence[Any]) -> Sequence[Any]:
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
-    return replies

@@ -16,6 +16,8 @@ from importlib import metadata
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, NamedTuple, Protocol
 
+import msgpack
+
 from phonon._core import classes, forks
 from phonon._core.clock import clock
 from phonon._core.executor import Executor
@@ -27,7 +29,6 @@ from phonon._core.leases import Leases
 from phonon._core.members import Members
 from phonon._core.outbox import Outbox, Overflow
 from phonon._core.parcels import Ending
-from phonon._core.presence import Presence
 from phonon._core.rebirth import Rebirth
 from phonon._core.reports import Event, Reports
 from phonon._core.retry import RetryPolicy
@@ -50,6 +51,8 @@ _LOOK = 0.002
 _PAUSE = 0.05
 #: Seconds for which a stopping process waits for its lock waiters to leave.
 _DISMISSAL = 5.0
+#: The most names of classes and sources in a report, which travels with every heartbeat.
+_MOST_NAMES = 500
 
 
 class ProcessOptions(NamedTuple):
@@ -175,13 +178,6 @@ class Engine:
             deliver=self.driver.deliver,
             address=address,
         )
-        self.presence = Presence(
-            executes=options.recovers,
-            classes=lambda: [name for name in classes.names() if self.codec.can_execute(name)],
-            backlog=lambda: self.outbox.size,
-        )
-        self.presence.sources = self.sources.listed
-        self.presence.counters = lambda: self.identity.measures.figures()  # noqa: PLW0108 - the measures are another object after a fork
         self.heartbeat = Heartbeat(
             self.identity,
             self.rebirth,
@@ -191,7 +187,7 @@ class Engine:
             interval=options.heartbeat_interval,
             recovers=options.recovers,
             is_referenced=lambda: public() is not None,
-            report=self.presence.report,
+            report=self._report,
         )
         self.sessions = Sessions(self.outbox, self.reports, lambda: public() is not None)
         self.sessions.start_worker = lambda: self._ensure("sessions", self.sessions.work)
@@ -251,6 +247,24 @@ class Engine:
         if iscoroutinefunction(function):
             raise TypeError(f"{function!r} is a coroutine function: use phonon.aio.AsyncProcess")
         function(*arguments)
+
+    def _report(self) -> bytes:
+        """Return the facts about this process that operators see; each heartbeat publishes them."""
+        try:
+            executable = [name for name in classes.names() if self.codec.can_execute(name)]
+            report: bytes = msgpack.packb(
+                {
+                    "executes": self.options.recovers,
+                    "classes": sorted(executable)[:_MOST_NAMES],
+                    "backlog": self.outbox.size,
+                    "counters": self.identity.measures.figures(),
+                    "sources": self.sources.listed()[:_MOST_NAMES],
+                },
+                unicode_errors="surrogatepass",
+            )
+        except Exception:  # noqa: BLE001 - a heartbeat must not fail because of its report
+            return b""
+        return report
 
     @staticmethod
     def make_local() -> Any:

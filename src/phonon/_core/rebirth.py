@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from phonon._core.flows import REBORN, Flow, Read
+from phonon._core.flows import REBORN, Flow, Read, read_all
 from phonon._core.identity import REMEMBERED, Identity
 from phonon._core.leases import Leases
 from phonon._core.members import Members
@@ -38,7 +38,7 @@ _PERSONAL = frozenset(map(int, (Code.LOCK, Code.UNLOCK, Code.RENEW, Code.AWAIT, 
 _REAP, _CLOSE = int(Code.REAP), int(Code.CLOSE)
 
 
-class _Record(NamedTuple):
+class _LastCall(NamedTuple):
     """The last call that a fenced lane carried out."""
 
     sequence: int
@@ -149,7 +149,7 @@ class Rebirth:
 
     def _fence(
         self, lanes: Iterable[Lane], old: bytes, *, lost_data: bool
-    ) -> Flow[dict[tuple[int, bytes], _Record]]:
+    ) -> Flow[dict[tuple[int, bytes], _LastCall]]:
         """Fence all identities that may have unanswered calls."""
         wanted: dict[tuple[int, bytes], None] = {}
         for lane in lanes:
@@ -165,15 +165,10 @@ class Rebirth:
                     wanted[lane.partition, process] = None
         if not wanted:
             return {}
-        replies = yield Read(
+        replies = yield from read_all(
             [self._identity.in_partition(p, "fence", process) for p, process in wanted]
         )
-        records = {}
-        for key, reply in zip(wanted, replies, strict=True):
-            if isinstance(reply, Exception):
-                raise reply
-            records[key] = _Record(*reply)
-        return records
+        return {key: _LastCall(*reply) for key, reply in zip(wanted, replies, strict=True)}
 
     def _error(self, old: bytes, lost_calls: dict[int, int], *, lost_data: bool) -> PhononError:
         who, seconds = old.decode(), self._identity.lease
@@ -216,7 +211,7 @@ _NOT_CARRIED_OUT = object()
 
 def _fate(
     operation: Operation,
-    records: dict[tuple[int, bytes], _Record],
+    records: dict[tuple[int, bytes], _LastCall],
     silent: float,
     *,
     lost_data: bool,

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from phonon._core.compaction import LongSession
 from phonon._core.executor import Executor
-from phonon._core.flows import Branch, Flow, Read, Send, single
+from phonon._core.flows import Branch, Flow, Send, checked, read_all, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
 from phonon._core.parcels import Parcel
@@ -399,9 +399,7 @@ class Sources:
         answers = yield Send([operations.claim(p, encoded, epoch, where) for p in others])
         positions: list[int | None] = [None] * partitions.count
         claim = SourceClaim(name, epoch, positions)
-        for partition, answer in zip([home, *others], [first, *answers], strict=True):
-            if isinstance(answer, Exception):
-                raise answer
+        for partition, answer in zip([home, *others], [first, *checked(answers)], strict=True):
             if answer[0] == _REFUSED:
                 raise claim.lost("was claimed by another consumer meanwhile")
             claim.positions[partition] = int(answer[2]) if answer[2] else None
@@ -419,25 +417,16 @@ class Sources:
     def position(self, name: str) -> Flow[int | None]:
         """Return a source's position, without claiming it."""
         encoded = encode_resource(name)
-        replies = yield Read(self._identity.everywhere("source", encoded))
-        found: list[int] = []
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-            if reply[1]:
-                found.append(int(reply[1]))
-        return min(found, default=None)
+        replies = yield from read_all(self._identity.everywhere("source", encoded))
+        return min((int(reply[1]) for reply in replies if reply[1]), default=None)
 
     def drop(self, claim: SourceClaim) -> Flow[None]:
         """Delete a source's position in all partitions."""
         count = range(self._identity.partitions.count)
         answers = yield Send([operations.drop_source(p, claim.encoded, claim.epoch) for p in count])
         claim.in_doubt = True
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-            if answer[0] == _REFUSED:
-                raise claim.lost("was claimed by another consumer")
+        if any(answer[0] == _REFUSED for answer in checked(answers)):
+            raise claim.lost("was claimed by another consumer")
 
     def ingest(self, progress: Progress, parcels: Sequence[Parcel]) -> Flow[list[BaseException]]:
         """Store the data of messages together with their offsets or ids.

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
 
 from phonon._core.engine import Engine
 from phonon._core.flows import Flow, read
@@ -126,7 +126,7 @@ class BaseCollection(Generic[P, M]):
         ignore_unknown: bool = False,
         sink: Any = None,
     ) -> None:
-        self.model = _any(model)
+        self.model = cast("Any", model)
         self._check_model(sink)
         for name, value in (("idle", idle), ("longest", longest)):
             if value is not None:
@@ -465,10 +465,6 @@ class BaseCollection(Generic[P, M]):
 
 #: The doc of a new record.
 _NOTHING: dict[str, Any] = {}
-
-
-def _any(model: Any) -> Any:
-    return model
 
 
 #: With the GIL compiled functions need no lock; see `phonon._models.field.FoldCode`.
