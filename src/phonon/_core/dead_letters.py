@@ -101,11 +101,11 @@ class DeadLetters:
             places += [(partition, name) for name in names]
         found: list[Parked] = []
         for first in range(0, len(places), PIECE):
-            some = places[first : first + PIECE]
+            page = places[first : first + PIECE]
             replies = yield from read_all(
-                [identity.in_partition(p, "entries", name) for p, name in some]
+                [identity.in_partition(p, "entries", name) for p, name in page]
             )
-            for (_, name), entries in zip(some, replies, strict=True):
+            for (_, name), entries in zip(page, replies, strict=True):
                 found += [
                     parse_entry(name, *entry)
                     for entry in zip(entries[::3], entries[1::3], entries[2::3], strict=True)
@@ -122,10 +122,10 @@ class DeadLetters:
         stored = _stored_token(resource, token)
         partials: list[bytes] = []
         while True:
-            piece = yield from self._piece(partition, name, stored, len(partials), PIECE)
-            if not piece:
+            page = yield from self._piece(partition, name, stored, len(partials), PIECE)
+            if not page:
                 break
-            partials += piece
+            partials += page
         if not partials:
             raise missing(resource, token)
         return partials
@@ -134,10 +134,10 @@ class DeadLetters:
         self, partition: int, name: bytes, token: int, first: int, count: int
     ) -> Flow[Sequence[bytes]]:
         words = (name, b"%d" % token, b"%d" % first, b"%d" % (first + count - 1))
-        piece: Sequence[bytes] = yield from read(
+        page: Sequence[bytes] = yield from read(
             self._identity.in_partition(partition, "look", *words)
         )
-        return piece
+        return page
 
     def key(self, resource: str, token: int) -> str:
         """Return the key that holds a batch's partials, for messages."""

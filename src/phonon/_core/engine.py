@@ -315,7 +315,7 @@ class Engine:
     @property
     def is_worker(self) -> bool:
         """Return whether the caller is one of the workers, which `stopping` waits for."""
-        former = [worker for some in list(self._former_workers.values()) for worker in some]
+        former = [worker for workers in list(self._former_workers.values()) for worker in workers]
         return any(worker.is_current() for worker in (*self._workers.values(), *former))
 
     def in_background(self, function: Callable[[], object], name: str = "tell") -> None:
@@ -462,14 +462,16 @@ class Engine:
         identity = self.identity
         give_up = clock() + _DISMISSAL
         caller = identity.caller()
-        own = [
+        own_waiters = [
             (name, each) for name, each in list(identity.waiters.items()) if each.owner is caller
         ]
-        if own:
+        if own_waiters:
             yield Read(identity.nudges(identity.id))  # the waiter notices once `stop` has returned
-            for waiter, _ in own:
+            for waiter, _ in own_waiters:
                 identity.waiters.pop(waiter, None)
-            yield Send([each.leave(each.partition, each.name, waiter) for waiter, each in own])
+            yield Send(
+                [each.leave(each.partition, each.name, waiter) for waiter, each in own_waiters]
+            )
         while identity.waiters and clock() < give_up:
             yield Read(identity.nudges(identity.id))
             yield Sleep(_LOOK)
@@ -604,13 +606,13 @@ class ThreadEngine(Engine):
         """
         if self.stopped:
             return []
-        ours = [lock for lock in self._locks() if lock._is_owned()]  # noqa: SLF001 - as `threading.Condition` does
-        states = [lock._release_save() for lock in ours]  # noqa: SLF001 - as above
+        held = [lock for lock in self._locks() if lock._is_owned()]  # noqa: SLF001 - as `threading.Condition` does
+        states = [lock._release_save() for lock in held]  # noqa: SLF001 - as above
         try:
             return list(self.driver.run(self.stopping()))
         finally:
             self.close()
-            for lock, state in zip(ours, states, strict=True):
+            for lock, state in zip(held, states, strict=True):
                 lock._acquire_restore(state)  # noqa: SLF001 - as above
 
     def _locks(self) -> list[Any]:

@@ -66,21 +66,21 @@ class MessageHandler(Generic[M]):
         """
         waiting = [messages]
         while waiting:
-            some = waiting.pop()
+            part = waiting.pop()
             at: list[int] = []
             try:
-                self._try(open_batch, some, at)
+                self._try(open_batch, part, at)
             except Exception as error:
                 if isinstance(error, PhononError) and not isinstance(error, NotStorableError):
                     raise
                 # If a handler raised, its message is known. If storing raised, find the message.
-                if len(some) == 1:
-                    self._put_aside(open_batch, some, error)
+                if len(part) == 1:
+                    self._put_aside(open_batch, part, error)
                 elif at:
-                    waiting += [some[at[0] + 1 :], some[at[0] : at[0] + 1], some[: at[0]]]
+                    waiting += [part[at[0] + 1 :], part[at[0] : at[0] + 1], part[: at[0]]]
                 else:
-                    half = len(some) // 2
-                    waiting += [some[half:], some[:half]]
+                    half = len(part) // 2
+                    waiting += [part[half:], part[:half]]
                 waiting = [each for each in waiting if each]
 
     def _try(

@@ -223,8 +223,8 @@ class StreamSource(Loop):
         ]
         self.received += len(entries)
 
-        def open_batch(some: Sequence[StreamEntry]) -> Messages[StreamEntry]:
-            return self._process.batch(some, dedupe=self.scope_of(stream), window=self._window)
+        def open_batch(entries: Sequence[StreamEntry]) -> Messages[StreamEntry]:
+            return self._process.batch(entries, dedupe=self.scope_of(stream), window=self._window)
 
         try:
             handler.store(open_batch, entries)
