@@ -677,14 +677,14 @@ class Lock(BaseLock):
         return locked
 
     def _begins(self, end: object) -> "_Block":
-        """A block begins; see `BlockEnd`."""
+        """Note that a block begins; see `BlockEnd`."""
         block = _Block()
         block.end = weakref.ref(end, lambda _: self._is_left(block))
         self._blocks[threading.get_ident()] = block
         return block
 
     def _is_left(self, block: "_Block") -> None:
-        """An exception out of a signal handler may have left a block without its end."""
+        """Give back the lock of a block that a signal handler's exception has left."""
         attempt, block.attempt = block.attempt, None
         if attempt is not None:
             self._engine.leases.forsaken.append((attempt, self.taken))

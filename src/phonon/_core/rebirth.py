@@ -103,8 +103,7 @@ class Rebirth:
         epoch, listing, opened = yield from identity.register(self._next_id, exact=True)
         silence = begun - identity.beaten_at
         # A process that was declared dead is not registered any more, and its unused lanes are
-        # gone.
-        # That may be a loss of data, so all lanes are fenced again, but it proves none.
+        # gone. That may be a loss of data, so all lanes are fenced again, but it proves none.
         suspicious = forgotten or bool(lost_calls) or epoch != identity.epoch
         records = yield from self._fence(lanes, old, lost_data=suspicious)
         for lane in lanes if suspicious else ():
@@ -182,8 +181,8 @@ class Rebirth:
         lost_part = f"the last {lost} calls" if lost else "data"
         return ServerStateLostError(
             f"{self._address} has lost {lost_part} of process {process}. Data that was stored "
-            "there and not yet written to the database is lost, unless it is restored from a backup; "
-            "batches executed since may be executed again. The process goes on as "
+            "there and not yet written to the database is lost, unless it is restored from a "
+            "backup; batches executed since may be executed again. The process goes on as "
             f"{self._identity.name}, renews its {len(self._members.held)} memberships, and has "
             f"lost its {len(self._leases)} locks. A server with appendonly yes, or "
             "Process(durability=...), keeps its data",
