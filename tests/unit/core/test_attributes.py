@@ -173,6 +173,23 @@ def test_stored_content_is_merged_alike(value: Any, process: Process) -> None:
     assert found[0][0] == {"one": one, "two": [[[[value] * 2, value], value], value]}
 
 
+def test_what_is_merged_has_all_that_a_decoded_update_has(process: Process) -> None:
+    class Nosy(Listed, name="test.Nosy"):
+        seen: list[dict[str, Any]] = []  # noqa: RUF012 - of this test
+
+        def merge(self, other: Any) -> None:
+            slots = {*LocalUpdate.__slots__} - {"__dict__", "__weakref__", "_begun_", "_touched_"}
+            self.seen.append({name: getattr(other, name) for name in slots} | vars(other))
+
+    partials = [made(Nosy, process, 1).take()] * 5
+    process.engine.codec.merge("test.test.x", partials)
+    first, *others = Nosy.seen
+    decoded = process.engine.codec.decode("test.test.x", partials[0], "")
+    Nosy.merge(decoded, decoded)
+    assert [first] * 4 == [*others, Nosy.seen[-1]]
+    classes.forget(Nosy)
+
+
 def test_what_is_not_alike_is_merged_all_the_same(process: Process) -> None:
     """Partials of another record, or of the class's earlier form, among others."""
     made_of = process.engine.codec
