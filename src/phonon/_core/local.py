@@ -629,9 +629,9 @@ class LocalUpdate:
     def _locked_(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function under this update's lock, which changes when it enters a cache."""
         while True:
-            lock = self._current_lock_()
+            lock = self._lock_ or self._current_lock_()
             with lock:
-                if lock is self._current_lock_():
+                if lock is self._lock_ or lock is self._current_lock_():
                     return function(*arguments)
 
     def _not_the_same_(self, other: Any) -> ConfigurationError:
