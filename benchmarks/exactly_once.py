@@ -4,7 +4,7 @@
 * A table behind Phonon to one upsert a message, in the same PostgreSQL.
 * The memory of an id.
 
-Usage: ``python benchmarks/exactly_once.py [--messages N] [--rounds N]``
+Usage: ``PYTHONPATH=. python benchmarks/exactly_once.py [--messages N] [--rounds N]``
 """
 
 import argparse
@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from phonon import Model, Process
 from phonon.fields import ID, Max, Sum
 from phonon.sinks import SqlTable
-from phonon_demo.postgres import PostgreSQL
+from chaos.servers import PostgreSQL
 
 KEYS = 10_000
 BATCH = 1000

@@ -13,7 +13,7 @@ from phonon.aio import AsyncProcess, AsyncUpdate
 from phonon.aio.sinks import AsyncSqlTable, once
 from phonon.fields import ID, Counter, Sum
 from phonon.sinks import tokens_table
-from phonon_demo.postgres import PostgreSQL
+from chaos.servers import PostgreSQL
 from support.world import Redis
 
 

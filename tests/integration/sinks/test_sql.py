@@ -33,7 +33,7 @@ from phonon.fields import (
     Window,
 )
 from phonon.sinks import SqlTable, once, table_of, tokens_table
-from phonon_demo.postgres import PostgreSQL
+from chaos.servers import PostgreSQL
 from support.world import Make, wait_until
 
 

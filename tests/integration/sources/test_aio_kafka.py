@@ -10,7 +10,7 @@ from confluent_kafka import Message
 
 from phonon.aio import AsyncConflictFreeUpdate, AsyncLruCache, AsyncProcess
 from phonon.sources.aio_kafka import AsyncKafkaSource
-from support.kafka import MockKafka
+from chaos.servers import MockKafka
 from support.world import Redis
 
 #: A busy machine takes its time to form a group.

@@ -13,7 +13,7 @@ from phonon.errors import ConfigurationError
 from phonon.sources.kafka import KafkaSource
 from support import consumers
 from support.counted import Count
-from support.kafka import MockKafka
+from chaos.servers import MockKafka
 from support.world import Make, wait_until
 
 #: A busy machine takes its time to start so many, or to form a group.
