@@ -16,8 +16,8 @@ from phonon.settings import check_owner
 from phonon.source import Source
 from phonon.sources._loop import (
     Loop,
+    MessageHandler,
     OnPoison,
-    Storing,
     SupportsExpireAll,
     check_loop,
     check_topics,
@@ -108,7 +108,7 @@ class BaseKafkaSource(Loop):
         """Return the name of a partition's source; see `Process.source`."""
         return f"kafka/{self._group}/{topic}/{partition}"
 
-    def _read(self, storing: Storing[Message]) -> None:
+    def _read(self, storing: MessageHandler[Message]) -> None:
         """Read and handle messages until the loop has to be left, and leave the group."""
         self._consumer = consumer = Consumer(self._config)
         try:
@@ -149,7 +149,7 @@ class BaseKafkaSource(Loop):
 
         return counted
 
-    def _store(self, storing: Storing[Message], messages: Sequence[Message]) -> None:
+    def _store(self, storing: MessageHandler[Message], messages: Sequence[Message]) -> None:
         batches: dict[_Key, list[Message]] = {}
         for message in messages:
             error = message.error()
@@ -351,7 +351,7 @@ class KafkaSource(BaseKafkaSource):
                 ``dead_letters``; or of ending the sessions.
         """
         with self.running(stop_on):
-            self._read(Storing(self._counted(handle), self._on_poison))
+            self._read(MessageHandler(self._counted(handle), self._on_poison))
             self.finish()
 
 
