@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
+from chaos.servers import PostgreSQL
 from phonon import Model, Process
 from phonon.fields import ID, Max, Sum
 from phonon.sinks import SqlTable
-from chaos.servers import PostgreSQL
 
 KEYS = 10_000
 BATCH = 1000
