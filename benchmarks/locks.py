@@ -66,7 +66,7 @@ GRANTS_TARGETS = {"redis-py": 5.0, "python-redis-lock": 1.0}
 
 @contextmanager
 def source(kind: str, path: str, **options: Any) -> Iterator[Any]:
-    """Makes locks of a kind, over connections that count what they send."""
+    """Makes locks of a kind, over connections that count their commands."""
     pool = redis.ConnectionPool(connection_class=Counting, path=path, db=1, **options)
     with redis.Redis(connection_pool=pool) as client:
         if kind.startswith("phonon"):
@@ -111,7 +111,7 @@ def pair_times(path: str, rounds: int, calls: int, *, anew: bool) -> dict[str, l
     with source("phonon", path) as process, source("peers", path) as client:
         owners = {kind: process if kind.startswith("phonon") else client for kind in times}
         for kind, owner in owners.items():
-            measure(kind, owner)  # what is done once is done
+            measure(kind, owner)  # the work of a first call is done now
         for _ in range(rounds):
             for kind, owner in owners.items():
                 times[kind].append(measure(kind, owner))
@@ -147,7 +147,7 @@ def acquire_patiently(kind: str, lock: Any) -> None:
 
 
 def contender(kind: str, path: str, seconds: float, pause: float, counter: str) -> None:
-    """Want the lock all the time; then print what it has come to.
+    """Want the lock all the time; then print the counts.
 
     That is how long each wait was, how many ended in time, to how many of these the lock came from
     another process, and how often it was taken in all.
@@ -254,7 +254,7 @@ class Run(NamedTuple):
     Attributes:
         waits: Seconds, sorted.
         grants: Of each.
-        handed: How many of these came from another process.
+        handed: The number of these that came from another process.
     """
 
     waits: list[float]
@@ -320,7 +320,7 @@ def contention(console: Console, path: str, rounds: int, seconds: float, pause: 
     console.print(table)
 
 
-# What is sent
+# Sent commands
 
 
 def trips(path: str, kind: str, server: Any) -> tuple[int, int]:

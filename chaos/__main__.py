@@ -41,7 +41,7 @@ from phonon_demo.app import asyncio_option
     help="Also kill the server with SIGKILL, now and then, and start it again. Workers then wait "
     "until data is on its disk before they acknowledge.",
 )
-@click.option("--verbose", is_flag=True, help="Show every death, and what the workers log.")
+@click.option("--verbose", is_flag=True, help="Show every death, and the workers' log.")
 @asyncio_option
 def main(
     workers: int,

@@ -58,7 +58,7 @@ class Schedule:
 
     @property
     def next(self) -> float:
-        """When the next function is due, by the monotonic clock."""
+        """The time of the next function, by the monotonic clock."""
         return min(at for at, _, _ in self._due)
 
 

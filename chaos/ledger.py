@@ -1,4 +1,4 @@
-"""Keeps books on every message, and compares them with what is in SQLite.
+"""Keeps books on every message, and compares them with SQLite.
 
 If a dead worker has not acknowledged a message, the broker does not know whether it was stored. So
 the message is dealt again under another number, and the old number may be in the database or not.

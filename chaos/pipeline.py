@@ -85,7 +85,7 @@ class PipelineResult(NamedTuple):
         kills: Workers killed.
         pauses: Workers paused until they were believed dead.
         cuts: Connections cut, on both sides.
-        restarts: How often PostgreSQL was shut down at once.
+        restarts: The number of times that PostgreSQL was shut down at once.
         keys: Rows.
         differing: Wrong rows.
         surplus: Flights in the table, less those produced.

@@ -30,7 +30,7 @@ class Worker:
         progress: Its progress so far.
         process: The id of its `phonon.Process`; empty until it is ready.
         unacknowledged: The lists that were sent and are not acknowledged, oldest first.
-        fate: How it ended before its time; empty if it has not.
+        fate: The cause of its end before its time; empty if it has not ended.
         takeovers: Its takeovers from others.
     """
 

@@ -117,7 +117,7 @@ class RunResult:
         sessions: Sessions in the database.
         taken_over: Open sessions taken over from dead workers, if reported before a further death.
         batches: Batches executed in these takeovers.
-        reborn: How often a worker was believed dead, and went on under a new id.
+        reborn: The number of times that a worker was believed dead, and took a new id.
         repeats: Batches that came twice, and were skipped by their token.
         parked: Parked batches.
         leftovers: Keys that should not be on the server any more.

@@ -80,8 +80,8 @@ class Sink:
         written: Called after every write.
 
     Attributes:
-        writes: How many sessions were written.
-        repeats: How many had been written before, and were skipped.
+        writes: The number of sessions that were written.
+        repeats: The number of those that had been written before, and were skipped.
     """
 
     current: ClassVar["Sink"]

@@ -12,7 +12,7 @@ from phonon.settings import Durability
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """To a worker: its settings.
+    """The settings of a worker, sent to it.
 
     Attributes:
         job: The job.
@@ -21,7 +21,7 @@ class WorkerSettings:
         database: The SQLite file.
         max_entries: The size of the worker's cache, keys.
         heartbeat: Seconds between two heartbeats.
-        durability: How safe data must be before it is acknowledged.
+        durability: The safety of data before it is acknowledged.
         patience: Seconds for which a server that is not there at the start is tried again.
         asyncio: Whether the worker is a program with an event loop.
     """
@@ -57,7 +57,7 @@ class Progress:
         messages: Messages acknowledged.
         writes: Sessions written to the database.
         repeats: Sessions that were there already, and were skipped.
-        reborn: How often it was believed dead, and went on under a new id.
+        reborn: The number of times that it was believed dead, and took a new id.
         done: Whether all its sessions have ended and it has left.
     """
 
@@ -76,7 +76,7 @@ class TookOver:
     Attributes:
         dead: The id of the dead one's `phonon.Process`.
         sessions: The resources that it has released.
-        batches: How many of these had a batch, which this worker has executed.
+        batches: The number of these with a batch, which this worker has executed.
     """
 
     dead: str

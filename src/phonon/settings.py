@@ -81,7 +81,7 @@ def check_timeout(argument: str, value: Any) -> float:
             f"{argument} is a number of seconds, not {value!r}: give one like {argument}=10.0, or "
             "leave it out"
         )
-    if value < 0 and value != -1:  # what is left of a deadline must not become a wait for ever
+    if value < 0 and value != -1:  # the rest of a deadline must not become a wait for ever
         raise ConfigurationError(
             f"{argument} is at least 0, not {value!r}: give 0 to ask once, or -1 to wait for ever"
         )

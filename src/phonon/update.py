@@ -93,7 +93,9 @@ class Update(LocalUpdate):
         super().__init_subclass__(**kwargs)
         classes.check_methods(cls, is_async=cls.is_async)
         cls._has_state_ = cls.state is not Update.state
-        cls._direct_ = cls.refresh is Update.refresh and cls.is_expired is Update.is_expired
+        cls._has_default_expiry_ = (
+            cls.refresh is Update.refresh and cls.is_expired is Update.is_expired
+        )
         classes.register(cls, name, aliases, version)
 
     def __init__(  # noqa: C901, PLR0912, PLR0915 - all in one place: calls cost time
@@ -140,7 +142,7 @@ class Update(LocalUpdate):
             self.soft_session = _seconds("soft_session", soft_session)
         self._lock_ = self._emptied_ = self._batch_ = self.spec = self.doc = None
         self._unsent_ = True
-        self._opens_ = False
+        self._is_opener_ = False
         self._check_at_ = 0.0
         plain = type(_id) in PLAIN
         if spec is not None:
@@ -484,7 +486,7 @@ class Update(LocalUpdate):
             return False
         if batch.joins.get(resource) is None:
             batch.joins[resource] = self
-            self._opens_ = True
+            self._is_opener_ = True
         return True
 
     def _detached_(self) -> Any:

@@ -141,9 +141,9 @@ WITHOUT: dict[Scenario, Mutation] = {
             Patch(
                 outbox,
                 "Outbox.end",
-                "answers = yield from executor.execute(hand, leaves)",
+                "answers = yield from executor.execute(workload, leaves)",
                 "made: list[Operation] = []\n            leaves(made)\n"
-                "            answers = yield from executor.execute(hand, lambda sent: sent.extend(made))",
+                "            answers = yield from executor.execute(workload, lambda sent: sent.extend(made))",
             ),
         )
     ),
@@ -170,7 +170,7 @@ WITHOUT: dict[Scenario, Mutation] = {
         core=(
             Patch(
                 sources,
-                "Ordered.operations",
+                "OrderedProgress.operations",
                 "position = self._positions[partition]",
                 "position = claim.positions[partition]",
             ),

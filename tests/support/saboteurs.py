@@ -35,7 +35,7 @@ class DyingUpdate(NumberedUpdate):
 
 
 class ForgetfulUpdate(NumberedUpdate):
-    """Merging loses what others have contributed, now and then."""
+    """Merging loses the contributions of others now and then."""
 
     def merge(self, other: NumberedUpdate) -> None:
         if _chance.random() < 0.9:

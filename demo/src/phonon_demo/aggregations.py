@@ -11,7 +11,7 @@ from phonon import Model
 from phonon.fields import ID, Count, Custom, Max, SetAppend, Sum
 from phonon_demo.rows import Rejected
 
-#: How the flights' file writes a missing value.
+#: A missing value in the flights' file.
 MISSING = "NA"
 #: An exact sum of numbers of up to 400 digits and exponents of up to 400; more would raise.
 _EXACT = decimal.Context(prec=2000, Emax=9999, Emin=-9999, traps=[decimal.Inexact])

@@ -56,7 +56,7 @@ class Worker:
 
     @property
     def fate(self) -> str:
-        """How the worker ended."""
+        """The end of the worker."""
         status = self.popen.wait()
         if status < 0:
             return f"was killed by {signal.Signals(-status).name}"

@@ -62,8 +62,8 @@ class Storable(Protocol):
         """Return whether its records are executed together."""
 
     @classmethod
-    def lacks_(cls) -> str:
-        """Return what this interpreter lacks to execute the class's records; empty if nothing."""
+    def missing_requirement_(cls) -> str:
+        """Return the requirement that this interpreter lacks for records of the class, or ""."""
 
     def attach(self, process: Any) -> None:
         """Give the update a process."""
@@ -75,7 +75,7 @@ class Storable(Protocol):
         """Note that an instance has executed."""
 
 
-#: By the first byte of msgpack's bytes: how many bytes say how long they are.
+#: The number of bytes that give the length of msgpack's bytes, by their first byte.
 _WIDTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 _BIN8 = [bytes((0xC4, length)) for length in range(0x100)]
 _BIN32 = 0x10000
@@ -233,7 +233,11 @@ class UpdateCodec:
     def can_execute(self, class_name: str) -> bool:
         """Return whether this process can execute batches of a class."""
         cls = classes.find(class_name)
-        return cls is not None and (self._is_async or not cls.is_async) and not cls.lacks_()
+        return (
+            cls is not None
+            and (self._is_async or not cls.is_async)
+            and not cls.missing_requirement_()
+        )
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> list["UpdateRecord"]:
         """Merge the partials of a batch, class by class, in the order of the classes' first ones.
@@ -286,7 +290,7 @@ class UpdateCodec:
                 "has no event loop: run an AsyncProcess that imports it",
                 name,
             )
-        lacking = cls.lacks_()
+        lacking = cls.missing_requirement_()
         if lacking:
             name = classes.name_of(cls)
             raise UnknownClassError(
@@ -623,7 +627,7 @@ _OWN_NAMES = frozenset({"_id", "database", "collection", "spec", "doc", "resourc
 
 #: The fewest partials that are worth a look whether they are alike.
 ALIKE = 4
-#: How many resources and classes are remembered: logging twice is better than growing for ever.
+#: The most resources and classes to remember: logging twice is better than growing for ever.
 MOST_UNMERGED = 1000
-#: How many lists of attributes are remembered a class: `state` may return another each time.
+#: The most lists of attributes to remember of a class: `state` may return another each time.
 MOST_STATES = 100

@@ -166,8 +166,8 @@ class DeadLetters:
             raise missing(resource, token)
         self._codec.check(resource, first[0], self.key(resource, token))
         errors: list[BaseException] = []
-        with self._executor.hand() as hand:
-            hand.expected = (name,)
+        with self._executor.new_workload() as workload:
+            workload.expected = (name,)
             answer = yield from single(operations.replay(partition, name, stored))
             if answer == _MISSING:
                 raise missing(resource, token)
@@ -179,13 +179,13 @@ class DeadLetters:
             if answer is not REBORN and answer[-1] is not False:
                 # Otherwise a survivor has taken it over, and executes it.
                 run = Run(*answer)
-                hand.add(
+                workload.add(
                     RunningBatch(
                         partition, name, run, run.content, resource=resource, errors=errors
                     )
                 )
-            hand.expected = ()
-            yield from self._executor.execute(hand)
+            workload.expected = ()
+            yield from self._executor.execute(workload)
         return errors
 
     def discard(self, resource: str, token: int) -> Flow[None]:

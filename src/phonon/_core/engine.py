@@ -74,7 +74,7 @@ class SessionCache(Protocol):
         """Drop the updates of that process, because they belong to the parent."""
 
     @property
-    def surplus(self) -> int:
+    def excess(self) -> int:
         """Return how many entries it holds beyond its limit, because they could not be sent."""
 
 
@@ -136,7 +136,7 @@ class Engine:
             namespace=options.namespace,
             partitions=options.partitions,
             lease=DEAD_AFTER * options.heartbeat_interval,
-            card=lambda: _card(options.heartbeat_interval),
+            describe=lambda: _description(options.heartbeat_interval),
             library=library,
             clock=clock,
             new_id=lambda: uuid.uuid4().hex,
@@ -190,27 +190,27 @@ class Engine:
             self.leases,
             interval=options.heartbeat_interval,
             recovers=options.recovers,
-            is_wanted=lambda: public() is not None,
+            is_referenced=lambda: public() is not None,
             report=self.presence.report,
         )
         self.sessions = Sessions(self.outbox, self.reports, lambda: public() is not None)
         self.sessions.start_worker = lambda: self._ensure("sessions", self.sessions.work)
         self.takeover.ask_for_more = self.heartbeat.wake
         self.outbox.executor = self.executor
-        self.outbox.surplus = lambda: sum(cache.surplus for cache in list(self.caches))
+        self.outbox.excess = lambda: sum(cache.excess for cache in list(self.caches))
         self.outbox.start_worker = lambda: self._ensure("outbox", self.outbox.work)
         self.takeover.start_worker = lambda: self._ensure(
             "takeover",
             self.takeover.work,
-            anyhow=True,  # the caller knows that the one before has ended, or is about to
+            replace=True,  # the caller knows that the one before has ended, or is about to
         )
         self.takeover.on_taken = lambda text, dead: self.reports.emit(
             Event("takeover", text, process=dead)
         )
         self.leases.start_worker = lambda: self._ensure(
-            "leases", self.leases.work, anyhow=not self.leases.is_working
+            "leases", self.leases.work, replace=not self.leases.is_working
         )
-        self.identity.me = getattr(self.driver, "me", object)  # a simulation has none
+        self.identity.caller = getattr(self.driver, "caller", object)  # a simulation has none
         self.outbox.resume = self.driver.resume
         self.outbox.is_ready = self.driver.detached_ready
         self.driver.on_detached = self.outbox.detach
@@ -264,11 +264,11 @@ class Engine:
         if not self.identity.lanes:
             yield from self.identity.start()
 
-    def start_heart(self) -> None:
+    def start_heartbeat(self) -> None:
         """Start the heartbeat."""
         self._started = True
         # A heartbeat that failed by a bug may still be about to end.
-        self._ensure("heartbeat", self._beating, anyhow=True)
+        self._ensure("heartbeat", self._beating, replace=True)
 
     def _beating(self) -> Flow[None]:
         pid = os.getpid()
@@ -282,13 +282,13 @@ class Engine:
                 if not self._started and self.public() is not None:
                     log.error("the heartbeat thread of process %s has died", self.name)
 
-    def _ensure(self, name: str, work: Callable[[], Flow[Any]], *, anyhow: bool = False) -> None:
-        """Start a worker, unless it runs; with ``anyhow`` even if the old one is about to end."""
+    def _ensure(self, name: str, work: Callable[[], Flow[Any]], *, replace: bool = False) -> None:
+        """Start a worker, unless it runs; with ``replace`` even if the old one is about to end."""
         # A worker that has just been started may call this itself, before it is registered.
         with self._spawning:
             worker = self._workers.get(name)
             if worker is not None and worker.is_alive():
-                if not anyhow:
+                if not replace:
                     return
                 others = self._former_workers.get(name, ())
                 self._former_workers[name] = [o for o in (*others, worker) if o.is_alive()]
@@ -302,7 +302,7 @@ class Engine:
     def is_worker(self) -> bool:
         """Return whether the caller is one of the workers, which `stopping` waits for."""
         former = [worker for some in list(self._former_workers.values()) for worker in some]
-        return any(worker.is_me() for worker in (*self._workers.values(), *former))
+        return any(worker.is_current() for worker in (*self._workers.values(), *former))
 
     def in_background(self, function: Callable[[], object], name: str = "tell") -> None:
         """Run a function of the user's in a thread or task of its own."""
@@ -429,7 +429,7 @@ class Engine:
             worker = self._workers.get(name)
             latest = () if worker is None else (worker,)
             for each in (*self._former_workers.get(name, ()), *latest):
-                while each.is_alive() and not each.is_me():
+                while each.is_alive() and not each.is_current():
                     # In each round: after an interrupt a part may have two workers, and its signal
                     # wakes only one.
                     for part in (self.sessions, self.outbox, self.leases, self.heartbeat):
@@ -447,8 +447,10 @@ class Engine:
         """
         identity = self.identity
         give_up = clock() + _DISMISSAL
-        me = identity.me()
-        own = [(name, each) for name, each in list(identity.waiters.items()) if each.owner is me]
+        caller = identity.caller()
+        own = [
+            (name, each) for name, each in list(identity.waiters.items()) if each.owner is caller
+        ]
         if own:
             yield Read(identity.nudges(identity.id))  # the waiter notices once `stop` has returned
             for waiter, _ in own:
@@ -529,7 +531,7 @@ class Engine:
                 signal.set()
 
 
-def _card(interval: float) -> dict[str, str | int | float]:
+def _description(interval: float) -> dict[str, str | int | float]:
     """Return where this process runs, for operators."""
     return {
         "host": socket.gethostname(),
@@ -558,7 +560,7 @@ class ThreadEngine(Engine):
         with self._starting:
             if not self._started:
                 self.driver.run(self.starting())
-                self.start_heart()
+                self.start_heartbeat()
 
     def ensure_alive(self) -> None:
         """Start the workers again that a fork or a bug has ended.
@@ -651,7 +653,7 @@ class TaskEngine(Engine):
     async def start(self) -> None:
         """Register the process, and start its heartbeat."""
         await self.driver.run(self.starting())
-        self.start_heart()
+        self.start_heartbeat()
 
     def ensure_alive(self) -> None:
         """Refuse work after a stop or in another loop, and restart a heartbeat that died.
@@ -667,7 +669,7 @@ class TaskEngine(Engine):
         if self.stopped:
             raise ProcessStoppedError(f"process {self.name} was stopped: make a new AsyncProcess")
         if not self._started:
-            self.start_heart()
+            self.start_heartbeat()
 
     async def run(self, flow: Flow[Any]) -> Any:
         """Run a flow for a caller."""

@@ -108,7 +108,7 @@ class AwaitMail(NamedTuple):
     Attributes:
         partition: The resource's partition.
         waiter: The waiter's name.
-        seconds: How long to wait at the most.
+        seconds: Seconds to wait at the most.
     """
 
     partition: int
@@ -121,7 +121,7 @@ class Wait(NamedTuple):
 
     Attributes:
         signal: The signal, made by the driver.
-        seconds: How long to wait at the most.
+        seconds: Seconds to wait at the most.
     """
 
     signal: Any

@@ -1,4 +1,4 @@
-"""The local state of an update: what is unsent, how long its session lasts, who may touch it.
+"""The local state of an update: its unsent data, the end of its session, and its lock.
 
 An update is emptied when its content goes to the server, and goes on, as an entry of a cache say.
 """
@@ -42,8 +42,8 @@ class LocalUpdate:
         "_engine_",
         "_generation_",
         "_id",
+        "_is_opener_",
         "_lock_",
-        "_opens_",
         "_process_",
         "_touched_",
         "_unsent_",
@@ -77,23 +77,23 @@ class LocalUpdate:
     _check_at_: float
     #: The lock of the cache that holds the update; None: one of the engine's stripes.
     _lock_: Any
-    #: Whether the update has data that is nowhere else; if not, its look when it was emptied: a
-    #: digest, or the values of its state, if none of them can change in place without showing it.
+    #: Whether the update has data that is nowhere else. If not, its fingerprint when emptied:
+    #: a digest, or the values of its state, if none of them can change in place without showing it.
     _unsent_: bool
     _emptied_: int | tuple[Any, ...] | None
     #: The batch that is going to store the update.
     _batch_: Any
     #: Whether `Process.stop` may end the session with this update.
-    _opens_: bool
+    _is_opener_: bool
     _ref_: Any = None
     #: The codec's: how partials of this class begin, by the serializer's name.
     _headers_: ClassVar[dict[str, bytes]]
-    #: The version of what the class stores.
+    #: The version of the class's stored data.
     _version_: ClassVar[int] = 1
     #: Whether the class has a `state` of its own.
     _has_state_: ClassVar[bool] = False
     #: Whether a cache may merge without calling `refresh` and `is_expired`.
-    _direct_: ClassVar[bool] = True
+    _has_default_expiry_: ClassVar[bool] = True
 
     # The user's
 
@@ -118,11 +118,11 @@ class LocalUpdate:
         raise NotImplementedError
 
     #: Whether messages are folded into ``doc`` as it is, and not absorbed.
-    folds_: ClassVar[bool] = False
+    is_folded_: ClassVar[bool] = False
 
     @classmethod
-    def lacks_(cls) -> str:
-        """Return what is missing in this interpreter to execute updates; empty if nothing is."""
+    def missing_requirement_(cls) -> str:
+        """Return the requirement that this interpreter lacks to execute updates, or ""."""
         return ""
 
     # The parcel that flows move to the server
@@ -144,7 +144,7 @@ class LocalUpdate:
             return False
         try:
             if emptied.__class__ is not tuple:
-                return self._look_(self._state_()) != emptied
+                return self._fingerprint_(self._state_()) != emptied
             if self.spec is not None or self.doc:
                 return True
             values = self.state().values()
@@ -186,7 +186,7 @@ class LocalUpdate:
         if not (self._unsent_ or self.has_unsent()):
             return None, None
         # First: a signal handler that ends the session meanwhile must not send a part of the data.
-        self.spend()
+        self.mark_sent()
         partial = None
         try:
             state = codec.state_of(self)
@@ -237,7 +237,7 @@ class LocalUpdate:
 
     def _discard_(self) -> bool:
         had = self.has_unsent()
-        self.spend()
+        self.mark_sent()
         return had
 
     # For caches
@@ -263,7 +263,7 @@ class LocalUpdate:
         if (
             now >= self._check_at_
             or not other._unsent_
-            or other._opens_
+            or other._is_opener_
             or other is self
             or other._generation_ is not self._generation_
         ):
@@ -312,7 +312,7 @@ class LocalUpdate:
                 entered = current is self._current_lock_()
                 if entered:
                     self._lock_ = lock
-        self._check_at_ = self._over_at_(self._touched_)
+        self._check_at_ = self._session_end_(self._touched_)
 
     # For the codec
 
@@ -324,7 +324,7 @@ class LocalUpdate:
         self.resource_id = f"{prefix_of(engine, self.database, self.collection)}{self._id}"
         self._lock_ = self._emptied_ = self._batch_ = None
         self._unsent_ = True
-        self._opens_ = False
+        self._is_opener_ = False
         self._check_at_ = 0.0
         self._begun_ = self._touched_ = self._now_()
 
@@ -349,7 +349,7 @@ class LocalUpdate:
         del bodies, serializer
 
     def fault_(self) -> str:
-        """Return what is wrong with decoded content; empty if nothing is."""
+        """Return the fault of decoded content; empty if it is valid."""
         return ""
 
     def begin_execution(self, merged: Self, token: int) -> Self:
@@ -368,7 +368,7 @@ class LocalUpdate:
         if self.has_unsent():
             return merged
         self._adopt_(merged)
-        self.spend()
+        self.mark_sent()
         return self
 
     def begin_again(self, content: Any, token: int) -> bool:
@@ -388,7 +388,7 @@ class LocalUpdate:
         self.spec, self.doc = spec, doc
         for name, value in state.items():
             setattr(self, name, value)
-        self.spend()
+        self.mark_sent()
         return True
 
     def end_execution(self, instance: Self) -> None:
@@ -403,12 +403,12 @@ class LocalUpdate:
     def _now_(self) -> float:
         raise NotImplementedError
 
-    def spend(self) -> None:
+    def mark_sent(self) -> None:
         """Note that nothing is unsent: another update or the caller has the data."""
         self._unsent_, self._emptied_ = False, None
 
     def _adopt_(self, other: "LocalUpdate") -> None:
-        """Become what the other is: replaced, not merged, so `merge` needs no identity element."""
+        """Take the other's content. It is not merged, so `merge` needs no identity element."""
         self.spec, self.doc = other.spec, other.doc
         if self._has_state_:
             for name, value in codec.state_of(other).items():
@@ -416,7 +416,7 @@ class LocalUpdate:
 
     def _empty_(self) -> None:
         """Go on without content: the data is on the server, or its broker delivers it again."""
-        self.spend()  # first: see `_take_`
+        self.mark_sent()  # first: see `_take_`
         if self.doc is not None:
             self.doc = {}
         try:
@@ -441,7 +441,7 @@ class LocalUpdate:
             return
         try:
             state = self._state_()
-            self._emptied_ = self._values_(state) or self._look_(state)
+            self._emptied_ = self._values_(state) or self._fingerprint_(state)
         except Exception:  # noqa: BLE001 - execute may leave values that cannot be stored
             self._emptied_ = None
 
@@ -460,7 +460,7 @@ class LocalUpdate:
                 return None
         return values
 
-    def _look_(self, state: dict[str, Any] | None) -> int:
+    def _fingerprint_(self, state: dict[str, Any] | None) -> int:
         """Return a digest of the content, to see whether it changes."""
         if state is not None:
             content: Any = (self.spec, self.doc, state)
@@ -475,13 +475,13 @@ class LocalUpdate:
 
     def _open_(self, engine: Engine) -> None:
         """Register as the update that `stop` flushes."""
-        self._opens_ = True
+        self._is_opener_ = True
         engine.members.held[self.resource_id] = weakref.ref(self)
 
     def _take_over_(self, other: "LocalUpdate") -> None:
         """Take the registration of an update that was merged into this one."""
         engine = self._engine_
-        other._opens_, self._opens_ = False, True
+        other._is_opener_, self._is_opener_ = False, True
         held = engine.members.held.get(self.resource_id)
         if held is not None and held() is other:
             engine.members.held[self.resource_id] = weakref.ref(self)
@@ -489,7 +489,7 @@ class LocalUpdate:
         if batch is not None and batch.joins.get(self.resource_id) is other:
             batch.joins[self.resource_id] = self
 
-    def _over_at_(self, touched: float) -> float:
+    def _session_end_(self, touched: float) -> float:
         return min(touched + self.soft_session, self._begun_ + self.hard_session)
 
     def ends_at_(self) -> float:
@@ -530,13 +530,13 @@ class LocalUpdate:
                 if batch is not None:
                     batch.keep(self)
                 self._merge_or_adopt_(other)
-            if other._opens_:
+            if other._is_opener_:
                 self._take_over_(other)
             if batch is not None:
                 batch.replace(other, self)
         if not over:
             self._touched_ = now
-            self._check_at_ = self._over_at_(now)
+            self._check_at_ = self._session_end_(now)
         return over
 
     def _merge_or_adopt_(self, other: Any) -> None:

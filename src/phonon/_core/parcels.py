@@ -56,7 +56,7 @@ class SessionResult:
 
     Attributes:
         last: Whether this process was the last member.
-        left: How many members are left.
+        left: The number of members that are left.
         modifications: By process id, if they were asked for.
         errors: The errors of sending the data, or of ``execute``.
         sent: Whether the data is on the server.

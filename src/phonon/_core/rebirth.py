@@ -100,7 +100,7 @@ class Rebirth:
         lost_calls = dict(identity.lost_calls)
         self._next_id = self._next_id or identity.new_id().encode()
         begun = identity.clock()
-        epoch, listing, opened = yield from identity.appear(self._next_id, insist=True)
+        epoch, listing, opened = yield from identity.register(self._next_id, exact=True)
         silent = begun - identity.beaten_at
         # A process that was declared dead is not registered any more, and its unused lanes are
         # gone.
@@ -119,7 +119,7 @@ class Rebirth:
         identity.former.append(old)
         for lane in opened:
             lane.defer()
-        identity.become(self._next_id, epoch, listing, opened, begun)
+        identity.switch_to(self._next_id, epoch, listing, opened, begun)
         self._next_id = b""
         # No operation enters the old lanes from now on.
         told: list[tuple[Operation, Any]] = []

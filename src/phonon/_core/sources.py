@@ -42,7 +42,7 @@ _CLAIMED, _REFUSED, _INGESTED, _SEEN = (
 MOVE_ON_AFTER = 1.0
 
 
-class Claim:
+class SourceClaim:
     """The state of an ordered source that this process reads.
 
     Attributes:
@@ -148,7 +148,7 @@ class Progress(Protocol):
         """Note that everything up to the message in hand was stored."""
 
 
-class Ordered:
+class OrderedProgress:
     """A batch's progress on an ordered source.
 
     It is based on the source's positions at its begin. So the server refuses it if another batch of
@@ -158,7 +158,7 @@ class Ordered:
         claim: The source.
     """
 
-    def __init__(self, claim: Claim) -> None:
+    def __init__(self, claim: SourceClaim) -> None:
         self._claim = claim
         self._first: int | None = None
         self._offset = -1
@@ -247,18 +247,18 @@ class Ordered:
             self._claim.done = max(self._claim.done, self._upto)
 
 
-class Ids:
+class StoredIds:
     """The ids of a scope that this process knows to be stored, by partition: the latest ones.
 
     Args:
         scope: The name within which the ids are unique.
-        window: How long the server remembers them, seconds.
+        window: Seconds for which the server remembers them.
 
     Attributes:
-        lag: How many messages of the scope wait, if their reader has reported it.
+        lag: The number of messages of the scope that wait, if their reader has reported it.
     """
 
-    #: How many ids are kept: those of a few batches, which may be delivered again.
+    #: The most ids to keep: those of a few batches, which may be delivered again.
     MOST = 65536
 
     def __init__(self, scope: str, window: float) -> None:
@@ -277,7 +277,7 @@ class Ids:
             del known[next(iter(known))]
 
 
-class Unordered:
+class UnorderedProgress:
     """A batch's progress on a source with ids.
 
     Args:
@@ -286,7 +286,7 @@ class Unordered:
 
     asks = True
 
-    def __init__(self, ids: Ids) -> None:
+    def __init__(self, ids: StoredIds) -> None:
         self._ids = ids
         self._id = b""
         self._begun: set[bytes] = set()
@@ -371,14 +371,14 @@ class Sources:
         self._members = members
         self._executor = executor
         self._reports = reports
-        self._claims: weakref.WeakSet[Claim] = weakref.WeakSet()
-        self._ids: dict[tuple[str, float], Ids] = {}
+        self._claims: weakref.WeakSet[SourceClaim] = weakref.WeakSet()
+        self._ids: dict[tuple[str, float], StoredIds] = {}
 
-    def ids(self, scope: str, window: float) -> Ids:
+    def ids(self, scope: str, window: float) -> StoredIds:
         """Return the known ids of a scope."""
-        return self._ids.setdefault((scope, window), Ids(scope, window))
+        return self._ids.setdefault((scope, window), StoredIds(scope, window))
 
-    def claim(self, name: str, position: int | None = None) -> Flow[Claim]:
+    def claim(self, name: str, position: int | None = None) -> Flow[SourceClaim]:
         """Become the only reader of an ordered source, in all partitions.
 
         Args:
@@ -398,7 +398,7 @@ class Sources:
         epoch = first[1]
         answers = yield Send([operations.claim(p, encoded, epoch, where) for p in others])
         positions: list[int | None] = [None] * partitions.count
-        claim = Claim(name, epoch, positions)
+        claim = SourceClaim(name, epoch, positions)
         for partition, answer in zip([home, *others], [first, *answers], strict=True):
             if isinstance(answer, Exception):
                 raise answer
@@ -428,7 +428,7 @@ class Sources:
                 found.append(int(reply[1]))
         return min(found, default=None)
 
-    def drop(self, claim: Claim) -> Flow[None]:
+    def drop(self, claim: SourceClaim) -> Flow[None]:
         """Delete a source's position in all partitions."""
         count = range(self._identity.partitions.count)
         answers = yield Send([operations.drop_source(p, claim.encoded, claim.epoch) for p in count])
@@ -477,9 +477,9 @@ class Sources:
             progress.finished()
         return _together(errors)
 
-    def move_on(self, claim: Claim) -> Flow[list[BaseException]]:
+    def move_on(self, claim: SourceClaim) -> Flow[list[BaseException]]:
         """Store a source's position in partitions without messages as well."""
-        errors = yield from self._send(Ordered(claim), claim.moves(), {}, {})
+        errors = yield from self._send(OrderedProgress(claim), claim.moves(), {}, {})
         return _together(errors)
 
     def _send(

@@ -11,7 +11,7 @@ from phonon._core.engine import Engine
 from phonon._core.flows import Flow, read
 from phonon._core.local import prefix_of
 from phonon._core.sessions import SPREAD, share
-from phonon._models.columns import Aside, Rows, rows_of
+from phonon._models.columns import PendingTables, Rows, rows_of
 from phonon._models.messages import mapping_of
 from phonon._models.record import DATABASE, ModelRecord
 from phonon.errors import ConfigurationError, InvalidMessageError, UnknownClassError
@@ -47,7 +47,7 @@ class Rejected(NamedTuple):
     error: InvalidMessageError
 
 
-class Limits:
+class SessionLimits:
     """Decides when the sessions of a collection's records end; a part of its cache.
 
     Attributes:
@@ -232,7 +232,7 @@ class BaseCollection(Generic[P, M]):
             "@SEEN": "_record._touched_ = _now" if self.idle is not None else "",
             "@COUNT": _COUNT if counts else "",
         }
-        self._aside = Aside(self._compiled, cache._lock)  # noqa: SLF001
+        self._aside = PendingTables(self._compiled, cache._lock)  # noqa: SLF001
         build = self._compiled.build
         self._fold_one = build("add", _filled(_PUT, parts), namespace)
         self._fold_rows = build("put_rows", _filled(_PUT_ROWS, parts), namespace)
@@ -373,12 +373,12 @@ class BaseCollection(Generic[P, M]):
 
     # Messages
 
-    def _finish(self, record: Any, out: Sequence[tuple[Hashable, Any]], alone: bool) -> Any:
+    def _finish(self, record: Any, evicted: Sequence[tuple[Hashable, Any]], alone: bool) -> Any:
         """Go on with a message that was folded.
 
         Args:
             record: Its record.
-            out: The records that have left the collection for it.
+            evicted: The records that have left the collection for it.
             alone: Whether no batch stores it.
         """
         raise NotImplementedError

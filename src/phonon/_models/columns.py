@@ -303,7 +303,7 @@ def _without_wrong_rows(
     return table.filter(pc.invert(wrong)), rejected
 
 
-class Aside:
+class PendingTables:
     """The tables of a collection that were not merged into its records yet.
 
     All of its methods are called under the collection's lock.

@@ -85,7 +85,7 @@ class Compiled:
         self.doc_of: Callable[[Any], dict[str, Any]] = self.build("doc_of", _DOC)
         #: Gives a record the states of a doc.
         self.fill: Callable[[Any, Mapping[str, Any]], None] = self.build("fill", _FILL)
-        #: Stores records, and reads what was stored.
+        #: Stores records, and reads stored ones.
         self.packing = Packing(self)
 
     # Docs: the states of a record's fields, by name

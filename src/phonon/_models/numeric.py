@@ -249,7 +249,7 @@ class Summary:
     """The result of `Stats`.
 
     Attributes:
-        count: How many values.
+        count: The number of values.
         sum: Their sum.
         min: The least; None of no values.
         max: The greatest; None of no values.

@@ -187,7 +187,7 @@ class WindowedList(Field[list[T], Any], Generic[T]):
     rank; in other models each value is a pair of the rank and the value.
 
     Args:
-        window_length: How many values are kept.
+        window_length: The number of values to keep.
         data_type: The type of the values, if no annotation gives it.
     """
 
@@ -206,7 +206,7 @@ class WindowedList(Field[list[T], Any], Generic[T]):
         super().annotate(tuple(arguments))
 
     def __class_getitem__(cls, arguments: Any) -> Any:
-        return Sized.make(cls, arguments) or super().__class_getitem__(arguments)  # type: ignore[misc]  # typing's
+        return SizedAnnotation.make(cls, arguments) or super().__class_getitem__(arguments)  # type: ignore[misc]  # typing's
 
     def check(self, value: Any) -> Any:
         if isinstance(value, tuple):
@@ -265,7 +265,7 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
     merging.
 
     Args:
-        size: How many keys are kept.
+        size: The number of keys to keep.
         data_type: The type of the keys, if no annotation gives it.
     """
 
@@ -283,7 +283,7 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
         super().annotate(tuple(arguments))
 
     def __class_getitem__(cls, arguments: Any) -> Any:
-        return Sized.make(cls, arguments) or super().__class_getitem__(arguments)  # type: ignore[misc]  # typing's
+        return SizedAnnotation.make(cls, arguments) or super().__class_getitem__(arguments)  # type: ignore[misc]  # typing's
 
     def check(self, value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -324,7 +324,7 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
         return type(state) is dict and all(map(self._values.accepts, state))
 
 
-class Sized:
+class SizedAnnotation:
     """An annotation with a size in its brackets: ``Window[str, 10]``."""
 
     def __init__(self, origin: Any, arguments: tuple[Any, ...]) -> None:
@@ -332,7 +332,7 @@ class Sized:
         self.__args__ = arguments
 
     @classmethod
-    def make(cls, origin: Any, arguments: Any) -> "Sized | None":
+    def make(cls, origin: Any, arguments: Any) -> "SizedAnnotation | None":
         """Return an annotation with a size, or None: typing allows only types in brackets."""
         if isinstance(arguments, tuple) and len(arguments) == _PAIR:
             return cls(origin, arguments)

@@ -1,8 +1,8 @@
-"""How records are stored and read again: by code that is compiled for their model.
+"""Compiles the code that stores a model's records, and reads stored ones.
 
 What it writes is, byte for byte, what the serializer writes, and what it reads is checked as if it
-had been decoded by itself. Whatever is out of the ordinary it leaves to the serializer and the
-codec, who find the words for what is wrong.
+had been decoded alone. Anything unusual it leaves to the serializer and the codec, which raise the
+error that names the fault.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 #: Types that MessagePack writes as they are.
 _ATOMS = frozenset({int, str, bool})
-#: How many parts a content has.
+#: The number of parts of a content.
 _LENGTH = 6
 _EMPTY_DICT = 0x80
 
-#: Of which values the state of a kind of field is made, if it is made of nothing else.
+#: The values of which a kind of field's state is made, if it is made of nothing else.
 _STATES = {
     "id": "atoms",
     "sum": "numbers",
@@ -39,12 +39,12 @@ _STATES = {
     "list_append": "atoms",
     "set_append": "atoms",
 }
-#: How one state is merged into another, where that takes no call.
+#: The operators that merge one state into another, where that takes no call.
 _ADDED, _ORDERED = frozenset({"sum", "diff", "count"}), {"min": "<", "max": ">", "timestamp": ">"}
 
 
 class Packing:
-    """The code that stores a model's records, and reads what was stored of one.
+    """The code that stores a model's records, and reads stored ones.
 
     Args:
         compiled: The model's code.

@@ -69,7 +69,7 @@ class AsyncProcess(BaseProcess):
         namespace: Processes of different namespaces do not see each other. Any text.
         partitions: The number of partitions, if this is the namespace's first process.
         serializer: Encodes partials; the same in all processes.
-        retry: When a batch whose ``execute`` fails is tried again, and when it is parked.
+        retry: The times at which a batch whose ``execute`` fails is tried again, or parked.
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`.
         durability: The confirmation that a call which stores data waits for.

@@ -23,7 +23,7 @@ from phonon.sinks.columns import STATE, TOKEN, Layout, added
 
 #: Bound parameters in one statement: SQLite takes 32,766.
 MOST_PARAMETERS = 30_000
-#: How often a transaction is tried if it loses against another one.
+#: The most attempts at a transaction that loses against others.
 ATTEMPTS = 6
 #: Seconds before the second attempt; they double.
 FIRST_PAUSE = 0.02

@@ -26,7 +26,7 @@ M = TypeVar("M")
 
 #: Called with a message that cannot be handled, and the error.
 OnPoison = Callable[[M, Exception], object]
-#: How often the same messages are handled at the most if other consumers store them too.
+#: The most times that the same messages are handled if other consumers store them too.
 ATTEMPTS = 10
 #: Seconds to wait before a server or a broker that did not answer is asked again.
 PAUSE = 0.5
@@ -39,7 +39,7 @@ class SupportsExpireAll(Protocol):
         """End all sessions."""
 
 
-class Storing(Generic[M]):
+class MessageHandler(Generic[M]):
     """Handles batches of messages, and puts poison ones aside.
 
     Args:

@@ -16,8 +16,8 @@ from phonon.settings import check_owner
 from phonon.source import Source
 from phonon.sources._loop import (
     Loop,
+    MessageHandler,
     OnPoison,
-    Storing,
     SupportsExpireAll,
     check_loop,
     check_topics,
@@ -129,7 +129,7 @@ class BaseKafkaSource(Loop):
         """Return the name of a partition's source; see `Process.source`."""
         return f"kafka/{self._group}/{topic}/{partition}"
 
-    def _read(self, storing: Storing[Message]) -> None:
+    def _read(self, storing: MessageHandler[Message]) -> None:
         """Read and handle messages until the loop has to be left, and leave the group."""
         self._consumer = consumer = Consumer(self._config)
         try:
@@ -176,7 +176,7 @@ class BaseKafkaSource(Loop):
         return counted
 
     def _store(
-        self, storing: Storing[Message], messages: Sequence[Message], failed: set[_Key]
+        self, storing: MessageHandler[Message], messages: Sequence[Message], failed: set[_Key]
     ) -> None:
         """Store messages, except those of partitions that are read again from another position."""
         for key, batch in self._by_partition(messages).items():
@@ -446,7 +446,7 @@ class KafkaSource(BaseKafkaSource):
                 ``dead_letters``; or of ending the sessions.
         """
         with self.running(stop_on):
-            self._read(Storing(self._counted(handle), self._on_poison))
+            self._read(MessageHandler(self._counted(handle), self._on_poison))
             self.finish()
 
 

@@ -20,8 +20,8 @@ from phonon.settings import check_name, check_owner, check_seconds
 from phonon.source import WINDOW, Messages
 from phonon.sources._loop import (
     Loop,
+    MessageHandler,
     OnPoison,
-    Storing,
     SupportsExpireAll,
     check_loop,
     check_topics,
@@ -159,7 +159,7 @@ class StreamSource(Loop):
             self.handled += 1
             handle(entry)
 
-        storing = Storing(counted, self._on_poison)
+        storing = MessageHandler(counted, self._on_poison)
         with self.running(stop_on):
             while not self.stopping:
                 try:
@@ -202,7 +202,7 @@ class StreamSource(Loop):
             if not consumer["pending"] and is_gone(consumer):
                 self._client.xgroup_delconsumer(stream, self._group, consumer["name"])
 
-    def _read(self, storing: Storing[StreamEntry]) -> None:
+    def _read(self, storing: MessageHandler[StreamEntry]) -> None:
         now = time.monotonic()
         if now >= self._claim_at:
             self._claim_at = now + self._idle_ms / 2000
@@ -216,7 +216,7 @@ class StreamSource(Loop):
         for stream, entries in _items(found):
             self._store(storing, _text(stream), entries)
 
-    def _take_over(self, storing: Storing[StreamEntry]) -> None:
+    def _take_over(self, storing: MessageHandler[StreamEntry]) -> None:
         """Take over entries that others have not acknowledged for a long time."""
         for stream in self._streams:
             start: Any = "0-0"
@@ -241,7 +241,7 @@ class StreamSource(Loop):
                 return lag
         return None
 
-    def _store(self, storing: Storing[StreamEntry], stream: str, raw: Sequence[Any]) -> None:
+    def _store(self, storing: MessageHandler[StreamEntry], stream: str, raw: Sequence[Any]) -> None:
         entries = [
             StreamEntry(id_, _fields(fields), stream) for id_, fields in raw if fields is not None
         ]

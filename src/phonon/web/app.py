@@ -61,7 +61,7 @@ class _Headers:
         await self._app(scope, receive, add)
 
 
-class Page:
+class PageRequests:
     """Answers the page's requests.
 
     Args:
@@ -238,7 +238,7 @@ def make(admin: AsyncAdmin, *, token: str | None, hosts: tuple[str, ...] | None)
         )
     if hosts is not None:
         check_hosts(hosts)
-    page = Page(admin, token)
+    page = PageRequests(admin, token)
     reads = {
         name: getattr(page, name)
         for name in ("overview", "locks", "sessions", "batches", "resource", "acts", "doctor")
