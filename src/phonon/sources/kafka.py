@@ -100,15 +100,12 @@ class BaseKafkaSource(Loop):
         #: The offset up to which each partition is stored.
         self._done: dict[_Key, int] = {}
         self._consumer: Any = None
-        #: The number of handled messages, and of received ones, repeated ones included.
-        self.handled = 0
-        self.received = 0
 
     def name_of(self, topic: str, partition: int) -> str:
         """Return the name of a partition's source; see `Process.source`."""
         return f"kafka/{self._group}/{topic}/{partition}"
 
-    def _read(self, storing: MessageHandler[Message]) -> None:
+    def _read(self, handler: MessageHandler[Message]) -> None:
         """Read and handle messages until the loop has to be left, and leave the group."""
         self._consumer = consumer = Consumer(self._config)
         try:
@@ -120,7 +117,7 @@ class BaseKafkaSource(Loop):
             )
             while not self.stopping:
                 messages = consumer.consume(self._batch_size, self._poll_timeout)
-                self._store(storing, messages)
+                self._store(handler, messages)
                 if not messages:
                     self._settle(list(self._sources))
             self._settle(list(self._sources))
@@ -142,14 +139,7 @@ class BaseKafkaSource(Loop):
         """Settle a source."""
         source.settle()
 
-    def _counted(self, handle: Callable[[Message], object]) -> Callable[[Message], object]:
-        def counted(message: Message) -> object:
-            self.handled += 1
-            return handle(message)
-
-        return counted
-
-    def _store(self, storing: MessageHandler[Message], messages: Sequence[Message]) -> None:
+    def _store(self, handler: MessageHandler[Message], messages: Sequence[Message]) -> None:
         batches: dict[_Key, list[Message]] = {}
         for message in messages:
             error = message.error()
@@ -165,7 +155,7 @@ class BaseKafkaSource(Loop):
                 continue  # revoked: the member that has the partition reads them
             self.received += len(batch)
             try:
-                storing.store(source.batch, batch)
+                handler.store(source.batch, batch)
             except PhononError as error:
                 if not is_transient(error):
                     raise
@@ -188,10 +178,7 @@ class BaseKafkaSource(Loop):
         if not offsets:
             return
         try:
-            if wait:
-                self._consumer.commit(offsets=offsets, asynchronous=False)
-            else:
-                self._consumer.commit(offsets=offsets, asynchronous=True)
+            self._consumer.commit(offsets=offsets, asynchronous=not wait)
         except KafkaException as error:
             log.debug("kafka: %s", error)
 
