@@ -74,16 +74,13 @@ class RecordReader(Protocol):
     def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:
         """Merge partials into fewer."""
 
-    def check(self, partial: bytes) -> None:
-        """Check that this process can execute the batch of a partial.
+    def check(self, resource: str, partial: bytes, where: str) -> None:
+        """Check that a partial can be decoded, and executed, here.
 
         Raises:
             UnknownClassError: Its class is not known here.
             UndecodableError: It cannot be read.
         """
-
-    def can_execute(self, class_name: str) -> bool:
-        """Return whether this process can execute batches of a class."""
 
 
 class RunningBatch:
