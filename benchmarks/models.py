@@ -122,7 +122,7 @@ def add_table(workload: Workload, *, durable: bool = False) -> None:
     for table in workload.tables:
         with workload.process.batch(durable=durable):
             assert not records.add_table(table)
-    records.get("user0")  # tables are reduced when somebody looks
+    records.get("user0")  # tables are reduced when a record is read
 
 
 def bytewax(workload: Workload) -> None:

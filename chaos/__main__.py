@@ -62,7 +62,7 @@ def main(
     Every message has a number, and every row of the database keeps the numbers of all messages
     that were added to it. An acknowledged message must be there exactly once. A message that a
     worker had not acknowledged when it was killed is dealt again under another number; the old
-    number may be there or not, because nobody can know whether it was stored: with a real broker
+    number may be there or not, because it is unknown whether it was stored: with a real broker
     such a message is there at least once. The figures of every key must equal those of a plain
     loop over the messages that are there, so none is there in part.
 

@@ -22,7 +22,7 @@ from phonon_demo.aggregations import AGGREGATIONS
 from phonon_demo.plan import GROUP, Plan
 from phonon_demo.worker import BATCH, CountedTable, Handle, kafka_config, main, read, say
 
-#: Milliseconds between two commits of a Kafka client that commits by itself.
+#: Milliseconds between two automatic commits of a Kafka client.
 COMMIT_INTERVAL = 1000
 
 
@@ -129,7 +129,7 @@ def work(plan: StruckPlan) -> None:
 
 
 def _read_without_offsets(plan: Plan, process: Process, records: Any, handle: Handle) -> None:
-    """Read as other programs do: the client commits the stored offsets by itself."""
+    """Read as other programs do: the client commits the stored offsets automatically."""
     from confluent_kafka import Consumer  # noqa: PLC0415 - an extra
 
     stop = threading.Event()

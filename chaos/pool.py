@@ -18,7 +18,7 @@ from phonon_demo.errors import WorkerError
 
 #: The most unacknowledged lists of messages of a worker; then the program waits for it.
 WINDOW = 4
-#: Seconds for workers to end their sessions and leave when they are told to stop early.
+#: Seconds for workers to end their sessions and leave after an early stop.
 GRACE = 10.0
 
 

@@ -62,7 +62,7 @@ class BaseBatch:
         fresh: Updates to store. One that was merged into another may be among them.
         merge_at: The number of updates above which `shrink` is called.
         is_failed: Whether the block's body has raised, so that nothing of it is stored.
-        is_complete: Whether the block's body has come to its end.
+        is_complete: Whether the block's body has reached its end.
     """
 
     #: Whether `passes_over` has to be asked about each new message of a record.
@@ -335,7 +335,7 @@ class Closing:
         return errors
 
     def interrupted(self) -> None:
-        """Keep the data if the flow has not begun. A flow that has begun goes on by itself."""
+        """Keep the data if the flow has not begun. Otherwise it goes on in the background."""
         if has_begun(self.flow):
             return
         for update in self._fresh:
@@ -428,9 +428,9 @@ def end_all(engine: Engine, endings: Sequence[EndingUpdate]) -> Flow[list[BaseEx
 
 
 def merge_updates(updates: Iterable[Any]) -> list[Any]:
-    """Merge updates of the same record and class; one that does not merge stays by itself.
+    """Merge updates of the same record and class; one that does not merge stays separate.
 
-    An update in a cache stays by itself too: other threads may merge into it, or take its data.
+    An update in a cache stays separate too: other threads may merge into it, or take its data.
     """
     firsts: dict[tuple[str, type], Any] = {}
     apart: list[Any] = []

@@ -335,7 +335,7 @@ def _check_annotation(cls: type[Model], name: str, annotation: Any) -> None:
     if inner and (origin in {typing.Union, types.UnionType, typing.Final, typing.ClassVar}):
         field = getattr(inner[0], "__origin__", None) or inner[0]
         raise ConfigurationError(
-            f"{cls.__qualname__}.{name} is annotated as {annotation}: a field stands by itself; if "
+            f"{cls.__qualname__}.{name} is annotated as {annotation}: a field stands alone; if "
             f"messages need not have it, write {name}: {field.__name__}[...] = {field.__name__}()"
         )
     is_plain = isinstance(annotation, type) or origin in {typing.Union, types.UnionType}

@@ -85,7 +85,7 @@ class BaseProcess:
 
     @property
     def id(self) -> str:
-        """The process's identity, unique for ever."""
+        """The process's identity, which no other process ever has."""
         notice()
         name: str = self.engine.name
         return name
@@ -145,7 +145,7 @@ class BaseProcess:
     def _flush(self) -> Flow[list[BaseException]]:
         engine = self.engine
         outbox = engine.outbox
-        _ = engine.batch  # one whose block was left without its end comes to its own here
+        _ = engine.batch  # ends a batch whose block was left without its end
         unstored, outbox.unstored = outbox.unstored, []
         errors: list[BaseException] = yield from outbox.store(unstored)
         deadline = engine.identity.clock() + engine.driver.retry_timeout

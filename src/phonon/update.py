@@ -274,7 +274,7 @@ class Update(LocalUpdate):
             and tried again, as when `execute` raises.
 
         Raises:
-            Exception: The method is called again for each record by itself, so that only the bad
+            Exception: The method is called again for each record alone, so that only the bad
                 records fail. So a write of the first call must be rolled back with its transaction,
                 or be recognized by its token.
         """

@@ -18,7 +18,7 @@ YOUNG = 150
 
 
 class UncheckedTable(Table):
-    """Adds whatever comes, whether or not its token was there before."""
+    """Adds every batch, whether or not its token was there before."""
 
     @property
     def upsert(self) -> str:

@@ -415,7 +415,7 @@ class Executor:
         if isinstance(job, _ManyJob):
             error = job.error_of(batch.records[batch.at])
             if error is _AGAIN_ALONE:
-                # Any of the records may be the cause, so each is executed by itself: then a bad
+                # Any of the records may be the cause, so each is executed alone: then a bad
                 # record does not delay the others.
                 instance = record.begin(batch.token + batch.at)
                 batch.job = _ManyJob(job.cls, [instance])

@@ -21,7 +21,7 @@ from phonon.errors import ConfigurationError, ForkedError
 SOFT_SESSION = 30 * 60.0
 #: Seconds after which a session is over although messages keep coming.
 HARD_SESSION = 12 * 3600.0
-#: The database and the collection, unless something else is said.
+#: The default database and collection.
 DEFAULT = "test"
 #: The digest of an emptied update that has no attributes of its own.
 EMPTY = hash(b"")
@@ -518,7 +518,7 @@ class LocalUpdate:
         theirs = self._batch_
         if theirs is not None and batch is not None and theirs is not batch and other is not self:
             # Another thread's batch stores this update. Our caller does not hear of that batch's
-            # end but must know when all is stored, so the other update is stored by itself.
+            # end but must know when all is stored, so the other update is stored separately.
             if other._batch_ is not batch:
                 batch.keep(other)
                 batch.add(other)

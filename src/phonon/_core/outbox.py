@@ -42,7 +42,7 @@ log = logging.getLogger("phonon")
 Overflow = Literal["block", "raise"]
 #: Sessions ended, or batches executed, together: a bound on what is held in memory.
 CHUNK = 1000
-#: Seconds after which the worker looks by itself.
+#: Seconds after which the worker looks without a signal.
 IDLE = 60.0
 #: Seconds between two attempts to send unanswered calls.
 AGAIN = 0.25

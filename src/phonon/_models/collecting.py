@@ -283,7 +283,7 @@ class BaseCollection(Generic[P, M]):
             other_batch = record._batch_
             if other_batch is not None and other_batch is not target and other_batch.is_open:
                 # Another thread's batch stores the record. Our caller does not hear of that batch's
-                # end but must know when all is stored, so this message is stored by itself.
+                # end but must know when all is stored, so this message is stored separately.
                 alone = self._new(key, target)
                 if target is None and batch is not None:
                     other_batch.put_aside(record, alone)

@@ -126,7 +126,7 @@ class BaseKafkaSource(Loop):
             self._sources.clear()
             if self._producer is not None:
                 self._producer.flush(DELIVERY_TIMEOUT)
-            # If a forked child garbage-collects a client, that waits for its threads for ever.
+            # In a forked child the client's garbage collection would wait for the parent's threads.
             self._consumer = self._producer = None
 
     # Implemented for threads and for tasks
