@@ -181,7 +181,7 @@ class BaseBatch:
 
     def _keep(self, update: "Update") -> None:
         if update.has_unsent():
-            self._engine.outbox.unstored.append(update)
+            self._engine.outbox.unsent.append(update)
 
     # Opening and closing
 
@@ -286,7 +286,7 @@ class BaseBatch:
         """Store the updates of other threads by themselves."""
         aside, self._aside = self._aside, []
         if aside:
-            self._engine.outbox.unstored += [other for _, other in aside if other.has_unsent()]
+            self._engine.outbox.unsent += [other for _, other in aside if other.has_unsent()]
             self._engine.outbox.wake()
 
 
@@ -320,8 +320,8 @@ class Closing:
         engine = self._engine
         outbox, held = engine.outbox, engine.members.held
         ending_ids = {id(ending.update) for ending in self._endings}
-        unstored, outbox.unstored = outbox.unstored, []
-        parcels = [*unstored, *merge_updates(u for u in self._fresh if id(u) not in ending_ids)]
+        unsent, outbox.unsent = outbox.unsent, []
+        parcels = [*unsent, *merge_updates(u for u in self._fresh if id(u) not in ending_ids)]
         try:
             errors = list((yield from outbox.store(parcels, list(self._joins))))
         finally:
@@ -342,7 +342,7 @@ class Closing:
             update._batch_ = None
         unsent = [update for update in self._fresh if update.has_unsent()]
         if not self._engine.stopped:
-            self._engine.outbox.unstored += unsent
+            self._engine.outbox.unsent += unsent
         for ending in self._endings:
             ending.failed()
 

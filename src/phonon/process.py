@@ -146,8 +146,8 @@ class BaseProcess:
         engine = self.engine
         outbox = engine.outbox
         _ = engine.batch  # ends a batch whose block was left without its end
-        unstored, outbox.unstored = outbox.unstored, []
-        errors: list[BaseException] = yield from outbox.store(unstored)
+        unsent, outbox.unsent = outbox.unsent, []
+        errors: list[BaseException] = yield from outbox.store(unsent)
         deadline = engine.identity.clock() + engine.driver.retry_timeout
         pause = FIRST_PAUSE
         while outbox.is_unfinished:

@@ -476,16 +476,16 @@ class UpdateRecord:
     """The part of a batch that belongs to one class.
 
     Attributes:
-        together: The class, if its records are executed together; else None.
+        group_class: The class, if its records are executed together; else None.
         instance: The update that executes it.
     """
 
-    __slots__ = ("_local", "_merged", "instance", "together")
+    __slots__ = ("_local", "_merged", "group_class", "instance")
 
     def __init__(self, local: Any, merged: Any) -> None:
         self._local = local
         self._merged = merged
-        self.together = type(merged) if merged.executes_many() else None
+        self.group_class = type(merged) if merged.executes_many() else None
         self.instance: Any = None
 
     def begin(self, token: int) -> Any:

@@ -42,7 +42,7 @@ class Record(Protocol):
     """The part of a batch that belongs to one class."""
 
     #: The class, if its records are executed together; else None.
-    together: Any
+    group_class: Any
 
     def begin(self, token: int) -> Any:
         """Return the instance that executes, with its token set until `finish`."""
@@ -55,18 +55,7 @@ class RecordReader(Protocol):
     """Turns partials into records."""
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> Sequence[Record]:
-        """Merge the partials of a batch, class by class.
-
-        Args:
-            resource: The batch's resource.
-            partials: In the order in which they were stored.
-            local: The update whose session ended here; it executes the record of its class.
-
-        Raises:
-            UnknownClassError: A class is not known here.
-            UndecodableError: A partial cannot be read.
-            Exception: The user's ``merge`` raised it.
-        """
+        """Merge the partials of a batch, class by class; see `UpdateCodec.records`."""
 
     def kept(self, resource: str, partial: bytes, local: Any, content: Any) -> Sequence[Record]:
         """Return the records of the only partial of a batch, whose content ``local`` has kept."""
@@ -389,17 +378,17 @@ class Executor:
             self._identity.measures.execution(name, seconds, failed=failed, times=times)
 
     def _begin_jobs(self, batches: Sequence[RunningBatch]) -> None:
-        together: dict[Any, list[tuple[RunningBatch, Any]]] = {}
+        groups: dict[Any, list[tuple[RunningBatch, Any]]] = {}
         for batch in batches:
             if batch.job is not None or batch.error is not None or batch.at >= len(batch.records):
                 continue
             record = batch.records[batch.at]
             instance = record.begin(batch.token + batch.at)
-            if record.together is None:
+            if record.group_class is None:
                 batch.job = Job(instance.execute)
             else:
-                together.setdefault(record.together, []).append((batch, instance))
-        for cls, group in together.items():
+                groups.setdefault(record.group_class, []).append((batch, instance))
+        for cls, group in groups.items():
             for first in range(0, len(group), MOST_TOGETHER):
                 some = group[first : first + MOST_TOGETHER]
                 job = _ManyJob(cls, [instance for _, instance in some])

@@ -223,7 +223,7 @@ class LocalUpdate:
             self._locked_(self._put_back_, older)
         except Exception:  # noqa: BLE001 - merging raises again when the batch is executed
             older = engine.codec.decode(self.resource_id, partial, "memory")
-            engine.outbox.unstored.append(older)
+            engine.outbox.unsent.append(older)
 
     def _put_back_(self, older: Self) -> None:
         if self.has_unsent():

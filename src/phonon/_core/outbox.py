@@ -120,7 +120,7 @@ class Outbox:
 
     Attributes:
         full: Whether new updates are kept out, as of the last look.
-        unstored: Updates with data that could not be stored.
+        unsent: Updates with data that could not be stored.
         signal: Wakes the worker.
     """
 
@@ -152,7 +152,7 @@ class Outbox:
     def begin(self) -> None:
         """Start empty: at first, and in a forked child."""
         self.full = False
-        self.unstored: list[Any] = []
+        self.unsent: list[Any] = []
         self.unended: list[Ending] = []
         self.detached: dict[Any, object] = {}
         self._continued: dict[Any, object] = {}
@@ -173,9 +173,7 @@ class Outbox:
     def size(self) -> int:
         """Return the number of unfinished entries."""
         failed = sum(due.failed for due in list(self._due.values()))
-        undone = (
-            failed + self._retrying + len(self.unstored) + len(self.unended) + len(self.detached)
-        )
+        undone = failed + self._retrying + len(self.unsent) + len(self.unended) + len(self.detached)
         return undone + self.excess()
 
     @property
@@ -186,14 +184,14 @@ class Outbox:
         """
         if EXECUTING.get():
             return bool(
-                self.unstored or self.unended or self.detached.keys() - self._continued.keys()
+                self.unsent or self.unended or self.detached.keys() - self._continued.keys()
             )
-        return bool(self.unstored or self.unended or self.detached or self._catching_up)
+        return bool(self.unsent or self.unended or self.detached or self._catching_up)
 
     @property
     def has_work(self) -> bool:
         """Return whether anything is unfinished, apart from batches that are not due."""
-        return bool(self.unstored or self.unended or self.detached) or any(
+        return bool(self.unsent or self.unended or self.detached) or any(
             lane.has_work for lane in self._identity.lanes
         )
 
@@ -363,7 +361,7 @@ class Outbox:
             if isinstance(answer, Exception):
                 if not self._is_unknown(answer):
                     parcel.put_back(partial)
-                    self.unstored.append(parcel)
+                    self.unsent.append(parcel)
                 failed += 1
                 errors += () if answer in errors else (answer,)
             elif answer != _STORED:
@@ -790,9 +788,9 @@ class Outbox:
                     if self._reports.once(f"end {error}"):
                         log.error("a session could still not be ended: %s", error)
                         self._reports.notify(error)
-        if self.unstored:
-            unstored, self.unstored = self.unstored, []
-            yield Branch(self.store(unstored))
+        if self.unsent:
+            unsent, self.unsent = self.unsent, []
+            yield Branch(self.store(unsent))
         self.look()
 
     def _continue(self, run: Any) -> None:

@@ -364,14 +364,16 @@ class Sources:
         encoded = encode_resource(name)
         where = b"" if position is None else b"%d" % position
         partitions = self._identity.partitions
-        home = partitions.of(encoded)
-        first = yield from single(operations.claim(home, encoded, 0, where))
-        others = [p for p in range(partitions.count) if p != home]
+        own_partition = partitions.of(encoded)
+        first = yield from single(operations.claim(own_partition, encoded, 0, where))
+        others = [p for p in range(partitions.count) if p != own_partition]
         epoch = first[1]
         answers = yield Send([operations.claim(p, encoded, epoch, where) for p in others])
         positions: list[int | None] = [None] * partitions.count
         claim = SourceClaim(name, epoch, positions)
-        for partition, answer in zip([home, *others], [first, *checked(answers)], strict=True):
+        for partition, answer in zip(
+            [own_partition, *others], [first, *checked(answers)], strict=True
+        ):
             if answer[0] == _REFUSED:
                 raise claim.lost("was claimed by another consumer meanwhile")
             claim.positions[partition] = int(answer[2]) if answer[2] else None

@@ -124,7 +124,7 @@ class _Ticket(Ticket):
     future: _Future | None = None
     deadline = 0.0
 
-    def tell(self) -> None:
+    def wake(self) -> None:
         """Wake the task, if all answers are there."""
         future = self.future
         if future is not None and self.is_done:

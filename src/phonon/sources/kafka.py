@@ -12,14 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from phonon.errors import ConfigurationError, PhononError
-from phonon.settings import check_owner
 from phonon.source import Source
 from phonon.sources._loop import (
     Loop,
     MessageHandler,
     OnPoison,
     SupportsExpireAll,
-    check_loop,
     check_topics,
     is_transient,
 )
@@ -48,11 +46,8 @@ _Key = tuple[str, int]
 DELIVERY_TIMEOUT = 30.0
 
 
-class BaseKafkaSource(Loop):
+class BaseKafkaSource(Loop[Message]):
     """The base of `KafkaSource` and `AsyncKafkaSource`: the work of the loop's thread."""
-
-    #: Whether ``on_poison`` may be a coroutine function.
-    _is_async = False
 
     def __init__(
         self,
@@ -66,22 +61,19 @@ class BaseKafkaSource(Loop):
         on_poison: OnPoison[Message] | None = None,
         dead_letters: str | None = None,
     ) -> None:
-        super().__init__(sessions)
-        check_owner(process)
-        self._topics = check_topics("topics", topics)
-        if not isinstance(config, Mapping) or not config.get("group.id"):
-            raise ConfigurationError(
-                "config has no 'group.id': name the consumer group, since positions are kept by it"
-            )
-        check_loop(
+        super().__init__(
+            process,
             batch_size=batch_size,
             poll_timeout=poll_timeout,
             sessions=sessions,
             on_poison=on_poison,
             dead_letters=dead_letters,
-            is_async=self._is_async,
         )
-        self._process = process
+        self._topics = check_topics("topics", topics)
+        if not isinstance(config, Mapping) or not config.get("group.id"):
+            raise ConfigurationError(
+                "config has no 'group.id': name the consumer group, since positions are kept by it"
+            )
         self._group = str(config["group.id"])
         self._config = {
             "auto.offset.reset": "earliest",
@@ -91,10 +83,7 @@ class BaseKafkaSource(Loop):
         }
         strategy = str(config.get("partition.assignment.strategy", ""))
         self._cooperative = "cooperative" in strategy or config.get("group.protocol") == "consumer"
-        self._batch_size = batch_size
         self._poll_timeout = poll_timeout
-        self._on_poison = on_poison if dead_letters is None else self._send_dead_letter
-        self._dead_letters = dead_letters
         self._producer: Any = None
         self._sources: dict[_Key, Source] = {}
         #: The offset up to which each partition is stored.
