@@ -195,7 +195,7 @@ class Outbox:
             lane.has_work for lane in self._identity.lanes
         )
 
-    def look(self) -> None:
+    def update_room(self) -> None:
         """Update `full`, after the amount of unfinished work has changed."""
         full = self.size >= self._most
         if full or self.full:
@@ -293,7 +293,7 @@ class Outbox:
             errors += [error for error in told if isinstance(error, Exception)]
         yield from members.settle_doubts()
         if errors:
-            self.look()
+            self.update_room()
         self._identity.measures.add_stored(count, size)
         yield from self._compact(many)
         return errors
@@ -405,7 +405,7 @@ class Outbox:
                 workload.expected = ()
             yield from executor.execute(workload)
         yield from self._compact(many)
-        self.look()
+        self.update_room()
         return results
 
     def leave(self, ending: Ending) -> Flow[SessionResult]:
@@ -430,7 +430,7 @@ class Outbox:
             yield from () if done else executor.execute(workload)
         yield from self._compact(many)
         if not done or result.errors or self.full:
-            self.look()
+            self.update_room()
         return result
 
     def _leaves(
@@ -571,7 +571,7 @@ class Outbox:
             batch.local,
             True,  # noqa: FBT003 - in field order
         )
-        self.look()
+        self.update_room()
 
     def take_over(self, partition: int, name: bytes, token: int, seconds: float) -> None:
         """Schedule a batch that was taken over, or that its executor has forgotten."""
@@ -678,7 +678,7 @@ class Outbox:
                 yield from executor.execute(workload)
         finally:
             self._retrying -= failed
-        self.look()
+        self.update_room()
         return errors
 
     def _take_up(
@@ -738,7 +738,7 @@ class Outbox:
     def detach(self, run: Any) -> None:
         """Go on with a flow whose caller has gone."""
         self.detached[run] = object()
-        self.look()
+        self.update_room()
         self.wake()
 
     def settling(self) -> Flow[None]:
@@ -791,7 +791,7 @@ class Outbox:
         if self.unsent:
             unsent, self.unsent = self.unsent, []
             yield Branch(self.store(unsent))
-        self.look()
+        self.update_room()
 
     def _continue(self, run: Any) -> None:
         """Go on with a flow, unless another thread does: it would execute a batch twice."""
