@@ -210,7 +210,7 @@ def measure(
     Args:
         workload: The messages.
         clock: Tells the time.
-        yardstick: What the contenders are compared with.
+        yardstick: The contender with which the others are compared.
         contenders: They are measured with the clock, unless they return their time themselves.
     """
     ratios: dict[str, list[float]] = {name: [] for name in contenders}

@@ -125,7 +125,7 @@ def work(plan: PipelinePlan) -> int:
 
 
 def _read_without_offsets(plan: PipelinePlan, process: Any, records: Any, handle: Handle) -> None:
-    """Read as other programs do: the client commits the stored offsets by itself."""
+    """Read as other programs do: the client commits the stored offsets automatically."""
     from confluent_kafka import Consumer  # noqa: PLC0415 - only for this broker
 
     stop = threading.Event()

@@ -26,7 +26,7 @@ HARD_SESSION = 12 * 3600.0
 DEFAULT = "test"
 #: The digest of an emptied update that has no attributes of its own.
 EMPTY = hash(b"")
-#: What the look at the values of a state may find; see `LocalUpdate._survey_`.
+#: Findings about the values of a state; see `LocalUpdate._survey_`.
 ODD, SHARED = 1, 2
 
 
@@ -428,7 +428,7 @@ class LocalUpdate:
 
         Returns:
             The sum of `ODD`, if a value is not of a type that can be stored at sight, and
-            `SHARED`, if one may have to be copied, because somebody else may change it.
+            `SHARED`, if one may have to be copied, because the caller may change it.
         """
         state: object = self.state()
         if not isinstance(state, dict):

@@ -111,8 +111,8 @@ class Outbox:
     """All unfinished work of a process.
 
     Args:
-        identity: Who it is.
-        members: What it holds.
+        identity: The identity of this process.
+        members: The memberships of the process.
         reports: Told about errors in the background.
         most: The most unfinished work.
         overflow: Whether a new update waits or raises when the outbox is full.

@@ -43,7 +43,7 @@ except ImportError as error:
 log = logging.getLogger("phonon")
 
 _Key = tuple[str, int]
-#: Where to begin with a partition that was never read, by the client's names for it.
+#: The beginning in a partition that was never read, by the client's names for it.
 _STARTS = dict.fromkeys(("smallest", "earliest", "beginning"), OFFSET_BEGINNING) | dict.fromkeys(
     ("largest", "latest", "end"), OFFSET_END
 )
