@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -284,6 +285,18 @@ def test_a_server_that_is_not_there_is_one_line(namespace: str) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("phonon: no Redis at unix:///nowhere")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["ps"], ["ps", "--json"], ["doctor"]])
+def test_an_output_that_cannot_be_written_is_one_line(server: Redis, words: list[str]) -> None:
+    with Process(server.url), Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "phonon", *words]
+        environment = {**os.environ, "PHONON_URL": server.url}
+        ended = subprocess.run(
+            command, check=False, env=environment, stdout=full, stderr=subprocess.PIPE
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == b"phonon: No space left on device\n"
 
 
 def test_completion(run: Run, server: Redis, namespace: str, make: Make) -> None:
