@@ -121,15 +121,12 @@ class BaseKafkaSource(Loop):
         #: Partitions to claim again after an error.
         self._failed: set[_Key] = set()
         self._consumer: Any = None
-        #: The number of handled messages, and of received ones, repeated ones included.
-        self.handled = 0
-        self.received = 0
 
     def name_of(self, topic: str, partition: int) -> str:
         """Return the name of a partition's source; see `Process.source`."""
         return f"kafka/{self._group}/{topic}/{partition}"
 
-    def _read(self, storing: MessageHandler[Message]) -> None:
+    def _read(self, handler: MessageHandler[Message]) -> None:
         """Read and handle messages until the loop has to be left, and leave the group."""
         self._consumer = consumer = Consumer(self._config)
         try:
@@ -144,7 +141,7 @@ class BaseKafkaSource(Loop):
                 # Only now: a member has been told which partitions it has lost, and does not claim
                 # them from the new member.
                 failed, self._failed = self._failed, set()
-                self._store(storing, messages, failed)
+                self._store(handler, messages, failed)
                 for key in failed:
                     self._begin_again(key)
                 if not messages:
@@ -168,15 +165,8 @@ class BaseKafkaSource(Loop):
         """Settle a source."""
         source.settle()
 
-    def _counted(self, handle: Callable[[Message], object]) -> Callable[[Message], object]:
-        def counted(message: Message) -> object:
-            self.handled += 1
-            return handle(message)
-
-        return counted
-
     def _store(
-        self, storing: MessageHandler[Message], messages: Sequence[Message], failed: set[_Key]
+        self, handler: MessageHandler[Message], messages: Sequence[Message], failed: set[_Key]
     ) -> None:
         """Store messages, except those of partitions that are read again from another position."""
         for key, batch in self._by_partition(messages).items():
@@ -185,7 +175,7 @@ class BaseKafkaSource(Loop):
                 continue  # revoked: the member that has the partition reads them
             self.received += len(batch)
             try:
-                storing.store(source.batch, batch)
+                handler.store(source.batch, batch)
             except PhononError as error:
                 if not is_transient(error):
                     raise
@@ -225,10 +215,7 @@ class BaseKafkaSource(Loop):
         if not offsets:
             return
         try:
-            if wait:
-                self._consumer.commit(offsets=offsets, asynchronous=False)
-            else:
-                self._consumer.commit(offsets=offsets, asynchronous=True)
+            self._consumer.commit(offsets=offsets, asynchronous=not wait)
         except KafkaException as error:
             log.debug("kafka: %s", error)
 

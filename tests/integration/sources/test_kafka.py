@@ -8,12 +8,12 @@ import pytest
 from confluent_kafka import Consumer as Client
 from confluent_kafka import Message, TopicPartition
 
+from chaos.servers import MockKafka
 from phonon import Process
 from phonon.errors import ConfigurationError, SourceRewoundError
 from phonon.sources.kafka import KafkaSource
 from support import consumers
 from support.counted import Count
-from support.kafka import MockKafka
 from support.world import Make, Redis, wait_until
 
 #: A busy machine takes its time to start so many, or to form a group.
