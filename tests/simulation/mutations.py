@@ -175,7 +175,7 @@ MUTATIONS: dict[str, Mutation] = {
         "local token = math.max(last + 1, at)", "local token = at"
     ),
     "tokens do not follow the clock": _lua(
-        "local token = math.max(last + 1, at)", "local token = last + 1",
+        "local at, last = now(c), c.last_token", "local at, last = last_token(c) + 1, c.last_token",
         "empty",
     ),
     "the registry does not name a batch": _lua(

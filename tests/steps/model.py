@@ -514,7 +514,9 @@ class Model:
         holders = [(h, *grant) for h, grant in r.shared.items()]
         if r.lock:
             holders.append(r.lock)
-        state[f"lock:{x}"] = {h.encode(): b"%d %d main" % (token, since) for h, token, since in holders}
+        state[f"lock:{x}"] = {
+            h.encode(): b"%d %d main" % (token, since) for h, token, since in holders
+        }
         state[f"leases:{x}"] = {h.encode(): float(till) for h, till in r.leases.items()}
         state[f"queue:{x}"] = {h.encode(): float(at) for at, h in r.queue}
         state[f"woken:{x}"] = {h.encode(): b"%d" % at for h, at in r.woken.items()}
