@@ -1,10 +1,10 @@
-"""What exactness costs, and what it saves: the figures of docs/exactly-once.md.
+"""Measures the costs and the savings of exactness: the figures of docs/exactly-once.md.
 
 * Ingest of a Zipf stream with a source's offsets, and with message ids, to ingest without.
 * A table behind Phonon to one upsert a message, in the same PostgreSQL.
 * The memory of an id.
 
-Usage: ``python benchmarks/exactly_once.py [--messages N] [--rounds N]``
+Usage: ``PYTHONPATH=. python benchmarks/exactly_once.py [--messages N] [--rounds N]``
 """
 
 import argparse
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
+from chaos.servers import PostgreSQL
 from phonon import Model, Process
 from phonon.fields import ID, Max, Sum
 from phonon.sinks import SqlTable
-from phonon_demo.postgres import PostgreSQL
 
 KEYS = 10_000
 BATCH = 1000
@@ -115,14 +115,14 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 class Cost(NamedTuple):
-    """What a way has cost: seconds by the clock, and of the client's and the server's processor."""
+    """The cost of a way: seconds by the clock, and of the client's and the server's processor."""
 
     wall: float
     processor: float
 
 
 def cost(way: Callable[..., object], process: Process, some: Any) -> Cost:
-    """Measure what a way costs."""
+    """Measure the cost of a way."""
 
     def used() -> float:
         found = process.client.info("cpu")
@@ -159,7 +159,7 @@ def ingest(count: int, rounds: int) -> None:
 
 
 def memory(url: str) -> None:
-    """Measure what an id costs."""
+    """Measure the cost of an id."""
     with Process(url, namespace=uuid.uuid4().hex, partitions=1) as process:
         ids = [f"{n:016x}" for n in range(100_000)]
         views = process.collect(Views, 10)

@@ -38,7 +38,7 @@ def commands(client: Any) -> dict[str, int]:
 
 
 def beats(memberships: int, locks: int) -> None:
-    """Count what a beat costs that keeps all of these alive."""
+    """Count the cost of a beat that keeps all of these alive."""
     with processes(heartbeat_interval=BEAT) as [process]:
         there = on_server(process)
         for first in range(0, memberships, TOGETHER):

@@ -1,4 +1,4 @@
-"""What it costs an operator to list a million open sessions: time, memory, the longest call.
+"""Measures an operator's listing of a million open sessions: time, memory, the longest call.
 
 How long a call blocks the server is measured by the processor time of the server's main thread
 from before an exchange until after it (``schedstat`` of the kernel, in nanoseconds), so other work
@@ -51,7 +51,7 @@ def fill(process: Process, other: Process, sessions: int) -> None:
 
 
 def listings(admin: Admin, sessions: int) -> dict[str, Callable[[], int]]:
-    """Return what is measured, by name."""
+    """Return the measurements, by name."""
 
     def count(entries: Any) -> int:
         return sum(1 for _ in entries)

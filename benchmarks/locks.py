@@ -71,7 +71,7 @@ def source(kind: str, path: str, *, counts: bool = False, **options: Any) -> Ite
     Args:
         kind: The kind.
         path: The server's socket.
-        counts: Whether connections count what they send. Phonon lets the kernel watch the time on a
+        counts: Whether connections count their commands. Phonon lets the kernel watch the time on a
             plain socket; on another one each exchange costs it two more system calls.
         options: Of the connections.
     """
@@ -120,7 +120,7 @@ def pair_times(path: str, rounds: int, calls: int, *, anew: bool) -> dict[str, l
     with source("phonon", path) as process, source("peers", path) as client:
         owners = {kind: process if kind.startswith("phonon") else client for kind in times}
         for kind, owner in owners.items():
-            measure(kind, owner)  # what is done once is done
+            measure(kind, owner)  # the work of a first call is done now
         for _ in range(rounds):
             for kind, owner in owners.items():
                 times[kind].append(measure(kind, owner))
@@ -156,7 +156,7 @@ def acquire_patiently(kind: str, lock: Any) -> None:
 
 
 def contender(kind: str, path: str, seconds: float, pause: float, counter: str) -> None:
-    """Want the lock all the time; then print what it has come to.
+    """Want the lock all the time; then print the counts.
 
     That is how long each wait was, how many ended in time, to how many of these the lock came from
     another process, and how often it was taken in all.
@@ -263,7 +263,7 @@ class Run(NamedTuple):
     Attributes:
         waits: Seconds, sorted.
         grants: Of each.
-        handed: How many of these came from another process.
+        handed: The number of these that came from another process.
     """
 
     waits: list[float]
@@ -329,7 +329,7 @@ def contention(console: Console, path: str, rounds: int, seconds: float, pause: 
     console.print(table)
 
 
-# What is sent
+# Sent commands
 
 
 def trips(path: str, kind: str, server: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What counting and exporting cost durable ingest: ratios in one run.
+"""Measures the cost of counting and exporting to durable ingest: ratios in one run.
 
 Three ways take turns: counters that do nothing, counters, and counters with both exporters (an
 OpenTelemetry SDK, and Prometheus scraping every second). CPU time of this process

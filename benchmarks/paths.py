@@ -1,4 +1,4 @@
-"""Which files a call goes through, in order, and how many functions of Phonon it calls.
+"""Lists the files that a call goes through, in order, and counts Phonon's functions that it calls.
 
 It counts calls of Python functions and generators of the package in all threads, with
 `sys.setprofile`; a generator that goes on after a ``yield`` counts once more. To compare versions,

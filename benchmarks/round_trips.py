@@ -79,7 +79,7 @@ def counted_processes(path: str, number: int) -> Iterator[list[Process]]:
 
     Args:
         path: The server's socket.
-        number: How many.
+        number: The number.
     """
     with ExitStack() as stack:
         pool = redis.ConnectionPool(connection_class=Counting, path=path, db=1)
@@ -96,7 +96,7 @@ def counted_processes(path: str, number: int) -> Iterator[list[Process]]:
 
 
 def count(client: Any, operation: Callable[[], object]) -> Trips:
-    """Count what an operation costs."""
+    """Count the cost of an operation."""
     client.config_resetstat()
     before = CountingSocket.sent
     operation()
@@ -113,7 +113,7 @@ def measure(path: str) -> dict[str, Trips]:
     """
     found: dict[str, Trips] = {}
     with counted_processes(path, 2) as (one, other), redis.Redis(unix_socket_path=path) as client:
-        here = one.create_reference("x")  # what is done once is done
+        here = one.create_reference("x")  # the work of a first call is done now
         found["join"] = count(client, lambda: other.create_reference("x"))
         there = other.create_reference("x")
         found["leave, not the last"] = count(client, here.dereference)

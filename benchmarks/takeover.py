@@ -5,7 +5,7 @@ executed, against the bound of five heartbeat intervals and one more; and how do
 single survivor grow with the number of orphans. The processes are OS processes, killed by SIGKILL.
 
     python benchmarks/takeover.py            # about a minute and a half
-    python benchmarks/takeover.py child ...  # what it starts
+    python benchmarks/takeover.py child ...  # as it starts itself
 """
 
 import json

@@ -39,7 +39,7 @@ class Arena:
         Tally.kept.clear()
 
 
-#: Seconds that it took, and what it came to: None if there is nothing to compare.
+#: Its seconds, and its totals: None if there is nothing to compare.
 Result = tuple[float, dict[str, Total] | None]
 
 
@@ -48,7 +48,7 @@ class WrongError(Exception):
 
 
 def verify(name: str, stream: Sequence[Message], found: dict[str, Total] | None) -> None:
-    """Compare with what the stream comes to.
+    """Compare with the totals of the stream.
 
     Raises:
         WrongError: It is something else.

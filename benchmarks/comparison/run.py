@@ -30,7 +30,7 @@ class Contender:
         loses: What is lost if it is killed, kill -9.
         work: Does it; returns seconds, and how many of what was done.
         peer: The package that it needs.
-        rates: How many a second, one for each round.
+        rates: The number a second, one for each round.
     """
 
     group: str
@@ -86,8 +86,8 @@ class Suite:
     Args:
         url: Of the server.
         folder: For databases.
-        messages: How many are in the stream.
-        processes: How many worker processes.
+        messages: The number of messages in the stream.
+        processes: The number of worker processes.
     """
 
     def __init__(self, url: str, folder: Path, messages: int, processes: int) -> None:
@@ -110,7 +110,7 @@ class Suite:
         self._flat()
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Give back the locks that are held."""
         self._process.stop()
         self._lab.client.close()
 

@@ -16,7 +16,7 @@ _TOTAL = """
 INSERT INTO total VALUES (?1, ?2, ?3, ?4) ON CONFLICT (key) DO UPDATE SET
 n = n + ?2, high = max(high, ?3), token = ?4 WHERE ?4 > token
 """
-# What has no token counts each time it comes.
+# Data without a token counts each time it comes.
 _UNGUARDED = _TOTAL.replace("WHERE ?4 > token", "")
 _SEEN = "INSERT OR IGNORE INTO seen SELECT ?1, value FROM json_each(?2)"
 
@@ -55,7 +55,7 @@ class Sink:
         self._database = self._opened.__enter__()
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Add rows to what is there, in one transaction.
+        """Add rows to the stored ones, in one transaction.
 
         A row with a token counts once, however often it is written; one with 0 each time.
         """

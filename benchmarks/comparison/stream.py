@@ -1,4 +1,4 @@
-"""The messages that every contender is given, and what they come to."""
+"""The messages that every contender gets, and their totals."""
 
 import itertools
 import random
@@ -20,7 +20,7 @@ class Message(NamedTuple):
     height: int
 
 
-#: What the messages about a key come to: the sum, the union and the maximum.
+#: The totals of the messages about a key: the sum, the union and the maximum.
 Total = tuple[int, frozenset[str], int]
 
 

@@ -12,7 +12,7 @@ class Tally(Update):
     """Sum, union and maximum."""
 
     sink: ClassVar[Sink | None] = None
-    #: What was executed, where nothing is written to a database.
+    #: The executed records, if nothing is written to a database.
     kept: ClassVar[dict[str, Total]] = {}
 
     def __init__(self, process: Process, message: Message, *, init_cache: bool = True) -> None:

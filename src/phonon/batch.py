@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MANY = 1024
 
 
-class Out(Protocol):
+class EndingUpdate(Protocol):
     """An update whose session is to end."""
 
     @property
@@ -32,10 +32,10 @@ class Out(Protocol):
         """The update."""
 
     def failed(self) -> None:
-        """Do what is to be done if the end fails; the update may still have its data then."""
+        """Handle a failed end; the update may still have its data then."""
 
 
-class _Ended(NamedTuple):
+class _BatchedEnding(NamedTuple):
     """An update whose session ends with a batch.
 
     Attributes:
@@ -91,13 +91,13 @@ class BaseBatch:
         # the updates that other threads had for the same records.
         self._before: dict[int, tuple[Any, bytes]] = {}
         self._aside: list[tuple[Any, Any]] = []
-        self._endings: dict[int, _Ended] = {}
+        self._endings: dict[int, _BatchedEnding] = {}
         self._depth = 0
         self._block: weakref.ref[Any] | None = None
         self._outer: Any = None
         self._pid = 0
 
-    # What is collected
+    # Collecting
 
     def join(self, resource: str) -> None:
         """Become a member of a resource when the block ends."""
@@ -175,7 +175,9 @@ class BaseBatch:
             failed: Called if that fails.
         """
         leaves = failed is not None
-        self._endings[id(update)] = _Ended(update, failed or (lambda: self._keep(update)), leaves)
+        self._endings[id(update)] = _BatchedEnding(
+            update, failed or (lambda: self._keep(update)), leaves
+        )
 
     def _keep(self, update: "Update") -> None:
         if update.has_unsent():
@@ -184,7 +186,7 @@ class BaseBatch:
     # Opening and closing
 
     def _begins(self, end: object) -> bool:
-        """A block begins. Return whether it is the outermost; see `BlockEnd`."""
+        """Note that a block begins. Return whether it is the outermost; see `BlockEnd`."""
         if self.is_open:
             return False
         self._block = weakref.ref(end)
@@ -241,33 +243,33 @@ class BaseBatch:
         """
         self.is_open = False
         self._engine.close_batch(self, self._outer)
-        joins, fresh, outs = self.joins, self.fresh, list(self._endings.values())
+        joins, fresh, endings = self.joins, self.fresh, list(self._endings.values())
         self.joins, self.fresh, self._endings = {}, [], {}
         aside, self._aside = self._aside, []
         if self.is_failed:
             own = {id(update) for update in fresh}
             self._undo(fresh, aside)
-            outs = [out for out in outs if self._ends_all_the_same(out, own)]
+            endings = [ending for ending in endings if self._ends_all_the_same(ending, own)]
             joins, fresh = ({} if self.durable else joins), []
         fresh += [other for _, other in aside if other.has_unsent()]
         self._before = {}
         if self._engine.stopped and not joins:
             # `stop` has ended the sessions that it knew of, so possibly nothing is left to store.
             fresh = [update for update in fresh if update.has_unsent()]
-            outs = [out for out in outs if out.update.has_unsent()]
-        if not (joins or fresh or outs):
+            endings = [ending for ending in endings if ending.update.has_unsent()]
+        if not (joins or fresh or endings):
             return None
-        return Closing(self._engine, self, joins, fresh, outs)
+        return Closing(self._engine, self, joins, fresh, endings)
 
-    def _ends_all_the_same(self, out: _Ended, own: Container[int]) -> bool:
+    def _ends_all_the_same(self, ending: _BatchedEnding, own: Container[int]) -> bool:
         """Return whether a session ends although the block has failed, as its cache has decided.
 
         It does if it began before the block, or has another thread's data.
         """
-        update = out.update
+        update = ending.update
         if update._begun_ < self._opened:
             return True
-        return out.has_left_cache and (id(update) not in own or update.has_unsent())
+        return ending.has_left_cache and (id(update) not in own or update.has_unsent())
 
     def _undo(self, fresh: Iterable[Any], aside: Iterable[tuple[Any, Any]]) -> None:
         """Restore all updates to their content from before the block."""
@@ -296,7 +298,7 @@ class Closing:
         batch: The batch.
         joins: Resources to join, each with the update that opens its session.
         fresh: Updates to store.
-        outs: Updates whose sessions are to end.
+        endings: Updates whose sessions are to end.
     """
 
     def __init__(
@@ -305,21 +307,21 @@ class Closing:
         batch: BaseBatch,
         joins: dict[str, Any],
         fresh: list[Any],
-        outs: Sequence[Out],
+        endings: Sequence[EndingUpdate],
     ) -> None:
         self._engine = engine
         self._batch = batch
         self._joins = joins
         self._fresh = fresh
-        self._outs = outs
+        self._endings = endings
         self.flow: Flow[list[BaseException]] = self._sending()
 
     def _sending(self) -> Flow[list[BaseException]]:
         engine = self._engine
         outbox, held = engine.outbox, engine.members.held
-        ending = {id(out.update) for out in self._outs}
+        ending_ids = {id(ending.update) for ending in self._endings}
         unstored, outbox.unstored = outbox.unstored, []
-        parcels = [*unstored, *merge_updates(u for u in self._fresh if id(u) not in ending)]
+        parcels = [*unstored, *merge_updates(u for u in self._fresh if id(u) not in ending_ids)]
         try:
             errors = list((yield from outbox.store(parcels, list(self._joins))))
         finally:
@@ -329,7 +331,7 @@ class Closing:
         for resource, opener in self._joins.items():
             if opener is not None and resource in held and held[resource] is None:
                 held[resource] = weakref.ref(opener)
-        errors += yield from end_all(engine, self._outs)
+        errors += yield from end_all(engine, self._endings)
         return errors
 
     def interrupted(self) -> None:
@@ -341,8 +343,8 @@ class Closing:
         unsent = [update for update in self._fresh if update.has_unsent()]
         if not self._engine.stopped:
             self._engine.outbox.unstored += unsent
-        for out in self._outs:
-            out.failed()
+        for ending in self._endings:
+            ending.failed()
 
 
 class Batch(BaseBatch):
@@ -402,23 +404,26 @@ def has_begun(flow: Generator[Any, Any, Any]) -> bool:
     return getgeneratorstate(flow) != GEN_CREATED
 
 
-def end_all(engine: Engine, outs: Sequence[Out]) -> Flow[list[BaseException]]:
+def end_all(engine: Engine, endings: Sequence[EndingUpdate]) -> Flow[list[BaseException]]:
     """End sessions, many at a time.
 
     Returns:
         The errors.
     """
     errors: list[BaseException] = []
-    while outs:
-        now: dict[str, Out] = {}
-        later = [o for o in outs if now.setdefault(o.update.resource_id, o) is not o]
-        endings = [Ending(resource, o.update, o.update.forced) for resource, o in now.items()]
-        results = yield from engine.outbox.end(endings)
-        for out, result in zip(now.values(), results, strict=True):
+    while endings:
+        now: dict[str, EndingUpdate] = {}
+        later = [
+            each for each in endings if now.setdefault(each.update.resource_id, each) is not each
+        ]
+        results = yield from engine.outbox.end(
+            [Ending(name, each.update, each.update.forced) for name, each in now.items()]
+        )
+        for ending, result in zip(now.values(), results, strict=True):
             if result.errors:
-                out.failed()
+                ending.failed()
                 errors += result.errors
-        outs = later
+        endings = later
     return errors
 
 

@@ -13,9 +13,9 @@ from phonon._core.flows import Flow
 from phonon._core.forks import notice
 from phonon._core.parcels import Ending
 from phonon._core.sessions import Sessions
-from phonon.batch import Out, end_all, has_begun, raise_together
+from phonon.batch import EndingUpdate, end_all, has_begun, raise_together
 from phonon.errors import ConfigurationError
-from phonon.settings import check_api, check_key, check_whole
+from phonon.settings import check_api, check_count, check_key
 from phonon.update import Update
 
 U = TypeVar("U")
@@ -34,11 +34,7 @@ class BaseCache(Generic[U]):
     """
 
     def __init__(self, max_entries: int = 10000) -> None:
-        if check_whole("max_entries", max_entries) < 1:
-            raise ConfigurationError(
-                f"max_entries is at least 1, not {max_entries!r}: the default is 10,000"
-            )
-        self.max_entries = max_entries
+        self.max_entries = check_count("max_entries", max_entries)
         self._entries: OrderedDict[Hashable, U] = OrderedDict()
         self._lock = threading.RLock()
         self._last_failed: U | None = None
@@ -85,7 +81,7 @@ class BaseCache(Generic[U]):
                 result = True, self._insert(key, update)
             else:
                 try:
-                    direct = entry._lock_ is lock and entry._direct_
+                    direct = entry._lock_ is lock and entry._has_default_expiry_
                 except AttributeError:
                     direct = False  # not an update of Phonon's
                 if entry.absorb(update) if direct else _refresh(entry, update):
@@ -127,10 +123,10 @@ class BaseCache(Generic[U]):
             )
         self._entries[key] = update
         self._watch(key, update)
-        out = []
+        evicted = []
         while len(self._entries) > self.max_entries:
-            out.append(self._entries.popitem(last=False))
-        return out
+            evicted.append(self._entries.popitem(last=False))
+        return evicted
 
     # For the worker that ends sessions when they are over
 
@@ -148,7 +144,7 @@ class BaseCache(Generic[U]):
         return math.inf if entry is None else self._ends_at(entry)
 
     def take_over(self, key: Hashable, now: float, sessions: Sessions) -> Any:
-        """Remove and return the update of a key whose session is over; see `Watched`."""
+        """Remove and return the update of a key whose session is over; see `ExpiringCache`."""
         with self._lock:
             entry: Any = self._entries.get(key)
             if not isinstance(entry, Update) or entry.process().engine.sessions is not sessions:
@@ -161,7 +157,7 @@ class BaseCache(Generic[U]):
 
     def _is_over(self, entry: Any, now: float) -> bool:
         # If the class has an is_expired of its own, that alone decides.
-        return (entry.ends_at_() <= now or not entry._direct_) and _is_expired(entry)
+        return (entry.ends_at_() <= now or not entry._has_default_expiry_) and _is_expired(entry)
 
     def restore(self, key: Hashable, update: Any) -> None:
         """Take back an update whose data could not be sent."""
@@ -197,42 +193,42 @@ class BaseCache(Generic[U]):
             return [key for key, entry in self._entries.items() if _is_expired(entry)]
 
     def _pop_some(self, keys: Sequence[Hashable], *, expired: bool) -> list[tuple[Hashable, U]]:
-        out: list[tuple[Hashable, U]] = []
+        evicted: list[tuple[Hashable, U]] = []
         with self._lock:
             for key in keys:
                 entry = self._entries.get(key)
                 if entry is not None and not (expired and not _is_expired(entry)):
                     del self._entries[key]
-                    out.append((key, entry))
-        return out
+                    evicted.append((key, entry))
+        return evicted
 
     # Entries that have left the cache
 
     def _sort(
-        self, out: Sequence[tuple[Hashable, U]]
-    ) -> tuple[list["Leaving"], list[tuple[Hashable, Any]]]:
+        self, evicted: Sequence[tuple[Hashable, U]]
+    ) -> tuple[list["Evictions"], list[tuple[Hashable, Any]]]:
         """Sort entries: some end in flows, some are foreign objects, some go to an open batch."""
-        by_engine: dict[Engine, list[Out]] = {}
+        by_engine: dict[Engine, list[EndingUpdate]] = {}
         others: list[tuple[Hashable, Any]] = []
-        for key, entry in out:
+        for key, entry in evicted:
             if not isinstance(entry, Update):
                 others.append((key, entry))
                 continue
             engine: Engine = entry.process().engine
-            dropped = _Dropped(self, key, entry)
+            eviction = _Eviction(self, key, entry)
             batch = engine.batch if engine.batches else None
             theirs = entry._batch_
             if (
                 theirs is not None
                 and theirs is not batch
-                and theirs.ends_for_others(entry, dropped.failed)
+                and theirs.ends_for_others(entry, eviction.failed)
             ):
                 continue
             if batch is not None:
-                batch.end(entry, dropped.failed)
+                batch.end(entry, eviction.failed)
             else:
-                by_engine.setdefault(engine, []).append(dropped)
-        return [Leaving(engine, outs) for engine, outs in by_engine.items()], others
+                by_engine.setdefault(engine, []).append(eviction)
+        return [Evictions(engine, endings) for engine, endings in by_engine.items()], others
 
     def _failed(self, key: Hashable, entry: Any) -> None:
         self._last_failed = entry
@@ -268,7 +264,7 @@ class BaseCache(Generic[U]):
         ]
 
     @property
-    def surplus(self) -> int:
+    def excess(self) -> int:
         """Return how many entries it holds beyond its limit, because they could not be sent."""
         return max(0, len(self._entries) - self.max_entries)
 
@@ -285,7 +281,7 @@ class BaseCache(Generic[U]):
                 entry._lock_ = self._lock
 
 
-class _Dropped(NamedTuple):
+class _Eviction(NamedTuple):
     """An update that has left a cache. One object, because there may be thousands at a time."""
 
     cache: BaseCache[Any]
@@ -297,24 +293,24 @@ class _Dropped(NamedTuple):
         self.cache._failed(self.key, self.update)  # noqa: SLF001 - a class of this module
 
 
-class Leaving:
+class Evictions:
     """Updates of one process that have left a cache, on their way to the server.
 
     Args:
         engine: The process's.
-        outs: The updates.
+        endings: The updates.
     """
 
-    def __init__(self, engine: Engine, outs: list[Out]) -> None:
+    def __init__(self, engine: Engine, endings: list[EndingUpdate]) -> None:
         self.engine = engine
-        self._outs = outs
-        self.flow: Flow[list[BaseException]] = end_all(engine, outs)
+        self._endings = endings
+        self.flow: Flow[list[BaseException]] = end_all(engine, endings)
 
     def interrupted(self) -> None:
         """Put all back if the flow has not begun. A flow that has begun goes on by itself."""
         if not has_begun(self.flow):
-            for out in self._outs:
-                out.failed()
+            for ending in self._endings:
+                ending.failed()
 
 
 class LruCache(BaseCache[U]):
@@ -334,7 +330,7 @@ class LruCache(BaseCache[U]):
         ...     def execute(self):
         ...         print("write", self._id, self.doc["n"])
         >>> cache = LruCache(max_entries=1000)
-        >>> with process.batch():  # stores what is set in one exchange
+        >>> with process.batch():  # stores all that is set, in one exchange
         ...     for page in ("/a", "/b", "/a"):
         ...         cache.set(page, Clicks(process, page, doc={"n": 1}))
         True
@@ -367,9 +363,9 @@ class LruCache(BaseCache[U]):
         result = self._put(key, update)
         if result is _MERGED:
             return False
-        answer, out = result
-        if out:
-            raise_together("ending sessions failed", self._end(out))
+        answer, evicted = result
+        if evicted:
+            raise_together("ending sessions failed", self._end(evicted))
         return answer
 
     def get(self, key: Hashable) -> U | None:
@@ -382,8 +378,8 @@ class LruCache(BaseCache[U]):
             KeyError: The key is not in the cache.
             Exception: The error that ending the session raised.
         """
-        entry, out = self._look_up(key)
-        raise_together("ending a session failed", self._end(out))
+        entry, evicted = self._look_up(key)
+        raise_together("ending a session failed", self._end(evicted))
         return entry
 
     def expire(self, key: Hashable) -> None:
@@ -425,13 +421,13 @@ class LruCache(BaseCache[U]):
             errors += self._end(self._pop_some(keys[first : first + PIECE], expired=expired))
         raise_all(errors)
 
-    def _end(self, out: Sequence[tuple[Hashable, U]]) -> list[Exception]:
+    def _end(self, evicted: Sequence[tuple[Hashable, U]]) -> list[Exception]:
         """End the sessions of entries that have left the cache. Return the errors."""
-        if not out:
+        if not evicted:
             return []
         errors: list[Exception] = []
-        leaving, others = self._sort(out)
-        del out  # its pairs, thousands of them, are not needed while the sessions end
+        leaving, others = self._sort(evicted)
+        del evicted  # its pairs, thousands of them, are not needed while the sessions end
         for key, entry in others:
             try:
                 entry.end_session()

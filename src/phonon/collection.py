@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 from phonon._core.engine import Engine, errors_only
-from phonon._models.collecting import TOGETHER, BaseCollection, Limits, Rejected
+from phonon._models.collecting import TOGETHER, BaseCollection, Rejected, SessionLimits
 from phonon.batch import raise_together
 from phonon.cache import BaseCache, LruCache
 from phonon.settings import check_arguments
@@ -14,7 +14,7 @@ P = ParamSpec("P")
 M = TypeVar("M")
 
 
-class BaseRecordCache(Limits, BaseCache[Any]):
+class BaseRecordCache(SessionLimits, BaseCache[Any]):
     """The records of a collection: everything but the waiting.
 
     Args:
@@ -57,9 +57,9 @@ class BaseRecordCache(Limits, BaseCache[Any]):
 class RecordCache(BaseRecordCache, LruCache[Any]):
     """The records of a collection, for threads."""
 
-    def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
+    def end(self, evicted: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
         """End the sessions of records that have left the cache. Return the errors."""
-        return self._end(out)
+        return self._end(evicted)
 
 
 class Collection(BaseCollection[P, M]):
@@ -164,8 +164,8 @@ class Collection(BaseCollection[P, M]):
         self._wait_for_room()
         # Not inside another batch, which would become durable.
         with nullcontext() if self._engine.batch is not None else self._process.batch():
-            out = self._put_table(rows)
-            raise_together("ending sessions failed", self._cache.end(out))
+            evicted = self._put_table(rows)
+            raise_together("ending sessions failed", self._cache.end(evicted))
         self._engine.check()
         return [Rejected(*each) for each in rows.rejected]
 
@@ -186,8 +186,8 @@ class Collection(BaseCollection[P, M]):
         self._folded_record(record, *check_arguments(arguments, named, ("arguments", "named")))
 
     def _rows(self, rows: Any, first: int, rejected: list[Rejected]) -> None:
-        out = self._put_rows(rows, first, rejected)
-        raise_together("ending sessions failed", self._cache.end(out))
+        evicted = self._put_rows(rows, first, rejected)
+        raise_together("ending sessions failed", self._cache.end(evicted))
 
     def read(self, key: Any) -> M | None:
         """Return the data that all processes have stored of a key in its open session.
@@ -215,12 +215,12 @@ class Collection(BaseCollection[P, M]):
         """
         self._cache.expire_all()
 
-    def _finish(self, record: Any, out: Sequence[tuple[Hashable, Any]], alone: bool) -> None:
+    def _finish(self, record: Any, evicted: Sequence[tuple[Hashable, Any]], alone: bool) -> None:
         """Store a message outside of a batch, and end the sessions of records that it displaced."""
         errors: list[Exception] = []
         if alone:
             errors += errors_only(self._engine.run(self._storing(record)))  # type: ignore[attr-defined]  # of threads
-        errors += self._cache.end(out)
+        errors += self._cache.end(evicted)
         raise_together("not everything went well", errors)
 
     def _wait_for_room(self) -> None:

@@ -29,10 +29,10 @@ from phonon.errors import (
 from phonon.settings import (
     check_api,
     check_callable,
+    check_count,
     check_flag,
     check_name,
     check_owner,
-    check_places,
     check_seconds,
     check_timeout,
 )
@@ -66,7 +66,7 @@ class LockHolder(NamedTuple):
     token: int
 
 
-class _OnLost:
+class _LossCallback:
     """The user's ``on_lost`` with its lock; the log names both if the function raises."""
 
     def __init__(self, lock: "BaseLock") -> None:
@@ -208,7 +208,7 @@ class BaseLock:
     # Acquiring
 
     def new_attempt(self) -> Attempt:
-        """Return a record of what a call acquires, in case the call is interrupted."""
+        """Return a record of the call's acquisition, in case the call is interrupted."""
         return Attempt(self._engine.identity.partitions.of(self._name), self._name)
 
     def entering(self, attempt: Attempt | None = None) -> Flow[bool]:
@@ -224,7 +224,7 @@ class BaseLock:
             AlreadyLockedError: Another holder has the lock.
         """
         return self._entering(
-            self._seconds(None, None), self._engine.driver.me(), attempt or self.new_attempt()
+            self._seconds(None, None), self._engine.driver.caller(), attempt or self.new_attempt()
         )
 
     def _entering(self, seconds: float | None, owner: object, attempt: Attempt) -> Flow[bool]:
@@ -254,7 +254,9 @@ class BaseLock:
         block = blocking if block is None else block
         timeout = blocking_timeout if timeout is None else timeout
         return self._acquiring(
-            self._seconds(block, timeout), self._engine.driver.me(), attempt or self.new_attempt()
+            self._seconds(block, timeout),
+            self._engine.driver.caller(),
+            attempt or self.new_attempt(),
         )
 
     def _seconds(self, block: bool | None, timeout: float | None) -> float | None:
@@ -379,7 +381,7 @@ class BaseLock:
         taken = self.taken
         if not taken:
             return None
-        here = self._engine.driver.me()
+        here = self._engine.driver.caller()
         for attempt in reversed(taken):
             if attempt.grant is not None and attempt.grant.owner is here:
                 return attempt
@@ -446,7 +448,7 @@ class BaseLock:
         reports = self._engine.reports
         reports.report_error(self._lost(grant))
         if self.on_lost is not None:
-            reports.call(_OnLost(self))
+            reports.call(_LossCallback(self))
 
     def _not_held(self) -> LockLostError:
         return LockLostError(f"the lock on {self.lock_key!r} is not held: acquire it first")
@@ -675,14 +677,14 @@ class Lock(BaseLock):
         return locked
 
     def _begins(self, end: object) -> "_Block":
-        """A block begins; see `BlockEnd`."""
+        """Note that a block begins; see `BlockEnd`."""
         block = _Block()
         block.end = weakref.ref(end, lambda _: self._is_left(block))
         self._blocks[threading.get_ident()] = block
         return block
 
     def _is_left(self, block: "_Block") -> None:
-        """An exception out of a signal handler may have left a block without its end."""
+        """Give back the lock of a block that a signal handler's exception has left."""
         attempt, block.attempt = block.attempt, None
         if attempt is not None:
             self._engine.leases.forsaken.append((attempt, self.taken))
@@ -757,7 +759,7 @@ class BaseSemaphore(BaseLock):
         timeout: float | None = None,
     ) -> None:
         check_name("name", name)
-        number = check_places(places)
+        number = check_count("places", places)
         super().__init__(
             process, name, block, shared=True, lease=lease, on_lost=on_lost, timeout=timeout
         )

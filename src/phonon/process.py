@@ -244,7 +244,7 @@ class Process(BaseProcess):
             it; None adopts that number, or 16. More partitions let a large cluster share the work
             evenly.
         serializer: Encodes partials; the same in all processes.
-        retry: When a batch whose ``execute`` fails is tried again, and when it is parked.
+        retry: The times at which a batch whose ``execute`` fails is tried again, or parked.
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`. The call itself is kept, and goes on in the background.
         durability: The confirmation that a call which stores data waits for.

@@ -105,7 +105,7 @@ class BaseReference:
         if callback is None:
             return self._leaving(None, batch)
         _, name = engine.members.place(self.resource_key)
-        if any(not g.request.shared for g in engine.leases.here(name, engine.driver.me())):
+        if any(not g.request.shared for g in engine.leases.here(name, engine.driver.caller())):
             return self._leaving(callback, batch)
         lock = self._process.lock(self.resource_key, self.block if block is None else block)
         return self._locked_leaving(lock, callback, batch)

@@ -217,18 +217,18 @@ _ITERABLE = frozenset({list, tuple, set, frozenset, type({}.values())})
 
 
 @dataclass(eq=False, slots=True)
-class _Held:
+class _Wrapped:
     """Wraps a value in a type that msgpack does not know, so that it calls the hook."""
 
     value: Any
 
 
 def _hold(value: Any) -> Any:
-    return value if type(value) in _ATOMS else _Held(value)
+    return value if type(value) in _ATOMS else _Wrapped(value)
 
 
 def _spell_held(held: Any) -> Any:
-    value = held.value if type(held) is _Held else held  # an int beyond 64 bits is not wrapped
+    value = held.value if type(held) is _Wrapped else held  # an int beyond 64 bits is not wrapped
     if type(value) is list:
         return [_hold(item) for item in value]
     if type(value) is dict:
@@ -286,7 +286,7 @@ def _refusal(value: Any, where: str, error: Exception) -> NotStorableError:
     return NotStorableError(f"{fault} cannot be stored; {remedy}")
 
 
-class _Reading:
+class _HeadReader:
     """Reads data with heads, and checks that each head is the first item of a list."""
 
     _heads = 0
@@ -341,6 +341,21 @@ def _unpack(data: bytes, head: Callable[[int, bytes], Any], array: Any = None) -
     return msgpack.unpackb(data, ext_hook=head, list_hook=array, **UNPACKING)
 
 
+def loads_plain(data: bytes) -> Any:
+    """Read what has values of MessagePack's own types, and sets, as lists behind `SET_HEAD`.
+
+    Raises:
+        Exception: There is something else, or the data is damaged.
+    """
+    if len(data) > SCANNED:
+        scan(data)
+    return msgpack.unpackb(data, ext_hook=_set_head, **UNPACKING)
+
+
+def _set_head(code: int, body: bytes) -> Any:
+    return SET_HEAD if code == SET_HEAD.code and not body else _no_head(code, body)
+
+
 class ExactSerializer:
     """Writes values so that they come back unchanged, type for type, or refuses them.
 
@@ -384,7 +399,7 @@ class ExactSerializer:
         try:
             if len(data) > SCANNED:
                 scan(data)
-            return _Reading().unpack(data) if _HEAD_BYTE in data else _unpack(data, _no_head)
+            return _HeadReader().unpack(data) if _HEAD_BYTE in data else _unpack(data, _no_head)
         except MemoryError:
             raise  # the cause is this machine, not the data
         except Exception as error:

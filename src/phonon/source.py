@@ -7,8 +7,22 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from phonon._core.checks import is_number
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import Flow
-from phonon._core.sources import Claim, Ids, Ordered, Progress, Unordered
-from phonon.batch import BaseBatch, Batch, Out, end_all, has_begun, merge_updates, raise_together
+from phonon._core.sources import (
+    OrderedProgress,
+    Progress,
+    SourceClaim,
+    StoredIds,
+    UnorderedProgress,
+)
+from phonon.batch import (
+    BaseBatch,
+    Batch,
+    EndingUpdate,
+    end_all,
+    has_begun,
+    merge_updates,
+    raise_together,
+)
 from phonon.errors import ConfigurationError
 from phonon.settings import check_callable, check_iterable, check_name
 
@@ -24,7 +38,7 @@ MOST_RECORDS = 512
 WINDOW = 3600.0
 
 
-class _Watched(list[Any]):
+class _CheckedUpdates(list[Any]):
     """The updates of a batch that checks each new one."""
 
     __slots__ = ("_takes",)
@@ -69,7 +83,7 @@ class BaseMessages(BaseBatch, Generic[M]):
         self._measure_at = MOST_RECORDS
         self.asks = progress.asks
         if self.asks:
-            self.fresh = _Watched((), self._takes)
+            self.fresh = _CheckedUpdates((), self._takes)
 
     def passes_over(self, resource: str) -> bool:
         """Return whether the message in hand is stored already for a resource."""
@@ -111,16 +125,16 @@ class BaseMessages(BaseBatch, Generic[M]):
 
     def shrink(self) -> None:
         """Merge updates of the same record and class if only the batch refers to them."""
-        watched = isinstance(self.fresh, _Watched)
+        watched = isinstance(self.fresh, _CheckedUpdates)
         self.fresh = list(self.fresh)
         super().shrink()
         if watched:
-            self.fresh = _Watched(self.fresh, self._takes)
+            self.fresh = _CheckedUpdates(self.fresh, self._takes)
 
     def _takes(self, update: Any) -> bool:
         if not self.asks or not self.passes_over(update.resource_id):
             return True
-        update.spend()
+        update.mark_sent()
         return False
 
     def _outside(self) -> ConfigurationError:
@@ -138,8 +152,8 @@ class BaseMessages(BaseBatch, Generic[M]):
         wanted = self._progress.begin(self._mark(message))
         self._has_begun = True
         self.asks = self._progress.asks
-        if self.asks and not isinstance(self.fresh, _Watched):
-            self.fresh = _Watched(self.fresh, self._takes)
+        if self.asks and not isinstance(self.fresh, _CheckedUpdates):
+            self.fresh = _CheckedUpdates(self.fresh, self._takes)
         return wanted
 
     @property
@@ -159,7 +173,7 @@ class BaseMessages(BaseBatch, Generic[M]):
     def _piece(self) -> Flow[list[BaseException]]:
         """Return the flow that stores the data collected so far."""
         fresh, self.fresh = list(self.fresh), self.fresh[:0]
-        self.fresh = _Watched((), self._takes) if self.asks else []
+        self.fresh = _CheckedUpdates((), self._takes) if self.asks else []
         self._measure_at = MOST_RECORDS
         return _storing(self._engine, self, self._progress, fresh)
 
@@ -167,7 +181,7 @@ class BaseMessages(BaseBatch, Generic[M]):
 
     def _closing(self) -> "MessagesClosing | None":  # type: ignore[override]  # the same for `close`
         self.is_open = False
-        outs = [self._endings.pop(key) for key in list(self._endings)]
+        endings = [self._endings.pop(key) for key in list(self._endings)]
         fresh, joins = list(self.fresh), self.joins
         self.fresh, self.joins = [], {}
         self._engine.close_batch(self, self._outer)
@@ -179,9 +193,9 @@ class BaseMessages(BaseBatch, Generic[M]):
             drop(self, fresh)
             raise self._outside()
         stores = self.is_complete and self._has_begun
-        if not (stores or joins or outs):
+        if not (stores or joins or endings):
             return None
-        return MessagesClosing(self._engine, self, fresh, joins, outs, stores=stores)
+        return MessagesClosing(self._engine, self, fresh, joins, endings, stores=stores)
 
 
 class MessagesClosing:
@@ -192,7 +206,7 @@ class MessagesClosing:
         batch: The batch.
         fresh: Updates to store.
         joins: Resources to join.
-        outs: Updates whose sessions are to end.
+        endings: Updates whose sessions are to end.
         stores: Whether there is anything to store, if only the source's position.
     """
 
@@ -202,7 +216,7 @@ class MessagesClosing:
         batch: BaseMessages[Any],
         fresh: list[Any],
         joins: dict[str, Any],
-        outs: Sequence[Out],
+        endings: Sequence[EndingUpdate],
         *,
         stores: bool,
     ) -> None:
@@ -210,7 +224,7 @@ class MessagesClosing:
         self._batch = batch
         self._fresh = fresh
         self._joins = joins
-        self._outs = outs
+        self._endings = endings
         self._stores = stores
         self.flow: Flow[list[BaseException]] = self._sending()
 
@@ -224,7 +238,7 @@ class MessagesClosing:
             errors += yield from engine.outbox.store((), list(self._joins))
         self._batch.is_stored = self._batch.is_complete and not errors
         # Only now: their last data has to be stored with the books, not by the end of a session.
-        errors += yield from end_all(engine, self._outs)
+        errors += yield from end_all(engine, self._endings)
         return errors
 
     def interrupted(self) -> None:
@@ -232,8 +246,8 @@ class MessagesClosing:
         self._batch._progress.failed()  # noqa: SLF001 - a class of this module
         if not has_begun(self.flow):
             drop(self._batch, self._fresh)
-            for out in self._outs:
-                out.failed()
+            for ending in self._endings:
+                ending.failed()
 
 
 def drop(batch: BaseBatch, updates: Iterable[Any]) -> None:
@@ -253,8 +267,8 @@ def _storing(
 ) -> Flow[list[BaseException]]:
     # A collection has one record a key, so its records need no merge. A record that was merged into
     # another one would keep its states, and the next message would be folded into them.
-    cached = [update for update in fresh if update.folds_]
-    loose = merge_updates(update for update in fresh if not update.folds_)
+    cached = [update for update in fresh if update.is_folded_]
+    loose = merge_updates(update for update in fresh if not update.is_folded_)
     try:
         errors: list[BaseException] = yield from engine.sources.ingest(progress, [*cached, *loose])
     finally:
@@ -296,7 +310,7 @@ class Messages(BaseMessages[M], Batch):
 class BaseSource:
     """The base of `Source` and `AsyncSource`: everything but the waiting."""
 
-    def __init__(self, process: Any, claim: Claim) -> None:
+    def __init__(self, process: Any, claim: SourceClaim) -> None:
         self._process = process
         self._claim = claim
 
@@ -338,9 +352,9 @@ class BaseSource:
         if self._claim.in_doubt:
             raise self._claim.lost("is in doubt after an error")
 
-    def _progress(self) -> Ordered:
+    def _progress(self) -> OrderedProgress:
         self._check()
-        return Ordered(self._claim)
+        return OrderedProgress(self._claim)
 
 
 class Source(BaseSource):
@@ -436,7 +450,7 @@ def id_of(message: Any) -> Any:
     return found() if callable(found) else found
 
 
-def unordered(engine: Engine, dedupe: Any, window: float) -> Unordered:
+def unordered(engine: Engine, dedupe: Any, window: float) -> UnorderedProgress:
     """Return the progress of a batch whose messages have ids.
 
     Raises:
@@ -453,5 +467,5 @@ def unordered(engine: Engine, dedupe: Any, window: float) -> Unordered:
             f"window is a number of seconds, at least 1, not {window!r}: give one that is longer "
             "than the broker takes to deliver a message again"
         )
-    ids: Ids = engine.sources.ids(dedupe, window)
-    return Unordered(ids)
+    ids: StoredIds = engine.sources.ids(dedupe, window)
+    return UnorderedProgress(ids)

@@ -31,7 +31,7 @@ def instrument(*processes: "BaseProcess", tracer_provider: Any = None) -> None:
 
     Links lead to updates that were made in this process, within a span, after the call of
     `instrument`: there are no links to messages that other processes have merged, or that a
-        collection of models has taken. A retry has the same links. The span is made when `execute`
+    collection of models has taken. A retry has the same links. The span is made when `execute`
     has ended, so spans made in there are not its children. Without an SDK in the program nothing
     is recorded.
 
@@ -60,7 +60,7 @@ def instrument(*processes: "BaseProcess", tracer_provider: Any = None) -> None:
         _Tracing(api, tracer, engine)
 
 
-class _Made(NamedTuple):
+class _TracedUpdate(NamedTuple):
     """An update that was made.
 
     Attributes:
@@ -83,7 +83,7 @@ class _Tracing:
         self._namespace = engine.options.namespace
         # Reentrant: a signal handler or a finalizer may make an update at any moment.
         self._lock = threading.RLock()
-        self._known: OrderedDict[str, list[_Made]] = OrderedDict()
+        self._known: OrderedDict[str, list[_TracedUpdate]] = OrderedDict()
         engine.trace = self.made
         measures = engine.identity.measures
         measures.on_left = self.left
@@ -97,7 +97,7 @@ class _Tracing:
         with self._lock:
             known = self._known.setdefault(update.resource_id, [])
             if len(known) < MOST_LINKS:
-                known.append(_Made(type(update), time.monotonic(), context))
+                known.append(_TracedUpdate(type(update), time.monotonic(), context))
             if len(self._known) > MOST_RESOURCES:
                 self._known.popitem(last=False)
 

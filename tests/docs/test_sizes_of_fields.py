@@ -131,9 +131,9 @@ def test_distinct() -> None:
 def test_values() -> None:
     line = " ".join(PAGE.split())
     said = (
-        f"an `int` has 1 to {size(2**63)} bytes, a `float` {size(0.5)}, a `date` "
-        f"{size(date(2026, 1, 1))}, a `datetime` {size(NOW)}, a `str` of up to 31 bytes one more "
-        "than these"
+        f"an `int` takes 1 to {size(2**63)} bytes, a `float` {size(0.5)}, a `date` "
+        f"{size(date(2026, 1, 1))}, a `datetime` {size(NOW)}, and a `str` of up to 31 bytes one "
+        "more than its text"
     )
     assert said in line
     assert size("a" * 31) == 32

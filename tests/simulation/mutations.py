@@ -266,25 +266,25 @@ MUTATIONS: dict[str, Mutation] = {
         "        track_member(c, resource)\n", "", "sources"
     ),
     "a batch that failed is believed in": _core(
-        sources, "Ordered.failed", "self._claim.in_doubt = True", "pass", "sources"
+        sources, "OrderedProgress.failed", "self._claim.in_doubt = True", "pass", "sources"
     ),
     "what is in is not passed over": _core(
-        sources, "Ordered.skips", "position is not None and self._offset < position", "False",
+        sources, "OrderedProgress.skips", "position is not None and self._offset < position", "False",
         "sources",
     ),
     "a new source stands nowhere": _core(
-        sources, "Ordered.preparing", "self._first is None or None not in positions", "True",
+        sources, "OrderedProgress.preparing", "self._first is None or None not in positions", "True",
         "sources",
     ),
     "silent partitions are moved on too far": _core(
-        sources, "Claim.moves", 'b"%d" % self.done)', 'b"%d" % (self.done + 1))', "sources"
+        sources, "SourceClaim.moves", 'b"%d" % self.done)', 'b"%d" % (self.done + 1))', "sources"
     ),
     "an id that is known is brought again": _core(
-        sources, "Unordered.skips", "if (partition, mark) in self._ids.known:", "if False:",
+        sources, "UnorderedProgress.skips", "if (partition, mark) in self._ids.known:", "if False:",
         "sources",
     ),
     "an id counts twice in a batch": _core(
-        sources, "Unordered.begin", "if mark in self._begun:", "if False:", "sources"
+        sources, "UnorderedProgress.begin", "if mark in self._begun:", "if False:", "sources"
     ),
     "a refused batch leaves a membership behind": _core(
         sources, "Sources._send",
@@ -336,7 +336,7 @@ MUTATIONS: dict[str, Mutation] = {
         leases, "Grant.is_ours", "identity.surely_lives and ", ""
     ),
     "the lease is counted from the answer": _core(
-        identity, "Identity.alive", "max(self.lives_until, begun + self.lease)",
+        identity, "Identity.beat_answered", "max(self.lives_until, begun + self.lease)",
         "max(self.lives_until, self.clock() + 2 * self.lease)",
     ),
     "lanes are not verified": _core(

@@ -24,7 +24,7 @@ from phonon._core.identity import Identity
 from phonon._core.leases import Grant, LockRequest
 from phonon._core.parcels import Ending
 from phonon._core.retry import RetryPolicy
-from phonon._core.sources import Claim, Ordered, Progress, Unordered
+from phonon._core.sources import OrderedProgress, Progress, SourceClaim, UnorderedProgress
 from phonon._protocol.answers import Reply
 from phonon._protocol.operations import Operation
 from phonon.errors import (
@@ -117,7 +117,7 @@ class SimFlow:
     def is_alive(self) -> bool:
         return not self.ended
 
-    def is_me(self) -> bool:
+    def is_current(self) -> bool:
         return self.process.running is self
 
     # Ticket, as the lanes' operations see it
@@ -310,7 +310,7 @@ class SimProcess:
         self.items = 0
         self.known_ids: list[bytes] = []
         self.granted: list[Grant] = []
-        self.claim: Claim | None = None
+        self.claim: SourceClaim | None = None
         self.offset = 0
         self.reading = 0
         self.errors: list[Exception] = []
@@ -485,7 +485,7 @@ class SimProcess:
                 yield from self.engine.starting()
             except PhononError:
                 self.world.seen["start tried again"] += 1
-        self.engine.start_heart()
+        self.engine.start_heartbeat()
         for number in range(users):
             self.spawn(f"user{number}", self._user())
 
@@ -596,7 +596,7 @@ class SimProcess:
         self.world.seen["messages again"] += again > 0
         self.reading += 1
         try:
-            yield from self._ingest(Ordered(self.claim), TOPIC, numbers, piece)
+            yield from self._ingest(OrderedProgress(self.claim), TOPIC, numbers, piece)
         finally:
             self.reading -= 1
 
@@ -611,7 +611,7 @@ class SimProcess:
         broker.queued = max(broker.queued, *(n + 1 for n in numbers))
         for _ in range(3):
             ids = self.engine.sources.ids(QUEUE, WINDOW)
-            errors = yield from self._ingest(Unordered(ids), QUEUE, numbers, piece)
+            errors = yield from self._ingest(UnorderedProgress(ids), QUEUE, numbers, piece)
             if not any(isinstance(error, AlreadyStoredError) for error in errors):
                 break
         if not errors and running is not None and not running.gone:

@@ -80,7 +80,7 @@ _SMALL_CONSTANTS: tuple[tuple[Any, str, Any], ...] = (
     (executor, "PIECE", 2),
     (takeover, "MOST", 2),
     (outbox, "CHUNK", 2),
-    (engine, "_card", lambda _: {"host": "simulated", "pid": 1}),
+    (engine, "_description", lambda _: {"host": "simulated", "pid": 1}),
 )
 
 

@@ -88,7 +88,7 @@ def unfinished(p: SimProcess) -> list[str]:
         found.append("a rebirth is due")
     if p.engine.takeover._dead or p.engine.takeover.former:
         found.append(f"takeover: {p.engine.takeover._dead} {p.engine.takeover.former}")
-    batches = [key for hand in p.engine.executor.hands for key in hand.batches]
+    batches = [key for workload in p.engine.executor.workloads for key in workload.batches]
     if batches:
         found.append(f"executor: {batches}")
     return found

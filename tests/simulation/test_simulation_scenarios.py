@@ -141,9 +141,9 @@ WITHOUT: dict[Scenario, Mutation] = {
             Patch(
                 outbox,
                 "Outbox.end",
-                "answers = yield from executor.execute(hand, leaves)",
+                "answers = yield from executor.execute(workload, leaves)",
                 "made: list[Operation] = []\n            leaves(made)\n"
-                "            answers = yield from executor.execute(hand, lambda sent: sent.extend(made))",
+                "            answers = yield from executor.execute(workload, lambda sent: sent.extend(made))",
             ),
         )
     ),
@@ -158,7 +158,7 @@ WITHOUT: dict[Scenario, Mutation] = {
         )
     ),
     scenarios.a_leave_behind_a_rebirth_is_the_last: Mutation(
-        core=(Patch(rebirth, "Rebirth.run", "left += operation.held", "pass"),)
+        core=(Patch(rebirth, "Rebirth.run", "resources += operation.held", "pass"),)
     ),
     scenarios.a_closed_lane_has_lost_nothing: _lua("    stamp = '' -- the lane is gone", "    -- "),
     scenarios.a_call_behind_a_close_has_lost_nothing: Mutation(
@@ -170,7 +170,7 @@ WITHOUT: dict[Scenario, Mutation] = {
         core=(
             Patch(
                 sources,
-                "Ordered.operations",
+                "OrderedProgress.operations",
                 "position = self._positions[partition]",
                 "position = claim.positions[partition]",
             ),

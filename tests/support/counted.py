@@ -1,4 +1,4 @@
-"""Records of counted messages, for tests of what reads them: what is executed is added up here."""
+"""Records of counted messages, for tests of their readers: executed numbers are added up here."""
 
 from collections import Counter
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ class Count(ConflictFreeUpdate, name="counted"):
     """Messages of a key.
 
     Attributes:
-        executed: How many were executed, by key.
+        executed: The number that were executed, by key.
     """
 
     executed: ClassVar[Counter[Any]] = Counter()

@@ -23,7 +23,7 @@ LAYERS = (
     ("facades", "_models"),
     ("aio",),
 )
-#: What `_transport` may know of `_core`: effects, and values without behaviour.
+#: The names of `_core` that `_transport` may use: effects, and values without behaviour.
 EFFECTS = {"phonon._core.flows", "phonon._core.settings", "phonon._core.clock"}
 
 Graph = dict[str, set[str]]

@@ -30,13 +30,13 @@ def told(
     written: Mapping[tuple[Any, int], int],
     modified: int | None = None,
 ) -> dict[str, Any]:
-    """Return what was tried, acknowledged and found, by record.
+    """Return the numbers of attempts, acknowledgements and executions, by record.
 
     Args:
-        tried: How often data of each record was to be stored.
-        acknowledged: How often that was acknowledged.
+        tried: The number of attempts to store data of each record.
+        acknowledged: The number of these that were acknowledged.
         written: What came to the database, by record and token.
-        modified: How often a resource was modified, if that is compared.
+        modified: The number of modifications of a resource, if that is compared.
     """
     found: Counter[str] = Counter()
     for (record, _), n in written.items():
@@ -47,8 +47,8 @@ def told(
 
 
 def main(runs: Mapping[str, Callable[[str, str, int, int, str], dict[str, Any]]]) -> None:
-    """Run what the command line names, and print the result."""
-    sys.unraisablehook = lambda *_: None  # what is raised in a finalizer gets no further
+    """Run the program that the command line names, and print the result."""
+    sys.unraisablehook = lambda *_: None  # an error in a finalizer gets no further
     action, url, namespace, seed, count, kind = sys.argv[1:]
     began = time.monotonic(), time.process_time()
     result = runs[action](url, namespace, int(seed), int(count), kind)

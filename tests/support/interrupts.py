@@ -56,7 +56,7 @@ def at_call(number: int, work: Callable[[], object], then: Callable[[], object])
     That is where a signal handler runs, among other places; what ``then`` raises is raised there.
 
     Args:
-        number: Which entry, from 1.
+        number: The entry's number, from 1.
         work: What to do.
         then: What comes in between.
 

@@ -22,7 +22,7 @@ class Link:
         lag: Seconds by which what the other end says comes later.
 
     Attributes:
-        port: Where it listens.
+        port: The port on which it listens.
     """
 
     def __init__(self, target: int, lag: float = 0.0) -> None:

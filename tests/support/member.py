@@ -25,7 +25,7 @@ from phonon.aio import AsyncUpdate
 from phonon.lock import Lock
 from phonon.reference import Reference
 
-#: Where `Entry` writes what it executes. Each test has a folder of its own.
+#: The journal to which `Entry` writes its executions. Each test has a folder of its own.
 FOLDER = "PHONON_TEST_JOURNAL"
 TESTS = Path(__file__).parents[1]
 PATIENCE = 30.0
@@ -112,7 +112,7 @@ class Entry(Update):
 
 
 def note(update: Update | AsyncUpdate) -> None:
-    """Write to the journal what is executed."""
+    """Write the executions to the journal."""
     record, doc, token = str(update._id), dict(update.doc), update.token or 0
     line = Line(record, doc, token, update.process().id, os.getpid())
     journal = Path(os.environ[FOLDER]) / "journal"
@@ -169,7 +169,7 @@ class Actor:
             self.put(record)
 
     def keep(self, record: str, n: int = 1) -> None:
-        """Merge a message into what is local, and leave it there."""
+        """Merge a message into the local data, and leave it there."""
         update = Entry(self.process, record, doc={"n": n}, init_cache=False)
         self.updates.setdefault(record, update).refresh(update)
 
@@ -228,7 +228,7 @@ class Refused(Exception):  # noqa: N818 - the other side's error is inside
 class Member:
     """A process that does what a test says."""
 
-    #: What it runs.
+    #: The code that it runs.
     program = "from support import member; member.main()"
 
     def __init__(self, journal: Journal, options: dict[str, Any]) -> None:

@@ -333,7 +333,7 @@ class Cluster:
         source.ask("CLUSTER SETSLOT", slot, "MIGRATING", self.id(target))
 
     def move_keys(self, slot: int, source: Node, target: Node) -> int:
-        """Move what is in an open slot, a key at a time as the tools do."""
+        """Move the keys of an open slot, one at a time as the tools do."""
         moved = 0
         while keys := source.ask("CLUSTER GETKEYSINSLOT", slot, 1):
             source.ask("MIGRATE", "127.0.0.1", target.port, keys[0], 0, 5000)

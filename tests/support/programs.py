@@ -24,9 +24,9 @@ class Program:
 
     Args:
         command: The command.
-        folder: Where it runs.
+        folder: Its working directory.
         environment: What is added to the environment.
-        log: Where its output goes.
+        log: The file that gets its output.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ def new_table(path: Path, name: str, key: str) -> str:
 
 
 def rows(path: str | Path, table: str) -> dict[str, int]:
-    """Return what a table has."""
+    """Return the rows of a table."""
     with closing(sqlite3.connect(path, timeout=30)) as database:
         return {row[0]: row[1] for row in database.execute(f"SELECT * FROM {table}")}  # noqa: S608 - ours
 

@@ -1,4 +1,4 @@
-"""A proxy between clients and a server, which loses what a test tells it to lose.
+"""A proxy between clients and a server, which loses the messages that a test names.
 
 It speaks just enough of the protocol to know where a request and its answer end. Requests pass one
 by one, so "the third request" is the same one in every run, also in the middle of a pipeline.
@@ -21,11 +21,11 @@ import msgpack
 
 from phonon._protocol.operations import Code
 
-#: What redis-py and Phonon say to a server besides the protocol's steps: always passed on.
+#: Commands of redis-py and Phonon besides the protocol's steps: always passed on.
 HOUSEKEEPING = frozenset(
     {"hello", "auth", "client", "select", "ping", "info", "config", "function", "type"}
 )
-#: What heartbeats do, which come when they like.
+#: The functions of heartbeats, which come at any time.
 OF_HEARTBEATS = frozenset({"beat", "verify", "survey", "processes"})
 LENGTHS = frozenset(b"$=!")
 AGGREGATES = {b"*"[0]: 1, b"~"[0]: 1, b">"[0]: 1, b"%"[0]: 2}
@@ -40,7 +40,7 @@ class Fault(enum.Enum):
     CUT_REPLY = "half of the answer arrives"
 
 
-#: What is to become of a request: which of all since the plan was made, and its step.
+#: The fault of a request: its number since the plan was made, and its step.
 Plan = Callable[[int, str], Fault | None]
 
 
@@ -48,7 +48,7 @@ def nothing(*_: object) -> None:
     """Let it pass."""
 
 
-class Cut(Exception):  # noqa: N818 - it is what is wanted
+class Cut(Exception):  # noqa: N818 - no fault of the program
     """The connection is to be cut."""
 
 
@@ -116,13 +116,13 @@ class Stream:
 
 
 class Proxy:
-    """Listens on a socket of its own and passes on what comes, but for what it is told to lose.
+    """Listens on a socket of its own and forwards all messages but those that a test has it lose.
 
     Args:
         upstream: The path of the server's socket.
 
     Attributes:
-        url: Where clients find it.
+        url: The URL for clients.
         steps: The names of the steps called since the last plan was made.
         ignored: Steps that are passed on and not counted: heartbeats come when they like.
         on_reply: Called with the step when the server has answered, before the client knows.
@@ -152,8 +152,8 @@ class Proxy:
         """Let a fault befall one request, counted from now.
 
         Args:
-            fault: Which.
-            at: How many requests to let pass before.
+            fault: The fault.
+            at: The number of requests to let pass before.
             gone: Whether the server is not to be reached afterwards.
         """
         self.plan(lambda number, _: fault if number == at else None, gone=gone)

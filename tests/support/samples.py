@@ -1,4 +1,4 @@
-"""Updates that remember what they wrote, for the tests of the public objects."""
+"""Updates that remember their writes, for the tests of the public objects."""
 
 import threading
 from collections import Counter
@@ -54,7 +54,7 @@ def fresh() -> type[Tally]:
 
 
 def forget(kind: type[Update]) -> None:
-    """As if this process had not imported a class."""
+    """Forget a class, as if this process had not imported it."""
     classes.forget(kind)
 
 

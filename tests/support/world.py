@@ -137,7 +137,7 @@ OF_PROCESSES = ("token", "lanes", "lane:", "registry:", "mailbox:", "handed")
 
 
 def keys_in(server: Redis, namespace: str) -> set[str]:
-    """Return what is left of resources in a namespace, as "<kind>:<resource>"."""
+    """Return the keys of resources that are left in a namespace, as "<kind>:<resource>"."""
     with server.client() as client:
         found = client.scan_iter(match=f"{{{namespace}/*", count=1000)
         names = {key.decode().partition("}:")[2] for key in found}

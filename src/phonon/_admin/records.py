@@ -24,13 +24,13 @@ class ProcessStatus(NamedTuple):
         since: When it started, seconds since the epoch by its own clock.
         lag: Seconds since its last heartbeat; None if it was declared dead.
         heartbeat_interval: Seconds between two of its heartbeats; 0 if that is not known.
-        memberships: How many resources it is a member of.
-        locks: How many resources it has locked, or waits for.
-        batches: How many batches it executes, or is going to retry.
+        memberships: The number of resources that it is a member of.
+        locks: The number of resources that it has locked, or waits for.
+        batches: The number of batches that it executes, or is going to retry.
         left: The number of its resources that were left by a survivor without execution.
         oldest_batch: Since when it has the oldest of its batches, seconds since the epoch; None if
             it has none.
-        calls: How many calls its lanes have carried.
+        calls: The number of calls that its lanes have carried.
         backlog: The unfinished work in its outbox; None if it has not reported it.
         executes: Whether it executes batches of dead processes, and those that wait for a class.
         classes: The names of the classes that it can execute.
@@ -122,8 +122,8 @@ class SessionStatus(NamedTuple):
         resource: The session's resource.
         since: When it began, seconds since the epoch by the server's clock; 0 if that is unknown.
         age: Seconds since then.
-        members: How many processes are members.
-        modifications: How often it was modified; None if it has too many members to add that up.
+        members: The number of processes that are members.
+        modifications: The number of its modifications; None if it has too many members to add up.
         partials: The number of its partials on the server.
         bytes: The memory that they take there; None if the server does not tell.
     """
@@ -146,8 +146,8 @@ class BatchStatus(NamedTuple):
         state: The batch's state.
         owner: The id of the process that has it, or had it last.
         class_name: The class that it waits for; empty in other states.
-        attempts: How often its execution has failed.
-        crashes: How many processes have died while they executed it.
+        attempts: The number of failed executions.
+        crashes: The number of processes that have died while they executed it.
         error: The error of the last attempt; empty if none has failed.
         next_attempt: When it is tried again, seconds since the epoch; None if no retry is due.
         since: When its session ended, or when it was parked.
@@ -202,7 +202,7 @@ class Partial(NamedTuple):
         spec: The record's ``spec``.
         doc: The record's ``doc``.
         state: The attributes of the class's ``state``, by name.
-        error: Why the partial or its content could not be read; empty if it could.
+        error: The reason why the partial or its content could not be read; empty if it could.
     """
 
     class_name: str
@@ -223,7 +223,7 @@ class ResourceStatus(NamedTuple):
     Attributes:
         resource: The resource's name.
         members: The members: process id, host, pid, and since when.
-        modifications: How often each process has modified it in this session, by id.
+        modifications: Each process's number of modifications in this session, by id.
         parties: The number of parties that its session waits for; 0 if it has no known parties.
         partials: The number of partials of its open session.
         lock: The resource's lock; None if it is free.

@@ -19,7 +19,7 @@ from phonon._core import classes
 from phonon._core.classes import forget
 from phonon._core.shown import shown
 from phonon.errors import NotStorableError, UndecodableError, UnknownClassError
-from phonon.serializers import ExactSerializer, Serializer
+from phonon.serializers import ExactSerializer, Serializer, loads_plain
 
 __all__ = ["Storable", "UpdateCodec", "UpdateRecord", "dump", "forget", "merge", "pack"]
 
@@ -62,8 +62,8 @@ class Storable(Protocol):
         """Return whether its records are executed together."""
 
     @classmethod
-    def lacks_(cls) -> str:
-        """Return what this interpreter lacks to execute the class's records; empty if nothing."""
+    def missing_requirement_(cls) -> str:
+        """Return the requirement that this interpreter lacks for records of the class, or ""."""
 
     def attach(self, process: Any) -> None:
         """Give the update a process."""
@@ -75,7 +75,7 @@ class Storable(Protocol):
         """Note that an instance has executed."""
 
 
-#: By the first byte of msgpack's bytes: how many bytes say how long they are.
+#: The number of bytes that give the length of msgpack's bytes, by their first byte.
 _WIDTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 _BIN8 = [bytes((0xC4, length)) for length in range(0x100)]
 _BIN32 = 0x10000
@@ -87,18 +87,17 @@ _states: "weakref.WeakKeyDictionary[type[Any], set[tuple[str, ...]]]" = weakref.
 # Encoding
 
 
-def pack(update: Storable, serializer: Serializer, state: dict[str, Any] | None = None) -> bytes:
+def pack(update: Storable, serializer: Serializer) -> bytes:
     """Return an update's content as a partial.
 
     Args:
         update: The update.
         serializer: Encodes the content.
-        state: The value of its `state`; None to call that here.
 
     Raises:
         NotStorableError: A value has a type that cannot be stored; the message names the attribute.
     """
-    return enveloped(type(update), serializer, dump(update, serializer, state))
+    return enveloped(type(update), serializer, dump(update, serializer))
 
 
 def enveloped(cls: type[Any], serializer: Serializer, content: bytes) -> bytes:
@@ -121,10 +120,9 @@ def too_large(update: Storable, size: int, most: int) -> NotStorableError:
     )
 
 
-def dump(update: Storable, serializer: Serializer, state: dict[str, Any] | None = None) -> bytes:
+def dump(update: Storable, serializer: Serializer) -> bytes:
     """Return an update's content, encoded by the serializer; see `pack`."""
-    if state is None:
-        state = state_of(update)
+    state = state_of(update)
     content = [update._id, update.database, update.collection, update.spec, update.doc, state]  # noqa: SLF001 - its public name
     try:
         data: object = serializer.dumps(content)
@@ -233,7 +231,11 @@ class UpdateCodec:
     def can_execute(self, class_name: str) -> bool:
         """Return whether this process can execute batches of a class."""
         cls = classes.find(class_name)
-        return cls is not None and (self._is_async or not cls.is_async) and not cls.lacks_()
+        return (
+            cls is not None
+            and (self._is_async or not cls.is_async)
+            and not cls.missing_requirement_()
+        )
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> list["UpdateRecord"]:
         """Merge the partials of a batch, class by class, in the order of the classes' first ones.
@@ -286,7 +288,7 @@ class UpdateCodec:
                 "has no event loop: run an AsyncProcess that imports it",
                 name,
             )
-        lacking = cls.lacks_()
+        lacking = cls.missing_requirement_()
         if lacking:
             name = classes.name_of(cls)
             raise UnknownClassError(
@@ -367,6 +369,14 @@ class UpdateCodec:
             update = cls.merge_stored_(bodies, self.serializer) if bodies else None
             if update is not None:
                 update.attach(self._owner())
+            elif bodies and cls._like_ is not None and type(self.serializer) is ExactSerializer:
+                update = self.decode(resource, partials[0], "")
+                for body in bodies[1:]:
+                    other = update._like_(loads_plain(body))
+                    if other is None:
+                        return None
+                    other.attach_like(update)
+                    merge(update, other)
         except Exception:  # noqa: BLE001 - it is met again where they are decoded one by one
             return None
         return update if update is not None and update.resource_id == resource else None
@@ -623,7 +633,7 @@ _OWN_NAMES = frozenset({"_id", "database", "collection", "spec", "doc", "resourc
 
 #: The fewest partials that are worth a look whether they are alike.
 ALIKE = 4
-#: How many resources and classes are remembered: logging twice is better than growing for ever.
+#: The most resources and classes to remember: logging twice is better than growing for ever.
 MOST_UNMERGED = 1000
-#: How many lists of attributes are remembered a class: `state` may return another each time.
+#: The most lists of attributes to remember of a class: `state` may return another each time.
 MOST_STATES = 100

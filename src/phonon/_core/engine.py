@@ -16,6 +16,8 @@ from importlib import metadata
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, NamedTuple, Protocol
 
+import msgpack
+
 from phonon._core import classes, forks
 from phonon._core.clock import clock
 from phonon._core.executor import Executor
@@ -27,7 +29,6 @@ from phonon._core.leases import Leases
 from phonon._core.members import Members
 from phonon._core.outbox import Outbox, Overflow
 from phonon._core.parcels import Ending
-from phonon._core.presence import Presence
 from phonon._core.rebirth import Rebirth
 from phonon._core.reports import Event, Reports
 from phonon._core.retry import RetryPolicy
@@ -50,6 +51,8 @@ _LOOK = 0.002
 _PAUSE = 0.05
 #: Seconds for which a stopping process waits for its lock waiters to leave.
 _DISMISSAL = 5.0
+#: The most names of classes and sources in a report, which travels with every heartbeat.
+_MOST_NAMES = 500
 
 
 class ProcessOptions(NamedTuple):
@@ -74,7 +77,7 @@ class SessionCache(Protocol):
         """Drop the updates of that process, because they belong to the parent."""
 
     @property
-    def surplus(self) -> int:
+    def excess(self) -> int:
         """Return how many entries it holds beyond its limit, because they could not be sent."""
 
 
@@ -136,7 +139,7 @@ class Engine:
             namespace=options.namespace,
             partitions=options.partitions,
             lease=DEAD_AFTER * options.heartbeat_interval,
-            card=lambda: _card(options.heartbeat_interval),
+            describe=lambda: _description(options.heartbeat_interval),
             library=library,
             clock=clock,
             new_id=lambda: uuid.uuid4().hex,
@@ -175,13 +178,6 @@ class Engine:
             deliver=self.driver.deliver,
             address=address,
         )
-        self.presence = Presence(
-            executes=options.recovers,
-            classes=lambda: [name for name in classes.names() if self.codec.can_execute(name)],
-            backlog=lambda: self.outbox.size,
-        )
-        self.presence.sources = self.sources.listed
-        self.presence.counters = lambda: self.identity.measures.figures()  # noqa: PLW0108 - the measures are another object after a fork
         self.heartbeat = Heartbeat(
             self.identity,
             self.rebirth,
@@ -190,27 +186,27 @@ class Engine:
             self.leases,
             interval=options.heartbeat_interval,
             recovers=options.recovers,
-            is_wanted=lambda: public() is not None,
-            report=self.presence.report,
+            is_referenced=lambda: public() is not None,
+            report=self._report,
         )
         self.sessions = Sessions(self.outbox, self.reports, lambda: public() is not None)
         self.sessions.start_worker = lambda: self._ensure("sessions", self.sessions.work)
         self.takeover.ask_for_more = self.heartbeat.wake
         self.outbox.executor = self.executor
-        self.outbox.surplus = lambda: sum(cache.surplus for cache in list(self.caches))
+        self.outbox.excess = lambda: sum(cache.excess for cache in list(self.caches))
         self.outbox.start_worker = lambda: self._ensure("outbox", self.outbox.work)
         self.takeover.start_worker = lambda: self._ensure(
             "takeover",
             self.takeover.work,
-            anyhow=True,  # the caller knows that the one before has ended, or is about to
+            replace=True,  # the caller knows that the one before has ended, or is about to
         )
         self.takeover.on_taken = lambda text, dead: self.reports.emit(
             Event("takeover", text, process=dead)
         )
         self.leases.start_worker = lambda: self._ensure(
-            "leases", self.leases.work, anyhow=not self.leases.is_working
+            "leases", self.leases.work, replace=not self.leases.is_working
         )
-        self.identity.me = getattr(self.driver, "me", object)  # a simulation has none
+        self.identity.caller = getattr(self.driver, "caller", object)  # a simulation has none
         self.outbox.resume = self.driver.resume
         self.outbox.is_ready = self.driver.detached_ready
         self.driver.on_detached = self.outbox.detach
@@ -252,6 +248,24 @@ class Engine:
             raise TypeError(f"{function!r} is a coroutine function: use phonon.aio.AsyncProcess")
         function(*arguments)
 
+    def _report(self) -> bytes:
+        """Return the facts about this process that operators see; each heartbeat publishes them."""
+        try:
+            executable = [name for name in classes.names() if self.codec.can_execute(name)]
+            report: bytes = msgpack.packb(
+                {
+                    "executes": self.options.recovers,
+                    "classes": sorted(executable)[:_MOST_NAMES],
+                    "backlog": self.outbox.size,
+                    "counters": self.identity.measures.figures(),
+                    "sources": self.sources.listed()[:_MOST_NAMES],
+                },
+                unicode_errors="surrogatepass",
+            )
+        except Exception:  # noqa: BLE001 - a heartbeat must not fail because of its report
+            return b""
+        return report
+
     @staticmethod
     def make_local() -> Any:
         """Return an object whose attributes are separate for each thread or task."""
@@ -264,11 +278,11 @@ class Engine:
         if not self.identity.lanes:
             yield from self.identity.start()
 
-    def start_heart(self) -> None:
+    def start_heartbeat(self) -> None:
         """Start the heartbeat."""
         self._started = True
         # A heartbeat that failed by a bug may still be about to end.
-        self._ensure("heartbeat", self._beating, anyhow=True)
+        self._ensure("heartbeat", self._beating, replace=True)
 
     def _beating(self) -> Flow[None]:
         pid = os.getpid()
@@ -282,13 +296,13 @@ class Engine:
                 if not self._started and self.public() is not None:
                     log.error("the heartbeat thread of process %s has died", self.name)
 
-    def _ensure(self, name: str, work: Callable[[], Flow[Any]], *, anyhow: bool = False) -> None:
-        """Start a worker, unless it runs; with ``anyhow`` even if the old one is about to end."""
+    def _ensure(self, name: str, work: Callable[[], Flow[Any]], *, replace: bool = False) -> None:
+        """Start a worker, unless it runs; with ``replace`` even if the old one is about to end."""
         # A worker that has just been started may call this itself, before it is registered.
         with self._spawning:
             worker = self._workers.get(name)
             if worker is not None and worker.is_alive():
-                if not anyhow:
+                if not replace:
                     return
                 others = self._former_workers.get(name, ())
                 self._former_workers[name] = [o for o in (*others, worker) if o.is_alive()]
@@ -301,8 +315,8 @@ class Engine:
     @property
     def is_worker(self) -> bool:
         """Return whether the caller is one of the workers, which `stopping` waits for."""
-        former = [worker for some in list(self._former_workers.values()) for worker in some]
-        return any(worker.is_me() for worker in (*self._workers.values(), *former))
+        former = [worker for workers in list(self._former_workers.values()) for worker in workers]
+        return any(worker.is_current() for worker in (*self._workers.values(), *former))
 
     def in_background(self, function: Callable[[], object], name: str = "tell") -> None:
         """Run a function of the user's in a thread or task of its own."""
@@ -429,7 +443,7 @@ class Engine:
             worker = self._workers.get(name)
             latest = () if worker is None else (worker,)
             for each in (*self._former_workers.get(name, ()), *latest):
-                while each.is_alive() and not each.is_me():
+                while each.is_alive() and not each.is_current():
                     # In each round: after an interrupt a part may have two workers, and its signal
                     # wakes only one.
                     for part in (self.sessions, self.outbox, self.leases, self.heartbeat):
@@ -447,13 +461,17 @@ class Engine:
         """
         identity = self.identity
         give_up = clock() + _DISMISSAL
-        me = identity.me()
-        own = [(name, each) for name, each in list(identity.waiters.items()) if each.owner is me]
-        if own:
+        caller = identity.caller()
+        own_waiters = [
+            (name, each) for name, each in list(identity.waiters.items()) if each.owner is caller
+        ]
+        if own_waiters:
             yield Read(identity.nudges(identity.id))  # the waiter notices once `stop` has returned
-            for waiter, _ in own:
+            for waiter, _ in own_waiters:
                 identity.waiters.pop(waiter, None)
-            yield Send([each.leave(each.partition, each.name, waiter) for waiter, each in own])
+            yield Send(
+                [each.leave(each.partition, each.name, waiter) for waiter, each in own_waiters]
+            )
         while identity.waiters and clock() < give_up:
             yield Read(identity.nudges(identity.id))
             yield Sleep(_LOOK)
@@ -529,7 +547,7 @@ class Engine:
                 signal.set()
 
 
-def _card(interval: float) -> dict[str, str | int | float]:
+def _description(interval: float) -> dict[str, str | int | float]:
     """Return where this process runs, for operators."""
     return {
         "host": socket.gethostname(),
@@ -558,7 +576,7 @@ class ThreadEngine(Engine):
         with self._starting:
             if not self._started:
                 self.driver.run(self.starting())
-                self.start_heart()
+                self.start_heartbeat()
 
     def ensure_alive(self) -> None:
         """Start the workers again that a fork or a bug has ended.
@@ -588,13 +606,13 @@ class ThreadEngine(Engine):
         """
         if self.stopped:
             return []
-        ours = [lock for lock in self._locks() if lock._is_owned()]  # noqa: SLF001 - as `threading.Condition` does
-        states = [lock._release_save() for lock in ours]  # noqa: SLF001 - as above
+        held = [lock for lock in self._locks() if lock._is_owned()]  # noqa: SLF001 - as `threading.Condition` does
+        states = [lock._release_save() for lock in held]  # noqa: SLF001 - as above
         try:
             return list(self.driver.run(self.stopping()))
         finally:
             self.close()
-            for lock, state in zip(ours, states, strict=True):
+            for lock, state in zip(held, states, strict=True):
                 lock._acquire_restore(state)  # noqa: SLF001 - as above
 
     def _locks(self) -> list[Any]:
@@ -651,7 +669,7 @@ class TaskEngine(Engine):
     async def start(self) -> None:
         """Register the process, and start its heartbeat."""
         await self.driver.run(self.starting())
-        self.start_heart()
+        self.start_heartbeat()
 
     def ensure_alive(self) -> None:
         """Refuse work after a stop or in another loop, and restart a heartbeat that died.
@@ -667,7 +685,7 @@ class TaskEngine(Engine):
         if self.stopped:
             raise ProcessStoppedError(f"process {self.name} was stopped: make a new AsyncProcess")
         if not self._started:
-            self.start_heart()
+            self.start_heartbeat()
 
     async def run(self, flow: Flow[Any]) -> Any:
         """Run a flow for a caller."""

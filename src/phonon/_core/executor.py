@@ -92,7 +92,7 @@ class RunningBatch:
     Attributes:
         resource: The batch's resource.
         name: The server's name of the resource.
-        partition: Where it is.
+        partition: Its partition.
         run: The server's answer; its content is in ``partials``.
         local: The update whose session ended here, if there is one.
         errors: Collects the errors of the session that ended with this batch.
@@ -101,7 +101,7 @@ class RunningBatch:
         partials: The part of the batch's content that is here and not merged yet.
         records: The merged records, one a class; ``at`` is the index of the next one to run.
         job: The job that runs that record.
-        error: Why the batch has failed.
+        error: The cause of its failure.
         pause: Seconds until it is tried again.
     """
 
@@ -157,12 +157,12 @@ class RunningBatch:
         return self.run.token * TOKENS
 
 
-class Hand:
+class Workload:
     """The batches that one flow executes, and those that an answer may bring it.
 
-    An executor refers to its hands weakly, because a signal handler's exception may end the flow at
-    any point. Then the batches are not busy any more, and the heartbeat finds that this process has
-    forgotten them.
+    An executor refers to its workloads weakly, because a signal handler's exception may end the
+    flow at any point. Then the batches are not busy any more, and the heartbeat finds that this
+    process has forgotten them.
 
     Attributes:
         batches: By resource and token. No other flow begins an attempt at them.
@@ -183,7 +183,7 @@ class Hand:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # An exception that the user keeps also keeps the flow's frame, and with it this hand.
+        # An exception that the user keeps also keeps the flow's frame, and with it this workload.
         self.batches, self.expected, self.concluding = {}, (), ()
 
     def add(self, batch: RunningBatch) -> None:
@@ -223,35 +223,37 @@ class Executor:
 
     def begin(self) -> None:
         """Start without batches: at first, and in a forked child."""
-        self._hands: weakref.WeakValueDictionary[int, Hand] = weakref.WeakValueDictionary()
+        self._workloads: weakref.WeakValueDictionary[int, Workload] = weakref.WeakValueDictionary()
 
-    def hand(self) -> Hand:
-        """Return an empty hand for a flow."""
-        hand = Hand()
-        self._hands[id(hand)] = hand
-        return hand
+    def new_workload(self) -> Workload:
+        """Return an empty workload for a flow."""
+        workload = Workload()
+        self._workloads[id(workload)] = workload
+        return workload
 
     @property
-    def hands(self) -> list[Hand]:
-        """Return the hands of all flows."""
+    def workloads(self) -> list[Workload]:
+        """Return the workloads of all flows."""
         # Making the list is one step, which no other thread can interrupt.
-        found = [reference() for reference in self._hands.valuerefs()]
-        return [hand for hand in found if hand is not None]
+        found = [reference() for reference in self._workloads.valuerefs()]
+        return [workload for workload in found if workload is not None]
 
     def has(self, name: bytes, token: int) -> bool:
-        """Return whether a flow has a batch in hand."""
-        return any((name, token) in hand.batches for hand in self.hands)
+        """Return whether a flow has a batch in its workload."""
+        return any((name, token) in workload.batches for workload in self.workloads)
 
     def expects(self, name: bytes) -> bool:
         """Return whether an answer that is under way may bring a batch of a resource."""
-        return any(name in hand.expected or name in hand.concluding for hand in self.hands)
+        return any(name in work.expected or name in work.concluding for work in self.workloads)
 
     def count_background(self) -> int:
         """Return how many batches are executed without a caller that waits for them."""
-        return sum(b.background for hand in self.hands for b in list(hand.batches.values()))
+        return sum(b.background for work in self.workloads for b in list(work.batches.values()))
 
     def execute(
-        self, hand: Hand, more: Callable[[list[Operation]], Iterator[object] | None] | None = None
+        self,
+        workload: Workload,
+        more: Callable[[list[Operation]], Iterator[object] | None] | None = None,
     ) -> Flow[list[Any]]:
         """Execute batches of ours, and the batches that follow them.
 
@@ -259,7 +261,7 @@ class Executor:
         before that, a survivor executes the batch under the same token.
 
         Args:
-            hand: The batches.
+            workload: The batches.
             more: Adds operations to a list, to be sent together with the first completions, or
                 returns what adds them while it is sent.
 
@@ -267,31 +269,31 @@ class Executor:
             The answers to those operations.
         """
         answers: list[Any] = []
-        while hand.batches:
-            waiting = list(hand.batches.values())
+        while workload.batches:
+            waiting = list(workload.batches.values())
             yield from self._prepare([b for b in waiting if not b.records and b.error is None])
             yield from self._run_some(waiting)
             sent, reported = self._conclusions([b for b in waiting if b.job is None])
             own, making = len(sent), None
             if more is not None:
                 making, more = more(sent), None
-            hand.concluding = {batch.name for some in reported for batch in some}
+            workload.concluding = {batch.name for some in reported for batch in some}
             got = (yield Send(sent, more=making)) if sent or making else []
             answers += got[own:]
             for operation, some, answer in zip(sent, reported, got, strict=False):
                 for batch, told in zip(some, operation.each(answer), strict=True):
-                    # First: its retry may be due before this flow is done, and a batch in a hand
-                    # is not retried.
-                    hand.drop(batch)
+                    # First: its retry may be due before this flow is done, and a batch in a
+                    # workload is not retried.
+                    workload.drop(batch)
                     following = self._concluded(batch, told)
                     if following is not None:
-                        hand.add(following)
+                        workload.add(following)
             for batch in waiting:
                 if _is_unreported(batch):
-                    hand.drop(batch)
+                    workload.drop(batch)
                     if isinstance(batch.error, _NotFetchedError):
                         self._failed(batch, batch.error.cause, self._policy.pause(1))
-            hand.concluding = ()
+            workload.concluding = ()
         if more is not None:
             sent = []
             making = more(sent)

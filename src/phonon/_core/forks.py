@@ -23,7 +23,7 @@ class _Mark(Protocol):
     def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
-class _ByNumber:
+class _PidMark:
     """Compares process numbers if the kernel cannot wipe pages. Costs a system call each time."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ def _mark() -> _Mark:
         page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         page.madvise(_WIPE_ON_FORK)
     except (AttributeError, OSError, ValueError):  # not Linux, or older than 4.14
-        return _ByNumber()
+        return _PidMark()
     return page
 
 

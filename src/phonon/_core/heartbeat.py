@@ -26,13 +26,13 @@ DEATH_GRACE = 0.01
 HANDED_OUT = 4
 #: The number of beats between two searches for lanes of processes that are not registered.
 SWEEP_EVERY = 4
-#: How many pages of this process's locks and batches are compared before it stops.
+#: The most pages of this process's locks and batches to compare before it stops.
 MOST_PAGES = 16
 #: Seconds by which the server's clock may be ahead of this one in that comparison.
 AHEAD = 3600
 
 
-class _Known(NamedTuple):
+class _LaneState(NamedTuple):
     """The state of a lane before the question to the server."""
 
     lane: Lane
@@ -51,7 +51,7 @@ class Heartbeat:
         leases: Locks with leases of their own.
         interval: Seconds between two beats.
         recovers: Whether the process executes the batches of dead ones.
-        is_wanted: Tells whether the public process object still exists. If not, the heartbeat
+        is_referenced: Tells whether the public process object still exists. If not, the heartbeat
             stops, and survivors take over.
         report: Returns the facts that operators see about the process.
     """
@@ -66,7 +66,7 @@ class Heartbeat:
         *,
         interval: float,
         recovers: bool,
-        is_wanted: Callable[[], bool],
+        is_referenced: Callable[[], bool],
         report: Callable[[], bytes],
     ) -> None:
         self._identity = identity
@@ -76,7 +76,7 @@ class Heartbeat:
         self._leases = leases
         self._interval = interval
         self._recovers = recovers
-        self._is_wanted = is_wanted
+        self._is_referenced = is_referenced
         self._report = report
         self.signal: Signal | None = None
         self.begin()
@@ -87,7 +87,7 @@ class Heartbeat:
         self.closing = False
         self.beats = 0
         self._orphans: dict[bytes, float] = {}
-        self._complained = False
+        self._warned = False
 
     def wake(self) -> None:
         """Beat now."""
@@ -100,9 +100,9 @@ class Heartbeat:
         If a heartbeat ended by an error, others would take over from a process that still works.
         """
         pause = 0.0
-        while not self.stopping and self._is_wanted():
+        while not self.stopping and self._is_referenced():
             yield Wait(self.signal, pause)
-            if self.stopping or not self._is_wanted():
+            if self.stopping or not self._is_referenced():
                 return
             pause = self._interval
             try:
@@ -111,15 +111,15 @@ class Heartbeat:
                 pause = min(pause, (yield from self.beat()))
             except (ServerUnreachableError, ServerError) as error:
                 pause = min(pause, 1.0)
-                if not self._complained:
+                if not self._warned:
                     log.warning("no heartbeat: %s", error)
-                self._complained = True
+                self._warned = True
             except Exception:
                 log.exception("a heartbeat of process %s failed", self._identity.name)
             else:
-                if self._complained:
+                if self._warned:
                     log.warning("the heartbeat of process %s is back", self._identity.name)
-                self._complained = False
+                self._warned = False
 
     def beat(self) -> Flow[float]:
         """Beat once.
@@ -131,12 +131,12 @@ class Heartbeat:
             PhononError: The server does not answer, or refuses.
         """
         identity = self._identity
-        me, begun = identity.id, identity.clock()
-        known = [_Known(lane, lane.answered, lane.stamp) for lane in identity.lanes]
+        own_id, begun = identity.id, identity.clock()
+        known = [_LaneState(lane, lane.answered, lane.stamp) for lane in identity.lanes]
         before = b"%d" % int((time.time() - self._interval) * 1000)
         request = identity.in_namespace(
             "beat",
-            me,
+            own_id,
             identity.lease_ms,
             identity.epoch,
             identity.listing,
@@ -147,18 +147,18 @@ class Heartbeat:
             b"%d" % int((begun - identity.beaten_at) * 1_000_000),
         )
         page = b"%d" % (self.beats % 16 if self.beats % 2 else 0)
-        verify = identity.everywhere("verify", me, before, page)
+        verify = identity.everywhere("verify", own_id, before, page)
         answer, *found = yield Read([request, *verify], self._interval)
         if isinstance(answer, Exception):
             raise answer
-        if identity.id != me:
+        if identity.id != own_id:
             return 0.0
         self.beats += 1
         lost = not self.closing and self._has_lost(known, found)
         if answer[0] != b"alive":
             yield from self._rebirth.run(forgotten=answer[0] == b"forgotten")
             return 0.0
-        identity.alive(begun)
+        identity.beat_answered(begun)
         if self.closing:
             return self._interval
         if lost:
@@ -176,7 +176,7 @@ class Heartbeat:
         next_death = answer[1] / 1000 + DEATH_GRACE if answer[1] >= 0 else self._interval
         return float(next_death) if identity.may_mark else self._interval
 
-    def _has_lost(self, known: list[_Known], found: list[Any]) -> bool:
+    def _has_lost(self, known: list[_LaneState], found: list[Any]) -> bool:
         """Return whether the server has lost calls that it had answered.
 
         All lanes are compared, so that each loss is reported.

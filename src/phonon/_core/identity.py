@@ -2,12 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import msgpack
 
-from phonon._core.flows import Flow, Read, Signal
+from phonon._core.flows import Flow, Signal, read, read_all
 from phonon._core.measures import Measures
 from phonon._protocol.lane import Lane
 from phonon._protocol.library import Library, Request
@@ -48,9 +48,9 @@ class Identity:
 
     Args:
         namespace: The namespace.
-        partitions: How many partitions to ask for, if the namespace is new; None for the default.
+        partitions: The number of partitions to ask for, if the namespace is new; None: the default.
         lease: Seconds for which a heartbeat keeps the process alive.
-        card: Tells where the process runs, for operators.
+        describe: Tells where the process runs, for operators.
         library: Knows the names of the server's functions.
         clock: Seconds, from a clock that is never set.
         new_id: Makes an id, unique for ever.
@@ -76,7 +76,7 @@ class Identity:
         namespace: str,
         partitions: int | None,
         lease: float,
-        card: Callable[[], dict[str, str | int | float]],
+        describe: Callable[[], dict[str, str | int | float]],
         library: Library,
         clock: Callable[[], float],
         new_id: Callable[[], str],
@@ -86,18 +86,18 @@ class Identity:
         self.clock = clock
         self.new_id = new_id
         self._wanted = partitions
-        self._describe = card
+        self._describe = describe
         self.partitions = Partitions(namespace, partitions or DEFAULT_PARTITIONS)
         self.signal: Signal | None = None
         #: Returns the running thread or task; set by the driver.
-        self.me: Callable[[], object] = object
+        self.caller: Callable[[], object] = object
         self.begin()
 
     def begin(self) -> None:
         """Start as a new process: at first, and in a forked child."""
         self.generation = object()
         self.measures = Measures()
-        self._card = msgpack.packb(self._describe())
+        self._description = msgpack.packb(self._describe())
         self.id = b""
         self.name = self.new_id()
         self.id = self.name.encode()
@@ -141,14 +141,14 @@ class Identity:
         partitions = dict.fromkeys([waiter.partition for waiter in list(self.waiters.values())])
         return [self.in_partition(partition, "nudge", process) for partition in partitions]
 
-    def appear(self, process: bytes, *, insist: bool) -> Flow[tuple[bytes, bytes, list[Lane]]]:
+    def register(self, process: bytes, *, exact: bool) -> Flow[tuple[bytes, bytes, list[Lane]]]:
         """Register an id of the process, the first one or a new one, and open its lanes.
 
         Repeating this after a failure is harmless: it finds the same listing and lanes.
 
         Args:
             process: The id.
-            insist: Whether this process's number of partitions is required. Otherwise the
+            exact: Whether this process's number of partitions is required. Otherwise the
                 namespace's number is adopted.
 
         Returns:
@@ -160,27 +160,31 @@ class Identity:
         while True:
             count = self.partitions.count
             listed = self.in_namespace(
-                "list", process, self.lease_ms, b"%d" % count, self._card, b"%d" % insist
+                "list",
+                process,
+                self.lease_ms,
+                b"%d" % count,
+                self._description,
+                b"%d" % exact,
             )
-            (answer,) = yield Read((listed,))
-            epoch, listing, found = _checked(answer)
+            epoch, listing, found = yield from read(listed)
             if found != count:
-                self._adopt(found)
+                self._adopt_count(found)
                 count = found
             requests = self.everywhere("open", process, b"%d" % count)
-            opened = [_checked(reply) for reply in (yield Read(requests))]
-            conflicts = {theirs for _, theirs in opened if theirs != count}
+            opened = yield from read_all(requests)
+            conflicts = {other for _, other in opened if other != count}
             if conflicts:
                 # The namespace's record was lost; the lanes of other processes have the number.
-                self._adopt(conflicts.pop())
-                insist = True
+                self._adopt_count(conflicts.pop())
+                exact = True
                 continue
             if not all(number for number, _ in opened):
                 raise ServerError(f"process {process.decode()} was declared dead before it began")
             lanes = [Lane(p, process, number) for p, (number, _) in enumerate(opened)]
             return epoch, listing, lanes
 
-    def _adopt(self, count: int) -> None:
+    def _adopt_count(self, count: int) -> None:
         if self._wanted is not None and self._wanted != count:
             raise ConfigurationError(
                 f"namespace {self.partitions.namespace!r} has {count} partitions, which its first "
@@ -197,23 +201,23 @@ class Identity:
         """
         yield from self._check_rights()
         begun = self.clock()
-        epoch, listing, lanes = yield from self.appear(self.id, insist=False)
-        self.become(self.id, epoch, listing, lanes, begun)
+        epoch, listing, lanes = yield from self.register(self.id, exact=False)
+        self.switch_to(self.id, epoch, listing, lanes, begun)
 
     def _check_rights(self) -> Flow[None]:
         """Find forbidden commands before one of them fails in the middle of a step.
 
         All partitions are asked: in a cluster each node has its own list of rights.
         """
-        replies = yield Read(self.everywhere("rights", *ALSO_SENT))
-        missing = dict.fromkeys(c.decode().lower() for reply in replies for c in _checked(reply))
+        replies = yield from read_all(self.everywhere("rights", *ALSO_SENT))
+        missing = dict.fromkeys(c.decode().lower() for reply in replies for c in reply)
         if missing:
             raise ServerError(
                 f"the server's user may not run {', '.join(missing)}, which Phonon needs: grant "
                 f"them with ACL SETUSER <user> {' '.join(f'+{command}' for command in missing)}"
             )
 
-    def become(
+    def switch_to(
         self, process: bytes, epoch: bytes, listing: bytes, lanes: list[Lane], begun: float
     ) -> None:
         """Go on under an id that is registered and has lanes."""
@@ -241,7 +245,7 @@ class Identity:
         """
         return not self.suspected and self.clock() < self.lives_until - self.lease * MARGIN
 
-    def alive(self, begun: float) -> None:
+    def beat_answered(self, begun: float) -> None:
         """Note that the heartbeat that was sent at that time was answered."""
         if begun >= self.lives_until:
             self.lived_since = begun  # it was overdue: the time of beating in time starts anew
@@ -285,10 +289,3 @@ class Identity:
         """Call the functions that were given to `on_rebirth`."""
         for callback in self._rebirths:
             callback()
-
-
-def _checked(reply: Any) -> Sequence[Any]:
-    if isinstance(reply, Exception):
-        raise reply
-    answer: Sequence[Any] = reply
-    return answer

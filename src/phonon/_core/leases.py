@@ -30,7 +30,7 @@ from phonon.errors import PhononError, ProcessStoppedError, ServerError
 
 log = logging.getLogger("phonon")
 
-#: How often a lock with a lease of its own is renewed within it.
+#: The number of renewals of a lock with a lease of its own within that lease.
 RENEWALS = 4
 #: Seconds without work after which the worker ends.
 IDLE = 10.0
@@ -48,7 +48,7 @@ class LockRequest(NamedTuple):
         partition: The partition.
         name: The server's name of the resource.
         shared: Whether to share the lock with other shared holders.
-        places: How many may share it at the same time; 0 if any number may.
+        places: The number of holders that may share it at the same time; 0: any number.
         lease: Seconds that a grant lasts unless renewed; None: as long as the process's lease.
         thread: The name of the thread or task, for other processes.
     """
@@ -82,7 +82,7 @@ class Attempt:
         self.asking: Callable[[], object] = lambda: None
 
 
-class _Asking:
+class _PendingRequest:
     """Lives as long as a flow that asks for a lock."""
 
     __slots__ = ("__weakref__",)
@@ -244,7 +244,7 @@ class Leases:
 
         Args:
             request: The request.
-            seconds: How long to wait at the most; None not to wait.
+            seconds: Seconds to wait at the most; None not to wait.
             owner: The thread or task that wants it.
             on_lost: Called once the grant is found to be lost.
             attempt: Records the holder's name and the grant, for a caller that may be interrupted.
@@ -254,7 +254,7 @@ class Leases:
             PhononError: The server does not answer, or refuses.
         """
         attempt = attempt or Attempt(request.partition, request.name)
-        asking: _Asking | None = _Asking()
+        asking: _PendingRequest | None = _PendingRequest()
         attempt.asking = weakref.ref(asking)
         try:
             return (yield from self._ask(request, seconds, owner, on_lost, attempt))
@@ -345,7 +345,7 @@ class Leases:
         self.attempts[holder] = attempt
         # Also without waiting: a stopping process has to release a lock that is granted meanwhile.
         identity.waiters[holder] = Waiter(
-            request.partition, identity.me(), operations.unlock, request.name
+            request.partition, identity.caller(), operations.unlock, request.name
         )
         return holder
 

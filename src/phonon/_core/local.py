@@ -1,4 +1,4 @@
-"""The local state of an update: what is unsent, how long its session lasts, who may touch it.
+"""The local state of an update: its unsent data, the end of its session, and its lock.
 
 An update is emptied when its content goes to the server, and goes on, as an entry of a cache say.
 """
@@ -7,10 +7,11 @@ import marshal
 import weakref
 from collections.abc import Callable
 from inspect import isawaitable
+from sys import getrefcount
 from typing import Any, ClassVar, Self
 
 from phonon._core import codec
-from phonon._core.copies import CONTAINERS, DEEP, PLAIN, copied
+from phonon._core.copies import CONTAINERS, DEEP, FLAT, MUTABLE, PLAIN, UNSHARED, copied
 from phonon._core.engine import Engine
 from phonon._core.forks import SAME, notice
 from phonon._core.sessions import GRACE, SPREAD, share
@@ -25,6 +26,8 @@ HARD_SESSION = 12 * 3600.0
 DEFAULT = "test"
 #: The digest of an emptied update that has no attributes of its own.
 EMPTY = hash(b"")
+#: What the look at the values of a state may find; see `LocalUpdate._survey_`.
+ODD, SHARED = 1, 2
 
 
 class LocalUpdate:
@@ -42,8 +45,8 @@ class LocalUpdate:
         "_engine_",
         "_generation_",
         "_id",
+        "_is_opener_",
         "_lock_",
-        "_opens_",
         "_process_",
         "_touched_",
         "_unsent_",
@@ -77,23 +80,28 @@ class LocalUpdate:
     _check_at_: float
     #: The lock of the cache that holds the update; None: one of the engine's stripes.
     _lock_: Any
-    #: Whether the update has data that is nowhere else; if not, its look when it was emptied: a
-    #: digest, or the values of its state, if none of them can change in place without showing it.
+    #: Whether the update has data that is nowhere else. If not, its fingerprint when emptied:
+    #: a digest, or the values of its state, if none of them can change in place without showing it.
     _unsent_: bool
     _emptied_: int | tuple[Any, ...] | None
     #: The batch that is going to store the update.
     _batch_: Any
     #: Whether `Process.stop` may end the session with this update.
-    _opens_: bool
+    _is_opener_: bool
     _ref_: Any = None
     #: The codec's: how partials of this class begin, by the serializer's name.
     _headers_: ClassVar[dict[str, bytes]]
-    #: The version of what the class stores.
+    #: The version of the class's stored data.
     _version_: ClassVar[int] = 1
-    #: Whether the class has a `state` of its own.
+    #: Whether the class has a `state` of its own, and the attributes that this lists, if it does
+    #: nothing else; see `attributes`.
     _has_state_: ClassVar[bool] = False
+    _listed_: ClassVar[tuple[str, ...]] = ()
+    #: Makes an update of the same record, not attached yet, of decoded content, or returns None if
+    #: that is another record's or not so simple. None where only the codec can do so.
+    _like_: ClassVar[Callable[[Any, Any], Any] | None] = None
     #: Whether a cache may merge without calling `refresh` and `is_expired`.
-    _direct_: ClassVar[bool] = True
+    _has_default_expiry_: ClassVar[bool] = True
 
     # The user's
 
@@ -118,11 +126,11 @@ class LocalUpdate:
         raise NotImplementedError
 
     #: Whether messages are folded into ``doc`` as it is, and not absorbed.
-    folds_: ClassVar[bool] = False
+    is_folded_: ClassVar[bool] = False
 
     @classmethod
-    def lacks_(cls) -> str:
-        """Return what is missing in this interpreter to execute updates; empty if nothing is."""
+    def missing_requirement_(cls) -> str:
+        """Return the requirement that this interpreter lacks to execute updates, or ""."""
         return ""
 
     # The parcel that flows move to the server
@@ -137,14 +145,16 @@ class LocalUpdate:
 
     def has_unsent(self) -> bool:
         """Return whether it has data that is not on the server."""
-        if self._unsent_:
-            return True
+        return self._unsent_ or self._has_changed_()
+
+    def _has_changed_(self) -> bool:
+        """Return whether it has changed since it was emptied."""
         emptied = self._emptied_
         if emptied is None:
             return False
         try:
             if emptied.__class__ is not tuple:
-                return self._look_(self._state_()) != emptied
+                return self._fingerprint_(self._state_()) != emptied
             if self.spec is not None or self.doc:
                 return True
             values = self.state().values()
@@ -177,23 +187,22 @@ class LocalUpdate:
         if self._generation_ is not engine.identity.generation:
             self._own_engine_()
         while True:
-            lock = self._current_lock_()
+            lock = self._lock_ or self._current_lock_()
             with lock:
-                if lock is self._current_lock_():
+                if lock is self._lock_ or lock is self._current_lock_():
                     return self._take_(engine, keep=keep)
 
     def _take_(self, engine: Engine, *, keep: bool) -> tuple[bytes | None, Any]:
         if not (self._unsent_ or self.has_unsent()):
             return None, None
         # First: a signal handler that ends the session meanwhile must not send a part of the data.
-        self.spend()
+        self.mark_sent()
         partial = None
         try:
-            state = codec.state_of(self)
-            packed = codec.pack(self, engine.codec.serializer, state)
+            packed = codec.pack(self, engine.codec.serializer)
             if len(packed) > engine.most_bytes:
                 raise codec.too_large(self, len(packed), engine.most_bytes)  # noqa: TRY301 - handled like the errors of pack
-            kept = self._content_(state) if keep else None
+            kept = self._content_() if keep else None
             partial = packed
             self._empty_()
         except BaseException:
@@ -203,13 +212,13 @@ class LocalUpdate:
             raise
         return partial, kept
 
-    def _content_(self, state: dict[str, Any]) -> Any:
+    def _content_(self) -> Any:
         """Return a copy of the content; None if only the serializer can make one."""
         spec, doc = copied(self.spec), copied(self.doc)
         if spec is DEEP or doc is DEEP:
             return None
         kept = {}
-        for name, value in state.items():
+        for name, value in codec.state_of(self).items():
             own = kept[name] = value if type(value) in PLAIN else copied(value)
             if own is DEEP:
                 return None
@@ -237,7 +246,7 @@ class LocalUpdate:
 
     def _discard_(self) -> bool:
         had = self.has_unsent()
-        self.spend()
+        self.mark_sent()
         return had
 
     # For caches
@@ -263,7 +272,7 @@ class LocalUpdate:
         if (
             now >= self._check_at_
             or not other._unsent_
-            or other._opens_
+            or other._is_opener_
             or other is self
             or other._generation_ is not self._generation_
         ):
@@ -275,7 +284,7 @@ class LocalUpdate:
                 or self._batch_ is not None
                 or batch is None
                 or not batch.is_open
-                or self.has_unsent()
+                or self._has_changed_()
             ):
                 return self._absorb_slowly_(other, now)
             # The first update since the content was stored, in an open batch.
@@ -312,7 +321,7 @@ class LocalUpdate:
                 entered = current is self._current_lock_()
                 if entered:
                     self._lock_ = lock
-        self._check_at_ = self._over_at_(self._touched_)
+        self._check_at_ = self._session_end_(self._touched_)
 
     # For the codec
 
@@ -324,9 +333,20 @@ class LocalUpdate:
         self.resource_id = f"{prefix_of(engine, self.database, self.collection)}{self._id}"
         self._lock_ = self._emptied_ = self._batch_ = None
         self._unsent_ = True
-        self._opens_ = False
+        self._is_opener_ = False
         self._check_at_ = 0.0
         self._begun_ = self._touched_ = self._now_()
+
+    def attach_like(self, other: Self) -> None:
+        """Do the same, for the record that another update is about."""
+        self._id, self.database, self.collection = other._id, other.database, other.collection
+        self._process_, self._engine_ = other._process_, other._engine_
+        self._generation_, self.resource_id = other._generation_, other.resource_id
+        self._lock_ = self._emptied_ = self._batch_ = None
+        self._unsent_ = True
+        self._opens_ = False
+        self._check_at_ = 0.0
+        self._begun_ = self._touched_ = other._begun_
 
     @classmethod
     def upgraded_(cls, content: list[Any], version: int) -> list[Any]:
@@ -349,7 +369,7 @@ class LocalUpdate:
         del bodies, serializer
 
     def fault_(self) -> str:
-        """Return what is wrong with decoded content; empty if nothing is."""
+        """Return the fault of decoded content; empty if it is valid."""
         return ""
 
     def begin_execution(self, merged: Self, token: int) -> Self:
@@ -368,7 +388,7 @@ class LocalUpdate:
         if self.has_unsent():
             return merged
         self._adopt_(merged)
-        self.spend()
+        self.mark_sent()
         return self
 
     def begin_again(self, content: Any, token: int) -> bool:
@@ -388,7 +408,7 @@ class LocalUpdate:
         self.spec, self.doc = spec, doc
         for name, value in state.items():
             setattr(self, name, value)
-        self.spend()
+        self.mark_sent()
         return True
 
     def end_execution(self, instance: Self) -> None:
@@ -398,17 +418,50 @@ class LocalUpdate:
         if instance is self:
             self._locked_(self._mark_)
 
-    # Machinery
+    # Machinery. Where a state only lists attributes, `attributes` replaces some of these methods.
 
     def _now_(self) -> float:
         raise NotImplementedError
 
-    def spend(self) -> None:
+    def _survey_(self) -> int:
+        """Look at the values of the state, before the constructor takes them in.
+
+        Returns:
+            The sum of `ODD`, if a value is not of a type that can be stored at sight, and
+            `SHARED`, if one may have to be copied, because somebody else may change it.
+        """
+        state: object = self.state()
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"{type(self).__qualname__}.state() returned {state!r}: it returns a dict of "
+                "attributes by name"
+            )
+        found = 0
+        for name, value in state.items():
+            if name.__class__ is not str:
+                raise TypeError(
+                    f"{type(self).__qualname__}.state() names an attribute {name!r}: it "
+                    "returns a dict of attributes by name"
+                )
+            kind = type(value)
+            if kind in PLAIN:
+                continue
+            if kind not in FLAT:
+                found = ODD | SHARED
+                continue
+            if not PLAIN.issuperset(map(type, value)):
+                found |= ODD
+            # A value without other references needs no copy.
+            if kind in MUTABLE and (found & ODD or getrefcount(value) > UNSHARED):
+                found |= SHARED
+        return found
+
+    def mark_sent(self) -> None:
         """Note that nothing is unsent: another update or the caller has the data."""
         self._unsent_, self._emptied_ = False, None
 
     def _adopt_(self, other: "LocalUpdate") -> None:
-        """Become what the other is: replaced, not merged, so `merge` needs no identity element."""
+        """Take the other's content. It is not merged, so `merge` needs no identity element."""
         self.spec, self.doc = other.spec, other.doc
         if self._has_state_:
             for name, value in codec.state_of(other).items():
@@ -416,7 +469,7 @@ class LocalUpdate:
 
     def _empty_(self) -> None:
         """Go on without content: the data is on the server, or its broker delivers it again."""
-        self.spend()  # first: see `_take_`
+        self.mark_sent()  # first: see `_take_`
         if self.doc is not None:
             self.doc = {}
         try:
@@ -441,7 +494,7 @@ class LocalUpdate:
             return
         try:
             state = self._state_()
-            self._emptied_ = self._values_(state) or self._look_(state)
+            self._emptied_ = self._values_(state) or self._fingerprint_(state)
         except Exception:  # noqa: BLE001 - execute may leave values that cannot be stored
             self._emptied_ = None
 
@@ -460,7 +513,7 @@ class LocalUpdate:
                 return None
         return values
 
-    def _look_(self, state: dict[str, Any] | None) -> int:
+    def _fingerprint_(self, state: dict[str, Any] | None) -> int:
         """Return a digest of the content, to see whether it changes."""
         if state is not None:
             content: Any = (self.spec, self.doc, state)
@@ -475,13 +528,13 @@ class LocalUpdate:
 
     def _open_(self, engine: Engine) -> None:
         """Register as the update that `stop` flushes."""
-        self._opens_ = True
+        self._is_opener_ = True
         engine.members.held[self.resource_id] = weakref.ref(self)
 
     def _take_over_(self, other: "LocalUpdate") -> None:
         """Take the registration of an update that was merged into this one."""
         engine = self._engine_
-        other._opens_, self._opens_ = False, True
+        other._is_opener_, self._is_opener_ = False, True
         held = engine.members.held.get(self.resource_id)
         if held is not None and held() is other:
             engine.members.held[self.resource_id] = weakref.ref(self)
@@ -489,7 +542,7 @@ class LocalUpdate:
         if batch is not None and batch.joins.get(self.resource_id) is other:
             batch.joins[self.resource_id] = self
 
-    def _over_at_(self, touched: float) -> float:
+    def _session_end_(self, touched: float) -> float:
         return min(touched + self.soft_session, self._begun_ + self.hard_session)
 
     def ends_at_(self) -> float:
@@ -530,13 +583,13 @@ class LocalUpdate:
                 if batch is not None:
                     batch.keep(self)
                 self._merge_or_adopt_(other)
-            if other._opens_:
+            if other._is_opener_:
                 self._take_over_(other)
             if batch is not None:
                 batch.replace(other, self)
         if not over:
             self._touched_ = now
-            self._check_at_ = self._over_at_(now)
+            self._check_at_ = self._session_end_(now)
         return over
 
     def _merge_or_adopt_(self, other: Any) -> None:

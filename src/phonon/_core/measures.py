@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
-#: How an execution ended.
-Outcome = Literal["ok", "failed"]
+#: The end of an execution.
+ExecutionStatus = Literal["ok", "failed"]
 #: Upper bounds of a histogram's buckets: seconds, and partials of a batch.
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0)
 PARTIALS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -21,7 +21,7 @@ class Histogram:
         bounds: The buckets' upper bounds.
 
     Attributes:
-        counts: How many values are in each bucket; the last one counts values above all bounds.
+        counts: The number of values in each bucket; the last one counts values above all bounds.
         total: The sum of the values.
     """
 
@@ -50,15 +50,15 @@ class Measures:
         opened: Sessions that were joined here.
         ended: Sessions that were ended here; other processes may still hold them.
         executed: Executions, by class and outcome.
-        seconds: How long they took, by class.
-        batch_partials: How many partials batches had.
+        seconds: Their durations, by class.
+        batch_partials: The numbers of partials of batches.
         retries: Batches that are tried again.
         parked: Batches that were parked.
         reaped: Resources that were taken over from dead processes.
         reaped_batches: Batches that were taken over from dead processes.
         lost_locks: Locks that were lost.
-        lock_wait: How long locks were waited for.
-        lock_hold: How long they were held.
+        lock_wait: The times that callers waited for locks.
+        lock_hold: The times that locks were held.
         on_observe: Called with each value of a histogram: its name, the value, the class or "".
         on_execution: Called with each execution, if traced: the resource, the class, the seconds
             that it took, and its error.
@@ -70,7 +70,7 @@ class Measures:
         # A signal handler or a finalizer may count while its own thread counts.
         self._lock = threading.RLock()
         self.folded = self.stored = self.stored_bytes = self.opened = self.ended = 0
-        self.executed: Counter[tuple[str, Outcome]] = Counter()
+        self.executed: Counter[tuple[str, ExecutionStatus]] = Counter()
         self.seconds: dict[str, Histogram] = {}
         self.batch_partials = Histogram(PARTIALS)
         self.retries = self.parked = self.reaped = self.reaped_batches = self.lost_locks = 0

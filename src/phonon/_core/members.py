@@ -34,7 +34,7 @@ class ProcessInfo(NamedTuple):
     since: float
 
 
-class Entry:
+class PendingJoin:
     """A membership that no answer has confirmed yet.
 
     Attributes:
@@ -69,7 +69,7 @@ class Members:
         self._identity = identity
         self.stopping = False
         self.held: dict[str, weakref.ref[Any] | None] = {}
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, PendingJoin] = {}
         self._doubtful: dict[str, None] = {}
         self.undelivered_results: set[str] = set()
 
@@ -143,7 +143,7 @@ class Members:
         """Return whether a resource is held, and no answer about that is still to come."""
         return resource in self.held and resource not in self._entries
 
-    def entering(self, resources: Iterable[str]) -> list[Entry | None]:
+    def entering(self, resources: Iterable[str]) -> list[PendingJoin | None]:
         """Hold resources from now on. The caller reports each outcome to `entered`.
 
         Returns:
@@ -155,17 +155,17 @@ class Members:
             for resource in resources
         ]
 
-    def enter(self, resource: str) -> Entry | None:
+    def enter(self, resource: str) -> PendingJoin | None:
         """Do what `entering` does, for one resource."""
         held, unsure = self.held, self._entries
         if resource in held and resource not in unsure:
             return None
-        entry = unsure.setdefault(resource, Entry(self._identity.id))
+        entry = unsure.setdefault(resource, PendingJoin(self._identity.id))
         entry.pending += 1
         held.setdefault(resource)
         return entry
 
-    def entered(self, resource: str, entry: Entry | None, *, failed: bool) -> None:
+    def entered(self, resource: str, entry: PendingJoin | None, *, failed: bool) -> None:
         """Take in the outcome of joining. Stop holding a resource if no operation could join it."""
         if entry is None:
             return
@@ -243,7 +243,9 @@ class Members:
             if not waiter or operations.process_of(waiter) != identity.name:
                 waiter = operations.holder_name(identity.name, identity.new_number())
                 waiters.append(waiter)
-                identity.waiters[waiter] = Waiter(partition, identity.me(), operations.forget, name)
+                identity.waiters[waiter] = Waiter(
+                    partition, identity.caller(), operations.forget, name
+                )
             meeting = yield from single(operations.await_parties(partition, name, waiter))
             if meeting is REBORN:
                 continue

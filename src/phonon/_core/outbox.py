@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from phonon._core.compaction import LongSession
-from phonon._core.executor import Executor, Hand, RunningBatch
+from phonon._core.executor import Executor, RunningBatch, Workload
 from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Sleep, Wait
 from phonon._core.identity import Identity
-from phonon._core.members import ABSENT, Entry, Members, modifications_of
+from phonon._core.members import ABSENT, Members, PendingJoin, modifications_of
 from phonon._core.parcels import (
     Ending,
     Group,
@@ -38,13 +38,13 @@ from phonon.errors import BacklogFullError, ConnectionLostError, PhononError
 
 log = logging.getLogger("phonon")
 
-#: How a full outbox meets a new update.
+#: The reaction of a full outbox to a new update.
 Overflow = Literal["block", "raise"]
 #: Sessions ended, or batches executed, together: a bound on what is held in memory.
 CHUNK = 1000
 #: Seconds after which the worker looks by itself.
 IDLE = 60.0
-#: Seconds between two attempts to send what was not answered.
+#: Seconds between two attempts to send unanswered calls.
 AGAIN = 0.25
 #: Seconds for which a call waits until earlier flows have taken in their answers.
 SETTLING = 0.5
@@ -64,7 +64,7 @@ class _Appends(NamedTuple):
 
     parcels: Sequence[Any]
     partials: Sequence[bytes]
-    entries: Sequence[Entry | None]
+    entries: Sequence[PendingJoin | None]
 
 
 class _Leaves(NamedTuple):
@@ -85,13 +85,13 @@ class _Leaves(NamedTuple):
     held: Sequence[Any]
 
 
-class Due(NamedTuple):
+class DueBatch(NamedTuple):
     """A batch of ours that is to be executed.
 
     Attributes:
         at: When it is due, by the clock.
-        order: Which of those at the same time comes first.
-        partition: Where it is.
+        order: The place among those that are due at the same time.
+        partition: Its partition.
         name: The server's name of its resource.
         token: The partition's token.
         local: The update whose session ended with it, if it is still here.
@@ -114,7 +114,7 @@ class Outbox:
         identity: Who it is.
         members: What it holds.
         reports: Told about errors in the background.
-        most: How much may be unfinished.
+        most: The most unfinished work.
         overflow: Whether a new update waits or raises when the outbox is full.
         changed: The condition on which callers wait for room.
 
@@ -145,7 +145,7 @@ class Outbox:
         #: Goes on with a flow whose caller has gone; the driver's.
         self.resume: Callable[[Any], Any] = lambda _: None
         self.is_ready: Callable[[Any], bool] = lambda _: False
-        self.surplus: Callable[[], int] = lambda: 0
+        self.excess: Callable[[], int] = lambda: 0
         self.start_worker: Callable[[], None] = lambda: None
         self.begin()
 
@@ -157,8 +157,8 @@ class Outbox:
         self.detached: dict[Any, object] = {}
         self._continued: dict[Any, object] = {}
         self._catching_up: set[object] = set()
-        self._due: dict[tuple[bytes, int], Due] = {}
-        self._heap: list[Due] = []
+        self._due: dict[tuple[bytes, int], DueBatch] = {}
+        self._heap: list[DueBatch] = []
         # Removed from the due batches and not executed yet: the answer to the resume may be under
         # way.
         self._resuming: set[tuple[bytes, int]] = set()
@@ -176,7 +176,7 @@ class Outbox:
         undone = (
             failed + self._retrying + len(self.unstored) + len(self.unended) + len(self.detached)
         )
-        return undone + self.surplus()
+        return undone + self.excess()
 
     @property
     def is_unfinished(self) -> bool:
@@ -260,7 +260,7 @@ class Outbox:
         sent: list[Operation] = []
         stored: list[_Appends] = []
         joined = [resource for resource in joins if not members.is_sure(resource)]
-        joining: list[tuple[Sequence[str], Sequence[Entry | None]]] = []
+        joining: list[tuple[Sequence[str], Sequence[PendingJoin | None]]] = []
 
         def make() -> Iterator[int]:
             for group in groups(parcels, members.places([p.resource_id for p in parcels])):
@@ -338,7 +338,7 @@ class Outbox:
             sent.append(operations.append_many(group.partition, names[piece], partials[piece]))
 
     def _entered(
-        self, resources: Sequence[str], entries: Sequence[Entry | None], told: Sequence[Any]
+        self, resources: Sequence[str], entries: Sequence[PendingJoin | None], told: Sequence[Any]
     ) -> None:
         entered = self._members.entered
         for resource, entry, answer in zip(resources, entries, told, strict=True):
@@ -392,20 +392,20 @@ class Outbox:
         pairs = list(zip(endings, results, strict=True))
         many: list[LongSession] = []
         place = self._members.place
-        with executor.hand() as hand:
+        with executor.new_workload() as workload:
             for first in range(0, len(pairs), CHUNK):
                 about: list[_Leaves] = []
                 some = pairs[first : first + CHUNK]
                 grouped = groups(some, [place(ending.resource) for ending, _ in some])
-                hand.expected = {name for group in grouped for name in group.names}
+                workload.expected = {name for group in grouped for name in group.names}
                 # The leaves are made when they are sent, not before batches are executed: a join in
                 # between would be held here, and undone on the server.
                 leaves = functools.partial(self._leaves, grouped, about)
-                answers = yield from executor.execute(hand, leaves)
+                answers = yield from executor.execute(workload, leaves)
                 for group, answer in zip(about, answers, strict=False):
-                    self._left(group, answer, hand, many)
-                hand.expected = ()
-            yield from executor.execute(hand)
+                    self._left(group, answer, workload, many)
+                workload.expected = ()
+            yield from executor.execute(workload)
         yield from self._compact(many)
         self.look()
         return results
@@ -422,14 +422,14 @@ class Outbox:
         about: list[_Leaves] = []
         sent: list[Operation] = []
         partition, name = self._members.place(ending.resource)
-        with executor.hand() as hand:
-            hand.expected = (name,)
+        with executor.new_workload() as workload:
+            workload.expected = (name,)
             self._leave(Group(partition, ((ending, result),), (name,)), about, sent)
             (answer,) = yield Send(sent)
-            self._left(about[0], answer, hand, many)
-            hand.expected = ()
-            done = not hand.batches
-            yield from () if done else executor.execute(hand)
+            self._left(about[0], answer, workload, many)
+            workload.expected = ()
+            done = not workload.batches
+            yield from () if done else executor.execute(workload)
         yield from self._compact(many)
         if not done or result.errors or self.full:
             self.look()
@@ -484,7 +484,9 @@ class Outbox:
             about.append(_Leaves(operation, some, partials[piece], kept[piece], held[piece]))
             sent.append(operation)
 
-    def _left(self, leaves: _Leaves, answer: Any, hand: Hand, many: list[LongSession]) -> None:
+    def _left(
+        self, leaves: _Leaves, answer: Any, workload: Workload, many: list[LongSession]
+    ) -> None:
         """Handle the answers to leaves: put refused data back, and take over the batches."""
         operation = leaves.operation
         partition, names = operation.partition, operation.words[1::4]
@@ -514,7 +516,7 @@ class Outbox:
                 if run.content is not False:
                     # True: the batch is just the partial that this leave sent.
                     alone = run.content is True
-                    hand.add(
+                    workload.add(
                         RunningBatch(
                             partition,
                             name,
@@ -552,14 +554,14 @@ class Outbox:
         return True
 
     def _not_left(self, ending: Ending, data: bytes, was_held: Any) -> None:
-        """The server refused: the data is local again, and the session goes on."""
+        """Handle a refusal: the data is local again, and the session goes on."""
         if was_held is not ABSENT:
             self._members.held.setdefault(ending.resource, was_held)
         if data:
             ending.parcel.put_back(data)
             self.unended.append(ending)
 
-    # What is due
+    # Due work
 
     def schedule(self, batch: RunningBatch, seconds: float) -> None:
         """Schedule the retry of a batch that has failed."""
@@ -603,7 +605,7 @@ class Outbox:
     def _enter(
         self, at: float, partition: int, name: bytes, token: int, local: Any, failed: bool
     ) -> None:
-        due = Due(at, next(self._order), partition, name, token, local, failed)
+        due = DueBatch(at, next(self._order), partition, name, token, local, failed)
         self._due[name, token] = due
         heapq.heappush(self._heap, due)
         self.wake()
@@ -615,10 +617,10 @@ class Outbox:
         if self.signal is not None:
             self.signal.set()
 
-    def _take_due(self, until: float, most: int, order: int, failed_before: int) -> list[Due]:
+    def _take_due(self, until: float, most: int, order: int, failed_before: int) -> list[DueBatch]:
         """Remove and return batches that are due, of different resources, entered before then."""
-        taken: dict[bytes, Due] = {}
-        later: list[Due] = []
+        taken: dict[bytes, DueBatch] = {}
+        later: list[DueBatch] = []
         while self._heap and len(taken) < most:
             due = self._heap[0]
             if due.at > until:
@@ -667,22 +669,26 @@ class Outbox:
             errors += [outcome.error] if outcome.error is not None else outcome.value
         return errors
 
-    def _resume(self, dues: Sequence[Due]) -> Flow[list[BaseException]]:
+    def _resume(self, dues: Sequence[DueBatch]) -> Flow[list[BaseException]]:
         executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
         errors: list[BaseException] = []
         failed = sum(due.failed for due in dues)
         try:
-            with executor.hand() as hand:
-                yield from self._take_up(dues, executor, hand, errors)
-                yield from executor.execute(hand)
+            with executor.new_workload() as workload:
+                yield from self._take_up(dues, executor, workload, errors)
+                yield from executor.execute(workload)
         finally:
             self._retrying -= failed
         self.look()
         return errors
 
     def _take_up(
-        self, dues: Sequence[Due], executor: Executor, hand: Hand, errors: list[BaseException]
+        self,
+        dues: Sequence[DueBatch],
+        executor: Executor,
+        workload: Workload,
+        errors: list[BaseException],
     ) -> Flow[None]:
         """Resume the batches that are still ours, and fetch their content."""
         taken = [(due.name, due.token) for due in dues]
@@ -701,7 +707,7 @@ class Outbox:
                         self._enter(at, due.partition, due.name, due.token, due.local, due.failed)
                     elif isinstance(told, list) and told[-1] is not False:
                         run = Run(*told)
-                        hand.add(
+                        workload.add(
                             RunningBatch(
                                 due.partition,
                                 due.name,
@@ -715,7 +721,7 @@ class Outbox:
         finally:
             self._resuming.difference_update(taken)
 
-    def _lies_here(self, due: Due, executor: Executor) -> bool:
+    def _lies_here(self, due: DueBatch, executor: Executor) -> bool:
         """Return whether another flow has the batch, or may have: then it is not resumed now.
 
         After a rebirth the former self's batches are taken over. The answer that started one of
@@ -749,7 +755,7 @@ class Outbox:
             self.wake()
 
     def work(self) -> Flow[None]:
-        """Do in the background what is to be done, until the process stops."""
+        """Work off the unfinished work in the background, until the process stops."""
         while not self.stopping:
             try:
                 yield from self.catch_up()
@@ -763,12 +769,12 @@ class Outbox:
 
     def catch_up(self) -> Flow[None]:
         """Resend unanswered calls, continue flows that have their answers, store and end."""
-        me = object()
-        self._catching_up.add(me)
+        marker = object()
+        self._catching_up.add(marker)
         try:
             yield from self._catch_up()
         finally:
-            self._catching_up.discard(me)
+            self._catching_up.discard(marker)
 
     def _catch_up(self) -> Flow[None]:
         yield FLUSH
@@ -791,9 +797,9 @@ class Outbox:
 
     def _continue(self, run: Any) -> None:
         """Go on with a flow, unless another thread does: it would execute a batch twice."""
-        me, entered = object(), self.detached.get(run)
+        marker, entered = object(), self.detached.get(run)
         try:
-            if self._continued.setdefault(run, me) is not me:
+            if self._continued.setdefault(run, marker) is not marker:
                 return
             try:
                 self.resume(run)
@@ -806,5 +812,5 @@ class Outbox:
             if self.detached.get(run) is entered:
                 self.detached.pop(run, None)
         finally:
-            if self._continued.get(run) is me:
+            if self._continued.get(run) is marker:
                 del self._continued[run]

@@ -17,16 +17,16 @@ class _Values(NamedTuple):
 
 
 class RetryPolicy(_Values):
-    """When a batch whose execution failed is tried again, and when it is parked.
+    """The times at which a batch whose execution failed is tried again, or parked.
 
     Attributes:
-        attempts: How often it is tried before it is parked.
+        attempts: The number of attempts before it is parked.
         first_delay: Seconds before the second attempt; each further one waits twice as long.
         longest_delay: Seconds; the delays grow no further.
         jitter: The share of a delay, 0 to 1, up to which it is shortened at random, so that batches
             that failed together are not tried again together.
-        crashes: How many processes may die while they execute it. After one more it is parked, so
-            that a batch that kills its process does not kill all processes in turn.
+        crashes: The number of processes that may die while they execute it. After one more it is
+            parked, so that a batch that kills its process does not kill all processes in turn.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -50,14 +50,14 @@ class RetryPolicy(_Values):
                 raise ConfigurationError(
                     f"{name} is at least {least}, not {count!r}: see phonon.RetryPolicy"
                 )
-        for name, most, what, number in (
+        for name, limit, expected, number in (
             ("first_delay", math.inf, "a number of seconds from 0", first_delay),
             ("longest_delay", math.inf, "a number of seconds from 0", longest_delay),
             ("jitter", 1, "a share from 0 to 1", jitter),
         ):
-            if not is_number(number) or not (0 <= number <= most and number < math.inf):
+            if not is_number(number) or not (0 <= number <= limit and number < math.inf):
                 raise ConfigurationError(
-                    f"{name} is {what}, not {number!r}: see phonon.RetryPolicy"
+                    f"{name} is {expected}, not {number!r}: see phonon.RetryPolicy"
                 )
         return super().__new__(cls, attempts, first_delay, longest_delay, jitter, crashes)
 

@@ -33,11 +33,11 @@ PIECE = 1000
 _LOOK = 1.0
 #: Seconds after which to look again at a session that cannot end now.
 _AGAIN = 0.25
-#: How many outdated deadlines the heap may have, besides one for each session.
+#: The most outdated deadlines in the heap, besides one for each session.
 _LEFTOVERS = 1000
 
 
-class Watched(Protocol):
+class ExpiringCache(Protocol):
     """A cache whose sessions end by themselves."""
 
     def __len__(self) -> int: ...
@@ -69,17 +69,17 @@ class Sessions:
     Args:
         outbox: Ends them.
         reports: Told about errors.
-        is_wanted: Tells whether the public process object still exists.
+        is_referenced: Tells whether the public process object still exists.
 
     Attributes:
         signal: Wakes the worker.
         start_worker: Starts it, if it does not run.
     """
 
-    def __init__(self, outbox: Outbox, reports: Reports, is_wanted: Callable[[], bool]) -> None:
+    def __init__(self, outbox: Outbox, reports: Reports, is_referenced: Callable[[], bool]) -> None:
         self._outbox = outbox
         self._reports = reports
-        self._is_wanted = is_wanted
+        self._is_referenced = is_referenced
         self.signal: Signal | None = None
         self.start_worker: Callable[[], None] = lambda: None
         self.begin()
@@ -108,7 +108,7 @@ class Sessions:
         """End sessions until the process stops."""
         self._is_working = True
         try:
-            while not self.stopping and self._is_wanted():
+            while not self.stopping and self._is_referenced():
                 try:
                     pause = yield from self._end_some()
                 except Exception:
@@ -128,7 +128,7 @@ class Sessions:
         now = time.monotonic()
         taken: list[tuple[Any, Hashable, Any]] = []
         for cache_ref, key in self._pop(now):
-            cache: Watched | None = cache_ref()
+            cache: ExpiringCache | None = cache_ref()
             if cache is None:
                 continue
             update = cache.take_over(key, now, self)
@@ -173,7 +173,7 @@ class Sessions:
             for error in errors:
                 if isinstance(error, Exception):
                     self._reports.notify(error)
-            cache: Watched | None = cache_ref()
+            cache: ExpiringCache | None = cache_ref()
             if errors and cache is not None and update.has_unsent():
                 cache.restore(key, update)
                 self.watch(cache_ref, key, time.monotonic() + _LOOK)

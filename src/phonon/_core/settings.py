@@ -21,7 +21,7 @@ class Durability(_Values):
     Attributes:
         fsync: Whether the data has to be on the server's disk: its append-only file is on, and
             has been synchronized (``WAITAOF``: Redis 7.2, Valkey 7.2).
-        replicas: How many replicas must have the data too, on their disks if ``fsync`` is set.
+        replicas: The number of replicas that must have the data too, on their disks if ``fsync``.
         timeout: Seconds to wait for that before the call is repeated.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phonon._core.flows import FLUSH, REBORN, Flow, Read, Send, Sleep
+from phonon._core.flows import FLUSH, REBORN, Flow, Send, Sleep, read
 from phonon._core.identity import Identity
 from phonon._core.outbox import Outbox
 from phonon._protocol import operations
@@ -24,7 +24,7 @@ FIRST = 2
 QUICK = 0.05
 #: Survivors that share one dead process's batches, at the most. See SHARERS in processes.lua.
 SHARERS = 16
-#: How many batches may still wait for execution when more are taken, and seconds between two looks.
+#: The most batches that may wait for execution when more are taken, and seconds between two checks.
 FEW = 16
 PAUSE = 0.01
 #: Memberships renewed in one exchange.
@@ -40,7 +40,7 @@ _GONE: Any = object()
 
 
 @dataclass
-class _Taken:
+class _TakeoverProgress:
     """The progress of a takeover."""
 
     resources: int = 0
@@ -62,7 +62,7 @@ class Takeover:
     Attributes:
         former: Own former identities, each with the partitions where it is not reaped yet. Until
             the reap the lanes there hold operations back whose answers would count the former self.
-        living: How many processes are alive, this one included, as of the last beat.
+        living: The number of living processes, this one included, as of the last beat.
         has_more: Whether the last beat has named as many dead processes as one beat can.
         ask_for_more: Sends a beat, whose answer names further dead processes.
     """
@@ -175,7 +175,7 @@ class Takeover:
         if dead == self._identity.id:
             return  # a late duplicate registered the id again: the next beat names it
         while self._joins:
-            me = self._identity.id
+            own_id = self._identity.id
             joins, self._joins = self._joins[:MOST_JOINS], self._joins[MOST_JOINS:]
             answers = yield Send(joins, first=True)
             refused = [
@@ -183,13 +183,13 @@ class Takeover:
                 for operation, answer in zip(joins, answers, strict=True)
                 if isinstance(answer, Exception)
             ]
-            if refused and me == self._identity.id:
+            if refused and own_id == self._identity.id:
                 # Going on without them would end sessions of which this process is a member.
                 self._joins += renewed(operation for operation, _ in refused)
                 raise refused[0][1]
-        me = self._identity.id
+        own_id = self._identity.id
         recovers = self._recovers or dead in self._identity.former
-        taken = _Taken()
+        taken = _TakeoverProgress()
         try:
             left = yield from self._reap(dead, recovers, taken)
         finally:
@@ -202,17 +202,15 @@ class Takeover:
                 self._identity.measures.add("reaped", taken.resources)
                 self._identity.measures.add("reaped_batches", taken.batches)
                 self.on_taken(TAKEN_OVER % words, whose)
-        if me != self._identity.id:
+        if own_id != self._identity.id:
             # This process was reborn meanwhile, perhaps because the server lost the reap: a former
             # self is reaped again, and the next beat names any other process that is still dead.
             return
         self.former.pop(dead, None)
         if not left and operations.class_of_queue(dead) is None:
-            (reply,) = yield Read((self._identity.in_namespace("unlist", dead),))
-            if isinstance(reply, Exception):
-                raise reply
+            yield from read(self._identity.in_namespace("unlist", dead))
 
-    def _reap(self, dead: bytes, recovers: bool, taken: _Taken) -> Flow[list[int]]:
+    def _reap(self, dead: bytes, recovers: bool, taken: _TakeoverProgress) -> Flow[list[int]]:
         """Reap a dead process in all partitions.
 
         Memberships and locks are reaped at once. Batches are reaped as they are executed, because
@@ -228,7 +226,7 @@ class Takeover:
             partitions = yield from self._release(dead, taken)
         return (yield from self._reap_in(partitions, dead, taken, recovers=True))
 
-    def _release(self, dead: bytes, taken: _Taken) -> Flow[list[int]]:
+    def _release(self, dead: bytes, taken: _TakeoverProgress) -> Flow[list[int]]:
         """Release all that a dead process held, except for its batches.
 
         Returns:
@@ -239,7 +237,7 @@ class Takeover:
             self._released[dead] = yield from self._reap_in(everywhere, dead, taken, recovers=False)
         return self._released[dead]
 
-    def _wait_for_capacity(self, me: bytes) -> Flow[float]:
+    def _wait_for_capacity(self, own_id: bytes) -> Flow[float]:
         """Wait until the batches taken over are nearly executed. Return the seconds that this took.
 
         Meanwhile other dead processes are released, so that their locks do not wait for the user's
@@ -247,25 +245,25 @@ class Takeover:
         """
         clock = self._identity.clock
         begun = clock()
-        while self._outbox.taken_over > FEW and not self.leaving and me == self._identity.id:
-            fresh = self._dead.keys() - self._released - self.former.keys() - {me}
+        while self._outbox.taken_over > FEW and not self.leaving and own_id == self._identity.id:
+            fresh = self._dead.keys() - self._released - self.former.keys() - {own_id}
             others = [dead for dead in fresh if operations.class_of_queue(dead) is None]
             if others:
-                yield from self._release(others[0], _Taken())
+                yield from self._release(others[0], _TakeoverProgress())
             else:
                 yield Sleep(PAUSE)
         return clock() - begun
 
     def _reap_in(
-        self, partitions: Iterable[int], dead: bytes, taken: _Taken, *, recovers: bool
+        self, partitions: Iterable[int], dead: bytes, taken: _TakeoverProgress, *, recovers: bool
     ) -> Flow[list[int]]:
         todo = list(partitions)
         random.shuffle(todo)  # survivors should begin in different partitions
         left: list[int] = []
-        me = self._identity.id
+        own_id = self._identity.id
         paced = recovers and dead not in self.former
         most = min(FIRST, MOST) if paced else MOST
-        while todo and me == self._identity.id:
+        while todo and own_id == self._identity.id:
             before, remaining = taken.batches, 0
             reaps = [operations.reap(p, dead, most, recovers=recovers) for p in todo]
             answers = yield Send(reaps, first=True)
@@ -284,11 +282,13 @@ class Takeover:
                     remaining = max(remaining, reaped.left)
                 else:
                     left += [partition] * (reaped.left_in_all > 0)
-                    if me == self._identity.id and self._reaped(dead, partition):
+                    if own_id == self._identity.id and self._reaped(dead, partition):
                         yield FLUSH
             todo = again
             if paced and todo:
-                quick = taken.batches == before or (yield from self._wait_for_capacity(me)) < QUICK
+                quick = (
+                    taken.batches == before or (yield from self._wait_for_capacity(own_id)) < QUICK
+                )
                 most = min(most * 2, MOST, self._share(remaining)) if quick else max(most // 2, 1)
         return left
 

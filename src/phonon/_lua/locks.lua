@@ -5,9 +5,9 @@
 -- A lock lasts as long as its process's lease, unless it was given a lease of its own.
 -- One hash has all holders: one exclusive, or those that share.
 
--- How long a wake-up may lie in a mailbox. A living waiter takes it at once; a dead one does not.
+-- Milliseconds that a wake-up may lie in a mailbox. A living waiter takes it at once, a dead one never.
 local UNTAKEN_US = 200000
--- How long a waiter that has taken its wake-up may take to come for the lock.
+-- Milliseconds within which a waiter that has taken its wake-up must ask for the lock.
 local COMING_US = 2000000
 -- A waiter asks again by then, in case its wake-up was lost.
 local ASK_AGAIN_MS = 5000
@@ -16,7 +16,7 @@ local function is_shared(holder)
   return string.find(holder, 's%d*$') ~= nil
 end
 
--- How many holders may share the lock; nil if any number may.
+-- The number of holders that may share the lock; nil if any number may.
 local function places_of(holder)
   return tonumber(string.match(holder, 's(%d+)$'))
 end
@@ -52,7 +52,7 @@ local function look_at_lock(c, resource)
     call('HLEN', T .. 'woken:' .. resource), call('ZCARD', T .. 'leases:' .. resource)
 end
 
--- Free what has a lease that is over, and answer the same.
+-- Free the locks whose lease is over, and answer the same.
 local function current_lock(c, resource)
   local held, grant, sharers, waiters, woken, leased = look_at_lock(c, resource)
   if leased > 0 then

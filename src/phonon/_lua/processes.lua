@@ -42,7 +42,7 @@ local JUMP = 1 / 8
 -- beat(process, ttl ms, epoch, number of the listing, 1 if it may mark, 1 if it executes batches, ms
 -- for which the dead that it is told of are not handed to others, a report or nothing, µs by the
 -- process's own clock since it sent the last beat that was answered): renew the process's lease, and
--- keep what it reports of itself for operators.
+-- keep its report for operators.
 -- A process whose deadline has passed is dead only once the beat of another one has marked it, with 0. A
 -- beat that is overdue itself marks no process and gives the others time, because the server was away. A
 -- beat that finds that the clock was set forward moves all deadlines with it.
@@ -91,7 +91,7 @@ plain('beat', function(N, args)
   local dead = call('ZRANGEBYSCORE', processes, 0, 0)
   for _, other in ipairs(dead) do
     -- Processes that only reap are counted apart from those that also execute batches, which have to
-    -- take over what the first ones leave.
+    -- take over the rest.
     local field = args[6] .. other
     local known = call('HGET', N .. 'reapers', field)
     local till, more, sharers = 0, 0, 0.5

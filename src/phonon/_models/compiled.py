@@ -85,7 +85,7 @@ class Compiled:
         self.doc_of: Callable[[Any], dict[str, Any]] = self.build("doc_of", _DOC)
         #: Gives a record the states of a doc.
         self.fill: Callable[[Any, Mapping[str, Any]], None] = self.build("fill", _FILL)
-        #: Stores records, and reads what was stored.
+        #: Stores records, and reads stored ones.
         self.packing = Packing(self)
 
     # Docs: the states of a record's fields, by name
@@ -102,8 +102,8 @@ class Compiled:
         """Merge the states of another record, which are used up, into these."""
         fields = self.fields
         for name, state in other.items():
-            mine = doc.get(name)
-            doc[name] = state if mine is None else fields[name].merge(mine, state)
+            own = doc.get(name)
+            doc[name] = state if own is None else fields[name].merge(own, state)
 
     def knows(self, doc: Any) -> bool:
         """Return whether a decoded value is a doc with this model's fields, of any content."""

@@ -1,29 +1,28 @@
-"""How records are stored and read again: by code that is compiled for their model.
+"""Compiles the code that stores a model's records, and reads stored ones.
 
 What it writes is, byte for byte, what the serializer writes, and what it reads is checked as if it
-had been decoded by itself. Whatever is out of the ordinary it leaves to the serializer and the
-codec, who find the words for what is wrong.
+had been decoded alone. Anything unusual it leaves to the serializer and the codec, which raise the
+error that names the fault.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from phonon._models.field import Field
-from phonon.serializers import KEPT, SCANNED, SET_HEAD, UNPACKING, ExactSerializer, scan
+from phonon.serializers import KEPT, SET_HEAD, ExactSerializer, loads_plain
 
 if TYPE_CHECKING:
     from phonon._models.compiled import Compiled
 
 #: Types that MessagePack writes as they are.
 _ATOMS = frozenset({int, str, bool})
-#: How many parts a content has.
+#: The number of parts of a content.
 _LENGTH = 6
 _EMPTY_DICT = 0x80
 
-#: Of which values the state of a kind of field is made, if it is made of nothing else.
+#: The values of which a kind of field's state is made, if it is made of nothing else.
 _STATES = {
     "id": "atoms",
     "sum": "numbers",
@@ -39,12 +38,12 @@ _STATES = {
     "list_append": "atoms",
     "set_append": "atoms",
 }
-#: How one state is merged into another, where that takes no call.
+#: The operators that merge one state into another, where that takes no call.
 _ADDED, _ORDERED = frozenset({"sum", "diff", "count"}), {"min": "<", "max": ">", "timestamp": ">"}
 
 
 class Packing:
-    """The code that stores a model's records, and reads what was stored of one.
+    """The code that stores a model's records, and reads stored ones.
 
     Args:
         compiled: The model's code.
@@ -110,9 +109,7 @@ class Packing:
         docs = [b[at:-1] for b in bodies if b[-1] == _EMPTY_DICT and b.startswith(begin)]
         if len(docs) < len(bodies):
             return None
-        loads: Callable[[bytes], Any] = serializer.loads
-        if self.is_plain:
-            loads = _loads if len(max(docs, key=len)) <= SCANNED else _loads_long
+        loads: Callable[[bytes], Any] = loads_plain if self.is_plain else serializer.loads
         if self._merge is None:
             self._merge = self._merger()
         states = self._merge(map(loads, docs))
@@ -199,19 +196,6 @@ def _is_plain(field: Field[Any, Any]) -> bool:
         or (made_of == "atoms or floats" and values.annotation is float)
     )
 
-
-def _loads_long(data: bytes) -> Any:
-    scan(data)
-    return _loads(data)
-
-
-def _head(code: int, body: bytes) -> Any:
-    if code == SET_HEAD.code and not body:
-        return SET_HEAD
-    raise ValueError("not of a plain field")
-
-
-_loads = partial(msgpack.unpackb, ext_hook=_head, **UNPACKING)
 
 _TAKE = """\
 def take(_record, _serializer):

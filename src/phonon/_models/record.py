@@ -26,7 +26,7 @@ class ModelRecord(Update):
     Attributes:
         model: The model's class.
         compiled: The model's compiled code.
-        messages: How many messages have been merged here since the session began.
+        messages: The number of messages that were merged here since the session began.
         is_due: Whether the session is over although others may hold the resource.
         is_used: Whether a message has come since the collection last made room; None before the
             first message.
@@ -49,7 +49,7 @@ class ModelRecord(Update):
     resource_collection: ClassVar[str]
     #: The sink that gets records in this interpreter, in place of ``on_complete``.
     sink: ClassVar[Any] = None
-    folds_: ClassVar[bool] = True
+    is_folded_: ClassVar[bool] = True
     messages: int
     #: Grows when the states change, so that a result computed from old states can be dropped.
     version_: int
@@ -110,8 +110,8 @@ class ModelRecord(Update):
         return cls.sink is not None or bool(cls.model.completes_many())
 
     @classmethod
-    def lacks_(cls) -> str:
-        """Return what this interpreter lacks to execute the records; empty if nothing."""
+    def missing_requirement_(cls) -> str:
+        """Return the requirement that this interpreter lacks to execute the records, or ""."""
         model = getattr(cls, "model", None)
         if model is None or cls.sink is not None or model.completes_many():
             return ""
@@ -141,16 +141,16 @@ class ModelRecord(Update):
         self.is_due, self.is_used = False, None
         self.arguments_ = None
 
-    def has_unsent(self) -> bool:
-        """Return whether it has data that is not on the server."""
-        if self._unsent_ or self.aside_ is not None:
+    def _has_changed_(self) -> bool:
+        """Return whether it has changed since it was emptied."""
+        if self.aside_ is not None:
             return True
         if self._emptied_ != EMPTY:
-            return super().has_unsent()
+            return super()._has_changed_()
         return self.compiled.has_states(self)
 
     def take(self) -> bytes | None:
-        """Move out what is unsent, as one partial; None if there is nothing.
+        """Move the unsent data out, as one partial; None if there is none.
 
         Raises:
             NotStorableError: A value has a type that cannot be stored; nothing was moved.
@@ -300,7 +300,7 @@ def make_record_class(model: Any, compiled: Compiled, **keywords: Any) -> type[M
             __slots__=compiled.slots[:-1],
             __module__=model.__module__,
             __qualname__=model.__qualname__,
-            __doc__=f"What has come together for one key of {model.__qualname__}.",
+            __doc__=f"The merged data of one key of {model.__qualname__}.",
             model=model,
             compiled=compiled,
         )

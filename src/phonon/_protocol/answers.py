@@ -52,13 +52,13 @@ class Run(NamedTuple):
     """A batch to be executed: an answer with `Reply.RUN` or `Reply.AGAIN`, field by field.
 
     Attributes:
-        code: Which of the two.
+        code: One of the two.
         left: Members left.
         last: 1 if the caller was the last member.
         token: The partition's token of the batch.
         size: The number of its partials.
-        attempts: How often its execution has failed.
-        crashes: How many of its owners have died.
+        attempts: The number of failed executions.
+        crashes: The number of its owners that have died.
         modifications: The session's modifications, if asked for: process, times, process, ...
         content: The first partials; the rest is fetched. False if another process has the batch.
     """
@@ -78,7 +78,7 @@ class Taken(NamedTuple):
     """A lock is held, or promised to a waiter: an answer with `Reply.WAIT` or `Reply.BUSY`.
 
     Attributes:
-        code: Which of the two.
+        code: One of the two.
         again_ms: Milliseconds after which to ask again; below 0 if that is not known.
         holder: The name of the holder.
         since_ms: When the holder got the lock, by the server's clock.
@@ -101,7 +101,7 @@ class Reaped(NamedTuple):
         left_in_all: The same, and those that the caller leaves to others.
         batches: The caller's new batches: resource, token, ms until it is due, resource, ...
         wrong: Resources that could not be reaped: resource, error, resource, ...
-        resources: How many resources the caller has taken over, without those it leaves.
+        resources: The number of resources that the caller has taken over, without those it leaves.
     """
 
     code: int

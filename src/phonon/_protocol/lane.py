@@ -66,7 +66,7 @@ class Call:
         digest: The digest of its operations.
         frees: Whether a server that is out of memory still has to run it.
         arguments: Process, stamp, number of the lane with sequence and digest, operations.
-        error: Why the server refused the call, if this is the empty one that asks about it.
+        error: The server's refusal of the call, if this is the empty one that asks about it.
         taken: Whether its operations have been removed from the lane's queue.
     """
 
@@ -127,7 +127,7 @@ class _Position:
         sequence: The number of the last call that was answered.
         stamp: The stamp of that answer.
         again: Operations of a refused call that the next one carries.
-        operations: How many changes were answered before.
+        operations: The number of changes that were answered before.
         once: The next call, and the position after it, as soon as they exist.
     """
 

@@ -17,7 +17,7 @@ FILES = ("prelude", "members", "batches", "sources", "locks", "reap", "processes
 OPERATORS = "admin"
 
 
-#: How a step calls a command of the server, and perhaps a subcommand.
+#: A step's call of a command of the server, and perhaps a subcommand.
 _COMMAND = re.compile(r"\bp?call\('([A-Z]+)'(?:, '([A-Z]+)')?")
 
 

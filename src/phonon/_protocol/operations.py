@@ -330,7 +330,7 @@ def ingest_new(
     Args:
         partition: The partition.
         scope: The name within which the ids are unique.
-        window_ms: How long the ids are remembered.
+        window_ms: Milliseconds for which the ids are remembered.
         ids: The ids of the messages.
         items: Resource, partial, resource, partial, ...
     """
@@ -353,7 +353,7 @@ def holder_name(process: str, number: int, *, shared: bool = False, places: int 
         process: The id of its process.
         number: A number that the process has used for no other.
         shared: Whether it shares the lock with others that do.
-        places: How many may share it at the same time; 0 if any number may.
+        places: The number of holders that may share it at the same time; 0: any number.
     """
     return f"{process}/{number}{'s' * shared}{places or ''}"
 

@@ -12,9 +12,9 @@ ENCODING = "utf-8"
 #: A lone surrogate (a file name from ``os.fsdecode``, say) is text too.
 ERRORS = "surrogatepass"
 
-#: How many partitions a namespace has unless its first process asks for another number.
+#: The partitions of a namespace, unless its first process asks for another number.
 DEFAULT_PARTITIONS = 16
-#: As many as there are slots in a cluster.
+#: The number of slots in a cluster.
 MOST_PARTITIONS = 16384
 _SLOTS = 16384
 

@@ -53,7 +53,7 @@ class Slot:
     """The place of a share in a connection's queue.
 
     Attributes:
-        due: How many answers are still to come.
+        due: The number of answers that have not come yet.
         replies: The list that gets them.
         done: Resolved when no answer is due any more.
         sent: The loop's time at which the share was sent.

@@ -151,7 +151,7 @@ class AsyncWorker:
         """Return whether the task has not ended yet."""
         return not self._task.done()
 
-    def is_me(self) -> bool:
+    def is_current(self) -> bool:
         """Return whether the calling task is this one."""
         return _running_loop() is self._task.get_loop() and self._task is asyncio.current_task()
 
@@ -176,7 +176,7 @@ class AsyncDriver:
         identity: The identity of the process, which has the lanes.
         retry_timeout: Seconds after which a caller without an answer gets an error.
         explain: Turns a server's error into one that names the remedy.
-        max_concurrent: How many calls of the user's code run at the same time.
+        max_concurrent: The most calls of the user's code that run at the same time.
         slice: Seconds of user code after which an `Execute` returns with the results so far.
 
     Attributes:
@@ -616,13 +616,13 @@ class AsyncDriver:
         return AsyncSignal(self.loop)
 
     @staticmethod
-    def me() -> "asyncio.Task[Any] | None":
+    def caller() -> "asyncio.Task[Any] | None":
         """Return the running task, if there is one."""
         return asyncio.current_task() if _running_loop() is not None else None
 
     def my_name(self) -> str:
         """Return the task's name."""
-        task = self.me()
+        task = self.caller()
         return task.get_name() if task is not None else ""
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ from phonon._transport import failures
 from phonon._transport.server import UNANSWERED, FunctionLibrary, Reply, Server
 from phonon._transport.steps import GONE, Invoke, Node, Steps
 
-#: How many nodes are asked for the map after a failure, before the requests are tried again: each
+#: The nodes that are asked for the map after a failure, before the requests are tried again: each
 #: node behind a dead network costs a time-out.
 ASKED_AT_ONCE = 3
 #: Keys whose slots are remembered. They are prefixes of partitions, so there are few.

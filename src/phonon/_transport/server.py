@@ -72,15 +72,15 @@ class Server:
         library: The function library, loaded when the server lacks it.
         address: The server's name in messages, without a password.
         longest_pause: Seconds between two attempts, at the most.
-        durability: How safe data must be before a request that wants confirmation is answered.
+        durability: The safety of data before a request that wants confirmation is answered.
         may_lack_library: Whether a user without the right to load the library can use the server:
             it may be loaded already, and otherwise the first call shows that it is missing.
 
     Attributes:
-        troubles: How many attempts have left a request unanswered.
-        round_trips: How often requests were sent and their answers awaited; requests that are sent
-            together count as one, and blocking reads of mail do not count.
-        trouble: Why the last attempt left a request unanswered; None if all were answered.
+        troubles: The number of attempts that left a request unanswered.
+        round_trips: The number of times that requests were sent and answers awaited. Requests that
+            are sent together count as one, and blocking reads of mail do not count.
+        trouble: The reason why the last attempt left a request unanswered, or None.
         most_bytes: The longest word that a request may have. A server hangs up on a longer one, so
             that it seems to be gone.
     """

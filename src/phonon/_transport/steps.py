@@ -97,7 +97,7 @@ class Share:
         timeout: Seconds until the last answer at the latest.
         alone: Whether they block, and so need a connection of their own.
         replies: The answers so far; a ``ResponseError`` where the server answered with an error.
-        failure: Why there are no more answers, or None.
+        failure: The reason why there are no more answers, or None.
     """
 
     node: Node

@@ -78,7 +78,7 @@ SLICE = 0.5
 #: Seconds for which mail without a waiter is kept, and how much of it.
 KEEP_MAIL = 10.0
 MOST_MAIL = 1000
-#: How often to try to keep a flow, if signals interrupt the attempts.
+#: The most attempts to keep a flow, if signals interrupt the attempts.
 ATTEMPTS = 100
 #: Seconds between two questions to the server while the thread's own outer frame reads the mail.
 POLL = 0.05
@@ -87,7 +87,7 @@ _get_ident = threading.get_ident
 _get_frame = sys._getframe  # noqa: SLF001 - documented, in spite of its name
 
 
-class Bell:
+class ThreadSignal:
     """Wakes one thread. It may ring before the thread waits, and more than once.
 
     Unlike a `threading.Event` it has no lock that a signal handler could find held.
@@ -123,7 +123,7 @@ class _Ticket(Ticket):
         driver: Called when all answers are there and no thread waits.
     """
 
-    bell: Bell | None = None
+    bell: ThreadSignal | None = None
     driver: "ThreadDriver"
 
     def tell(self) -> None:
@@ -161,7 +161,7 @@ class _Leader:
         return False
 
 
-class _Claims:
+class _Leaders:
     """The leaders: which thread sends for which lane. A claim is one atomic step."""
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ class ThreadWorker:
         """Return whether the thread has not ended yet."""
         return self._thread.is_alive()
 
-    def is_me(self) -> bool:
+    def is_current(self) -> bool:
         """Return whether the calling thread is this one."""
         return self._thread is threading.current_thread()
 
@@ -274,7 +274,7 @@ class ThreadDriver:
         self.on_detached: Callable[[FlowRun], object] = lambda _: None
         self.on_ready: Callable[[FlowRun], object] = lambda _: None
         self._receiver = Receiver(identity, self.explain)
-        self._claims = _Claims()
+        self._claims = _Leaders()
         self._waiting: dict[_Ticket, None] = {}
         self._mail = _Mail()
         self._closed = False
@@ -504,7 +504,7 @@ class ThreadDriver:
         Raises:
             ConnectionLostError: The answers do not come in time.
         """
-        bell = ticket.bell = Bell()
+        bell = ticket.bell = ThreadSignal()
         self._waiting[ticket] = None
         lanes: Sequence[Lane] = ()
         pause = FIRST_PAUSE
@@ -688,7 +688,7 @@ class ThreadDriver:
         deadline = time.monotonic() + effect.seconds
         generation = self.identity.lanes
         group = None if self.server.colocated else effect.partition
-        bell = Bell()
+        bell = ThreadSignal()
         leader = _Leader()
         try:
             mail.waiting[effect.waiter] = bell
@@ -737,12 +737,12 @@ class ThreadDriver:
     # The rest
 
     @staticmethod
-    def signal() -> Bell:
+    def signal() -> ThreadSignal:
         """Return an object to wait for."""
-        return Bell()
+        return ThreadSignal()
 
     @staticmethod
-    def me() -> threading.Thread:
+    def caller() -> threading.Thread:
         """Return the calling thread."""
         return threading.current_thread()
 
@@ -771,10 +771,10 @@ class _Mail:
     """The threads that wait for mail, and mail that came before its thread waited."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, Bell] = {}
-        self.groups: dict[Bell, int | None] = {}
+        self.waiting: dict[str, ThreadSignal] = {}
+        self.groups: dict[ThreadSignal, int | None] = {}
         #: Threads that are woken because they have mail, and not only to read.
-        self.told: dict[Bell, None] = {}
+        self.told: dict[ThreadSignal, None] = {}
         #: Mail that was taken from the server, and not handed out yet.
         self.unread: deque[bytes] = deque()
         self._early: OrderedDict[str, float] = OrderedDict()
@@ -803,7 +803,7 @@ class _Mail:
         came = self._early.pop(waiter, None)
         return came is not None and time.monotonic() - came < KEEP_MAIL
 
-    def was_told(self, bell: Bell) -> bool:
+    def was_told(self, bell: ThreadSignal) -> bool:
         """Return whether there was mail for a thread."""
         return bell in self.told
 

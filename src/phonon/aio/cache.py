@@ -25,7 +25,7 @@ class AsyncLruCache(BaseCache[U]):
         ...     async def execute(self):
         ...         print("write", self._id, self.doc["n"])
         >>> cache = AsyncLruCache(max_entries=1000)
-        >>> async with process.batch():  # stores what is set in one exchange
+        >>> async with process.batch():  # stores all that is set, in one exchange
         ...     for page in ("/a", "/b", "/a"):
         ...         await cache.set(page, Clicks(process, page, doc={"n": 1}))
         True
@@ -61,16 +61,16 @@ class AsyncLruCache(BaseCache[U]):
         """
         if isinstance(update, AsyncUpdate) and update.is_to_be_opened:
             await update.open_now()
-        answer, out = self._put(key, update)
-        if out:
-            raise_together("ending sessions failed", await self._end(out))
+        answer, evicted = self._put(key, update)
+        if evicted:
+            raise_together("ending sessions failed", await self._end(evicted))
         return answer
 
     async def get(self, key: Hashable) -> U | None:
         """Return the update of a key, which counts as used now; see `LruCache.get`."""
         self._check()
-        entry, out = self._look_up(key)
-        raise_together("ending a session failed", await self._end(out))
+        entry, evicted = self._look_up(key)
+        raise_together("ending a session failed", await self._end(evicted))
         return entry
 
     async def expire(self, key: Hashable) -> None:
@@ -107,13 +107,13 @@ class AsyncLruCache(BaseCache[U]):
             errors += await self._end(self._pop_some(keys[first : first + PIECE], expired=expired))
         raise_all(errors)
 
-    async def _end(self, out: Sequence[tuple[Hashable, U]]) -> list[Exception]:
+    async def _end(self, evicted: Sequence[tuple[Hashable, U]]) -> list[Exception]:
         """End the sessions of entries that have left the cache. Return the errors."""
-        if not out:
+        if not evicted:
             return []
         errors: list[Exception] = []
-        leaving, others = self._sort(out)
-        del out  # see LruCache._end
+        leaving, others = self._sort(evicted)
+        del evicted  # see LruCache._end
         for key, entry in others:
             try:
                 ending = entry.end_session()

@@ -22,9 +22,9 @@ _LOOK = 0.02
 class AsyncRecordCache(BaseRecordCache, AsyncLruCache[Any]):
     """The records of a collection, for tasks."""
 
-    async def end(self, out: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
+    async def end(self, evicted: Sequence[tuple[Hashable, Any]]) -> list[Exception]:
         """End the sessions of records that have left the cache. Return the errors."""
-        return await self._end(out)
+        return await self._end(evicted)
 
 
 class AsyncCollection(BaseCollection[P, M]):
@@ -95,8 +95,8 @@ class AsyncCollection(BaseCollection[P, M]):
         await self._room()
         # Not inside another batch, which would become durable.
         async with nullcontext() if self._engine.batch is not None else self._process.batch():
-            out = self._put_table(rows)
-            raise_together("ending sessions failed", await self._cache.end(out))
+            evicted = self._put_table(rows)
+            raise_together("ending sessions failed", await self._cache.end(evicted))
         return [Rejected(*each) for each in rows.rejected]
 
     async def add_record(self, record: Any, arguments: Any = (), named: Any = None) -> None:
@@ -108,20 +108,20 @@ class AsyncCollection(BaseCollection[P, M]):
         if rest is not None:
             await self._finished(*rest)
 
-    async def _finished(self, record: Any, out: Any, alone: bool) -> None:
+    async def _finished(self, record: Any, evicted: Any, alone: bool) -> None:
         errors: list[Exception] = []
         if alone:
             errors += errors_only(await self._engine.run(self._storing(record)))  # type: ignore[attr-defined]  # of tasks
-        errors += await self._cache.end(out)
+        errors += await self._cache.end(evicted)
         raise_together("not everything went well", errors)
 
-    def _finish(self, record: Any, out: Sequence[tuple[Hashable, Any]], alone: bool) -> Any:
+    def _finish(self, record: Any, evicted: Sequence[tuple[Hashable, Any]], alone: bool) -> Any:
         """Return the arguments, because the calling task awaits the rest."""
-        return record, out, alone
+        return record, evicted, alone
 
     async def _rows(self, rows: Any, first: int, rejected: list[Rejected]) -> None:
-        out = self._put_rows(rows, first, rejected)
-        raise_together("ending sessions failed", await self._cache.end(out))
+        evicted = self._put_rows(rows, first, rejected)
+        raise_together("ending sessions failed", await self._cache.end(evicted))
 
     async def read(self, key: Any) -> M | None:
         """Return the data that all processes have stored of a key; see `Collection.read`."""

@@ -20,18 +20,18 @@ from phonon.aio.lock import AsyncLock, AsyncSemaphore
 from phonon.aio.reference import AsyncReference
 from phonon.aio.source import AsyncMessages, AsyncSource
 from phonon.batch import raise_together
-from phonon.errors import ConfigurationError, ProcessStoppedError
+from phonon.errors import ProcessStoppedError
 from phonon.process import SESSION_LENGTH, BaseProcess, make_codec, url_first
 from phonon.serializers import ExactSerializer, Serializer
 from phonon.settings import (
     Durability,
     Overflow,
     RetryPolicy,
+    check_count,
     check_flag,
     check_name,
     check_position,
     check_process,
-    check_whole,
     url_of,
 )
 from phonon.source import WINDOW, id_of, unordered
@@ -69,7 +69,7 @@ class AsyncProcess(BaseProcess):
         namespace: Processes of different namespaces do not see each other. Any text.
         partitions: The number of partitions, if this is the namespace's first process.
         serializer: Encodes partials; the same in all processes.
-        retry: When a batch whose ``execute`` fails is tried again, and when it is parked.
+        retry: The times at which a batch whose ``execute`` fails is tried again, or parked.
         retry_timeout: Seconds to go on repeating a call that is not answered, before its caller
             gets a `ConnectionLostError`.
         durability: The confirmation that a call which stores data waits for.
@@ -131,10 +131,7 @@ class AsyncProcess(BaseProcess):
             overflow=overflow,
             is_async=True,
         )
-        if check_whole("max_concurrent", max_concurrent) < 1:
-            raise ConfigurationError(
-                f"max_concurrent is at least 1, not {max_concurrent!r}: the default is 10"
-            )
+        check_count("max_concurrent", max_concurrent)
         self.session_length = length
         self.heartbeat_interval = heartbeat_interval
         self.recover_failed_processes = check_flag(

@@ -68,23 +68,31 @@ def _for_parked(act: Callable[[Admin, str, int], str], question: str, text: str)
 replay = _for_parked(
     Admin.replay,
     "Execute {} again?",
-    "Hand the parked batch TOKEN of RESOURCE to a process that can execute it.",
+    "Execute a parked batch of RESOURCE again.\n\n"
+    "A live process that knows the batch's class executes it, under a new token. RESOURCE is the "
+    "full name, as phonon batches prints it. TOKEN is needed if several batches are parked.",
 )
 discard = _for_parked(
     Admin.discard,
     "Delete {}, with the data?",
-    "Delete the parked batch TOKEN of RESOURCE, with its data.",
+    "Delete a parked batch of RESOURCE, with its data.\n\n"
+    "RESOURCE is the full name, as phonon batches prints it. TOKEN is needed if several batches "
+    "are parked.",
 )
 
 
 @click.command()
 @click.argument("name")
 @click.argument("token", required=False, type=int)
-@click.option("--semaphore", is_flag=True, help="NAME is a semaphore's.")
+@click.option("--semaphore", is_flag=True, help="NAME is a semaphore.")
 @yes_option
 @target_options
 def unlock(name: str, token: int | None, semaphore: bool, yes: bool, **where: Any) -> None:
-    """Release the lock NAME in its holder's place, if it still has TOKEN, and wake the next."""
+    """Release a lock for its holder, and wake a waiter.
+
+    The lock NAME is released only if its holder still has TOKEN. The holder believes that it has
+    the lock until it checks or releases it.
+    """
     with target(where).open() as admin:
         lock = admin.lock(name, semaphore=semaphore)
         if lock is None or not lock.holders:
@@ -111,9 +119,10 @@ def unlock(name: str, token: int | None, semaphore: bool, yes: bool, **where: An
 @yes_option
 @target_options
 def expire(process: str, yes: bool, **where: Any) -> None:
-    """Declare PROCESS dead, so that survivors take it over.
+    """Declare PROCESS dead, so that others take over.
 
-    PROCESS is its id, or the beginning of it.
+    PROCESS is its id, or the beginning of it. If the process lives, it continues under another id,
+    without its locks.
     """
     if not process:  # every id begins with it: a variable of a script that is not set
         raise click.UsageError("PROCESS is empty; phonon ps lists the ids")

@@ -70,7 +70,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a name may have what it cannot encode
+            if isinstance(stream, io.TextIOWrapper):  # it may be unable to encode a name
                 stream.reconfigure(errors="backslashreplace")
         with one_line_errors():
             return super().invoke(ctx)

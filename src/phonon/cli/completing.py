@@ -38,7 +38,7 @@ def _parked(context: click.Context, prefix: str) -> list[str]:
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the script that completes commands and options in SHELL.
+    """Print the completion script for a shell.
 
     For bash: phonon completion bash > ~/.local/share/bash-completion/completions/phonon
     """

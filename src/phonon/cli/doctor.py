@@ -13,13 +13,13 @@ MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "problem": ("PROBLEM
 
 
 @click.command()
-@click.option("--quiet", is_flag=True, help="Only problems and notes.")
+@click.option("--quiet", is_flag=True, help="Print only problems and notes.")
 @target_options
 @json_option
 def doctor(quiet: bool, as_json: bool, **where: Any) -> None:
-    """Check the server, the namespace and this host, and name the remedy for each problem.
+    """Find problems, and name the remedy for each.
 
-    The exit status is 1 if there is a problem.
+    It checks the server, the namespace and this host. The exit status is 1 if there is a problem.
     """
     with target(where).open() as admin:
         found = [f for f in admin.examine() if f.level != "ok" or not quiet]

@@ -17,10 +17,11 @@ NEXT = """\
 @click.command()
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="worker.py")
 def init(path: Path) -> None:
-    """Write a worker to start from into PATH, worker.py unless told otherwise.
+    """Write a worker to start from into a file.
 
-    It is a whole program: it takes messages from a queue, merges them by key, and writes one row a
-    key and session into SQLite. A file that is there already is left as it is.
+    PATH is worker.py by default. The worker is a whole program: it takes messages from a queue,
+    merges them by key, and writes one row per key and session to SQLite. An existing file is not
+    changed.
     """
     text = resources.files("phonon.cli").joinpath("worker_template.py").read_text(encoding="utf-8")
     try:

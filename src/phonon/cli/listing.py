@@ -24,7 +24,7 @@ limit_option = click.option(
     type=click.IntRange(min=1),
     default=50,
     show_default=True,
-    help="How many to list at the most.",
+    help="List at most this many.",
 )
 
 
@@ -33,7 +33,7 @@ limit_option = click.option(
 @json_option
 @watch_option
 def ps(as_json: bool, watch: float | None, **where: Any) -> None:
-    """List the processes: host, state, and the number of their resources."""
+    """List the processes, with state and resources."""
     with target(where).open() as admin:
 
         def look() -> tuple[list[Any], RenderableType]:
@@ -45,7 +45,7 @@ def ps(as_json: bool, watch: float | None, **where: Any) -> None:
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--semaphore", is_flag=True, help="NAME is a semaphore's.")
+@click.option("--semaphore", is_flag=True, help="NAME is a semaphore.")
 @prefix_option
 @limit_option
 @target_options
@@ -60,7 +60,10 @@ def locks(
     watch: float | None,
     **where: Any,
 ) -> None:
-    """List the locks that are held or waited for; or who holds NAME, and who waits, in order."""
+    """List locks, or the holders and waiters of NAME.
+
+    Waiters are listed in the order in which they will get the lock.
+    """
     with target(where).open() as admin:
 
         def look() -> tuple[list[Any], RenderableType]:
@@ -77,9 +80,12 @@ def locks(
 
 @click.command()
 @click.option(
-    "--older", type=click.FloatRange(min=0), metavar="SECONDS", help="Only those as old as this."
+    "--older",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Only sessions at least this old.",
 )
-@click.option("--all", "all_", is_flag=True, help="All of them, in no order; with --json.")
+@click.option("--all", "all_", is_flag=True, help="All sessions, in no order; needs --json.")
 @prefix_option
 @limit_option
 @target_options
@@ -118,7 +124,7 @@ def sessions(
     "states",
     multiple=True,
     type=click.Choice(STATES),
-    help="Only those in this state; may be given several times.",
+    help="Only batches in this state; may be given several times.",
 )
 @prefix_option
 @limit_option
@@ -133,9 +139,10 @@ def batches(
     watch: float | None,
     **where: Any,
 ) -> None:
-    """List the batches that run, are retried, wait for a class or a survivor, or are parked.
+    """List the batches, with state and error.
 
-    The exit status is 1 if any of those listed is parked.
+    A batch runs, is to be retried, waits for a process that knows its class or for a survivor of
+    its dead owner, or is parked. The exit status is 1 if a listed batch is parked.
     """
     with target(where).open() as admin:
 
@@ -157,7 +164,7 @@ def batches(
 @json_option
 @watch_option
 def sources(as_json: bool, watch: float | None, **where: Any) -> None:
-    """List the sources of messages, and where they stand."""
+    """List the sources of messages and their positions."""
     with target(where).open() as admin:
 
         def look() -> tuple[list[Any], RenderableType]:
@@ -172,7 +179,10 @@ def sources(as_json: bool, watch: float | None, **where: Any) -> None:
 @target_options
 @json_option
 def log(limit: int, as_json: bool, **where: Any) -> None:
-    """List the acts of operators: replayed, discarded, unlocked, expired."""
+    """List what operators did, and when.
+
+    Listed are replay, discard, unlock and expire.
+    """
     with target(where).open() as admin:
         found = admin.acts(limit)
         show(lambda: (found, tables.acts(found)), as_json=as_json, watch=None)

@@ -19,19 +19,25 @@ from phonon.contrib.schedule import Turn
     "--every",
     metavar="S",
     type=click.FloatRange(min=0, min_open=True),
-    help="Seconds between two runs: a machine whose clock is behind finds that it was done.",
+    help="Seconds between two runs, so that a machine whose clock is late does not run it again.",
 )
-@click.option("--url", metavar="URL", help="The server.  [default: as of PHONON_URL]")
+@click.option(
+    "--url",
+    metavar="URL",
+    help="The server.  [env var: PHONON_URL; default: redis://localhost:6379/1]",
+)
 def once(name: str, command: tuple[str, ...], every: float | None, url: str | None) -> None:
-    """Run COMMAND, if no other machine runs the job NAME, or has run it just now.
+    """Run COMMAND on one of many machines.
+
+    COMMAND runs unless another machine runs the job NAME now, or has run it in this interval.
 
     \b
     Example, in the crontab of every machine:
       0 3 * * *  phonon once nightly --every 86400 -- python report.py
 
     \b
-    Exit status: that of the command; 0 if another one runs it or has run it; 2 if the server
-    cannot be used.
+    Exit status: that of the command; 0 if another machine runs it or has run it; 2 if the
+    server cannot be used.
     """  # noqa: D301 - click wants the control character, in front of what it must not wrap
     process = Process(url=url, recover_failed_processes=False)
     try:

@@ -47,7 +47,7 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=5.0,
             show_default=True,
             metavar="SECONDS",
-            help="How long to wait for a server that does not answer.",
+            help="How long to wait for the server.",
         ),
         click.option(
             "-n",
@@ -77,7 +77,7 @@ def target(arguments: dict[str, Any]) -> Target:
 
 
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON, one object a line, and no table."
+    "--json", "as_json", is_flag=True, help="Print JSON, one object per line, instead of a table."
 )
 watch_option = click.option(
     "--watch",
@@ -85,11 +85,11 @@ watch_option = click.option(
     flag_value=WATCH,
     type=click.FloatRange(min=0.1),
     metavar="[SECONDS]",
-    help="Look again every 2 seconds, or as many as are given, until Ctrl-C.",
+    help="Repeat every 2 seconds, or every SECONDS, until Ctrl-C.",
 )
-yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 prefix_option = click.option(
-    "--prefix", default="", metavar="TEXT", help="Only those whose names begin with this."
+    "--prefix", default="", metavar="TEXT", help="Only names that begin with this."
 )
 
 
@@ -100,10 +100,13 @@ class _Console(Console):
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            if segment.control or segment.text == "\n":
+            if segment.control:
                 yield segment
             else:
-                yield Segment(CONTROL.sub("\ufffd", segment.text), segment.style)
+                # A segment of a folded cell has several lines.
+                lines = segment.text.split("\n")
+                text = "\n".join(CONTROL.sub("\ufffd", line) for line in lines)
+                yield Segment(text, segment.style)
 
 
 def console() -> Console:

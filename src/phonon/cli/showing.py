@@ -25,15 +25,17 @@ from phonon.cli.options import json_option, print_json, show, target, target_opt
     type=click.IntRange(min=1),
     default=20,
     show_default=True,
-    help="How many partials to show at the most.",
+    help="Show at most this many partials.",
 )
 @target_options
 @json_option
 def show_command(resource: str, token: int | None, limit: int, as_json: bool, **where: Any) -> None:
-    """Show all that is known of RESOURCE, and the data of its session, or of the batch TOKEN.
+    """Show a resource's members, lock, batches and data.
 
-    The data is decoded without its class: nothing of the program's own runs. The exit status is 1
-    if the resource has a parked batch.
+    RESOURCE is the full name, as phonon batches and phonon sessions print it:
+    test.test.order-1 for a record "order-1" without a database and a collection. The data is that
+    of the open session, or of the batch TOKEN; it is decoded without its class, so none of your
+    code runs. The exit status is 1 if the resource has a parked batch.
     """
     with target(where).open() as admin:
         found = admin.resource(resource)

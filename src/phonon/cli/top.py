@@ -141,13 +141,16 @@ def _head(totals: dict[str, Any], parked: list[BatchStatus]) -> Text:
     default=WATCH,
     show_default=True,
     metavar="SECONDS",
-    help="Time between two looks.",
+    help="Time between two refreshes.",
 )
-@click.option("--once", is_flag=True, help="Look twice, print the second, and end.")
+@click.option("--once", is_flag=True, help="Print the figures of one interval, and exit.")
 @target_options
 @json_option
 def top(interval: float, once: bool, as_json: bool, **where: Any) -> None:
-    """Watch throughput, sessions, merge ratio, backlog and the longest wait, by process."""
+    """Watch throughput, sessions and backlog, live.
+
+    The screen also has the merge ratio, the oldest session and batch, and each process's figures.
+    """
     with target(where).open() as admin:
         screen = Screen(admin)
         if once:

@@ -18,22 +18,22 @@ from phonon.cli.options import target, target_options
     type=click.IntRange(0, 65535),
     default=8480,
     show_default=True,
-    help="0: any free one.",
+    help="The port; 0 for any free one.",
 )
 @click.option(
     "--act",
     is_flag=True,
-    help="Allow replay, discard, unlock and expire, with a token that is printed.",
+    help="Allow replay, discard, unlock and expire with a token, which is printed.",
 )
 @click.option(
     "--token",
     envvar="PHONON_WEB_TOKEN",
     show_envvar=True,
     metavar="TOKEN",
-    help="The token for that, instead of a new one.",
+    help="Use this token instead of a new one.",
 )
-@click.option("--hostname", multiple=True, help="Another name under which the page is asked for.")
-@click.option("--open", "open_", is_flag=True, help="Open it in a browser.")
+@click.option("--hostname", multiple=True, help="Another host name of the page.")
+@click.option("--open", "open_", is_flag=True, help="Open the page in a browser.")
 @target_options
 def web(
     host: str,
@@ -44,10 +44,11 @@ def web(
     open_: bool,
     **where: Any,
 ) -> None:
-    """Serve a page that shows the figures of `phonon top` and the other commands, live.
+    """Serve the operator's page for a browser.
 
-    It listens on this host alone unless --host says otherwise, and is read-only unless --act is
-    given. It has no users and no TLS: put a proxy in front of it where others can reach it.
+    The page shows what the other commands show, live. It listens on this host only, unless you
+    give --host, and is read-only unless you give --act. It has neither users nor TLS: put a proxy
+    in front of it if others can reach it.
     """
     try:
         import uvicorn  # noqa: PLC0415 - an extra

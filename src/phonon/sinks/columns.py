@@ -96,7 +96,7 @@ _JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 _serializer = ExactSerializer()
 
 
-class Plain(NamedTuple):
+class MergedColumn(NamedTuple):
     """A field that the database merges.
 
     Attributes:
@@ -175,7 +175,7 @@ class Layout:
                 f"{model.__qualname__}.{min(reserved)} has the name of a column that the sink "
                 "needs: call the field something else"
             )
-        self.plain: dict[str, Plain] = {}
+        self.plain: dict[str, MergedColumn] = {}
         self.kept: dict[str, Any] = {}
         self.children: dict[str, sa.Table] = {}
         columns: list[sa.Column[Any]] = [sa.Column(self.id, key_type, primary_key=True)]
@@ -187,7 +187,7 @@ class Layout:
                     model, field, children[each], metadata, schema, (self.id, key_type)
                 )
             elif _is_plain(field):
-                self.plain[each] = Plain(field, field.zero)
+                self.plain[each] = MergedColumn(field, field.zero)
                 type_ = _SCALARS[bool if field.kind in ("any_of", "all_of") else field.value_type]
                 columns.append(sa.Column(each, type_, nullable=field.zero is None))
             else:
@@ -231,7 +231,7 @@ class Layout:
         """Return the state of a record merged with the stored one, and its shown values."""
         states = record.__dict__["_states_"]
         old = _serializer.loads(bytes(stored)) if stored else {}
-        # What a newer release has stored stays, though this one does not know the field.
+        # A value of a newer release stays, though this one does not know its field.
         merged: dict[str, Any] = {k: v for k, v in old.items() if k not in self.kept}
         for name, field in self.kept.items():
             # Copied, because merging changes states, and a lost transaction is tried again.

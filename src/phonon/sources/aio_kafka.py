@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from confluent_kafka import Message
 
-from phonon.sources._loop import OnPoison, Storing, index_of
+from phonon.sources._loop import MessageHandler, OnPoison, index_of
 from phonon.sources.kafka import BaseKafkaSource
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ __all__ = ["AsyncKafkaSource"]
 T = TypeVar("T")
 
 
-class Sessions(Protocol):
+class SupportsAsyncExpireAll(Protocol):
     """The interface of an object that holds sessions, such as a `phonon.aio.AsyncCollection`."""
 
     async def expire_all(self) -> None:
         """End all sessions."""
 
 
-class _Storing(Storing[Message]):
+class _AsyncMessageHandler(MessageHandler[Message]):
     """Handles batches of messages on an event loop; its caller is another thread.
 
     Args:
@@ -110,7 +110,7 @@ class AsyncKafkaSource(BaseKafkaSource):
         *,
         batch_size: int = 1000,
         poll_timeout: float = 0.5,
-        sessions: Sessions | None = None,
+        sessions: SupportsAsyncExpireAll | None = None,
         on_poison: OnPoison[Message] | None = None,
         dead_letters: str | None = None,
     ) -> None:
@@ -150,9 +150,9 @@ class AsyncKafkaSource(BaseKafkaSource):
                 ``dead_letters``; or of ending the sessions.
         """
         self._loop = asyncio.get_running_loop()
-        storing = _Storing(self._counted(handle), self._on_poison, self._wait)
+        handler = _AsyncMessageHandler(self._counted(handle), self._on_poison, self._wait)
         with self.running(stop_on):
-            reading = asyncio.ensure_future(asyncio.to_thread(self._read, storing))
+            reading = asyncio.ensure_future(asyncio.to_thread(self._read, handler))
             try:
                 await asyncio.shield(reading)
             except asyncio.CancelledError:

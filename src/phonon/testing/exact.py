@@ -24,7 +24,7 @@ class _Trial:
         lab: The lab of the processes.
         update: Makes the update of a message.
         messages: The messages.
-        processes: How many processes there are.
+        processes: The number of processes.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ def assert_exact(
         read: Returns the content of your database.
         expected: The content that it should have in the end.
         clear: Empties your database.
-        processes: How many processes there are.
+        processes: The number of processes.
         server: Their server; None: a new one.
 
     Raises:

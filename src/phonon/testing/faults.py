@@ -91,7 +91,7 @@ def lose_answers(process: Any, answers: int = 1) -> Iterator[None]:
 
     Args:
         process: A `Process` or `AsyncProcess` that was made by the fixture ``phonon_processes``.
-        answers: How many answers to lose.
+        answers: The number of answers to lose.
     """
     wire = _wire_of(process)
     wire.lose(check_count("answers", answers))

@@ -61,7 +61,7 @@ class _Headers:
         await self._app(scope, receive, add)
 
 
-class Page:
+class PageRequests:
     """Answers the page's requests.
 
     Args:
@@ -155,16 +155,16 @@ class Page:
         name = str(body.get("resource", ""))
         token = int(body.get("token") or 0)
         if kind == "replay":
-            said = await admin.replay(name, token)
+            text = await admin.replay(name, token)
         elif kind == "discard":
-            said = await admin.discard(name, token)
+            text = await admin.discard(name, token)
         elif kind == "unlock":
-            said = await admin.break_lock(name, token, semaphore=bool(body.get("semaphore")))
+            text = await admin.break_lock(name, token, semaphore=bool(body.get("semaphore")))
         elif kind == "expire":
-            said = await admin.expire(name)
+            text = await admin.expire(name)
         else:
             return _refusal(404, f"there is no act {kind!r}")
-        return {"said": said}
+        return {"said": text}
 
 
 async def _some(entries: Any, most: int = MOST) -> list[Any]:
@@ -238,7 +238,7 @@ def make(admin: AsyncAdmin, *, token: str | None, hosts: tuple[str, ...] | None)
         )
     if hosts is not None:
         check_hosts(hosts)
-    page = Page(admin, token)
+    page = PageRequests(admin, token)
     reads = {
         name: getattr(page, name)
         for name in ("overview", "locks", "sessions", "batches", "resource", "acts", "doctor")

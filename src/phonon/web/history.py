@@ -26,8 +26,8 @@ class Sample:
     Attributes:
         at: The time, seconds since the epoch.
         processes: The processes.
-        parked: How many batches are parked.
-        waiting: How many wait for a class or a survivor.
+        parked: The number of parked batches.
+        waiting: The number of batches that wait for a class or a survivor.
         calls: Calls a second since the sample before; None for the first one.
         messages: Messages a second; None if no process counts them.
     """

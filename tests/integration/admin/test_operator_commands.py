@@ -112,6 +112,17 @@ def test_any_name_is_shown_as_it_is(run: Run, make: Make, name: str) -> None:
         assert "\x1b" not in result.stdout
 
 
+def test_a_narrow_terminal_has_all_of_a_name(
+    run: Run, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    park(make(retry=ONCE), "0123456789" * 6)
+    first, *others = run("batches").stdout.splitlines()[2:]
+    column = len(first.split()[0])
+    cells = [row[:column].strip() for row in (first, *others)]
+    assert "".join(cells) == f"test.test.{'0123456789' * 6}"
+
+
 def test_a_terminal_that_has_not_all_characters(run: Run, own_server: Redis) -> None:
     program = [sys.executable, "-m", "phonon", "doctor", "--url", own_server.url]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}

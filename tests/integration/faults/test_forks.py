@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from phonon import LruCache, Process
-from phonon._transport.threads import Bell
+from phonon._transport.threads import ThreadSignal
 from phonon.errors import ForkedError, LockLostError
 from support.samples import Tally, put
 from support.world import Make, Redis, wait_until
@@ -42,7 +42,7 @@ def others_wait() -> bool:
     """Return whether all of Phonon's threads wait for a signal."""
     ours = {thread.ident for thread in threading.enumerate() if thread.name.startswith("phonon")}
     frames = sys._current_frames()
-    return all(frames[i].f_code is Bell.wait.__code__ for i in ours & frames.keys() if i)
+    return all(frames[i].f_code is ThreadSignal.wait.__code__ for i in ours & frames.keys() if i)
 
 
 forked = pytest.mark.parametrize("fork", [_fork, _fork_in_c], ids=["os.fork", "in C"])

@@ -385,7 +385,7 @@ def test_a_worker_that_waits_for_a_lane_of_the_stopped_frame_is_sent_for(
 
     def interrupted(*arguments: Any) -> Any:
         monkeypatch.setattr(sync_io, "exchange_now", exchange_now)
-        engine._ensure("sessions", work, anyhow=True)
+        engine._ensure("sessions", work, replace=True)
         wait_until(lambda: lane.queue)
         process.stop()
         return None

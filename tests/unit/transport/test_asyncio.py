@@ -294,7 +294,7 @@ def test_a_background_flow_is_told_that_there_is_no_answer(
         lab.driver.retry_timeout = 0.1
         proxy.gone()
         worker = lab.driver.spawn(flow(), "background")
-        assert not worker.is_me()
+        assert not worker.is_current()
         await worker.join(20)
         assert not worker.is_alive()
         assert isinstance(told[0], ConnectionLostError)
