@@ -57,7 +57,7 @@ MORE: dict[str, Maker] = {
     "phonon, semaphore": lambda process, name: process.semaphore(name, 4),
 }
 #: redis-py 8 gives up on an answer after 5 s, which kills waiters of python-redis-lock.
-PATIENT = {"socket_timeout": None}
+PATIENT: dict[str, Any] = {"socket_timeout": None}
 #: Pairs per second, against a peer's.
 PAIRS_TARGETS = {"redis-py": 1.0, "python-redis-lock": 1.4}
 #: Grants per second, against a peer's.
