@@ -171,7 +171,8 @@ def left(server: Redis) -> list[bytes]:
 @pytest.mark.parametrize(
     "options",
     [
-        (),
+        ("--workers", "2"),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param(("--asyncio",), marks=pytest.mark.slow),
         pytest.param(("--max-entries", "100"), marks=pytest.mark.slow),
     ],
