@@ -176,7 +176,7 @@ class Admin(BaseAdmin):
         Raises:
             PhononError: The server does not answer, or refuses.
         """
-        return _iterate(lambda: self._inspector.locks(check_prefix(prefix)))
+        return _iterate(lambda: self._inspector.locks(check_name("prefix", prefix)))
 
     def lock(self, name: str, *, semaphore: bool = False) -> LockStatus | None:
         """Return a lock with all its holders and waiters; None if it is free.
@@ -203,7 +203,7 @@ class Admin(BaseAdmin):
             PhononError: The server does not answer, or refuses.
         """
         check_older(older)
-        return _iterate(lambda: self._inspector.sessions(older, check_prefix(prefix)))
+        return _iterate(lambda: self._inspector.sessions(older, check_name("prefix", prefix)))
 
     def oldest_sessions(
         self, most: int, older: float | None = None, prefix: str = ""
@@ -222,7 +222,7 @@ class Admin(BaseAdmin):
         """
         check_older(older)
         check_count("most", most)
-        steps = self._inspector.oldest_sessions(most, older, check_prefix(prefix))
+        steps = self._inspector.oldest_sessions(most, older, check_name("prefix", prefix))
         return sync_io.run(steps)
 
     def batches(
@@ -238,7 +238,7 @@ class Admin(BaseAdmin):
             PhononError: The server does not answer, or refuses.
         """
         states = states_of(state)
-        return _iterate(lambda: self._inspector.batches(states, check_prefix(prefix)))
+        return _iterate(lambda: self._inspector.batches(states, check_name("prefix", prefix)))
 
     def sources(self) -> list[SourceStatus]:
         """Return the sources of messages, as reported by the processes that read them.
@@ -367,17 +367,6 @@ def states_of(state: Any) -> tuple[BatchState, ...]:
         if each not in STATES:
             raise ConfigurationError(f"state is one of {', '.join(STATES)}, not {each!r}")
     return states
-
-
-def check_prefix(prefix: Any) -> str:
-    """Check a prefix, and return it.
-
-    Raises:
-        ConfigurationError: The prefix is not a str.
-    """
-    if not isinstance(prefix, str):
-        raise ConfigurationError(f"prefix is a str, not {prefix!r}")
-    return prefix
 
 
 def check_older(older: Any) -> None:

@@ -186,7 +186,7 @@ class BaseBatch:
     # Opening and closing
 
     def _begins(self, end: object) -> bool:
-        """A block begins. Return whether it is the outermost; see `BlockEnd`."""
+        """Note that a block begins. Return whether it is the outermost; see `BlockEnd`."""
         if self.is_open:
             return False
         self._block = weakref.ref(end)

@@ -15,7 +15,7 @@ from phonon._core.parcels import Ending
 from phonon._core.sessions import Sessions
 from phonon.batch import EndingUpdate, end_all, has_begun, raise_together
 from phonon.errors import ConfigurationError
-from phonon.settings import check_api, check_key, check_whole
+from phonon.settings import check_api, check_count, check_key
 from phonon.update import Update
 
 U = TypeVar("U")
@@ -34,11 +34,7 @@ class BaseCache(Generic[U]):
     """
 
     def __init__(self, max_entries: int = 10000) -> None:
-        if check_whole("max_entries", max_entries) < 1:
-            raise ConfigurationError(
-                f"max_entries is at least 1, not {max_entries!r}: the default is 10,000"
-            )
-        self.max_entries = max_entries
+        self.max_entries = check_count("max_entries", max_entries)
         self._entries: OrderedDict[Hashable, U] = OrderedDict()
         self._lock = threading.RLock()
         self._last_failed: U | None = None

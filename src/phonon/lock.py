@@ -29,10 +29,10 @@ from phonon.errors import (
 from phonon.settings import (
     check_api,
     check_callable,
+    check_count,
     check_flag,
     check_name,
     check_owner,
-    check_places,
     check_seconds,
     check_timeout,
 )
@@ -677,14 +677,14 @@ class Lock(BaseLock):
         return locked
 
     def _begins(self, end: object) -> "_Block":
-        """A block begins; see `BlockEnd`."""
+        """Note that a block begins; see `BlockEnd`."""
         block = _Block()
         block.end = weakref.ref(end, lambda _: self._is_left(block))
         self._blocks[threading.get_ident()] = block
         return block
 
     def _is_left(self, block: "_Block") -> None:
-        """An exception out of a signal handler may have left a block without its end."""
+        """Give back the lock of a block that a signal handler's exception has left."""
         attempt, block.attempt = block.attempt, None
         if attempt is not None:
             self._engine.leases.forsaken.append((attempt, self.taken))
@@ -759,7 +759,7 @@ class BaseSemaphore(BaseLock):
         timeout: float | None = None,
     ) -> None:
         check_name("name", name)
-        number = check_places(places)
+        number = check_count("places", places)
         super().__init__(
             process, name, block, shared=True, lease=lease, on_lost=on_lost, timeout=timeout
         )

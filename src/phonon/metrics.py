@@ -40,191 +40,154 @@ class Metric(NamedTuple):
     read: Callable[[Any], dict[tuple[str, ...], Any]]
 
 
-def _one(function: Callable[[Any], Any]) -> Callable[[Any], dict[tuple[str, ...], Any]]:
-    return lambda engine: {(): function(engine)}
+def _metric(
+    name: str,
+    unit: str,
+    text: str,
+    read: str | Callable[[Any], Any],
+    *,
+    kind: str = "counter",
+    labels: tuple[str, ...] = (),
+) -> Metric:
+    """Return a metric.
 
+    Args:
+        name: Its name in OpenTelemetry, without ``phonon.``.
+        unit: The unit.
+        text: The description.
+        read: An attribute of `Measures`, or a function of the process's parts, which with labels
+            returns the values by label values.
+        kind: The kind.
+        labels: The names of the labels.
+    """
 
-def _counter(name: str, otel: str, unit: str, text: str, function: Callable[[Any], Any]) -> Metric:
-    return Metric(name, otel, "counter", unit, text, (), _one(function))
+    def values(engine: Any) -> dict[tuple[str, ...], Any]:
+        found: Any = read(engine) if callable(read) else getattr(engine.identity.measures, read)
+        return found if labels else {(): found}
 
-
-def _measure(name: str) -> Callable[[Any], Any]:
-    return lambda engine: getattr(engine.identity.measures, name)
+    prometheus = name.replace(".duration", "_seconds").replace(".size", "_bytes").replace(".", "_")
+    return Metric(f"phonon_{prometheus}", f"phonon.{name}", kind, unit, text, labels, values)
 
 
 #: All metrics. A dashboard and alerts that use them are in ``ops/``.
 METRICS = (
-    _counter(
-        "phonon_messages",
-        "phonon.messages",
+    _metric(
+        "messages",
         "{message}",
         "Updates made, and messages that collections of models took",
-        _measure("made"),
+        "made",
     ),
-    _counter(
-        "phonon_messages_merged",
-        "phonon.messages.merged",
+    _metric(
+        "messages.merged",
         "{message}",
         "Updates that were merged into another one here, in caches; collections do not count them",
         lambda engine: engine.merged,
     ),
-    _counter(
-        "phonon_partials_stored",
-        "phonon.partials.stored",
+    _metric(
+        "partials.stored",
         "{partial}",
         "Partials that the server has taken: messages divided by these is the merge ratio",
-        _measure("stored"),
+        "stored",
     ),
-    _counter(
-        "phonon_partials_stored_bytes",
-        "phonon.partials.stored.size",
-        "By",
-        "Their size",
-        _measure("stored_bytes"),
-    ),
-    _counter(
-        "phonon_sessions_opened",
-        "phonon.sessions.opened",
+    _metric("partials.stored.size", "By", "The size of these partials", "stored_bytes"),
+    _metric(
+        "sessions.opened",
         "{session}",
         "Sessions that this process has joined, or opened and ended in one operation",
-        _measure("opened"),
+        "opened",
     ),
-    _counter(
-        "phonon_sessions_ended",
-        "phonon.sessions.ended",
-        "{session}",
-        "Sessions that this process has left, or ended",
-        _measure("ended"),
+    _metric(
+        "sessions.ended", "{session}", "Sessions that this process has left, or ended", "ended"
     ),
-    Metric(
-        "phonon_memberships",
-        "phonon.memberships",
-        "gauge",
+    _metric(
+        "memberships",
         "{resource}",
         "Resources of which this process is a member",
-        (),
-        _one(lambda engine: len(engine.members.held)),
+        lambda engine: len(engine.members.held),
+        kind="gauge",
     ),
-    Metric(
-        "phonon_executions",
-        "phonon.executions",
-        "counter",
+    _metric(
+        "executions",
         "{execution}",
         "Calls of execute, or one for each record of execute_many",
-        ("class", "outcome"),
         lambda engine: dict(engine.identity.measures.executed),
+        labels=("class", "outcome"),
     ),
-    Metric(
-        "phonon_execute_seconds",
-        "phonon.execute.duration",
-        "histogram",
+    _metric(
+        "execute.duration",
         "s",
-        "How long they took",
-        ("class",),
+        "The durations of these calls",
         lambda engine: {(c,): h for c, h in list(engine.identity.measures.seconds.items())},
+        kind="histogram",
+        labels=("class",),
     ),
-    Metric(
-        "phonon_batch_partials",
-        "phonon.batch.partials",
-        "histogram",
+    _metric(
+        "batch.partials",
         "{partial}",
-        "How many partials the batches had that were executed",
-        (),
-        _one(_measure("batch_partials")),
+        "The numbers of partials of executed batches",
+        "batch_partials",
+        kind="histogram",
     ),
-    _counter(
-        "phonon_batch_retries",
-        "phonon.batch.retries",
-        "{batch}",
-        "Failed batches that are tried again",
-        _measure("retries"),
+    _metric("batch.retries", "{batch}", "Failed batches that are tried again", "retries"),
+    _metric(
+        "batches.parked", "{batch}", "Batches that were parked after too many attempts", "parked"
     ),
-    _counter(
-        "phonon_batches_parked",
-        "phonon.batches.parked",
-        "{batch}",
-        "Batches that were given up on",
-        _measure("parked"),
-    ),
-    Metric(
-        "phonon_backlog",
-        "phonon.backlog",
-        "gauge",
+    _metric(
+        "backlog",
         "{entry}",
-        "What is unfinished in the outbox: not stored, not ended, to be retried",
-        (),
-        _one(lambda engine: engine.outbox.size),
+        "Unfinished work in the outbox: updates to store, sessions to end, batches to retry",
+        lambda engine: engine.outbox.size,
+        kind="gauge",
     ),
-    _counter(
-        "phonon_takeover_resources",
-        "phonon.takeover.resources",
+    _metric(
+        "takeover.resources",
         "{resource}",
         "Resources that were taken over from dead processes",
-        _measure("reaped"),
+        "reaped",
     ),
-    _counter(
-        "phonon_takeover_batches",
-        "phonon.takeover.batches",
+    _metric(
+        "takeover.batches",
         "{batch}",
         "Batches that were taken over from dead processes",
-        _measure("reaped_batches"),
+        "reaped_batches",
     ),
-    _counter(
-        "phonon_leases_lost",
-        "phonon.leases.lost",
+    _metric(
+        "leases.lost",
         "{lease}",
-        "How often this process was declared dead, or the server lost its data",
+        "The times that this process was declared dead, or the server lost its data",
         lambda engine: len(engine.identity.former),
     ),
-    _counter(
-        "phonon_locks_lost",
-        "phonon.locks.lost",
-        "{lock}",
-        "Locks that were lost while they were held",
-        _measure("lost_locks"),
-    ),
-    Metric(
-        "phonon_lock_wait_seconds",
-        "phonon.lock.wait.duration",
-        "histogram",
+    _metric("locks.lost", "{lock}", "Locks that were lost while they were held", "lost_locks"),
+    _metric(
+        "lock.wait.duration",
         "s",
-        "How long locks were waited for that were got",
-        (),
-        _one(_measure("lock_wait")),
+        "The times that callers waited for locks that they got",
+        "lock_wait",
+        kind="histogram",
     ),
-    Metric(
-        "phonon_lock_hold_seconds",
-        "phonon.lock.hold.duration",
-        "histogram",
-        "s",
-        "How long locks were held",
-        (),
-        _one(_measure("lock_hold")),
+    _metric(
+        "lock.hold.duration", "s", "The times that locks were held", "lock_hold", kind="histogram"
     ),
-    _counter(
-        "phonon_calls",
-        "phonon.calls",
+    _metric(
+        "calls",
         "{call}",
         "Calls that were answered, since the last change of identity",
         lambda engine: sum(lane.answered for lane in engine.identity.lanes),
     ),
-    _counter(
-        "phonon_operations",
-        "phonon.operations",
+    _metric(
+        "operations",
         "{operation}",
-        "Operations that these calls carried: divided by the calls, how many one carries",
+        "Operations that these calls carried: divided by the calls, the operations of one",
         lambda engine: sum(lane.answered_operations for lane in engine.identity.lanes),
     ),
-    _counter(
-        "phonon_round_trips",
-        "phonon.round_trips",
+    _metric(
+        "round_trips",
         "{round_trip}",
-        "How often requests were sent together and their answers awaited, reads of state included",
+        "The times that requests were sent and answers awaited, reads of state included",
         lambda engine: engine.driver.server.round_trips,
     ),
-    _counter(
-        "phonon_call_failures",
-        "phonon.call.failures",
+    _metric(
+        "call.failures",
         "{attempt}",
         "Attempts at calls that were not answered, and repeated",
         lambda engine: engine.driver.server.troubles,

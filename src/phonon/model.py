@@ -186,8 +186,8 @@ class Model:
     @classmethod
     def completes_many(cls) -> bool:
         """Return whether the class has an `on_complete_many` of its own."""
-        mine: Any = cls.on_complete_many
-        return mine.__func__ is not Model.on_complete_many.__func__  # type: ignore[attr-defined]  # of classmethods
+        method: Any = cls.on_complete_many
+        return method.__func__ is not Model.on_complete_many.__func__  # type: ignore[attr-defined]  # of classmethods
 
     @classmethod
     def no_arguments(cls) -> tuple[None, ...]:

@@ -8,9 +8,8 @@ from typing import Any
 
 from phonon import connections
 from phonon.collection import Collection
-from phonon.errors import ConfigurationError
 from phonon.model import Model
-from phonon.settings import check_seconds, check_whole
+from phonon.settings import check_count, check_seconds
 
 __all__ = ["Registry", "configure", "register"]
 
@@ -30,14 +29,10 @@ class Registry:
     def __init__(
         self, max_entries: int = 10_000, idle: float | None = 1800, longest: float | None = None
     ) -> None:
-        if check_whole("max_entries", max_entries) < 1:
-            raise ConfigurationError(
-                f"max_entries is at least 1, not {max_entries!r}: the default is 10,000"
-            )
         for name, seconds in (("idle", idle), ("longest", longest)):
             if seconds is not None:
                 check_seconds(name, seconds)
-        self.max_entries = max_entries
+        self.max_entries = check_count("max_entries", max_entries)
         self.idle = idle
         self.longest = longest
         self._lock = threading.Lock()

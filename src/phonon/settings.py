@@ -90,7 +90,7 @@ def check_timeout(argument: str, value: Any) -> float:
 
 
 def check_count(argument: str, value: Any) -> int:
-    """Refuse a number of things that is no whole number of 1 or more.
+    """Refuse a number that is not a whole number of 1 or more.
 
     Raises:
         ConfigurationError: The value is refused.
@@ -196,29 +196,7 @@ def check_parties(value: Any) -> int | None:
     Raises:
         ConfigurationError: The value is not a whole number, or below 1.
     """
-    if value is None:
-        return None
-    parties = check_whole("parties", value)
-    if parties < 1:
-        raise ConfigurationError(
-            f"a session has 1 party at the least, not {value!r}: give parties=1 or more, or leave "
-            "the argument out"
-        )
-    return parties
-
-
-def check_places(value: Any) -> int:
-    """Refuse an invalid number of a semaphore's places.
-
-    Raises:
-        ConfigurationError: The value is not a whole number, or below 1.
-    """
-    places = check_whole("places", value)
-    if places < 1:
-        raise ConfigurationError(
-            f"a semaphore has 1 place at the least, not {value!r}: give places=1 or more"
-        )
-    return places
+    return None if value is None else check_count("parties", value)
 
 
 def check_api(kind: type, *, process_is_async: bool, is_async: bool) -> None:
@@ -302,27 +280,19 @@ def check_process(
             "s: make session_length at least twice heartbeat_interval"
         )
     check_name("namespace", namespace)
-    _check_partitions(partitions)
-    _check_serializer(serializer)
-    _check_retry(retry)
-    _check_durability(durability)
-    check_callable("on_error", on_error, is_async=is_async)
-    if check_whole("max_backlog", max_backlog) < 1:
+    if partitions is not None and not 1 <= check_whole("partitions", partitions) <= MOST_PARTITIONS:
         raise ConfigurationError(
-            f"max_backlog is at least 1, not {max_backlog!r}: the default is 100,000"
+            f"partitions is 1 to {MOST_PARTITIONS}, not {partitions!r}: leave it out for 16, or "
+            "for as many as the namespace has"
         )
+    _check_serializer(serializer)
+    _check_policy("retry", retry, RetryPolicy, "RetryPolicy(attempts=...)")
+    if durability is not None:
+        _check_policy("durability", durability, Durability, "Durability(replicas=...)")
+    check_callable("on_error", on_error, is_async=is_async)
+    check_count("max_backlog", max_backlog)
     if overflow not in ("block", "raise"):
         raise ConfigurationError(f'overflow is "block" or "raise", not {overflow!r}')
-
-
-def _check_partitions(value: Any) -> None:
-    if value is None:
-        return
-    if not 1 <= check_whole("partitions", value) <= MOST_PARTITIONS:
-        raise ConfigurationError(
-            f"partitions is 1 to {MOST_PARTITIONS}, not {value!r}: leave it out for 16, or for as "
-            "many as the namespace has"
-        )
 
 
 def _check_serializer(value: Any) -> None:
@@ -340,30 +310,17 @@ def _check_serializer(value: Any) -> None:
         )
 
 
-def _check_retry(value: Any) -> None:
-    if not isinstance(value, RetryPolicy):
+def _check_policy(
+    argument: str, value: Any, kind: type[RetryPolicy | Durability], example: str
+) -> None:
+    if not isinstance(value, kind):
         raise ConfigurationError(
-            f"retry is a phonon.RetryPolicy, not {value!r}: write RetryPolicy(attempts=...)"
+            f"{argument} is a phonon.{kind.__name__}, not {value!r}: write {example}"
         )
-    _check_again("retry", value)
-
-
-def _check_again(argument: str, value: RetryPolicy | Durability) -> None:
-    """Check a value again, because ``_replace`` checks nothing."""
     try:
-        type(value)(*value)
+        kind(*value)  # again, because `_replace` checks nothing
     except ConfigurationError as error:
         raise ConfigurationError(f"{argument}: {error}") from None
-
-
-def _check_durability(value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Durability):
-        raise ConfigurationError(
-            f"durability is a phonon.Durability, not {value!r}: write Durability(replicas=...)"
-        )
-    _check_again("durability", value)
 
 
 def check_executor(value: Any) -> None:

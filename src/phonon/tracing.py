@@ -31,7 +31,7 @@ def instrument(*processes: "BaseProcess", tracer_provider: Any = None) -> None:
 
     Links lead to updates that were made in this process, within a span, after the call of
     `instrument`: there are no links to messages that other processes have merged, or that a
-        collection of models has taken. A retry has the same links. The span is made when `execute`
+    collection of models has taken. A retry has the same links. The span is made when `execute`
     has ended, so spans made in there are not its children. Without an SDK in the program nothing
     is recorded.
 

@@ -158,7 +158,7 @@ WITHOUT: dict[Scenario, Mutation] = {
         )
     ),
     scenarios.a_leave_behind_a_rebirth_is_the_last: Mutation(
-        core=(Patch(rebirth, "Rebirth.run", "left += operation.held", "pass"),)
+        core=(Patch(rebirth, "Rebirth.run", "resources += operation.held", "pass"),)
     ),
     scenarios.a_closed_lane_has_lost_nothing: _lua("    stamp = '' -- the lane is gone", "    -- "),
     scenarios.a_call_behind_a_close_has_lost_nothing: Mutation(

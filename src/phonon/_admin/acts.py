@@ -4,12 +4,12 @@ from typing import Any
 
 from phonon._admin.content import class_name_of
 from phonon._admin.inspector import PIECE, Inspector, missing
-from phonon._admin.namespace import Namespace, text
+from phonon._admin.namespace import Namespace
 from phonon._core.executor import TOKENS
 from phonon._core.shown import counted
 from phonon._protocol.library import of_operators
 from phonon._protocol.operations import class_queue
-from phonon._protocol.partitions import encode_resource, encode_semaphore
+from phonon._protocol.partitions import decode, encode_resource, encode_semaphore
 from phonon._transport.steps import Steps
 from phonon.errors import (
     BatchRunningError,
@@ -137,7 +137,7 @@ class Acts:
                 f"{name!r} is not held under token {token}: it was released, or acquired again, "
                 "since the token was read; phonon locks shows its holder"
             )
-        process = text(answer[1]).rpartition("/")[0]
+        process = decode(answer[1]).rpartition("/")[0]
         return (
             f"the lock on {name!r} of process {process} is released; that process finds out when "
             "it checks or releases it, and a store that compares tokens refuses its writes from "
@@ -170,7 +170,7 @@ class Acts:
         also = [command.encode() for command in sorted(of_operators())]
         (forbidden,) = yield from space.ask([space.read(partition, "rights", *also)])
         if forbidden:
-            grants = " ".join(f"+{text(command).lower()}" for command in forbidden)
+            grants = " ".join(f"+{decode(command).lower()}" for command in forbidden)
             raise ServerError(
                 "this user may not run all that an act of an operator needs, and nothing was done: "
                 f"grant with ACL SETUSER <user> {grants}, or use a worker's user"

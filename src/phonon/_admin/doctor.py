@@ -150,8 +150,8 @@ class Doctor:
             if not isinstance(reply, list):
                 return []
             cursor, keys = reply
-            ours = (*space.partitions.prefixes, space.partitions.prefix)
-            old += sum(not key.startswith(ours) and key.startswith(tag) for key in keys)
+            prefixes = (*space.partitions.prefixes, space.partitions.prefix)
+            old += sum(not key.startswith(prefixes) and key.startswith(tag) for key in keys)
             if cursor == b"0":
                 break
         if not old:
@@ -265,10 +265,10 @@ def _processes(found: list[ProcessStatus], *, known: bool) -> Iterator[Finding]:
             yield Finding("problem", "processes", text, remedy)
     alive = [p for p in found if p.state == "alive"]
     yield Finding("ok" if alive else "problem", "processes", f"{len(alive)} alive")
-    mine = metadata.version("phonon")
-    others = sorted({p.version for p in found if p.version and p.version != mine})
+    release = metadata.version("phonon")
+    others = sorted({p.version for p in found if p.version and p.version != release})
     if others:
-        text = f"some run other releases than this one, {mine}: {', '.join(others)}"
+        text = f"some run other releases than this one, {release}: {', '.join(others)}"
         yield Finding("note", "releases", text, "finish the deployment")
     for process in found:
         if process.backlog and process.backlog >= MOST:
@@ -303,10 +303,10 @@ def _batches(found: list[BatchStatus], processes: list[ProcessStatus]) -> Iterat
         ("waiting-for-survivor", "orphans", "start a worker that executes batches"),
         ("retrying", "retries", "their errors name the cause: phonon batches --state retrying"),
     ):
-        some = [batch for batch in found if batch.state == state]
-        if some:
-            text = counted(len(some), f"batch is {state}", f"batches are {state}")
-            text += f", such as {some[0].resource!r} {some[0].error}"
+        affected = [batch for batch in found if batch.state == state]
+        if affected:
+            text = counted(len(affected), f"batch is {state}", f"batches are {state}")
+            text += f", such as {affected[0].resource!r} {affected[0].error}"
             yield Finding("note", subject, text.strip(), remedy)
     long = [b for b in found if b.state == "running" and b.age > LONG]
     if long:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from phonon._admin.content import read_partial
-from phonon._admin.namespace import SOME, Namespace, text, unpacked
+from phonon._admin.namespace import MOST_PROCESSES, Namespace, unpacked
 from phonon._admin.pages import Page, Walk, next_page
 from phonon._admin.records import (
     Act,
@@ -30,7 +30,7 @@ from phonon._admin.rows import (
     session_status,
 )
 from phonon._core.executor import TOKENS
-from phonon._protocol.partitions import encode_resource, encode_semaphore
+from phonon._protocol.partitions import decode, encode_resource, encode_semaphore
 from phonon._transport.steps import Steps
 from phonon.errors import BatchMissingError
 
@@ -60,20 +60,20 @@ class Inspector:
         now, roster = yield from space.roster()
         pids = list(roster)
         found: list[ProcessStatus] = []
-        for first in range(0, len(pids), SOME):
-            some = pids[first : first + SOME]
-            sums = [[0, 0, 0, 0, 0, 0] for _ in some]
+        for first in range(0, len(pids), MOST_PROCESSES):
+            page = pids[first : first + MOST_PROCESSES]
+            totals = [[0, 0, 0, 0, 0, 0] for _ in page]
             for p in range(0, space.partitions.count, AT_ONCE):
                 asked = range(p, min(p + AT_ONCE, space.partitions.count))
                 replies = yield from space.ask(
-                    [space.read(each, "admin_holdings", *some) for each in asked]
+                    [space.read(each, "admin_holdings", *page) for each in asked]
                 )
                 for reply in replies:
-                    for i, mine in enumerate(sums):
-                        add_holdings(mine, reply[8 * i : 8 * i + 8])
+                    for i, sums in enumerate(totals):
+                        add_holdings(sums, reply[8 * i : 8 * i + 8])
             found += [
-                process_status(pid, now, roster[pid], mine)
-                for pid, mine in zip(some, sums, strict=True)
+                process_status(pid, now, roster[pid], sums)
+                for pid, sums in zip(page, totals, strict=True)
             ]
         return sorted(found, key=lambda process: (process.state != "dead", -(process.lag or 0.0)))
 
@@ -84,7 +84,7 @@ class Inspector:
         for pid, (_, _, report) in roster.items():
             for row in unpacked(report).get("sources", ()):
                 name, kind, position, lag = row
-                found.append(SourceStatus(str(name), text(pid), str(kind), str(position), lag))
+                found.append(SourceStatus(str(name), decode(pid), str(kind), str(position), lag))
         return sorted(found, key=lambda source: (source.name, source.process))
 
     # Sessions, locks and batches
@@ -186,12 +186,12 @@ class Inspector:
         space = self._namespace
         start = encode_resource(prefix) if prefix else b""
         waiting = list(range(space.partitions.count))
-        under_way: list[_Place] = []
+        under_way: list[_WalkPosition] = []
         while waiting or under_way:
             fresh = [waiting.pop(0) for _ in range(min(AT_ONCE - len(under_way), len(waiting)))]
             owners = yield from space.ask([space.read(p, "admin_owners") for p in fresh])
             under_way += [
-                _Place(p, [*lanes, *queues])
+                _WalkPosition(p, [*lanes, *queues])
                 for p, (lanes, queues) in zip(fresh, owners, strict=True)
                 if lanes or queues
             ]
@@ -285,11 +285,11 @@ class Inspector:
         found = yield from _all_of(walk)
         times: dict[str, int] = {}
         for pid, count in zip(modified[::2], modified[1::2], strict=True):
-            times[text(pid)] = times.get(text(pid), 0) + int(count)
+            times[decode(pid)] = times.get(decode(pid), 0) + int(count)
         return ResourceStatus(
             resource=name,
             members=tuple(
-                (text(pid), *places[pid], since / 1000)
+                (decode(pid), *places[pid], since / 1000)
                 for pid, since in zip(pids, members[1::2], strict=True)
             ),
             modifications={pid: count for pid, count in times.items() if count},
@@ -344,7 +344,7 @@ class Inspector:
 Rows = list[tuple[bytes, Row]]
 
 
-class _Place:
+class _WalkPosition:
     """The position of a walk in one partition.
 
     Attributes:

@@ -6,13 +6,13 @@ from typing import Any
 import msgpack
 
 from phonon._protocol.library import Library, Request
-from phonon._protocol.partitions import DEFAULT_PARTITIONS, Partitions, decode
+from phonon._protocol.partitions import DEFAULT_PARTITIONS, Partitions
 from phonon._transport.server import Server
 from phonon._transport.steps import Steps
 from phonon.errors import ServerError
 
 #: The most processes whose cards and counts are asked for in one call.
-SOME = 50
+MOST_PROCESSES = 50
 
 
 class Namespace:
@@ -71,19 +71,19 @@ class Namespace:
             function: The function's name, without the library's.
             arguments: As the function takes them.
         """
-        prefix = (
-            self.partitions.prefix if partition is None else self.partitions.prefixes[partition]
-        )
+        prefix = self._prefix(partition)
         # A user with only the right to read may not run FCALL.
         words = (b"FCALL_RO", self.library.function(function), b"1", prefix, *arguments)
         return Request(prefix, words)
 
     def write(self, partition: int | None, function: str, *arguments: bytes) -> Request:
         """Return the call of a function that writes."""
-        prefix = (
-            self.partitions.prefix if partition is None else self.partitions.prefixes[partition]
-        )
+        prefix = self._prefix(partition)
         return self.library.request(function, prefix, *arguments)
+
+    def _prefix(self, partition: int | None) -> bytes:
+        partitions = self.partitions
+        return partitions.prefix if partition is None else partitions.prefixes[partition]
 
     def everywhere(self, function: str, *arguments: bytes) -> list[Request]:
         """Return the call of a function that reads, for each partition."""
@@ -117,10 +117,10 @@ class Namespace:
         """Return host and pid of processes, by id."""
         wanted = list(dict.fromkeys(processes))
         unknown = [pid for pid in wanted if pid not in self._cards]
-        for first in range(0, len(unknown), SOME):
-            some = unknown[first : first + SOME]
-            (cards,) = yield from self.ask([self.read(None, "cards", *some)])
-            for pid, card in zip(some, cards, strict=True):
+        for first in range(0, len(unknown), MOST_PROCESSES):
+            page = unknown[first : first + MOST_PROCESSES]
+            (cards,) = yield from self.ask([self.read(None, "cards", *page)])
+            for pid, card in zip(page, cards, strict=True):
                 if card:
                     self._cards[pid] = place_of(card)
         return {pid: self._cards.get(pid, ("", 0)) for pid in wanted}
@@ -140,8 +140,3 @@ def place_of(card: bytes) -> tuple[str, int]:
     known = unpacked(card)
     pid = known.get("pid", 0)
     return str(known.get("host", "")), pid if isinstance(pid, int) else 0
-
-
-def text(name: bytes) -> str:
-    """Return a process id, a thread's name or an error as text."""
-    return decode(name)

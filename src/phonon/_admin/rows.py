@@ -3,7 +3,7 @@
 from collections.abc import Container, Sequence
 from typing import Any
 
-from phonon._admin.namespace import text, unpacked
+from phonon._admin.namespace import unpacked
 from phonon._admin.records import (
     Act,
     BatchState,
@@ -25,31 +25,31 @@ from phonon._protocol.partitions import decode, is_semaphore
 Row = Sequence[Any]
 
 
-def add_holdings(mine: list[int], row: Sequence[int]) -> None:
+def add_holdings(sums: list[int], row: Sequence[int]) -> None:
     """Add a process's figures in one partition to those in others."""
     locks, memberships, batches, left, _, oldest, calls, _ = row
     for i, number in enumerate((locks, memberships, batches, left)):
-        mine[i] += number
-    if oldest and (not mine[4] or oldest < mine[4]):
-        mine[4] = oldest
-    mine[5] += calls
+        sums[i] += number
+    if oldest and (not sums[4] or oldest < sums[4]):
+        sums[4] = oldest
+    sums[5] += calls
 
 
 def process_status(
-    pid: bytes, now: float, said: tuple[int, bytes, bytes], held: Sequence[int]
+    pid: bytes, now: float, listed: tuple[int, bytes, bytes], sums: Sequence[int]
 ) -> ProcessStatus:
     """Return a process, given its report and its holdings."""
-    deadline, card_bytes, report_bytes = said
+    deadline, card_bytes, report_bytes = listed
     card, report = unpacked(card_bytes), unpacked(report_bytes)
     interval = float(card.get("interval", 0))
-    locks, memberships, batches, left, oldest, calls = held
+    locks, memberships, batches, left, oldest, calls = sums
     lag: float | None = None
     if deadline and interval:
         lag = max(0.0, now - (deadline / 1e6 - DEAD_AFTER * interval))
     late = deadline / 1e6 < now
     os_pid = card.get("pid", 0)
     return ProcessStatus(
-        id=text(pid),
+        id=decode(pid),
         state="dead" if not deadline else "late" if late else "alive",
         host=str(card.get("host", "")),
         pid=os_pid if isinstance(os_pid, int) else 0,
@@ -109,7 +109,7 @@ def batch_status(owner: bytes, row: Row, now: float, living: Container[bytes]) -
         resource=decode(name),
         token=int(token) * TOKENS,
         state=state,
-        owner="" if class_name is not None else text(owner),
+        owner="" if class_name is not None else decode(owner),
         class_name=class_name or "",
         attempts=attempts,
         crashes=crashes,
@@ -156,7 +156,7 @@ def process_of(holder: bytes) -> bytes:
 def _mode(name: bytes, holder: bytes) -> LockMode:
     if is_semaphore(name):
         return "semaphore"
-    return "shared" if is_shared(text(holder)) else "exclusive"
+    return "shared" if is_shared(decode(holder)) else "exclusive"
 
 
 def lock_status(row: Row, places: dict[bytes, tuple[str, int]]) -> LockStatus:
@@ -169,12 +169,14 @@ def lock_status(row: Row, places: dict[bytes, tuple[str, int]]) -> LockStatus:
         pid = process_of(holder)
         lease = left_ms / 1000 if left_ms >= 0 else None
         holders.append(
-            LockGrant(text(pid), *places[pid], text(thread), since_ms / 1000, token * TOKENS, lease)
+            LockGrant(
+                decode(pid), *places[pid], decode(thread), since_ms / 1000, token * TOKENS, lease
+            )
         )
     waiters = []
     for holder in waiting_names:
         pid = process_of(holder)
-        waiters.append(LockWaiter(text(pid), *places[pid], _mode(name, holder)))
+        waiters.append(LockWaiter(decode(pid), *places[pid], _mode(name, holder)))
     first = held[0] if held else waiting_names[0] if waiting_names else b""
     mode: LockMode = _mode(name, first)
     if holding and not held:

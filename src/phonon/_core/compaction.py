@@ -119,10 +119,10 @@ def _complete(
     while len(partials) < size:
         words = b"%d" % (start + len(partials)), last
         try:
-            piece = yield from read(identity.in_partition(partition, "session", name, *words))
+            more = yield from read(identity.in_partition(partition, "session", name, *words))
         except PhononError:
             return False
-        if not piece:
+        if not more:
             return False
-        partials += piece
+        partials += more
     return True

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import msgpack
 
 from phonon._core.executor import TOKENS, Executor, RunningBatch
-from phonon._core.flows import REBORN, Flow, Read, read, single
+from phonon._core.flows import REBORN, Flow, read, read_all, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
 from phonon._protocol import operations
@@ -96,16 +96,16 @@ class DeadLetters:
         """
         identity = self._identity
         places: list[tuple[int, bytes]] = []
-        replies = _checked((yield Read(identity.everywhere("parked"))))
+        replies = yield from read_all(identity.everywhere("parked"))
         for partition, names in enumerate(replies):
             places += [(partition, name) for name in names]
         found: list[Parked] = []
         for first in range(0, len(places), PIECE):
-            some = places[first : first + PIECE]
-            replies = _checked(
-                (yield Read([identity.in_partition(p, "entries", name) for p, name in some]))
+            page = places[first : first + PIECE]
+            replies = yield from read_all(
+                [identity.in_partition(p, "entries", name) for p, name in page]
             )
-            for (_, name), entries in zip(some, replies, strict=True):
+            for (_, name), entries in zip(page, replies, strict=True):
                 found += [
                     parse_entry(name, *entry)
                     for entry in zip(entries[::3], entries[1::3], entries[2::3], strict=True)
@@ -122,10 +122,10 @@ class DeadLetters:
         stored = _stored_token(resource, token)
         partials: list[bytes] = []
         while True:
-            piece = yield from self._piece(partition, name, stored, len(partials), PIECE)
-            if not piece:
+            page = yield from self._piece(partition, name, stored, len(partials), PIECE)
+            if not page:
                 break
-            partials += piece
+            partials += page
         if not partials:
             raise missing(resource, token)
         return partials
@@ -134,10 +134,10 @@ class DeadLetters:
         self, partition: int, name: bytes, token: int, first: int, count: int
     ) -> Flow[Sequence[bytes]]:
         words = (name, b"%d" % token, b"%d" % first, b"%d" % (first + count - 1))
-        piece: Sequence[bytes] = yield from read(
+        page: Sequence[bytes] = yield from read(
             self._identity.in_partition(partition, "look", *words)
         )
-        return piece
+        return page
 
     def key(self, resource: str, token: int) -> str:
         """Return the key that holds a batch's partials, for messages."""
@@ -234,10 +234,3 @@ def parse_entry(name: bytes, token: bytes, entry: bytes, size: int) -> Parked:
     attempts, since, at = numbers
     number = int(token) * TOKENS if token.isdigit() else 0
     return Parked(decode(name), number, error, attempts, owner, since / 1000, at / 1000, int(size))
-
-
-def _checked(replies: Sequence[Any]) -> Sequence[Any]:
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
-    return replies

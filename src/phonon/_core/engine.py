@@ -16,6 +16,8 @@ from importlib import metadata
 from inspect import isawaitable, iscoroutinefunction
 from typing import Any, NamedTuple, Protocol
 
+import msgpack
+
 from phonon._core import classes, forks
 from phonon._core.clock import clock
 from phonon._core.executor import Executor
@@ -27,7 +29,6 @@ from phonon._core.leases import Leases
 from phonon._core.members import Members
 from phonon._core.outbox import Outbox, Overflow
 from phonon._core.parcels import Ending
-from phonon._core.presence import Presence
 from phonon._core.rebirth import Rebirth
 from phonon._core.reports import Event, Reports
 from phonon._core.retry import RetryPolicy
@@ -50,6 +51,8 @@ _LOOK = 0.002
 _PAUSE = 0.05
 #: Seconds for which a stopping process waits for its lock waiters to leave.
 _DISMISSAL = 5.0
+#: The most names of classes and sources in a report, which travels with every heartbeat.
+_MOST_NAMES = 500
 
 
 class ProcessOptions(NamedTuple):
@@ -175,13 +178,6 @@ class Engine:
             deliver=self.driver.deliver,
             address=address,
         )
-        self.presence = Presence(
-            executes=options.recovers,
-            classes=lambda: [name for name in classes.names() if self.codec.can_execute(name)],
-            backlog=lambda: self.outbox.size,
-        )
-        self.presence.sources = self.sources.listed
-        self.presence.counters = lambda: self.identity.measures.figures()  # noqa: PLW0108 - the measures are another object after a fork
         self.heartbeat = Heartbeat(
             self.identity,
             self.rebirth,
@@ -191,7 +187,7 @@ class Engine:
             interval=options.heartbeat_interval,
             recovers=options.recovers,
             is_referenced=lambda: public() is not None,
-            report=self.presence.report,
+            report=self._report,
         )
         self.sessions = Sessions(self.outbox, self.reports, lambda: public() is not None)
         self.sessions.start_worker = lambda: self._ensure("sessions", self.sessions.work)
@@ -252,6 +248,24 @@ class Engine:
             raise TypeError(f"{function!r} is a coroutine function: use phonon.aio.AsyncProcess")
         function(*arguments)
 
+    def _report(self) -> bytes:
+        """Return the facts about this process that operators see; each heartbeat publishes them."""
+        try:
+            executable = [name for name in classes.names() if self.codec.can_execute(name)]
+            report: bytes = msgpack.packb(
+                {
+                    "executes": self.options.recovers,
+                    "classes": sorted(executable)[:_MOST_NAMES],
+                    "backlog": self.outbox.size,
+                    "counters": self.identity.measures.figures(),
+                    "sources": self.sources.listed()[:_MOST_NAMES],
+                },
+                unicode_errors="surrogatepass",
+            )
+        except Exception:  # noqa: BLE001 - a heartbeat must not fail because of its report
+            return b""
+        return report
+
     @staticmethod
     def make_local() -> Any:
         """Return an object whose attributes are separate for each thread or task."""
@@ -301,7 +315,7 @@ class Engine:
     @property
     def is_worker(self) -> bool:
         """Return whether the caller is one of the workers, which `stopping` waits for."""
-        former = [worker for some in list(self._former_workers.values()) for worker in some]
+        former = [worker for workers in list(self._former_workers.values()) for worker in workers]
         return any(worker.is_current() for worker in (*self._workers.values(), *former))
 
     def in_background(self, function: Callable[[], object], name: str = "tell") -> None:
@@ -448,14 +462,16 @@ class Engine:
         identity = self.identity
         give_up = clock() + _DISMISSAL
         caller = identity.caller()
-        own = [
+        own_waiters = [
             (name, each) for name, each in list(identity.waiters.items()) if each.owner is caller
         ]
-        if own:
+        if own_waiters:
             yield Read(identity.nudges(identity.id))  # the waiter notices once `stop` has returned
-            for waiter, _ in own:
+            for waiter, _ in own_waiters:
                 identity.waiters.pop(waiter, None)
-            yield Send([each.leave(each.partition, each.name, waiter) for waiter, each in own])
+            yield Send(
+                [each.leave(each.partition, each.name, waiter) for waiter, each in own_waiters]
+            )
         while identity.waiters and clock() < give_up:
             yield Read(identity.nudges(identity.id))
             yield Sleep(_LOOK)
@@ -590,13 +606,13 @@ class ThreadEngine(Engine):
         """
         if self.stopped:
             return []
-        ours = [lock for lock in self._locks() if lock._is_owned()]  # noqa: SLF001 - as `threading.Condition` does
-        states = [lock._release_save() for lock in ours]  # noqa: SLF001 - as above
+        held = [lock for lock in self._locks() if lock._is_owned()]  # noqa: SLF001 - as `threading.Condition` does
+        states = [lock._release_save() for lock in held]  # noqa: SLF001 - as above
         try:
             return list(self.driver.run(self.stopping()))
         finally:
             self.close()
-            for lock, state in zip(ours, states, strict=True):
+            for lock, state in zip(held, states, strict=True):
                 lock._acquire_restore(state)  # noqa: SLF001 - as above
 
     def _locks(self) -> list[Any]:

@@ -191,10 +191,26 @@ def read(request: Request) -> Flow[Any]:
     Raises:
         PhononError: The server does not answer, or refuses.
     """
-    (reply,) = yield Read((request,))
-    if isinstance(reply, Exception):
-        raise reply
+    (reply,) = yield from read_all((request,))
     return reply
+
+
+def read_all(requests: Sequence[Request]) -> Flow[Sequence[Any]]:
+    """Call functions outside of lanes, in one exchange.
+
+    Raises:
+        PhononError: The server does not answer, or refuses one of them.
+    """
+    replies: Sequence[Any] = yield Read(requests)
+    return checked(replies)
+
+
+def checked(answers: Sequence[Any]) -> Sequence[Any]:
+    """Return answers, unless one of them is an error, which is raised."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
 
 
 def call(function: Callable[[], Any]) -> Flow[Outcome]:

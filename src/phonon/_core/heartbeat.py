@@ -87,7 +87,7 @@ class Heartbeat:
         self.closing = False
         self.beats = 0
         self._orphans: dict[bytes, float] = {}
-        self._complained = False
+        self._warned = False
 
     def wake(self) -> None:
         """Beat now."""
@@ -111,15 +111,15 @@ class Heartbeat:
                 pause = min(pause, (yield from self.beat()))
             except (ServerUnreachableError, ServerError) as error:
                 pause = min(pause, 1.0)
-                if not self._complained:
+                if not self._warned:
                     log.warning("no heartbeat: %s", error)
-                self._complained = True
+                self._warned = True
             except Exception:
                 log.exception("a heartbeat of process %s failed", self._identity.name)
             else:
-                if self._complained:
+                if self._warned:
                     log.warning("the heartbeat of process %s is back", self._identity.name)
-                self._complained = False
+                self._warned = False
 
     def beat(self) -> Flow[float]:
         """Beat once.

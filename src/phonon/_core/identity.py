@@ -2,12 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import msgpack
 
-from phonon._core.flows import Flow, Read, Signal
+from phonon._core.flows import Flow, Signal, read, read_all
 from phonon._core.measures import Measures
 from phonon._protocol.lane import Lane
 from phonon._protocol.library import Library, Request
@@ -167,14 +167,13 @@ class Identity:
                 self._description,
                 b"%d" % exact,
             )
-            (answer,) = yield Read((listed,))
-            epoch, listing, found = _checked(answer)
+            epoch, listing, found = yield from read(listed)
             if found != count:
                 self._adopt_count(found)
                 count = found
             requests = self.everywhere("open", process, b"%d" % count)
-            opened = [_checked(reply) for reply in (yield Read(requests))]
-            conflicts = {theirs for _, theirs in opened if theirs != count}
+            opened = yield from read_all(requests)
+            conflicts = {other for _, other in opened if other != count}
             if conflicts:
                 # The namespace's record was lost; the lanes of other processes have the number.
                 self._adopt_count(conflicts.pop())
@@ -210,8 +209,8 @@ class Identity:
 
         All partitions are asked: in a cluster each node has its own list of rights.
         """
-        replies = yield Read(self.everywhere("rights", *ALSO_SENT))
-        missing = dict.fromkeys(c.decode().lower() for reply in replies for c in _checked(reply))
+        replies = yield from read_all(self.everywhere("rights", *ALSO_SENT))
+        missing = dict.fromkeys(c.decode().lower() for reply in replies for c in reply)
         if missing:
             raise ServerError(
                 f"the server's user may not run {', '.join(missing)}, which Phonon needs: grant "
@@ -290,10 +289,3 @@ class Identity:
         """Call the functions that were given to `on_rebirth`."""
         for callback in self._rebirths:
             callback()
-
-
-def _checked(reply: Any) -> Sequence[Any]:
-    if isinstance(reply, Exception):
-        raise reply
-    answer: Sequence[Any] = reply
-    return answer

@@ -554,7 +554,7 @@ class Outbox:
         return True
 
     def _not_left(self, ending: Ending, data: bytes, was_held: Any) -> None:
-        """The server refused: the data is local again, and the session goes on."""
+        """Handle a refusal: the data is local again, and the session goes on."""
         if was_held is not ABSENT:
             self._members.held.setdefault(ending.resource, was_held)
         if data:

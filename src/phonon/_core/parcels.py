@@ -95,15 +95,15 @@ def groups(items: Iterable[Any], places: Iterable[tuple[int, bytes]]) -> list[Gr
     """
     partitions: dict[int, tuple[list[Any], list[bytes]]] = {}
     for item, (partition, name) in zip(items, places, strict=True):
-        known = partitions.get(partition)
-        if known is None:
-            known = partitions[partition] = [], []
-        known[0].append(item)
-        known[1].append(name)
+        group = partitions.get(partition)
+        if group is None:
+            group = partitions[partition] = [], []
+        group[0].append(item)
+        group[1].append(name)
     return [
-        Group(partition, some[first : first + GROUP], names[first : first + GROUP])
-        for partition, (some, names) in partitions.items()
-        for first in range(0, len(some), GROUP)
+        Group(partition, members[first : first + GROUP], names[first : first + GROUP])
+        for partition, (members, names) in partitions.items()
+        for first in range(0, len(members), GROUP)
     ]
 
 
@@ -121,12 +121,12 @@ def while_sending(making: Iterator[int], count: int) -> Iterator[object] | None:
 
 
 def _worth_sending(making: Iterator[int]) -> Iterator[None]:
-    made = 0
-    for some in making:
-        made += some
-        if made >= AHEAD:
+    unsent = 0
+    for count in making:
+        unsent += count
+        if unsent >= AHEAD:
             yield
-            made = 0
+            unsent = 0
     yield
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from phonon._core.flows import REBORN, Flow, Read
+from phonon._core.flows import REBORN, Flow, Read, read_all
 from phonon._core.identity import REMEMBERED, Identity
 from phonon._core.leases import Leases
 from phonon._core.members import Members
@@ -38,7 +38,7 @@ _PERSONAL = frozenset(map(int, (Code.LOCK, Code.UNLOCK, Code.RENEW, Code.AWAIT, 
 _REAP, _CLOSE = int(Code.REAP), int(Code.CLOSE)
 
 
-class _Record(NamedTuple):
+class _LastCall(NamedTuple):
     """The last call that a fenced lane carried out."""
 
     sequence: int
@@ -101,10 +101,9 @@ class Rebirth:
         self._next_id = self._next_id or identity.new_id().encode()
         begun = identity.clock()
         epoch, listing, opened = yield from identity.register(self._next_id, exact=True)
-        silent = begun - identity.beaten_at
+        silence = begun - identity.beaten_at
         # A process that was declared dead is not registered any more, and its unused lanes are
-        # gone.
-        # That may be a loss of data, so all lanes are fenced again, but it proves none.
+        # gone. That may be a loss of data, so all lanes are fenced again, but it proves none.
         suspicious = forgotten or bool(lost_calls) or epoch != identity.epoch
         records = yield from self._fence(lanes, old, lost_data=suspicious)
         for lane in lanes if suspicious else ():
@@ -115,30 +114,30 @@ class Rebirth:
             if gone > lost_calls.get(lane.partition, 0):
                 lost_calls[lane.partition] = gone
         # After a week of silence the server may have expired the lanes.
-        lost_data = any(lost_calls.values()) and silent <= REMEMBERED
+        lost_data = any(lost_calls.values()) and silence <= REMEMBERED
         identity.former.append(old)
         for lane in opened:
             lane.defer()
         identity.switch_to(self._next_id, epoch, listing, opened, begun)
         self._next_id = b""
         # No operation enters the old lanes from now on.
-        told: list[tuple[Operation, Any]] = []
-        left: list[bytes] = []
+        answers: list[tuple[Operation, Any]] = []
+        resources: list[bytes] = []
 
         for lane, new in zip(lanes, opened, strict=True):
             for operation in _take_all(lane):
-                answer = _fate(operation, records, silent, lost_data=lost_data)
+                answer = _fate(operation, records, silence, lost_data=lost_data)
                 if answer is not _NOT_CARRIED_OUT:
-                    told.append((operation, answer))
+                    answers.append((operation, answer))
                 elif operation.words[0] in _PERSONAL or operation.words[0] == _CLOSE:
-                    told.append((operation, REBORN))
+                    answers.append((operation, REBORN))
                 else:
-                    left += operation.held
+                    resources += operation.held
                     new.enqueue(operation, first=operation.ahead or operation.words[0] == _REAP)
         reaped = identity.former if suspicious else [old]
-        self._takeover.add_former(reaped, self._members.joins(left))
+        self._takeover.add_former(reaped, self._members.joins(resources))
         error = self._error(old, lost_calls, lost_data=lost_data)
-        for operation, answer in told:
+        for operation, answer in answers:
             self._deliver(operation, answer)
         self._reports.report_error(error)  # the cause is reported before the lost locks
         self._leases.lose_former()
@@ -149,7 +148,7 @@ class Rebirth:
 
     def _fence(
         self, lanes: Iterable[Lane], old: bytes, *, lost_data: bool
-    ) -> Flow[dict[tuple[int, bytes], _Record]]:
+    ) -> Flow[dict[tuple[int, bytes], _LastCall]]:
         """Fence all identities that may have unanswered calls."""
         wanted: dict[tuple[int, bytes], None] = {}
         for lane in lanes:
@@ -165,30 +164,25 @@ class Rebirth:
                     wanted[lane.partition, process] = None
         if not wanted:
             return {}
-        replies = yield Read(
+        replies = yield from read_all(
             [self._identity.in_partition(p, "fence", process) for p, process in wanted]
         )
-        records = {}
-        for key, reply in zip(wanted, replies, strict=True):
-            if isinstance(reply, Exception):
-                raise reply
-            records[key] = _Record(*reply)
-        return records
+        return {key: _LastCall(*reply) for key, reply in zip(wanted, replies, strict=True)}
 
     def _error(self, old: bytes, lost_calls: dict[int, int], *, lost_data: bool) -> PhononError:
-        who, seconds = old.decode(), self._identity.lease
+        process, seconds = old.decode(), self._identity.lease
         if not lost_data:
             return DeclaredDeadError(
-                f"process {who} was silent for more than {seconds:g} s and was declared dead: "
+                f"process {process} was silent for more than {seconds:g} s and was declared dead: "
                 f"others take over its batches and locks. It goes on as {self._identity.name} with "
                 "all that is local"
             )
         lost = sum(lost_calls.values())
-        what = f"the last {lost} calls" if lost else "data"
+        lost_part = f"the last {lost} calls" if lost else "data"
         return ServerStateLostError(
-            f"{self._address} has lost {what} of process {who}. Data that was stored there and not "
-            "yet written to the database is lost, unless it is restored from a backup; batches "
-            "executed since may be executed again. The process goes on as "
+            f"{self._address} has lost {lost_part} of process {process}. Data that was stored "
+            "there and not yet written to the database is lost, unless it is restored from a "
+            "backup; batches executed since may be executed again. The process goes on as "
             f"{self._identity.name}, renews its {len(self._members.held)} memberships, and has "
             f"lost its {len(self._leases)} locks. A server with appendonly yes, or "
             "Process(durability=...), keeps its data",
@@ -216,7 +210,7 @@ _NOT_CARRIED_OUT = object()
 
 def _fate(
     operation: Operation,
-    records: dict[tuple[int, bytes], _Record],
+    records: dict[tuple[int, bytes], _LastCall],
     silent: float,
     *,
     lost_data: bool,
@@ -235,8 +229,8 @@ def _fate(
             answers = msgpack.unpackb(record.answers, raw=True, strict_map_key=False)
             if place < len(answers):
                 add_contents(answers, None)
-                told = [_without_content(a) for a in answers[place : place + operation.count]]
-                return told if operation.count > 1 else told[0]
+                found = [_without_content(a) for a in answers[place : place + operation.count]]
+                return found if operation.count > 1 else found[0]
     if unknown:
         return ConnectionLostError(
             f"{operation!r} was not answered for more than a week, and the server does not "

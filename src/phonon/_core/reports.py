@@ -73,7 +73,7 @@ class Reports:
     ) -> None:
         self.on_error = on_error
         self._run = run
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self._listeners: dict[str, list[Callable[[Event], object]]] = {}
 
     def report_error(self, error: Exception) -> None:
@@ -106,11 +106,11 @@ class Reports:
 
     def once(self, subject: str) -> bool:
         """Return whether this is the first report about a subject."""
-        if subject in self._said:
+        if subject in self._reported:
             return False
-        if len(self._said) >= MOST_SUBJECTS:
-            self._said.clear()
-        self._said.add(subject)
+        if len(self._reported) >= MOST_SUBJECTS:
+            self._reported.clear()
+        self._reported.add(subject)
         return True
 
 

@@ -50,14 +50,14 @@ class RetryPolicy(_Values):
                 raise ConfigurationError(
                     f"{name} is at least {least}, not {count!r}: see phonon.RetryPolicy"
                 )
-        for name, most, what, number in (
+        for name, limit, expected, number in (
             ("first_delay", math.inf, "a number of seconds from 0", first_delay),
             ("longest_delay", math.inf, "a number of seconds from 0", longest_delay),
             ("jitter", 1, "a share from 0 to 1", jitter),
         ):
-            if not is_number(number) or not (0 <= number <= most and number < math.inf):
+            if not is_number(number) or not (0 <= number <= limit and number < math.inf):
                 raise ConfigurationError(
-                    f"{name} is {what}, not {number!r}: see phonon.RetryPolicy"
+                    f"{name} is {expected}, not {number!r}: see phonon.RetryPolicy"
                 )
         return super().__new__(cls, attempts, first_delay, longest_delay, jitter, crashes)
 

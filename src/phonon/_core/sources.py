@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from phonon._core.compaction import LongSession
 from phonon._core.executor import Executor
-from phonon._core.flows import Branch, Flow, Read, Send, single
+from phonon._core.flows import Branch, Flow, Send, checked, read_all, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
 from phonon._core.parcels import Parcel
@@ -211,17 +211,17 @@ class OrderedProgress:
         if now - claim.moved_on >= MOVE_ON_AFTER:
             claim.moved_on = now
             partitions = range(len(claim.positions))
-        made = []
+        sent = []
         for partition in partitions:
             position = self._positions[partition]
             if position is not None and position < upto:
                 positions = b"%d" % position, b"%d" % upto
-                made.append(
+                sent.append(
                     operations.ingest(
                         partition, claim.encoded, claim.epoch, positions, items.get(partition, [])
                     )
                 )
-        return made
+        return sent
 
     def stored(self, operation: Operation) -> None:
         """Note the position to which the operation has moved the source."""
@@ -290,7 +290,7 @@ class UnorderedProgress:
         self._ids = ids
         self._id = b""
         self._begun: set[bytes] = set()
-        self._brought: dict[int, list[bytes]] = {}
+        self._new_ids: dict[int, list[bytes]] = {}
 
     def begin(self, mark: Any) -> bool:
         """Go on to the message with that id."""
@@ -312,11 +312,9 @@ class UnorderedProgress:
         if (partition, mark) in self._ids.known:
             return True
         if mark:
-            brought = self._brought.get(partition)
-            if brought is None:
-                self._brought[partition] = [mark]
-            elif brought[-1] is not mark:
-                brought.append(mark)
+            ids = self._new_ids.setdefault(partition, [])
+            if not ids or ids[-1] is not mark:
+                ids.append(mark)
         return False
 
     def preparing(self) -> list[Operation]:
@@ -325,11 +323,11 @@ class UnorderedProgress:
 
     def operations(self, items: dict[int, list[bytes]]) -> list[Operation]:
         """Return the operations that store items with the ids of their messages."""
-        ids, brought = self._ids, self._brought
-        self._brought = {}
+        ids, new_ids = self._ids, self._new_ids
+        self._new_ids = {}
         return [
-            operations.ingest_new(p, ids.encoded, ids.window_ms, brought.get(p, []), some)
-            for p, some in items.items()
+            operations.ingest_new(p, ids.encoded, ids.window_ms, new_ids.get(p, []), partials)
+            for p, partials in items.items()
         ]
 
     def stored(self, operation: Operation) -> None:
@@ -399,9 +397,7 @@ class Sources:
         answers = yield Send([operations.claim(p, encoded, epoch, where) for p in others])
         positions: list[int | None] = [None] * partitions.count
         claim = SourceClaim(name, epoch, positions)
-        for partition, answer in zip([home, *others], [first, *answers], strict=True):
-            if isinstance(answer, Exception):
-                raise answer
+        for partition, answer in zip([home, *others], [first, *checked(answers)], strict=True):
             if answer[0] == _REFUSED:
                 raise claim.lost("was claimed by another consumer meanwhile")
             claim.positions[partition] = int(answer[2]) if answer[2] else None
@@ -419,25 +415,16 @@ class Sources:
     def position(self, name: str) -> Flow[int | None]:
         """Return a source's position, without claiming it."""
         encoded = encode_resource(name)
-        replies = yield Read(self._identity.everywhere("source", encoded))
-        found: list[int] = []
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-            if reply[1]:
-                found.append(int(reply[1]))
-        return min(found, default=None)
+        replies = yield from read_all(self._identity.everywhere("source", encoded))
+        return min((int(reply[1]) for reply in replies if reply[1]), default=None)
 
     def drop(self, claim: SourceClaim) -> Flow[None]:
         """Delete a source's position in all partitions."""
         count = range(self._identity.partitions.count)
         answers = yield Send([operations.drop_source(p, claim.encoded, claim.epoch) for p in count])
         claim.in_doubt = True
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-            if answer[0] == _REFUSED:
-                raise claim.lost("was claimed by another consumer")
+        if any(answer[0] == _REFUSED for answer in checked(answers)):
+            raise claim.lost("was claimed by another consumer")
 
     def ingest(self, progress: Progress, parcels: Sequence[Parcel]) -> Flow[list[BaseException]]:
         """Store the data of messages together with their offsets or ids.
@@ -451,7 +438,7 @@ class Sources:
         """
         errors: list[BaseException] = []
         items: dict[int, list[bytes]] = {}
-        about: dict[int, list[Parcel]] = {}
+        parcels_of: dict[int, list[Parcel]] = {}
         place = self._members.place
         for parcel in parcels:
             try:
@@ -463,7 +450,7 @@ class Sources:
                 continue
             partition, name = place(parcel.resource_id)
             items.setdefault(partition, []).extend((name, partial))
-            about.setdefault(partition, []).append(parcel)
+            parcels_of.setdefault(partition, []).append(parcel)
         if errors:
             progress.failed()
             return errors
@@ -472,7 +459,7 @@ class Sources:
         if preparing:
             errors += yield from self._send(progress, preparing, {}, {})
         if not errors:
-            errors += yield from self._send(progress, progress.operations(items), items, about)
+            errors += yield from self._send(progress, progress.operations(items), items, parcels_of)
         if not errors:
             progress.finished()
         return _together(errors)
@@ -487,15 +474,17 @@ class Sources:
         progress: Progress,
         sent: list[Operation],
         items: dict[int, list[bytes]],
-        about: dict[int, list[Parcel]],
+        parcels_of: dict[int, list[Parcel]],
     ) -> Flow[list[BaseException]]:
         if not sent:
             return []
         errors: list[BaseException] = []
         held = self._members.held
-        named = [[parcel.resource_id for parcel in about.get(o.partition, ())] for o in sent]
-        entries = [self._members.entering(names) for names in named]
-        for parcels in about.values():
+        resources = [
+            [parcel.resource_id for parcel in parcels_of.get(o.partition, ())] for o in sent
+        ]
+        entries = [self._members.entering(names) for names in resources]
+        for parcels in parcels_of.values():
             for parcel in parcels:
                 if held.get(parcel.resource_id) is None:
                     held[parcel.resource_id] = weakref.ref(parcel)
@@ -504,9 +493,11 @@ class Sources:
         except BaseException:
             progress.failed()
             raise
-        many: list[LongSession] = []
+        long_sessions: list[LongSession] = []
         partials = size = 0
-        for operation, answer, names, entered in zip(sent, answers, named, entries, strict=True):
+        for operation, answer, names, entered in zip(
+            sent, answers, resources, entries, strict=True
+        ):
             code = answer[0] if isinstance(answer, list) else answer
             if code == _INGESTED:
                 progress.stored(operation)
@@ -514,19 +505,19 @@ class Sources:
                 partials += len(taken)
                 size += sum(map(len, taken))
                 if answer is not _INGESTED and isinstance(answer, list):
-                    some = items[operation.partition]
-                    many += _pairs(operation.partition, some, answer[1])
-                    self._put_aside(operation.partition, some, answer[2])
+                    sent_items = items[operation.partition]
+                    long_sessions += _pairs(operation.partition, sent_items, answer[1])
+                    self._put_aside(operation.partition, sent_items, answer[2])
                     partials -= len(answer[2]) // 2
-                    size -= sum([len(some[2 * place + 1]) for place in answer[2][::2]])
+                    size -= sum([len(sent_items[2 * place + 1]) for place in answer[2][::2]])
             else:
                 errors.append(_error(progress, operation, answer))
             for name, entry in zip(names, entered, strict=True):
                 self._members.entered(name, entry, failed=code != _INGESTED)
         yield from self._members.settle_doubts()
         self._identity.measures.add_stored(partials, size)
-        if many:
-            yield Branch(self._executor.compact(many))
+        if long_sessions:
+            yield Branch(self._executor.compact(long_sessions))
         return errors
 
     def _put_aside(self, partition: int, items: Sequence[bytes], wrong: Sequence[Any]) -> None:

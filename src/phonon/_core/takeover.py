@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phonon._core.flows import FLUSH, REBORN, Flow, Read, Send, Sleep
+from phonon._core.flows import FLUSH, REBORN, Flow, Send, Sleep, read
 from phonon._core.identity import Identity
 from phonon._core.outbox import Outbox
 from phonon._protocol import operations
@@ -208,9 +208,7 @@ class Takeover:
             return
         self.former.pop(dead, None)
         if not left and operations.class_of_queue(dead) is None:
-            (reply,) = yield Read((self._identity.in_namespace("unlist", dead),))
-            if isinstance(reply, Exception):
-                raise reply
+            yield from read(self._identity.in_namespace("unlist", dead))
 
     def _reap(self, dead: bytes, recovers: bool, taken: _TakeoverProgress) -> Flow[list[int]]:
         """Reap a dead process in all partitions.

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast
 
 from phonon._core.engine import Engine
 from phonon._core.flows import Flow, read
@@ -126,7 +126,7 @@ class BaseCollection(Generic[P, M]):
         ignore_unknown: bool = False,
         sink: Any = None,
     ) -> None:
-        self.model = _any(model)
+        self.model = cast("Any", model)
         self._check_model(sink)
         for name, value in (("idle", idle), ("longest", longest)):
             if value is not None:
@@ -242,8 +242,8 @@ class BaseCollection(Generic[P, M]):
     def _lock_folds(self, template: str, namespace: Mapping[str, Any]) -> None:
         """Make the compiled functions run under the lock, which is never held across a wait."""
         cache, put_rows = self._cache, self._fold_rows
-        own: dict[str, Any] = {"_finish": lambda *rest: rest, "_wait_for_room": lambda: None}
-        put = self._compiled.build("add", template, {**namespace, **own})
+        unlocked: dict[str, Any] = {"_finish": lambda *rest: rest, "_wait_for_room": lambda: None}
+        put = self._compiled.build("add", template, {**namespace, **unlocked})
 
         def add(*values: Any, **named: Any) -> Any:
             if self._engine.outbox.full:
@@ -280,13 +280,13 @@ class BaseCollection(Generic[P, M]):
                 self._cache.insert(key, record)
                 if batch is not None and target is None:
                     record._is_left_to_others_(self._engine, init_cache=False)
-            theirs = record._batch_
-            if theirs is not None and theirs is not target and theirs.is_open:
+            other_batch = record._batch_
+            if other_batch is not None and other_batch is not target and other_batch.is_open:
                 # Another thread's batch stores the record. Our caller does not hear of that batch's
                 # end but must know when all is stored, so this message is stored by itself.
                 alone = self._new(key, target)
                 if target is None and batch is not None:
-                    theirs.put_aside(record, alone)
+                    other_batch.put_aside(record, alone)
                 record = alone
             if target is not None:
                 target.keep(record)
@@ -362,10 +362,10 @@ class BaseCollection(Generic[P, M]):
         partials: list[bytes] = []
         for _ in range(_ATTEMPTS):
             first = yield from page(0)
-            partials, piece = list(first), first
-            while piece and len(partials) % _PAGE == 0:
-                piece = yield from page(len(partials))
-                partials += piece
+            partials, more = list(first), first
+            while more and len(partials) % _PAGE == 0:
+                more = yield from page(len(partials))
+                partials += more
             # Other processes may merge the partials, or take them all, in between.
             if len(partials) == len(first) or (yield from page(0)) == first:
                 break
@@ -465,10 +465,6 @@ class BaseCollection(Generic[P, M]):
 
 #: The doc of a new record.
 _NOTHING: dict[str, Any] = {}
-
-
-def _any(model: Any) -> Any:
-    return model
 
 
 #: With the GIL compiled functions need no lock; see `phonon._models.field.FoldCode`.

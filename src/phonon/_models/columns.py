@@ -333,16 +333,16 @@ class PendingTables:
             rows: The rows.
             records: The records of all of their keys.
         """
-        mine = self._records
+        known = self._records
         most = {name: self._most.get(name, 0) + size for name, size in rows.most.items()}
         if any(size >= _MOST_SUM for size in most.values()) or any(
-            mine.get(key, record) is not record for key, record in records.items()
+            known.get(key, record) is not record for key, record in records.items()
         ):
             self.settle()
-            most, mine = rows.most, self._records
+            most, known = rows.most, self._records
         for record in records.values():
             record.aside_ = self
-        mine.update(records)
+        known.update(records)
         self._most = self._most | most
         self._bytes += rows.table.nbytes
         self._tables.append(rows.table)  # if this is not reached, nothing was merged

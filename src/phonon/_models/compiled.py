@@ -102,8 +102,8 @@ class Compiled:
         """Merge the states of another record, which are used up, into these."""
         fields = self.fields
         for name, state in other.items():
-            mine = doc.get(name)
-            doc[name] = state if mine is None else fields[name].merge(mine, state)
+            own = doc.get(name)
+            doc[name] = state if own is None else fields[name].merge(own, state)
 
     def knows(self, doc: Any) -> bool:
         """Return whether a decoded value is a doc with this model's fields, of any content."""

@@ -57,7 +57,8 @@ class Field(Generic[R, W]):
     Attributes:
         kind: The kind of field, in lower case: ``"sum"``, ``"latest"``.
         name: The field's name in its model.
-        value_type: The type that the values in messages have; ``typing.Any`` if none was given.
+        values: The type of the values, as a `ValueType` that checks them.
+        value_type: The same as an annotation; ``typing.Any`` if none was given.
         model: The qualified name of the model, for messages.
     """
 
@@ -77,10 +78,10 @@ class Field(Generic[R, W]):
                 f"{type(self).__name__}() takes the type of its values, not {data_type!r}: "
                 f"write {type(self).__name__}(int)"
             )
-        self._values = self.make_values(data_type)
+        self.values = self.make_values(data_type)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.model}.{self.name}: {self._values.name}>"
+        return f"<{type(self).__name__} {self.model}.{self.name}: {self.values.name}>"
 
     @classmethod
     def from_annotation(cls, arguments: tuple[Any, ...]) -> Self:
@@ -92,7 +93,7 @@ class Field(Generic[R, W]):
     def annotate(self, arguments: tuple[Any, ...]) -> None:
         """Take the type of the values from an annotation's brackets."""
         if len(arguments) == 1:
-            self._values = self.make_values(arguments[0])
+            self.values = self.make_values(arguments[0])
         elif arguments:
             raise ConfigurationError(
                 f"{type(self).__name__} takes one type in brackets, not {arguments!r}"
@@ -112,12 +113,7 @@ class Field(Generic[R, W]):
     @property
     def value_type(self) -> Any:
         """The type that the values in messages have."""
-        return self._values.annotation
-
-    @property
-    def values(self) -> ValueType:
-        """The type of the values, as a `ValueType` that checks them."""
-        return self._values
+        return self.values.annotation
 
     # As a descriptor of the model's: records are read by attribute
 
@@ -160,7 +156,7 @@ class Field(Generic[R, W]):
             TypeError: The value has another type.
             ValueError: The value cannot be kept.
         """
-        return self._values.check(value)
+        return self.values.check(value)
 
     def check_stamped(self, value: Any, stamp: Any) -> Any:
         """Do what `check` does, given the time stamp of the message as well."""
@@ -198,7 +194,7 @@ class Field(Generic[R, W]):
         name = self.name
         if self.is_stamped and stamp is not None:
             return [f"{name} = _check_{name}({name}, {stamp})"]
-        exact = self._values.exact
+        exact = self.values.exact
         if type(self).check is Field.check and exact is not None:
             return [
                 f"if _type({name}) is not _{exact.__name__}:",

@@ -32,7 +32,7 @@ class ID(Field[T, T], Generic[T]):
         return state
 
     def is_state(self, state: Any) -> bool:
-        return self._values.accepts(state)
+        return self.values.accepts(state)
 
 
 class ListAppend(Field[list[T], Any], Generic[T]):
@@ -47,7 +47,7 @@ class ListAppend(Field[list[T], Any], Generic[T]):
 
     def check(self, value: Any) -> Any:
         items = value if isinstance(value, _COLLECTIONS) else (value,)
-        check, kind = self._values.check, self._values.exact
+        check, kind = self.values.check, self.values.exact
         return [item if type(item) is kind else check(item) for item in items]
 
     def merge(self, one: Any, other: Any) -> Any:
@@ -64,7 +64,7 @@ class ListAppend(Field[list[T], Any], Generic[T]):
         return in_order(state or [])
 
     def is_state(self, state: Any) -> bool:
-        return type(state) is list and all(map(self._values.accepts, state))
+        return type(state) is list and all(map(self.values.accepts, state))
 
 
 class SetAppend(Field[set[T], Any], Generic[T]):
@@ -75,7 +75,7 @@ class SetAppend(Field[set[T], Any], Generic[T]):
 
     def check(self, value: Any) -> Any:
         items = value if isinstance(value, _COLLECTIONS) else (value,)
-        check, kind = self._values.check, self._values.exact
+        check, kind = self.values.check, self.values.exact
         return {item if type(item) is kind else check(item) for item in items}
 
     def merge(self, one: Any, other: Any) -> Any:
@@ -86,10 +86,10 @@ class SetAppend(Field[set[T], Any], Generic[T]):
         return set(state or ())
 
     def is_state(self, state: Any) -> bool:
-        return type(state) is set and all(map(self._values.accepts, state))
+        return type(state) is set and all(map(self.values.accepts, state))
 
     def check_code(self, stamp: str | None) -> list[str]:
-        kind = self._values.exact
+        kind = self.values.exact
         if kind is None:
             return super().check_code(stamp)
         name = self.name
@@ -98,7 +98,7 @@ class SetAppend(Field[set[T], Any], Generic[T]):
     def fold_code(self) -> FoldCode:
         name, state = self.name, f"_record.{self.slot}"
         many = set_or(state, name, f"|= {name}")
-        kind = self._values.exact
+        kind = self.values.exact
         if kind is None:
             return FoldCode(many)
         # A single value, which is usually in the set already, needs no set of its own.
@@ -136,7 +136,7 @@ class Distinct(Field[int, Any], Generic[T]):
 
     def check(self, value: Any) -> Any:
         items = value if isinstance(value, _COLLECTIONS) else (value,)
-        return [_register(self._values.check(item)) for item in items]
+        return [_register(self.values.check(item)) for item in items]
 
     def fold(self, state: Any, value: Any) -> Any:
         state = {} if state is None else state.copy()
@@ -290,4 +290,4 @@ class Custom(Field[T, T], Generic[T]):
         return copy.deepcopy(self._zero if state is None else state)
 
     def is_state(self, state: Any) -> bool:
-        return self._values.accepts(state)
+        return self.values.accepts(state)

@@ -38,7 +38,7 @@ class Sum(Field[N, N], Generic[N]):
 
     @property
     def _is_decimal(self) -> bool:
-        return self.value_type is Decimal and self._values is not NUMBER
+        return self.value_type is Decimal and self.values is not NUMBER
 
     def fold(self, state: Any, value: Any) -> Any:
         return value if state is None else exact.add_decimals(state, value)
@@ -48,7 +48,7 @@ class Sum(Field[N, N], Generic[N]):
 
     @property
     def seals(self) -> bool:
-        return self._values.exact is not int and not self._is_decimal
+        return self.values.exact is not int and not self._is_decimal
 
     def seal(self, state: Any) -> Any:
         return exact.sealed(state)
@@ -66,7 +66,7 @@ class Sum(Field[N, N], Generic[N]):
         if self._is_decimal:
             return super().fold_code()
         name, state = self.name, f"_record.{self.slot}"
-        if self._values.exact is int:
+        if self.values.exact is int:
             return FoldCode(_adding(state, name))
         if self.value_type is float:
             lines = [
@@ -120,7 +120,7 @@ class Count(Field[int, int]):
         return ValueType(int)
 
     def check(self, value: Any) -> Any:
-        value = self._values.check(value)
+        value = self.values.check(value)
         if value < 0:
             raise ValueError("takes how many messages one stands for, at least 0")
         return value
@@ -151,8 +151,8 @@ class Counter(Field[dict[K, int], Mapping[K, int]], Generic[K]):
 
     def check(self, value: Any) -> Any:
         if not isinstance(value, Mapping):
-            raise TypeError(f"takes a mapping of {self._values.name} to int")
-        exact_type, check, checked = self._values.exact, self._values.check, {}
+            raise TypeError(f"takes a mapping of {self.values.name} to int")
+        exact_type, check, checked = self.values.exact, self.values.check, {}
         for key, times in value.items():
             own = key if type(key) is exact_type else check(key)
             if type(times) is not int:
@@ -188,7 +188,7 @@ class Counter(Field[dict[K, int], Mapping[K, int]], Generic[K]):
         return (
             type(state) is dict
             and all(type(times) is int for times in state.values())
-            and all(map(self._values.accepts, state))
+            and all(map(self.values.accepts, state))
         )
 
 
@@ -336,7 +336,7 @@ class Stats(Field[Summary, float], Generic[N]):
         )
 
     def is_state(self, state: Any) -> bool:
-        accepts = self._values.accepts
+        accepts = self.values.accepts
         return (
             type(state) is list
             and len(state) == 6  # noqa: PLR2004 - as in `fold`

@@ -32,12 +32,12 @@ class Min(Field[T | None, T], Generic[T]):
         return state
 
     def is_state(self, state: Any) -> bool:
-        return self._values.accepts(state)
+        return self.values.accepts(state)
 
     _operator = "<"
 
     def fold_code(self) -> FoldCode:
-        if self._values.exact not in _FAST and self.value_type is not float:
+        if self.values.exact not in _FAST and self.value_type is not float:
             return super().fold_code()
         name, state = self.name, f"_record.{self.slot}"
         return FoldCode(
@@ -112,21 +112,21 @@ class _Stamped(Field[T | None, T | tuple[Any, T]], Generic[T]):
 
     def check(self, value: Any) -> Any:
         if self.value_type in _TIMES:
-            value = self._values.check(value)
+            value = self.values.check(value)
             return [value, value]
-        stamp, value = _pair(value, self._values.name)
-        return [stamp, self._values.check(value)]
+        stamp, value = _pair(value, self.values.name)
+        return [stamp, self.values.check(value)]
 
     def check_stamped(self, value: Any, stamp: Any) -> Any:
         if stamp is None:
             raise ValueError("goes by the message's time stamp, and this message has none")
-        return [stamp, self._values.check(value)]
+        return [stamp, self.values.check(value)]
 
     def read(self, state: Any) -> Any:
         return None if state is None else state[1]
 
     def is_state(self, state: Any) -> bool:
-        return type(state) is list and len(state) == _PAIR and self._values.accepts(state[1])
+        return type(state) is list and len(state) == _PAIR and self.values.accepts(state[1])
 
 
 def _pair(value: Any, name: str) -> Any:
@@ -213,16 +213,16 @@ class WindowedList(Field[list[T], Any], Generic[T]):
             value = [value]
         if not isinstance(value, list | set | frozenset):
             raise TypeError(
-                f"takes pairs of a rank and {self._values.name}, or the model has a Timestamp field"
+                f"takes pairs of a rank and {self.values.name}, or the model has a Timestamp field"
             )
-        pairs = (_pair(pair, self._values.name) for pair in value)
-        return self._best([[rank, self._values.check(item)] for rank, item in pairs])
+        pairs = (_pair(pair, self.values.name) for pair in value)
+        return self._best([[rank, self.values.check(item)] for rank, item in pairs])
 
     def check_stamped(self, value: Any, stamp: Any) -> Any:
         if stamp is None:
             raise ValueError("goes by the message's time stamp, and this message has none")
         items = value if isinstance(value, list | set | frozenset | tuple) else [value]
-        return self._best([[stamp, self._values.check(item)] for item in items])
+        return self._best([[stamp, self.values.check(item)] for item in items])
 
     def _best(self, pairs: list[Any]) -> list[Any]:
         if len(pairs) > 1:
@@ -248,7 +248,7 @@ class WindowedList(Field[list[T], Any], Generic[T]):
 
     def is_state(self, state: Any) -> bool:
         return type(state) is list and all(
-            type(pair) is list and len(pair) == _PAIR and self._values.accepts(pair[1])
+            type(pair) is list and len(pair) == _PAIR and self.values.accepts(pair[1])
             for pair in state
         )
 
@@ -287,8 +287,8 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
 
     def check(self, value: Any) -> Any:
         if not isinstance(value, Mapping):
-            raise TypeError(f"takes a mapping of {self._values.name} to scores")
-        return {self._values.check(key): _RANK.check(score) for key, score in value.items()}
+            raise TypeError(f"takes a mapping of {self.values.name} to scores")
+        return {self.values.check(key): _RANK.check(score) for key, score in value.items()}
 
     def merge(self, one: Any, other: Any) -> Any:
         return self.tidy(one | self.better(one, other))
@@ -321,7 +321,7 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
         return self._best(state or {})
 
     def is_state(self, state: Any) -> bool:
-        return type(state) is dict and all(map(self._values.accepts, state))
+        return type(state) is dict and all(map(self.values.accepts, state))
 
 
 class SizedAnnotation:

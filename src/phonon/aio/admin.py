@@ -22,7 +22,6 @@ from phonon.admin import (
     SessionStatus,
     SourceStatus,
     check_older,
-    check_prefix,
     check_token,
     states_of,
 )
@@ -120,7 +119,7 @@ class AsyncAdmin(BaseAdmin):
 
     def locks(self, prefix: str = "") -> AsyncIterator[LockStatus]:
         """See `Admin.locks`."""
-        check_prefix(prefix)
+        check_name("prefix", prefix)
         return self._iterate(lambda: self._inspector.locks(prefix))
 
     async def lock(self, name: str, *, semaphore: bool = False) -> LockStatus | None:
@@ -134,7 +133,7 @@ class AsyncAdmin(BaseAdmin):
     ) -> AsyncIterator[SessionStatus]:
         """See `Admin.sessions`."""
         check_older(older)
-        check_prefix(prefix)
+        check_name("prefix", prefix)
         return self._iterate(lambda: self._inspector.sessions(older, prefix))
 
     async def oldest_sessions(
@@ -143,7 +142,7 @@ class AsyncAdmin(BaseAdmin):
         """See `Admin.oldest_sessions`."""
         check_count("most", most)
         check_older(older)
-        check_prefix(prefix)
+        check_name("prefix", prefix)
         return await self._run(lambda: self._inspector.oldest_sessions(most, older, prefix))
 
     def batches(
@@ -151,7 +150,7 @@ class AsyncAdmin(BaseAdmin):
     ) -> AsyncIterator[BatchStatus]:
         """See `Admin.batches`."""
         states = states_of(state)
-        check_prefix(prefix)
+        check_name("prefix", prefix)
         return self._iterate(lambda: self._inspector.batches(states, prefix))
 
     async def sources(self) -> list[SourceStatus]:

@@ -20,18 +20,18 @@ from phonon.aio.lock import AsyncLock, AsyncSemaphore
 from phonon.aio.reference import AsyncReference
 from phonon.aio.source import AsyncMessages, AsyncSource
 from phonon.batch import raise_together
-from phonon.errors import ConfigurationError, ProcessStoppedError
+from phonon.errors import ProcessStoppedError
 from phonon.process import SESSION_LENGTH, BaseProcess, make_codec, url_first
 from phonon.serializers import ExactSerializer, Serializer
 from phonon.settings import (
     Durability,
     Overflow,
     RetryPolicy,
+    check_count,
     check_flag,
     check_name,
     check_position,
     check_process,
-    check_whole,
     url_of,
 )
 from phonon.source import WINDOW, id_of, unordered
@@ -131,10 +131,7 @@ class AsyncProcess(BaseProcess):
             overflow=overflow,
             is_async=True,
         )
-        if check_whole("max_concurrent", max_concurrent) < 1:
-            raise ConfigurationError(
-                f"max_concurrent is at least 1, not {max_concurrent!r}: the default is 10"
-            )
+        check_count("max_concurrent", max_concurrent)
         self.session_length = length
         self.heartbeat_interval = heartbeat_interval
         self.recover_failed_processes = check_flag(

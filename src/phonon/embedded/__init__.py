@@ -58,8 +58,8 @@ class EmbeddedServer:
     Made by `start`; a context manager that closes itself.
 
     Attributes:
-        socket_path: the unix socket to connect to.
-        directory: where the data is kept, resolved; ``None`` if it is not kept.
+        socket_path: The unix socket to connect to.
+        directory: The directory of the data, resolved; None if the data is not kept.
     """
 
     def __init__(self, socket_path: str, directory: Path | None, hold: int) -> None:

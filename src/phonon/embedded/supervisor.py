@@ -64,15 +64,15 @@ def try_lock(descriptor: int, kind: int, timeout: float = 0) -> bool:
     """Take a ``flock``, giving up after a while.
 
     Args:
-        descriptor: an open file.
+        descriptor: An open file.
         kind: ``fcntl.LOCK_SH`` or ``fcntl.LOCK_EX``.
-        timeout: seconds to try; zero for one attempt.
+        timeout: Seconds to try; zero for one attempt.
 
     Returns:
         Whether the lock was obtained.
 
     Raises:
-        OSError: the file system has no locks.
+        OSError: The file system has no locks.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -90,9 +90,9 @@ def ask(path: str, command: bytes, timeout: float) -> bytes:
     """Send one inline command to the server at a unix socket.
 
     Args:
-        path: of the socket.
-        command: one line, ``PING`` say.
-        timeout: seconds to wait for the connection and for the answer, each.
+        path: The path of the socket.
+        command: One line, such as ``PING``.
+        timeout: Seconds to wait for the connection and for the answer, each.
 
     Returns:
         The beginning of the answer; empty if no server answers.
@@ -224,9 +224,9 @@ def main(folder: str, address: str, *command: str) -> NoReturn:
     """Run a server until its last user has left.
 
     Args:
-        folder: the server's ``phonon-server``.
-        address: of the server's socket, absolute or relative to ``folder``.
-        command: the program and its arguments; it is started in the parent of ``folder``.
+        folder: The server's ``phonon-server``.
+        address: The address of the server's socket, absolute or relative to ``folder``.
+        command: The program and its arguments; it is started in the parent of ``folder``.
     """
     # The user's process waits for its child, which ends here, so that no unknown child appears in
     # its `os.wait()`.

@@ -124,12 +124,12 @@ class BaseSqlTable:
         # Always in the same order, so that two writers cannot deadlock.
         records = sorted(records, key=layout.key_of)
         width = max(len(table.columns) for table in self.tables)
-        for some in _pieces(records, MOST_PARAMETERS // width):
+        for page in _pieces(records, MOST_PARAMETERS // width):
             if layout.is_plain:
-                rows = [layout.plain_row(record) for record in some]
+                rows = [layout.plain_row(record) for record in page]
                 connection.execute(self.statement(connection.dialect.name).values(rows))
             else:
-                _merge(connection, layout, some)
+                _merge(connection, layout, page)
 
 
 class SqlTable(BaseSqlTable):
@@ -307,7 +307,7 @@ def _add_to_child(
     rows: Sequence[Sequence[dict[str, Any]]],
 ) -> None:
     dialect = connection.dialect.name
-    flat = [row for some in rows for row in some]
+    flat = [row for page in rows for row in page]
     if "n" not in child.c:
         statement = _insert_missing(dialect, child, [layout.id, "item"])
     elif dialect in ("mysql", "mariadb"):
@@ -319,8 +319,8 @@ def _add_to_child(
             index_elements=[layout.id, "item"],
             set_={"n": added(child.c.n, statement.excluded.n, dialect)},
         )
-    for some in _pieces(flat, MOST_PARAMETERS // len(child.columns)):
-        connection.execute(statement.values(list(some)))
+    for page in _pieces(flat, MOST_PARAMETERS // len(child.columns)):
+        connection.execute(statement.values(list(page)))
 
 
 def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

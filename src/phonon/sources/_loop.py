@@ -9,12 +9,15 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from phonon.errors import (
     AlreadyStoredError,
+    BacklogFullError,
     ConfigurationError,
+    InvalidMessageError,
     NotStorableError,
     PhononError,
+    ServerFullError,
     SourceLostError,
 )
-from phonon.settings import check_callable, check_name, check_seconds, check_whole
+from phonon.settings import check_callable, check_count, check_name, check_seconds
 from phonon.source import Messages
 
 log = logging.getLogger("phonon")
@@ -66,21 +69,21 @@ class MessageHandler(Generic[M]):
         """
         waiting = [messages]
         while waiting:
-            some = waiting.pop()
+            part = waiting.pop()
             at: list[int] = []
             try:
-                self._try(open_batch, some, at)
+                self._try(open_batch, part, at)
             except Exception as error:
-                if isinstance(error, PhononError) and not isinstance(error, NotStorableError):
+                if not is_about_message(error):
                     raise
                 # If a handler raised, its message is known. If storing raised, find the message.
-                if len(some) == 1:
-                    self._put_aside(open_batch, some, error)
+                if len(part) == 1:
+                    self._put_aside(open_batch, part, error)
                 elif at:
-                    waiting += [some[at[0] + 1 :], some[at[0] : at[0] + 1], some[: at[0]]]
+                    waiting += [part[at[0] + 1 :], part[at[0] : at[0] + 1], part[: at[0]]]
                 else:
-                    half = len(some) // 2
-                    waiting += [some[half:], some[:half]]
+                    half = len(part) // 2
+                    waiting += [part[half:], part[:half]]
                 waiting = [each for each in waiting if each]
 
     def _try(
@@ -93,13 +96,14 @@ class MessageHandler(Generic[M]):
             batch = open_batch(messages)
             try:
                 self.run_through(batch, self.handle, messages, at)
-            except AlreadyStoredError:
-                # Now the stored ones are known here, and will be skipped.
-                if attempt == ATTEMPTS - 1:
-                    raise
-            except Exception as error:
+            except Exception as raised:
+                error = weightiest(raised)
+                if isinstance(error, AlreadyStoredError) and attempt < ATTEMPTS - 1:
+                    continue  # now the stored ones are known here, and will be skipped
                 if not batch.is_stored or isinstance(error, PhononError):
-                    raise
+                    if error is raised:
+                        raise
+                    raise error from None
                 # A database may be away. No message is the cause, and none is lost.
                 log.warning("ending sessions failed, and is tried again: %s", error)
                 return
@@ -163,6 +167,9 @@ class Loop:
     def __init__(self, sessions: SupportsExpireAll | None) -> None:
         self._sessions = sessions
         self._stopping = threading.Event()
+        #: The number of handled messages, and of received ones, repeated ones included.
+        self.handled = 0
+        self.received = 0
 
     def stop(self) -> None:
         """Leave the loop when the batch in hand is stored. Any thread may call this."""
@@ -190,6 +197,15 @@ class Loop:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _counted(self, handle: Callable[[Any], object]) -> Callable[[Any], object]:
+        """Return a function that counts the messages that it hands to another one."""
+
+        def counted(message: Any) -> object:
+            self.handled += 1
+            return handle(message)
+
+        return counted
 
     def finish(self) -> None:
         """End all sessions."""
@@ -227,10 +243,7 @@ def check_loop(
     Raises:
         ConfigurationError: An argument is invalid.
     """
-    if check_whole("batch_size", batch_size) < 1:
-        raise ConfigurationError(
-            f"batch_size is at least 1, not {batch_size!r}: leave it out for 1,000"
-        )
+    check_count("batch_size", batch_size)
     check_seconds("poll_timeout", poll_timeout)
     if sessions is not None and not hasattr(sessions, "expire_all"):
         raise ConfigurationError(
@@ -246,4 +259,27 @@ def check_loop(
 
 def is_transient(error: Exception) -> bool:
     """Return whether to go on after an error, by claiming or asking the source again."""
-    return isinstance(error, SourceLostError | AlreadyStoredError | ConnectionError)
+    return isinstance(
+        error,
+        SourceLostError | AlreadyStoredError | BacklogFullError | ServerFullError | ConnectionError,
+    )
+
+
+def is_about_message(error: Exception) -> bool:
+    """Return whether a message is the cause of an error, and not the server or the process."""
+    return isinstance(error, InvalidMessageError | NotStorableError) or not isinstance(
+        error, PhononError
+    )
+
+
+def weightiest(error: Exception) -> Exception:
+    """Return the error of a group that decides how to go on; any other error is returned as it is.
+
+    A batch raises a group if several partitions refuse it. Of such a group an error that ends the
+    loop comes first, then one to go on after; only if there is neither, a message is the cause.
+    """
+    if not isinstance(error, ExceptionGroup):
+        return error
+    leaves = [weightiest(each) for each in error.exceptions]
+    others = [each for each in leaves if not is_about_message(each)]
+    return min(others, key=is_transient, default=error)

@@ -150,9 +150,9 @@ class AsyncKafkaSource(BaseKafkaSource):
                 ``dead_letters``; or of ending the sessions.
         """
         self._loop = asyncio.get_running_loop()
-        storing = _AsyncMessageHandler(self._counted(handle), self._on_poison, self._wait)
+        handler = _AsyncMessageHandler(self._counted(handle), self._on_poison, self._wait)
         with self.running(stop_on):
-            reading = asyncio.ensure_future(asyncio.to_thread(self._read, storing))
+            reading = asyncio.ensure_future(asyncio.to_thread(self._read, handler))
             try:
                 await asyncio.shield(reading)
             except asyncio.CancelledError:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
 
+from phonon._transport.failures import is_passing
 from phonon.errors import ConfigurationError, PhononError
 from phonon.settings import check_name, check_owner, check_seconds
 from phonon.source import WINDOW, Messages
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from phonon.process import Process
 
 log = logging.getLogger("phonon")
+
+_PASSING = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.OutOfMemoryError,
+    redis.ReadOnlyError,
+)
 
 
 class StreamEntry(NamedTuple):
@@ -115,12 +123,10 @@ class StreamSource(Loop):
         self._window = window
         self._claim_at = 0.0
         self._again = False
+        self._lacks_groups = False
         self._on_poison = on_poison if dead_letters is None else self._add_dead_letter
         self._dead_letters = dead_letters
         self._consumer = process.id
-        #: The number of handled entries, and of received ones, repeated ones included.
-        self.handled = 0
-        self.received = 0
 
     def scope_of(self, stream: str) -> str:
         """Return the scope of a stream's ids; see `Process.batch`."""
@@ -145,35 +151,37 @@ class StreamSource(Loop):
             Exception: The error of ``handle``, if there is neither ``on_poison`` nor
                 ``dead_letters``; or of ending the sessions.
         """
-
-        def counted(entry: StreamEntry) -> None:
-            self.handled += 1
-            handle(entry)
-
-        storing = MessageHandler(counted, self._on_poison)
+        handler = MessageHandler(self._counted(handle), self._on_poison)
         with self.running(stop_on):
             while not self.stopping:
                 try:
-                    self._read(storing)
-                except (redis.ConnectionError, redis.TimeoutError) as error:
-                    log.warning("streams: %s", error)
-                    self.pause()
+                    if self._lacks_groups:
+                        self._make_groups()
+                    self._read(handler)
+                except redis.RedisError as error:
+                    self._lacks_groups = str(error).startswith("NOGROUP")
+                    if not self._lacks_groups:
+                        if not _is_passing(error):
+                            raise
+                        log.warning("streams: %s", error)
+                        self._again = True
+                        self.pause()
                 except PhononError as error:
                     if not is_transient(error):
                         raise
                     log.warning("%s", error)
                     self.pause()
-                except redis.ResponseError as error:
-                    if not str(error).startswith("NOGROUP"):
-                        raise
-                    self._make_groups()
             self._leave()
             self.finish()
 
     def _make_groups(self) -> None:
         for stream in self._streams:
-            with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: the group exists
+            try:
                 self._client.xgroup_create(stream, self._group, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):  # it exists
+                    raise
+        self._lacks_groups = False
 
     def _leave(self) -> None:
         """Leave the group, unless others have to take over entries of this consumer."""
@@ -186,11 +194,11 @@ class StreamSource(Loop):
             if not consumer["pending"] and is_gone(consumer):
                 self._client.xgroup_delconsumer(stream, self._group, consumer["name"])
 
-    def _read(self, storing: MessageHandler[StreamEntry]) -> None:
+    def _read(self, handler: MessageHandler[StreamEntry]) -> None:
         now = time.monotonic()
         if now >= self._claim_at:
             self._claim_at = now + self._idle_ms / 2000
-            self._take_over(storing)
+            self._take_over(handler)
         # Entries that could not be stored are still this consumer's, and come first.
         after, self._again = ("0" if self._again else ">"), False
         found = self._client.execute_command(
@@ -198,9 +206,9 @@ class StreamSource(Loop):
             "BLOCK", self._block_ms, "STREAMS", *self._streams, *[after] * len(self._streams),
         )  # fmt: skip
         for stream, entries in _items(found):
-            self._store(storing, _text(stream), entries)
+            self._store(handler, _text(stream), entries)
 
-    def _take_over(self, storing: MessageHandler[StreamEntry]) -> None:
+    def _take_over(self, handler: MessageHandler[StreamEntry]) -> None:
         """Take over entries that others have not acknowledged for a long time."""
         for stream in self._streams:
             start: Any = "0-0"
@@ -210,7 +218,7 @@ class StreamSource(Loop):
                     "COUNT", self._batch_size,
                 )  # fmt: skip
                 if entries:
-                    self._store(storing, stream, entries)
+                    self._store(handler, stream, entries)
                 if start in (b"0-0", "0-0"):
                     break
             self._forget(stream, lambda consumer: consumer["idle"] > 10 * self._idle_ms)
@@ -225,17 +233,17 @@ class StreamSource(Loop):
                 return lag
         return None
 
-    def _store(self, storing: MessageHandler[StreamEntry], stream: str, raw: Sequence[Any]) -> None:
+    def _store(self, handler: MessageHandler[StreamEntry], stream: str, raw: Sequence[Any]) -> None:
         entries = [
             StreamEntry(id_, _fields(fields), stream) for id_, fields in raw if fields is not None
         ]
         self.received += len(entries)
 
-        def open_batch(some: Sequence[StreamEntry]) -> Messages[StreamEntry]:
-            return self._process.batch(some, dedupe=self.scope_of(stream), window=self._window)
+        def open_batch(entries: Sequence[StreamEntry]) -> Messages[StreamEntry]:
+            return self._process.batch(entries, dedupe=self.scope_of(stream), window=self._window)
 
         try:
-            storing.store(open_batch, entries)
+            handler.store(open_batch, entries)
         except PhononError:
             self._again = True
             raise
@@ -246,6 +254,14 @@ class StreamSource(Loop):
         text = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
         more = {b"phonon-error": text, b"phonon-id": entry.id, b"phonon-stream": entry.stream}
         self._client.xadd(self._dead_letters, {**entry.fields, **more})
+
+
+def _is_passing(error: redis.RedisError) -> bool:
+    """Return whether to ask again after an error: a server is away, is replaced, or is full."""
+    # For some answers the client has a class, and leaves their code out of the text.
+    return isinstance(error, _PASSING) or (
+        isinstance(error, redis.ResponseError) and is_passing(error)
+    )
 
 
 def _items(found: Any) -> Sequence[tuple[Any, Any]]:

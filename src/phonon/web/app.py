@@ -155,16 +155,16 @@ class PageRequests:
         name = str(body.get("resource", ""))
         token = int(body.get("token") or 0)
         if kind == "replay":
-            said = await admin.replay(name, token)
+            text = await admin.replay(name, token)
         elif kind == "discard":
-            said = await admin.discard(name, token)
+            text = await admin.discard(name, token)
         elif kind == "unlock":
-            said = await admin.break_lock(name, token, semaphore=bool(body.get("semaphore")))
+            text = await admin.break_lock(name, token, semaphore=bool(body.get("semaphore")))
         elif kind == "expire":
-            said = await admin.expire(name)
+            text = await admin.expire(name)
         else:
             return _refusal(404, f"there is no act {kind!r}")
-        return {"said": said}
+        return {"said": text}
 
 
 async def _some(entries: Any, most: int = MOST) -> list[Any]:

@@ -183,7 +183,7 @@ def test_stop_returns_the_places(make: Make) -> None:
 
 @pytest.mark.parametrize("places", [0, -1])
 def test_there_is_a_place(places: int, make: Make) -> None:
-    with pytest.raises(ConfigurationError, match="1 place at the least"):
+    with pytest.raises(ConfigurationError, match="places is at least 1"):
         make().semaphore("s", places)
 
 

@@ -147,5 +147,5 @@ def test_known_parties_and_updates(make: Make) -> None:
 def test_waiting_needs_a_number(process: Process) -> None:
     with pytest.raises(ConfigurationError, match=r"create_reference\(\.\.\., parties=n\)"):
         process.create_reference("x").wait()
-    with pytest.raises(ConfigurationError, match="1 party at the least, not 0"):
+    with pytest.raises(ConfigurationError, match="parties is at least 1, not 0"):
         process.create_reference("x", parties=0)

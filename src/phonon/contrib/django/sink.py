@@ -57,8 +57,8 @@ class Upsert(ConflictFreeUpdate):
         connection.close_if_unusable_or_obsolete()  # a background thread's may have been idle
         with transaction.atomic(using), connection.cursor() as cursor:
             for first in range(0, len(rows), each):
-                some = rows[first : first + each]
-                cursor.execute(*_statement(connection, model, cls._key, numbers, some))
+                page = rows[first : first + each]
+                cursor.execute(*_statement(connection, model, cls._key, numbers, page))
 
 
 def _statement(
