@@ -1,4 +1,4 @@
-"""Celery: a report in parts, whose workers may die, and a task of which one runs at a time."""
+"""Celery: a report in parts, which survives its workers, and a task that runs one at a time."""
 
 import os
 import time
@@ -15,7 +15,7 @@ FOLDER = Path(os.environ["FOLDER"])
 
 @app.task(acks_late=True, reject_on_worker_lost=True)
 def part(report: str, number: int, parties: int) -> None:
-    """Do a part. The worker that does the last part has the report published."""
+    """Do a part. The worker that does the last part sends the task that publishes the report."""
     with (FOLDER / "begun").open("a") as file:
         file.write(f"{number} {os.getpid()}\n")
     time.sleep(0.2)
@@ -25,7 +25,7 @@ def part(report: str, number: int, parties: int) -> None:
 @app.task
 @phonon.exactly_once
 def publish(report: str) -> None:
-    """Publish a report, when all of its parts are done."""
+    """Publish a report whose parts are all done."""
     with (FOLDER / "published").open("a") as file:
         file.write(f"{report}\n")
 
@@ -33,7 +33,7 @@ def publish(report: str) -> None:
 @app.task
 @phonon.one_at_a_time
 def rebuild(index: str) -> None:
-    """Rebuild an index; a second one of the same index meanwhile is ignored."""
+    """Rebuild an index. A second task about the same index is ignored meanwhile."""
     with (FOLDER / "rebuilt").open("a") as file:
         file.write(f"{index}\n")
     time.sleep(1)

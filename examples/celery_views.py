@@ -1,5 +1,6 @@
-"""Celery: tasks count page views; one row a page is written, and each task counts once.
+"""Celery: tasks count page views into one row per page, and each task counts once.
 
+sqlite3 "$DATABASE" "CREATE TABLE views (page TEXT PRIMARY KEY, n INTEGER, token INTEGER)"
 celery --app celery_views worker
 python -c "from celery_views import viewed; viewed.delay('/home')"
 """
@@ -20,8 +21,8 @@ app = Celery("shop", broker=os.environ["BROKER_URL"])
 phonon = setup(app)
 
 
-class Views(ConflictFreeUpdate):
-    """Figures of a page."""
+class Views(ConflictFreeUpdate, name="views"):
+    """The views of a page."""
 
     def execute(self) -> None:
         """Add the views to the page's row."""
@@ -32,5 +33,5 @@ class Views(ConflictFreeUpdate):
 @app.task(acks_late=True, reject_on_worker_lost=True)
 @phonon.exactly_once
 def viewed(page: str) -> None:
-    """Count a view, once, however often the task is delivered."""
+    """Count a view once, however often the broker delivers the task."""
     phonon.add(Views, page, doc={"n": 1})

@@ -1,5 +1,6 @@
-"""FastAPI: requests are counted into a table, by route and status, over all workers.
+"""FastAPI: count requests into a table, by route and status, over all workers.
 
+sqlite3 "$DATABASE" "CREATE TABLE requests (route TEXT PRIMARY KEY, n INTEGER, token INTEGER)"
 uvicorn fastapi_requests:app --workers 4
 """
 
@@ -21,8 +22,8 @@ phonon = Phonon()
 app = FastAPI(lifespan=phonon.lifespan)
 
 
-class Requests(AsyncConflictFreeUpdate):
-    """Figures of a route."""
+class Requests(AsyncConflictFreeUpdate, name="requests"):
+    """The requests of a route."""
 
     async def execute(self) -> None:
         """Add the requests to the route's row."""

@@ -1,4 +1,4 @@
-"""APScheduler on every machine, and one of them writes the report."""
+"""APScheduler runs on every machine, and one of them writes the report."""
 
 import os
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Makes each trouble of the runbook in docs/operations.md, to be found and ended by hand.
+"""Causes the problems of the runbook in docs/operations.md, for a drill.
 
 ::
 
     python examples/troubles.py stuck-lock --url redis://localhost:6379/1 --namespace drill
     phonon doctor --namespace drill
 
-It says "ready" when the trouble is there, and ends it itself when it gets a line on its standard
-input, or goes with Ctrl-C.
+It prints "ready" when the problem exists, and ends it when it gets a line on its standard input, or
+Ctrl-C.
 """
 
 import argparse
@@ -19,23 +19,23 @@ from typing import Any
 
 from phonon import ConflictFreeUpdate, Process, RetryPolicy
 
-#: Tried again soon, so that a drill does not take long.
+#: Retries soon, so that a drill is short.
 SOON = RetryPolicy(attempts=1_000_000, first_delay=0.2, longest_delay=0.5)
 ONCE = RetryPolicy(attempts=1)
-#: More sessions than `phonon doctor` takes for normal.
+#: More sessions than `phonon doctor` considers normal.
 MANY = 1200
 #: Seconds between the heartbeats of a drill's processes.
 BEAT = 0.5
 
 
 class Database:
-    """What `execute` writes to: it may be away."""
+    """The database that `execute` writes to, which may be down."""
 
     is_there = True
 
 
 class Total(ConflictFreeUpdate, name="trouble-total"):
-    """Adds up, and writes to a database that may be away."""
+    """Adds up numbers, and writes them to a database that may be down."""
 
     def execute(self) -> None:
         """Write, or fail."""
@@ -46,13 +46,13 @@ class Total(ConflictFreeUpdate, name="trouble-total"):
 
 
 def ready() -> None:
-    """Tell that the trouble is there."""
+    """Report that the problem exists."""
     sys.stdout.write("ready\n")
     sys.stdout.flush()
 
 
 def killed_process(process: Process) -> None:
-    """Die with open sessions and a lock, as of an out-of-memory killer."""
+    """Die with open sessions and a lock, as if killed for lack of memory."""
     for i in range(5):
         Total(process, f"order-{i}", doc={"amount": i})
     process.lock("orders").acquire()
@@ -62,7 +62,7 @@ def killed_process(process: Process) -> None:
 
 
 def stuck_lock(process: Process) -> None:
-    """Hold a lock for ever, while somebody waits for it."""
+    """Hold a lock for ever, while another process waits for it."""
     with Process(**settings(process)) as waiter:
         process.lock("reports").acquire()
 
@@ -99,7 +99,7 @@ def unknown_class(process: Process) -> None:
 
 
 def full_backlog(process: Process) -> None:
-    """Have more batches that fail than is normal."""
+    """Have an unusual number of batches that fail."""
     Database.is_there = False
     try:
         with process.batch():
@@ -115,7 +115,7 @@ def full_backlog(process: Process) -> None:
 
 
 def eviction(process: Process) -> None:
-    """Let the server delete what it likes when its memory is full."""
+    """Let the server delete any key when its memory is full."""
     process.client.config_set("maxmemory-policy", "allkeys-lru")
     ready()
     sys.stdin.readline()
@@ -132,7 +132,7 @@ TROUBLES: dict[str, tuple[Any, RetryPolicy]] = {
 
 
 def settings(process: Process) -> dict[str, Any]:
-    """Return what another process of the same drill is made with."""
+    """Return the arguments for another process of the same drill."""
     return {
         "client": process.client,
         "namespace": process.namespace,
@@ -141,7 +141,7 @@ def settings(process: Process) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make a trouble."""
+    """Cause a problem."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trouble", choices=TROUBLES)
     parser.add_argument("--url")

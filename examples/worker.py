@@ -1,12 +1,12 @@
-r"""A worker as one would run it: many of these, each in a process of its own.
+r"""A worker for production. Run many of them, each in a process of its own.
 
 It reads ``user,page`` lines from standard input in place of a message broker. Try it with
 
     printf 'ada,/home\nada,/cart\n' | PHONON_URL=embedded:// python examples/worker.py views.db
 
-SIGTERM and SIGINT (Ctrl-C) end it in good order: the messages in hand are stored and acknowledged,
-its sessions end, its locks are free, and nothing is left to be taken over. A worker that is killed
-leaves its sessions to the others, and its broker delivers again what it had not acknowledged.
+SIGTERM and SIGINT (Ctrl-C) end it cleanly: it stores and acknowledges the messages that it has
+read, ends its sessions, and leaves nothing to take over. If a worker is killed, the others take
+over its sessions, and the broker delivers its unacknowledged messages again.
 """
 
 import itertools
@@ -56,16 +56,16 @@ class PageViews(Update, name="page_views"):
 
 
 class Stopped(BaseException):
-    """Somebody wants the worker to end, and it has no messages in hand."""
+    """A signal asks the worker to end while it waits for messages."""
 
 
 class Stop:
     """The handler of SIGTERM and SIGINT.
 
-    An exception raised by a handler comes at any line, also between "stored" and "acknowledged",
-    or in the middle of ending the sessions. So this one only takes note, and raises while the
-    worker waits for messages: ``with stop: ...``. If your broker's client waits with a time limit,
-    ask for ``stop.wanted`` after each wait instead, and raise nothing at all.
+    An exception from a handler may come at any line, also between "stored" and "acknowledged", or
+    while the sessions end. So this handler sets a flag, and raises only while the worker waits for
+    messages: ``with stop: ...``. If your broker's client waits with a time limit, check
+    ``stop.wanted`` after each wait instead, and raise nothing.
     """
 
     def __init__(self) -> None:
@@ -73,13 +73,13 @@ class Stop:
         self._waiting = False
 
     def __call__(self, *_: Any) -> None:
-        """A signal has come."""
+        """Note a signal."""
         self.wanted = True
         self._raise_if_waiting()
 
     def __enter__(self) -> None:
         self._waiting = True
-        if self.wanted:  # it came before we began to wait
+        if self.wanted:  # the signal came before the wait
             self._raise_if_waiting()
 
     def __exit__(self, *_: object) -> None:
@@ -87,15 +87,15 @@ class Stop:
 
     def _raise_if_waiting(self) -> None:
         if self._waiting:
-            self._waiting = False  # once: a second signal must not disturb the end
+            self._waiting = False  # once: a second signal must not interrupt the end
             raise Stopped
 
 
 def batches(lines: Iterator[str], stop: Stop) -> Iterator[list[str]]:
-    """Messages as a broker hands them out, some at a time."""
+    """Yield batches of messages, as from a broker."""
     while True:
         with stop:
-            # Lines that were read when it raises are not acknowledged: they are the broker's.
+            # If this raises, the lines that were read are not acknowledged.
             batch = list(itertools.islice(lines, BATCH))
         if not batch:
             return
@@ -103,7 +103,7 @@ def batches(lines: Iterator[str], stop: Stop) -> Iterator[list[str]]:
 
 
 def main(path: str) -> None:
-    """Work until the messages end or somebody says stop."""
+    """Work until the messages end or a signal comes."""
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
@@ -114,16 +114,16 @@ def main(path: str) -> None:
     cache: LruCache[PageViews] = LruCache(max_entries=10_000)
     acknowledged = 0
     try:
-        # Leaving the block, however that happens, ends the sessions and executes what falls to us.
+        # The end of the block ends the sessions and executes batches, also after an exception.
         with Process() as process:
             for messages in batches(iter(sys.stdin), stop):
                 with process.batch():
                     for message in messages:
                         user, page = message.strip().split(",")
                         cache.set(user, PageViews(process, user, spec={"_id": user}, doc={page: 1}))
-                # Everything is in Redis: acknowledge the messages to the broker here.
+                # All data is on the server: acknowledge the messages to the broker here.
                 acknowledged += len(messages)
-                cache.purge()  # sessions that have fallen silent
+                cache.purge()  # end silent sessions
     except Stopped:
         print("stopped: all sessions are ended", file=sys.stderr)
     print(f"{acknowledged} messages acknowledged", file=sys.stderr)

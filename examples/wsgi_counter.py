@@ -1,5 +1,6 @@
-"""gunicorn or uWSGI, with workers that are forked: each request adds to its page's row.
+"""gunicorn or uWSGI, which fork their workers: each request adds to its page's row.
 
+sqlite3 "$DATABASE" "CREATE TABLE views (page TEXT PRIMARY KEY, n INTEGER, token INTEGER)"
 gunicorn wsgi_counter:application --workers 4 --config python:gunicorn_conf
 uwsgi --http :8000 --module wsgi_counter --master --processes 4 --enable-threads
 """
@@ -19,8 +20,8 @@ ADD = """INSERT INTO views VALUES (?, ?, ?) ON CONFLICT (page) DO UPDATE
 worker = Worker()  # made before the fork; each child connects by itself
 
 
-class Views(ConflictFreeUpdate):
-    """Figures of a page."""
+class Views(ConflictFreeUpdate, name="views"):
+    """The views of a page."""
 
     def execute(self) -> None:
         """Add the views to the page's row."""

@@ -1,4 +1,4 @@
-"""A table, and the record that is added to its rows."""
+"""A table, and the record that Phonon adds to its rows."""
 
 from django.db import models
 
@@ -7,11 +7,11 @@ from phonon.contrib.django.sink import Upsert
 
 
 class PageViews(Counted):
-    """How often each page was seen."""
+    """The number of views of each page."""
 
     page = models.CharField(max_length=200, unique=True)
     views = models.BigIntegerField(default=0)
 
 
 class Views(Upsert, model=PageViews, key="page"):
-    """Figures of a page, which are added to its row."""
+    """The views of a page, which Phonon adds to the page's row."""

@@ -1,4 +1,4 @@
-"""A page that is counted."""
+"""A page whose views are counted."""
 
 from django.http import HttpRequest, HttpResponse
 

@@ -1,4 +1,4 @@
-"""``manage.py import_views FILE``: counts a page a line, in as many processes as you start."""
+"""``manage.py import_views FILE``: counts the pages of a file, one per line."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ class Command(BaseCommand):
         parser.add_argument("file", type=Path)
 
     def handle(self, *_: Any, **options: Any) -> None:
-        """Count the lines, and write one row a page."""
+        """Count the lines, and write one row per page."""
         with worker().batch(), options["file"].open() as lines:
             for line in lines:
                 add(Views, line.strip(), doc={"views": 1})
