@@ -4,7 +4,7 @@
 * A table behind Phonon to one upsert a message, in the same PostgreSQL.
 * The memory of an id.
 
-Usage: ``python benchmarks/exactly_once.py [--messages N] [--rounds N]``
+Usage: ``PYTHONPATH=. python benchmarks/exactly_once.py [--messages N] [--rounds N]``
 """
 
 import argparse
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
+from chaos.servers import PostgreSQL
 from phonon import Model, Process
 from phonon.fields import ID, Max, Sum
 from phonon.sinks import SqlTable
-from phonon_demo.postgres import PostgreSQL
 
 KEYS = 10_000
 BATCH = 1000

@@ -1,7 +1,8 @@
-"""The chaos run: workers that are killed and paused all the time, and an audit of every message.
+"""Chaos: workers that are killed and paused all the time, and a check of every message.
 
-It runs from a checkout: ``make chaos``, or ``python -m chaos --help``. `run` deals the messages
-out to worker processes (`pool`, `worker`), `killer` strikes, `proxy` cuts connections, `jobs` gives
-each message a number, `ledger` audits them, and `report` prints. `pipeline` strikes the workers of
-``phonon demo``, which read from a broker and write to PostgreSQL.
+It runs from a checkout: ``make chaos``, or ``python -m chaos --help``. `run` counts messages, each
+with a number: `worker` adds them up in updates (`jobs`), and `ledger` audits them. `pipeline` goes
+from Kafka or a stream to PostgreSQL, with `pipeline_worker`. Both start workers in the pool of
+``phonon demo``, and have them struck by the killer of `strikes`; `journal` has what workers note,
+`servers` are killed too, and `proxy` cuts connections.
 """

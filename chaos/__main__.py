@@ -8,7 +8,7 @@ import click
 from chaos import run as chaos_
 from phonon.cli.app import SETTINGS
 from phonon.cli.errors import one_line_errors
-from phonon_demo.app import asyncio_option
+from phonon_demo.demo import end_on_signals
 
 
 @click.command(context_settings=SETTINGS)
@@ -41,8 +41,8 @@ from phonon_demo.app import asyncio_option
     help="Also kill the server with SIGKILL, now and then, and start it again. Workers then wait "
     "until data is on its disk before they acknowledge.",
 )
-@click.option("--verbose", is_flag=True, help="Show every death, and the workers' log.")
-@asyncio_option
+@click.option("--verbose", is_flag=True, help="Show every death, and what the workers log.")
+@click.option("--asyncio", is_flag=True, help="The workers have an event loop each.")
 def main(
     workers: int,
     seconds: float | None,
@@ -55,16 +55,17 @@ def main(
 ) -> None:
     """Kill and pause workers all the time, and check that nothing is lost or doubled.
 
-    The workers add up the flights of ``phonon demo``, over and over, on a server of their own. Some
-    three times a second one of them is killed with SIGKILL, and others are stopped for so long
-    that they are believed dead and taken over, and then go on. In the end SQLite is audited.
+    The workers read the flights of ``phonon demo`` from a stream, over and over, on a server of
+    their own, and add them up in an Update. Some three times a second one of them is killed with
+    SIGKILL, and others are stopped for so long that they are believed dead and taken over, and
+    then go on. In the end SQLite is audited.
 
-    Every message has a number, and every row of the database keeps the numbers of all messages
-    that were added to it. An acknowledged message must be there exactly once. A message that a
-    worker had not acknowledged when it was killed is dealt again under another number; the old
-    number may be there or not, because nobody can know whether it was stored: with a real broker
-    such a message is there at least once. The figures of every key must equal those of a plain
-    loop over the messages that are there, so none is there in part.
+    Every delivery of a message has a number, and every session in the database has the numbers of
+    all that was added to it. An acknowledged delivery must be there exactly once. A message that a
+    worker had not acknowledged when it was killed is delivered again under another number; the old
+    number may be there or not, because nobody can know whether it was stored. The figures of every
+    key must equal those of a plain loop over the deliveries that are there, so none is there in
+    part.
 
     \b
     Examples:
@@ -81,6 +82,7 @@ def main(
     if seed is None:
         seed = secrets.randbelow(1_000_000)
         click.echo(f"--seed {seed}", err=True)
+    end_on_signals()
     options = chaos_.Options(workers, seconds, kills, seed, cut, restart_server, verbose, asyncio)
     sys.exit(chaos_.run(options))
 

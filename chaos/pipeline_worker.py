@@ -2,46 +2,57 @@
 
 import contextlib
 import json
-import os
 import signal
 import threading
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import redis
 import sqlalchemy as sa
 
-from phonon import Process, RetryPolicy
-from phonon.errors import ConnectionLostError, ServerUnreachableError
-from phonon.sources.streams import StreamEntry, StreamSource
-from phonon_demo.aggregations import AGGREGATIONS
-from phonon_demo.plan import GROUP, Plan
-from phonon_demo.worker import BATCH, CountedTable, Handle, kafka_config, main, read, say
+from chaos.journal import Journal
+from chaos.servers import kafka_config
+from chaos.worker import PlainStream, connected
+from phonon import RetryPolicy
+from phonon.errors import ConnectionLostError
+from phonon.sinks import SqlTable
+from phonon.sources.kafka import KafkaSource
+from phonon.sources.streams import StreamSource
+from phonon_demo.models import FLIGHTS
+from phonon_demo.worker import BATCH, GROUP, Plan
 
 #: Milliseconds between two commits of a Kafka client that commits by itself.
 COMMIT_INTERVAL = 1000
+#: Tried again until the database is there again: no batch may be parked because it is away, or
+#: because workers die.
+RETRY = RetryPolicy(1_000_000, 0.05, longest_delay=0.5, crashes=1_000_000)
+
+#: With this a group notices a dead member soon.
+KAFKA: dict[str, Any] = {"auto.offset.reset": "earliest", "session.timeout.ms": 4000}
+
+#: A function that handles a message, given its key and its value.
+Handle = Callable[[Any, Any], object]
 
 
 @dataclass(frozen=True)
-class StruckPlan(Plan):
+class PipelinePlan(Plan):
     """The settings of a worker.
 
     Attributes:
+        journal: The folder of the workers' journals.
+        kafka: The addresses of Kafka's servers; empty to read a stream.
         without: A check that is switched off: ``"offsets"``, ``"ids"``, ``"token"`` or none.
         linger: Seconds between a write and the report of it, in which kills can come.
-        handled: The folder where a worker notes the number of messages that it has handled.
     """
 
+    journal: str = ""
+    kafka: str = ""
     without: str = ""
     linger: float = 0.0
-    handled: str = ""
 
 
-class LingeringTable(CountedTable):
+class LingeringTable(SqlTable):
     """A table whose writer pauses before it reports back, so that it may die in between.
 
     Attributes:
@@ -70,73 +81,58 @@ def keeping_what_fails() -> Iterator[None]:
         pass
 
 
-class Handled:
-    """Notes the number of handled messages in a file that outlives the worker."""
+class UncheckedStream(PlainStream):
+    """Acknowledges entries whose sessions could not be written: Phonon has them."""
 
-    def __init__(self, folder: str) -> None:
-        path = Path(folder) / f"{os.getpid()}-{uuid.uuid4().hex}"
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        self._handled = 0
-
-    def count(self) -> None:
-        """Count one."""
-        self._handled += 1
-        # In place: a kill after truncating the file first would leave nothing.
-        os.pwrite(self._file, b"%020d" % self._handled, 0)
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """Store the updates of the block."""
+        with keeping_what_fails(), super().storing():
+            yield
 
 
-class UncheckedStream(StreamSource):
-    """Acknowledges stored entries, as other programs do, and checks no ids."""
-
-    def _store(self, storing: Any, stream: str, raw: Sequence[Any]) -> None:
-        with keeping_what_fails(), self._process.batch():
-            for entry, fields in raw:
-                if fields is not None:
-                    content = fields
-                    if not isinstance(fields, dict):
-                        content = dict(zip(fields[::2], fields[1::2], strict=True))
-                    storing.handle(StreamEntry(entry, content, stream))
-        if raw:
-            self._client.xack(stream, self._group, *[each for each, _ in raw])
-
-
-def work(plan: StruckPlan) -> None:
+def work(plan: PipelinePlan) -> int:
     """Read, merge and write until a signal comes."""
-    aggregation = AGGREGATIONS[plan.aggregation]
     engine = sa.create_engine(plan.database)
-    sink = LingeringTable(engine, aggregation.table, aggregation.model)
-    sink.linger, sink.checks = plan.linger, plan.without != "token"
-    with _process(plan) as process:
-        records: Any = process.collect(aggregation.model, plan.max_entries, sink=sink)
-        handled = Handled(plan.handled)
+    table = LingeringTable(engine, FLIGHTS.table, FLIGHTS.model)
+    table.linger, table.checks = plan.linger, plan.without != "token"
+    with connected({
+        "url": plan.url, "namespace": plan.namespace, "heartbeat_interval": plan.heartbeat,
+        "retry": RETRY,
+    }) as process:  # fmt: skip
+        records: Any = process.collect(FLIGHTS.model, plan.max_entries, sink=table)
+        journal = Journal(plan.journal)
 
         def handle(key: Any, value: Any) -> None:
-            handled.count()
-            records.add(key.decode(), *aggregation.values(json.loads(value)))
+            journal.note("handled")
+            records.add(key.decode(), *json.loads(value)[:-1])
 
-        say(process.id)
+        options: Any = {"batch_size": BATCH, "poll_timeout": 0.1, "sessions": records}
         if plan.without == "offsets":
             _read_without_offsets(plan, process, records, handle)
-        elif plan.without == "ids":
-            UncheckedStream(
-                process, plan.topic, GROUP,
-                batch_size=BATCH, poll_timeout=0.1, claim_idle=4 * plan.heartbeat, sessions=records,
-            ).run(lambda entry: handle(entry.fields[b"key"], entry.fields[b"value"]))  # fmt: skip
+        elif plan.kafka:
+            KafkaSource(
+                process, kafka_config(plan.kafka, GROUP, **KAFKA), plan.stream, **options
+            ).run(lambda message: handle(message.key(), message.value()))
         else:
-            read(plan, process, records, handle)
+            kind = UncheckedStream if plan.without == "ids" else StreamSource
+            options |= {"claim_idle": 4 * plan.heartbeat}
+            kind(process, plan.stream, GROUP, **options).run(
+                lambda entry: handle(entry.fields[b"key"], entry.fields[b"value"])
+            )
     engine.dispose()
-    say(json.dumps({"sessions": sink.written}))
+    return 0
 
 
-def _read_without_offsets(plan: Plan, process: Process, records: Any, handle: Handle) -> None:
+def _read_without_offsets(plan: PipelinePlan, process: Any, records: Any, handle: Handle) -> None:
     """Read as other programs do: the client commits the stored offsets by itself."""
-    from confluent_kafka import Consumer  # noqa: PLC0415 - an extra
+    from confluent_kafka import Consumer  # noqa: PLC0415 - only for this broker
 
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    more = {"auto.commit.interval.ms": COMMIT_INTERVAL, "enable.auto.offset.store": False}
-    consumer: Any = Consumer(kafka_config(plan) | more)
-    consumer.subscribe([plan.topic])
+    more: Any = {"auto.commit.interval.ms": COMMIT_INTERVAL, "enable.auto.offset.store": False}
+    consumer: Any = Consumer(kafka_config(plan.kafka, GROUP, **KAFKA, **more))
+    consumer.subscribe([plan.stream])
     while not stop.is_set():
         messages = [m for m in consumer.consume(BATCH, 0.1) if m.error() is None]
         with keeping_what_fails(), process.batch():
@@ -150,20 +146,3 @@ def _read_without_offsets(plan: Plan, process: Process, records: Any, handle: Ha
     consumer.close()
     with keeping_what_fails():
         records.expire_all()
-
-
-def _process(plan: Plan) -> Process:
-    while True:
-        with contextlib.suppress(ServerUnreachableError, redis.ConnectionError):
-            return Process(
-                url=plan.url,
-                namespace=plan.namespace,
-                heartbeat_interval=plan.heartbeat,
-                # No batch may be parked because the database is away, or because workers die.
-                retry=RetryPolicy(1_000_000, 0.05, longest_delay=0.5, crashes=1_000_000),
-            )
-        time.sleep(0.1)
-
-
-if __name__ == "__main__":
-    main(work, StruckPlan)

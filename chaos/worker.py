@@ -1,241 +1,198 @@
-"""A worker process of the chaos run.
+"""The worker of `chaos.run`: it merges messages in a cache, and notes those that are stored.
 
-It takes messages, merges them in a cache, and acknowledges them once they are on the server. On
-SIGTERM and SIGINT it finishes the list in hand, ends its sessions and leaves.
-Started by `chaos.pool` as ``python -m chaos.worker <file descriptor>``.
+Each delivery of a message gets a number of its own. The broker of a worker that was killed delivers
+again what was not acknowledged, and then it has another number.
 """
 
+import asyncio
 import contextlib
+import itertools
+import json
 import logging
-import signal
-import sqlite3
-import sys
-import threading
 import time
-import traceback
-from multiprocessing.connection import Connection
-from types import FrameType
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from chaos.sink import Sink
-from chaos.wire import Failed, Log, Progress, Ready, TookOver, WorkerSettings
-from phonon import LruCache, PhononError, Process, Update
-from phonon._core.takeover import TAKEN_OVER
-from phonon.errors import DeclaredDeadError, ServerUnreachableError
+import redis
 
-#: Seconds between two reports while sessions are written.
-REPORT_INTERVAL = 0.1
+from chaos.jobs import AsyncNumberedUpdate, NumberedUpdate, Sink
+from chaos.journal import Journal
+from phonon import LruCache, PhononError, Process
+from phonon.aio import AsyncLruCache, AsyncProcess
+from phonon.errors import ServerUnreachableError
+from phonon.settings import Durability
+from phonon.sources.streams import StreamEntry, StreamSource
+from phonon_demo.async_worker import read
+from phonon_demo.worker import BATCH, GROUP, Plan
 
-
-class ParentGone(Exception):  # noqa: N818 - it tells a worker to stop
-    """The program has closed the connection: it was interrupted, or it is dead."""
-
-
-class Stopped(BaseException):
-    """A signal asks the worker to leave, and it has no list in hand."""
+#: Seconds for which a new worker tries to reach a server that is being started again.
+PATIENCE = 15.0
 
 
-class Stop:
-    """The handler of signals that ask the worker to leave.
-
-    An exception at any moment would leave work half done. So the handler raises only while the
-    worker waits for messages; otherwise the next attempt to wait raises.
+@dataclass(frozen=True)
+class StruckPlan(Plan):
+    """The settings of a worker.
 
     Attributes:
-        number: The signal that has come; None before.
+        journal: The folder of the workers' journals.
+        update: The class of updates.
+        checks: Whether the database checks the token.
+        durability: How safe data must be before it is acknowledged.
+        verbose: Whether to show what the library logs.
     """
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._waiting = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take note of a signal."""
-        del frame
-        self.number = number
-        if self._waiting:
-            self._waiting = False
-            raise Stopped
-
-    def __enter__(self) -> None:
-        self._waiting = True
-        if self.number is not None:
-            self._waiting = False
-            raise Stopped
-
-    def __exit__(self, *_: object) -> None:
-        self._waiting = False
+    journal: str = ""
+    update: type[NumberedUpdate] = NumberedUpdate
+    checks: bool = True
+    durability: Durability | None = None
+    verbose: bool = False
 
 
-class Link:
-    """The connection to the program.
+class PlainStream(StreamSource):
+    """Stores entries without their ids, and acknowledges them, as other programs do."""
+
+    def _store(self, storing: Any, stream: str, raw: Sequence[Any]) -> None:
+        with self.storing():
+            for id_, fields in raw:
+                is_list = isinstance(fields, list)  # by the older version of the protocol
+                content = dict(zip(fields[::2], fields[1::2], strict=True)) if is_list else fields
+                storing.handle(StreamEntry(id_, content, stream))
+        if raw:
+            self._client.xack(stream, self._group, *[id_ for id_, _ in raw])
+
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """Store the updates of the block."""
+        with self._process.batch():
+            yield
+
+
+class NumberedStream(PlainStream):
+    """Notes what is stored."""
+
+    deliveries: "Deliveries"
+
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """Store the updates of the block."""
+        with self.deliveries.stored(), super().storing():
+            yield
+
+
+class Deliveries:
+    """Numbers the deliveries of a worker, and notes them when they are stored.
 
     Args:
-        connection: The connection.
-        stop: The handler that ends the waiting.
+        journal: The journal of the worker.
     """
 
-    def __init__(self, connection: "Connection[Any, Any]", stop: Stop) -> None:
-        self._connection = connection
-        self._stop = stop
-        self._lock = threading.Lock()  # other threads log
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._worker = uuid.uuid4().hex[:12]
+        self._count = itertools.count()
+        self._numbers: list[str] = []
 
-    def send(self, message: Ready | Progress | TookOver | Log | Failed) -> None:
-        """Send a message to the program."""
+    def read(self, fields: Mapping[bytes, bytes]) -> tuple[str, list[Any]]:
+        """Return the key and the content of a message, with the number of this delivery."""
+        *content, number = json.loads(fields[b"value"])
+        self._numbers.append(f"{number}/{self._worker}/{next(self._count)}")
+        return fields[b"key"].decode(), [*content, self._numbers[-1]]
+
+    @contextlib.contextmanager
+    def stored(self) -> Iterator[None]:
+        """Note the deliveries of the block as acknowledged, if all of them are stored."""
+        self._numbers = []
         try:
-            with self._lock:
-                self._connection.send(message)
-        except OSError as error:
-            raise ParentGone from error
-
-    def fileno(self) -> int:
-        """The descriptor for messages of the program."""
-        return self._connection.fileno()
-
-    def receive(self) -> Any:
-        """Wait for the program.
-
-        Raises:
-            ParentGone: The program has gone.
-            Stopped: A signal has come.
-        """
-        try:
-            with self._stop:
-                return self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise ParentGone from error
+            yield
+        except PhononError as error:  # the source would only log it
+            raise AssertionError(f"a batch was not stored: {error}") from error
+        # All data is on the server: here a program would acknowledge to its broker.
+        self._journal.note("acknowledged", self._numbers)
 
 
-class _LogToProgram(logging.Handler):
-    """Sends log lines to the program, whose terminal may have a live display."""
+def work(plan: StruckPlan) -> int:
+    """Read, merge and write until a signal comes."""
+    with begun(plan) as journal, connected(_options(plan, journal)) as process:
+        cache: LruCache[NumberedUpdate] = LruCache(plan.max_entries)
+        source = NumberedStream(
+            process, plan.stream, GROUP,
+            batch_size=BATCH, poll_timeout=0.1, claim_idle=4 * plan.heartbeat, sessions=cache,
+        )  # fmt: skip
+        source.deliveries = deliveries = Deliveries(journal)
 
-    def __init__(self, link: Link) -> None:
-        super().__init__(logging.WARNING)
-        self._link = link
+        def handle(entry: StreamEntry) -> None:
+            key, content = deliveries.read(entry.fields)
+            cache.set(key, plan.update(process, key, content))
 
-    def emit(self, record: logging.LogRecord) -> None:
-        message: Log | TookOver = Log(record.getMessage())
-        if record.msg == TAKEN_OVER and isinstance(record.args, tuple):
-            _, sessions, dead, batches = record.args
-            message = TookOver(str(dead), int(str(sessions)), int(str(batches)))
-        with contextlib.suppress(ParentGone):
-            self._link.send(message)
-
-
-class ProgressReporter:
-    """Reports this worker's progress to the program."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._reported = time.monotonic()
-        self.lists = self.messages = self.reborn = 0
-
-    def acknowledge(self, messages: int) -> None:
-        """Note that all data of a list is on the server."""
-        self.lists += 1
-        self.messages += messages
-        self.report()
-
-    def written(self) -> None:
-        """Note that a session was written, and report now and then."""
-        if time.monotonic() - self._reported > REPORT_INTERVAL:
-            # The program may be gone; sessions are written all the same.
-            with contextlib.suppress(ParentGone):
-                self.report()
-
-    def trouble(self, error: Exception) -> None:
-        """Count a background error that is a rebirth."""
-        self.reborn += isinstance(error, DeclaredDeadError)
-
-    def report(self, *, done: bool = False) -> None:
-        """Send a message to the program."""
-        self._reported = time.monotonic()
-        sink = Sink.current
-        self._link.send(
-            Progress(self.lists, self.messages, sink.writes, sink.repeats, self.reborn, done)
-        )
+        source.run(handle)
+    return 0
 
 
-def work(link: Link, settings: WorkerSettings) -> None:
-    """Handle messages until there are no more."""
-    job = settings.job
-    reporter = ProgressReporter(link)
-    Sink.current = Sink(settings.database, job.table, reporter.written)
-    with (
-        contextlib.closing(Sink.current),
-        _connect(settings, reporter) as process,
-    ):
-        cache: LruCache[Update] = LruCache(settings.max_entries)
-        link.send(Ready(process.id))
-        while (messages := link.receive()) is not None:
-            with process.batch():
-                for message in messages:
-                    cache.set(message[0], job.update(process, message))
-            # Only now is all data on the server: here a program would acknowledge to its broker.
-            reporter.acknowledge(len(messages))
-        cache.expire_all()
-        process.stop()
-        reporter.report(done=True)
+def async_work(plan: StruckPlan) -> int:
+    """Do the same with an event loop."""
+    asyncio.run(_async_work(plan))
+    return 0
 
 
-def options(settings: WorkerSettings, reporter: ProgressReporter) -> dict[str, Any]:
-    """Return the arguments of the worker's process."""
-    return {
-        "url": settings.url,
-        "namespace": settings.namespace,
-        "heartbeat_interval": settings.heartbeat,
-        "durability": settings.durability,
-        "on_error": reporter.trouble,
-    }
+async def _async_work(plan: StruckPlan) -> None:
+    with begun(plan) as journal:
+        deliveries, give_up = Deliveries(journal), time.monotonic() + PATIENCE
+        process = AsyncProcess(**_options(plan, journal))
+        while time.monotonic() < give_up:
+            with contextlib.suppress(ServerUnreachableError):
+                await process.start()
+                break
+            await asyncio.sleep(0.1)
+        async with process:
+            cache: AsyncLruCache[Any] = AsyncLruCache(plan.max_entries)
+            kind: Any = AsyncNumberedUpdate
+
+            async def store(entries: Sequence[Any]) -> bool:
+                with deliveries.stored():
+                    async with process.batch():
+                        for _, fields in entries:
+                            key, content = deliveries.read(fields)
+                            update: Any = kind(process, key, content)
+                            await cache.set(key, update)
+                return True
+
+            await read(plan, process.id, store)
+            await cache.expire_all()
 
 
-def _connect(settings: WorkerSettings, reporter: ProgressReporter) -> Process:
-    give_up = time.monotonic() + settings.patience
+@contextlib.contextmanager
+def begun(plan: StruckPlan) -> Iterator[Journal]:
+    """Yield the journal of a worker, which notes what the library logs and the sink writes."""
+    journal = Journal(plan.journal)
+    log = logging.getLogger("phonon")
+    log.addHandler(journal)
+    log.propagate = plan.verbose
+    Sink.current = Sink(plan.database, journal.note, checks=plan.checks)
+    try:
+        yield journal
+    finally:
+        Sink.current.close()
+
+
+def connected(options: dict[str, Any]) -> Process:
+    """Return a process, as soon as there is a server."""
+    give_up = time.monotonic() + PATIENCE
     while True:
         try:
-            return Process(**options(settings, reporter))
-        except ServerUnreachableError:
-            if time.monotonic() >= give_up:
+            return Process(**options)
+        except (ServerUnreachableError, redis.ConnectionError):
+            if time.monotonic() > give_up:
                 raise
-            time.sleep(REPORT_INTERVAL)
+        time.sleep(0.1)
 
 
-def failure(error: BaseException) -> Failed:
-    """Return the report of an error to the program."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]  # usually all are alike
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, PhononError | sqlite3.Error):
-        return Failed(text)
-    return Failed(text, "".join(traceback.format_exception(error)))
-
-
-def main() -> None:
-    """Work for the program at the other end of the connection."""
-    stop = Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    link = Link(Connection(int(sys.argv[1])), stop)
-    log = logging.getLogger("phonon")
-    log.addHandler(_LogToProgram(link))
-    log.propagate = False
-    try:
-        settings: WorkerSettings = link.receive()
-        if settings.asyncio:
-            from chaos.async_worker import run  # noqa: PLC0415 - imports this file
-
-            run(link, settings, stop)
-        else:
-            work(link, settings)
-    except ParentGone:
-        sys.exit(1)
-    except Stopped:  # its sessions have ended
-        sys.exit(128 + (stop.number or 0))
-    except Exception as error:  # noqa: BLE001 - the program prints any error
-        with contextlib.suppress(ParentGone):
-            link.send(failure(error))
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+def _options(plan: StruckPlan, journal: Journal) -> dict[str, Any]:
+    return {
+        "url": plan.url,
+        "namespace": plan.namespace,
+        "heartbeat_interval": plan.heartbeat,
+        "durability": plan.durability,
+        "on_error": journal.trouble,
+    }

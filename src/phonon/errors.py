@@ -9,6 +9,7 @@
     ├── UndecodableError                     stored data that cannot be read back
     ├── ServerError                          the server answered with an error
     │   ├── ServerTooOldError                it lacks Redis Functions
+    │   ├── ServerFullError                  its memory or its disk is full
     │   ├── AuthenticationError              it refused the user name or password
     │   └── ForeignKeyError                  a key of Phonon's holds a value of another type
     ├── ServerUnreachableError (ConnectionError)   no server answered
@@ -25,6 +26,7 @@
     ├── DeclaredDeadError                    the process counted as dead, and is another one now
     ├── ServerStateLostError                 the server has come back without its data
     ├── SourceLostError                      a claim of a source is not valid any more
+    ├── SourceRewoundError                   a broker has fewer messages than are stored
     ├── AlreadyStoredError                   messages were stored by an earlier delivery
     ├── UnknownClassError                    a batch of a class that is not imported here
     ├── ProcessStoppedError                  ``stop()`` was called
@@ -82,6 +84,10 @@ class ServerError(PhononError):
 
 class ServerTooOldError(ServerError):
     """The server has no Redis Functions: Redis 7.0 or Valkey 7.2 is the least."""
+
+
+class ServerFullError(ServerError):
+    """The server takes no data, because its memory is full, or it cannot write to its disk."""
 
 
 class AuthenticationError(ServerError):
@@ -194,6 +200,22 @@ class SourceLostError(PhononError):
 
     The call has stored no new data of the batch. If this consumer is still assigned to the source,
     claim it again, go to its position, and read on from there.
+
+    Attributes:
+        source: The source's name.
+    """
+
+    def __init__(self, message: str, source: str = "") -> None:
+        super().__init__(message)
+        self.source = source
+
+
+class SourceRewoundError(PhononError):
+    """More messages of a source are stored than its broker has.
+
+    A topic was deleted and made again under its name, or its broker has lost messages. The new
+    messages have the offsets of stored ones, and would be passed over. Only people know which it
+    is: move the source with `phonon.source.Source.claim`, as the message says, and start again.
 
     Attributes:
         source: The source's name.

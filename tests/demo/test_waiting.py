@@ -1,26 +1,29 @@
 """When a run is over: all is stored, and nobody has anything of a dead worker to take over."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from phonon.admin import Admin
 from phonon_demo import pool
-from phonon_demo.errors import WorkerError
-from support.world import Make
+from phonon_demo.pool import Pool, WorkerError
+from support.world import Make, Redis
 
 
-def test_a_dead_worker_does_not_count_for_one_that_starts(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+def test_a_run_is_not_over_while_a_dead_worker_is_listed(
+    make: Make, server: Redis, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run is not over while a dead worker is listed and its replacement is not."""
     monkeypatch.setattr(pool, "TIMEOUT", 0.2)
-    observer, _dead = make(), make()
-    replacement = SimpleNamespace(is_alive=True, process="")
-    workers: Any = pool.Pool([])
-    workers.workers = [replacement]
-    broker: Any = SimpleNamespace(stored=lambda _: 10)
-    with pytest.raises(WorkerError, match="2 processes are listed, of which 2 live"):
-        pool.wait_until_stored(broker, observer, workers, 10)
-    replacement.process = "an id"
-    pool.wait_until_stored(broker, observer, workers, 10)
+    living, dead = make(), make()  # both are listed with the number of this program
+    with Admin(server.url, namespace=namespace) as admin:
+        one: Any = SimpleNamespace(is_alive=True, pid=os.getpid(), kill=lambda: None)
+        workers = Pool([one])
+        with pytest.raises(WorkerError, match=r"the messages are stored, and the processes"):
+            workers.wait(admin)
+        dead.stop()
+        workers.wait(admin)
+        with pytest.raises(WorkerError, match="the messages are not stored"):
+            workers.wait(admin, lambda: False)
+    living.stop()

@@ -22,7 +22,7 @@ class Consumer:
         self.cache: LruCache[Any] = LruCache(20)
         self.source: Any = kind(process, *arguments, sessions=self.cache, **options)
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def handle(self, message: Any) -> None:

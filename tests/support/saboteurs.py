@@ -1,15 +1,11 @@
-"""Jobs that do the wrong thing, to see that the audit notices. Workers import them by name."""
+"""Updates that do the wrong thing, to see that the audit notices. Workers import them by name."""
 
 import itertools
 import os
 import random
 import signal
-from dataclasses import dataclass
-from typing import Any
 
-from chaos.jobs import Job, Message, NumberedUpdate
-from chaos.sink import Table
-from phonon import Update
+from chaos.jobs import NumberedUpdate
 
 _chance = random.SystemRandom()
 _executed = itertools.count()
@@ -17,15 +13,7 @@ _executed = itertools.count()
 YOUNG = 150
 
 
-class UncheckedTable(Table):
-    """Adds whatever comes, whether or not its token was there before."""
-
-    @property
-    def upsert(self) -> str:
-        return super().upsert.partition(" WHERE excluded.token >")[0]
-
-
-class DyingUpdate(NumberedUpdate):
+class Dying(NumberedUpdate):
     """Its worker, if young, is killed when it has written, before it could report that."""
 
     def execute(self) -> None:
@@ -34,43 +22,17 @@ class DyingUpdate(NumberedUpdate):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class ForgetfulUpdate(NumberedUpdate):
-    """Merging loses the contributions of others now and then."""
+class Forgetful(NumberedUpdate):
+    """Merging loses what others have contributed, now and then."""
 
     def merge(self, other: NumberedUpdate) -> None:
         if _chance.random() < 0.9:
             super().merge(other)
 
 
-class TornUpdate(NumberedUpdate):
+class Torn(NumberedUpdate):
     """Merging counts a flight twice, under one number."""
 
     def merge(self, other: NumberedUpdate) -> None:
         super().merge(other)
         self.doc["flights"] += 1
-
-
-@dataclass(frozen=True)
-class Dying(Job):
-    def update(self, process: Any, message: Message) -> Update:
-        return DyingUpdate(process, message)
-
-
-@dataclass(frozen=True)
-class Careless(Dying):
-    @property
-    def table(self) -> Table:
-        table = super().table
-        return UncheckedTable(table.name, table.key, table.figures)
-
-
-@dataclass(frozen=True)
-class Forgetful(Job):
-    def update(self, process: Any, message: Message) -> Update:
-        return ForgetfulUpdate(process, message)
-
-
-@dataclass(frozen=True)
-class Torn(Job):
-    def update(self, process: Any, message: Message) -> Update:
-        return TornUpdate(process, message)

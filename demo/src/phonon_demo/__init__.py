@@ -1,7 +1,7 @@
-"""``phonon demo``: an example of how a program of many processes uses Phonon, on real data.
+"""``phonon demo``: how a program of many processes uses Phonon, on real data.
 
-Begin with `worker`, which looks like a user's program; `async_worker` is the same for asyncio.
-`aggregations` has the models, and `updates` the same flights as an `Update`. `demo` reads rows
-(`rows`), sends them to a broker (`brokers`), kills one of the workers (`pool`), and compares the
-table with a plain loop.
+Read `worker` first, which looks like a user's program; `async_worker` is its twin for asyncio.
+`models` has the records, and a plain loop for the same figures. `demo` sends the flights to a
+stream, kills one of the workers of `pool`, and compares the table with the plain loop. `app` has
+the options, and `rows` reads the user's own rows.
 """

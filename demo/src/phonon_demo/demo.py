@@ -2,32 +2,29 @@
 
 import contextlib
 import itertools
+import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import click
+import redis
 import sqlalchemy as sa
 
-from phonon import Process
-from phonon.sinks import SqlTable, tokens_table
-from phonon_demo.aggregations import FLIGHTS, Aggregation, Message, sums_of
-from phonon_demo.brokers import Broker, KafkaBroker, StreamBroker
-from phonon_demo.errors import InputError
-from phonon_demo.plan import Plan
-from phonon_demo.pool import Pool, Worker, wait_until_stored
-from phonon_demo.postgres import PostgreSQL
-from phonon_demo.rows import Rows, open_rows
-from phonon_demo.server import forgetting, onlooker, private_server
-from phonon_demo.signals import interruptible
+from phonon import embedded
+from phonon.admin import Admin
+from phonon.cli.errors import CommandInterrupt
+from phonon.sinks import SqlTable
+from phonon_demo import async_worker, worker
+from phonon_demo.models import FLIGHTS, Job, Table
+from phonon_demo.pool import Pool, Stream, Worker
+from phonon_demo.rows import InputError, Rows, lines_of
+from phonon_demo.worker import Plan
 
-FILE = "flights-2013-01.csv.gz"
-TITLE = "Flights out of New York in January 2013, added up per aircraft"
 #: Messages that are sent together.
 PIECE = 500
 #: The worker that is killed, counted from 0, and how many sessions it should have open then.
@@ -35,164 +32,110 @@ VICTIM, SESSIONS = 1, 100
 #: The most keys that are listed because their rows are wrong.
 LISTED = 20
 
-#: Rows of the table, by key.
-Table = dict[str, dict[str, Any]]
 
-
-@dataclass(frozen=True)
-class Options:
-    """The options of a run; see ``phonon demo --help``."""
-
-    workers: int
-    url: str | None
-    input: str | None
-    key: str | None
-    sums: tuple[str, ...]
-    max_entries: int
-    database: str | None
-    kill: bool
-    source: str
-    sink: str
-    asyncio: bool
-    updates: bool
-
-
-@dataclass
-class Lost:
-    """A worker that was killed.
-
-    Attributes:
-        name: The worker's name in messages.
-        at: When it was killed, by the monotonic clock.
-        sessions: The number of sessions that it had open.
-    """
-
-    name: str
-    at: float
-    sessions: int
-
-
-def run(options: Options) -> int:
-    """Run the demo.
-
-    Returns:
-        The exit status: 0 if every row is right, else 1.
-
-    Raises:
-        InputError: The input or an option cannot be used.
-        PhononError: The server cannot be used.
-        WorkerError: A worker has failed, or none is left.
-        Interrupted: By a signal.
-    """
+def run(
+    job: Job,
+    path: str | None,
+    workers: int,
+    url: str | None,
+    max_entries: int,
+    database: str | None,
+    *,
+    kill: bool,
+    is_async: bool,
+) -> int:
+    """Run the demo; see ``phonon demo --help``. Return the exit status."""
+    end_on_signals()
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        enter(interruptible())
-        aggregation, rows = enter(_input(options))
-        folder = Path(enter(tempfile.TemporaryDirectory(prefix="ph-")))
-        url = options.url or enter(private_server(folder))
-        process = enter(onlooker(url, f"phonon-demo-{uuid.uuid4().hex[:12]}"))
-        enter(forgetting(process))
-        broker = _broker(options, process, url)
-        stack.callback(broker.close)
-        with _database(options, folder) as database:
-            plan = Plan(
-                aggregation="sums" if options.input else "flights",
-                url=url,
-                namespace=process.namespace,
-                source=options.source,
-                broker=broker.address,
-                topic=broker.topic,
-                database=database,
-                max_entries=options.max_entries,
-                updates=options.updates,
-            )
-            engine = sa.create_engine(database)
-            stack.callback(engine.dispose)
-            sink = SqlTable(engine, aggregation.table, aggregation.model)
-            sink.create_table()
-            tokens_table().create(engine)  # for --updates
-            expected = _work(options, plan, rows, aggregation, broker, process)
-            return _compare(expected, read_table(engine, sink))
+        rows = flights() if path is None else Rows(job, path, lines_of(path))
+        file = enter(_new_database(database, enter(tempfile.TemporaryDirectory(prefix="ph-"))))
+        if url is None:
+            url = f"unix://{enter(embedded.start()).socket_path}?db=1"
+        client = enter(_client(url))
+        namespace = f"phonon-demo-{uuid.uuid4().hex[:12]}"
+        stack.callback(remove_namespace, client, namespace)
+        admin = enter(Admin(client=client, namespace=namespace))
+        stream = Stream(client, f"{{{namespace}}}:messages")
+        engine = sa.create_engine(file)
+        stack.callback(engine.dispose)
+        table = SqlTable(engine, job.table, job.model)
+        table.create_table()
+        plan = Plan(url, namespace, stream.name, file, job.table, max_entries)
+        program = async_worker.work if is_async else worker.work
+        with Pool([Worker(program, plan) for _ in range(workers)]) as pool:
+            expected = work(pool, rows, stream, admin, min(SESSIONS, max_entries // 2), kill=kill)
+        return compare(expected, read_table(engine, table))
 
 
-def _work(
-    options: Options,
-    plan: Plan,
-    rows: Rows[Message],
-    aggregation: Aggregation,
-    broker: Broker,
-    process: Process,
-) -> Table:
+def end_on_signals() -> None:
+    """Raise an error at the first signal, and ignore further ones during the cleanup."""
+    # A signal that is ignored, by nohup for example, stays ignored.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ours = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def end(number: int, _: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)
+        raise CommandInterrupt(number)
+
+    for number in ours:
+        signal.signal(number, end)
+
+
+def work(pool: Pool, rows: Rows, stream: Stream, admin: Admin, most: int, *, kill: bool) -> Table:
     """Send all messages, kill a worker meanwhile, and wait until all of them are in the table.
 
     Returns:
         The rows that the table should have.
     """
-    module = "phonon_demo.async_worker" if options.asyncio else "phonon_demo.worker"
-    with Pool([Worker(plan, module) for _ in range(options.workers)]) as pool:
-        pids = ", ".join(str(worker.popen.pid) for worker in pool.workers if worker.process)
-        where = "the server that you named" if options.url else "a server of their own"
-        say(f"{len(pool.alive)} worker processes on {where}, their pids: {pids}")
-        victim = pool.workers[VICTIM] if options.kill and options.workers > VICTIM else None
-        if options.kill and victim is None:
-            say("a single worker is not killed: no other would be left to take over")
-        enough = min(SESSIONS, options.max_entries // 2)
-        begun, count, lost = time.monotonic(), 0, None
-        expected: Table = {}
-        for some in _pieces(rows):
-            broker.produce(some)
-            add_up(aggregation, expected, some)
-            count += len(some)
-            if victim and lost is None and _sessions(process, victim.process) >= enough:
-                lost = _kill(victim, process)
-        if victim and lost is None:  # with less input than that, it is killed when all is stored
-            wait_until_stored(broker, process, pool, count)
-            lost = _kill(victim, process)
-        wait_until_stored(broker, process, pool, count)
-        if lost is not None:
-            took = time.monotonic() - lost.at
-            say(f"all of {lost.name} is taken over, {took:.1f} s after its death")
-        written = pool.leave()
+    pool.wait(admin)
+    say(f"{len(pool.alive)} workers, their pids: {', '.join(str(w.pid) for w in pool.alive)}")
+    victim = pool.workers[VICTIM] if kill and len(pool.workers) > VICTIM else None
+    if kill and victim is None:
+        say("a single worker is not killed: no other would be left to take over")
+    expected: Table = {}
+    begun, count = time.monotonic(), 0
+    messages = iter(rows)
+    while some := list(itertools.islice(messages, PIECE)):
+        stream.produce(some)
+        rows.job.add_up(expected, some)
+        count += len(some)
+        if victim and victim.is_alive and open_sessions(admin, victim) >= most:
+            kill_worker(victim, admin)
+    if victim and victim.is_alive:  # with less input than that, it is killed when all is stored
+        pool.wait(admin, stream.is_stored)
+        kill_worker(victim, admin)
+    pool.wait(admin, stream.is_stored)
+    written, seconds = pool.leave(), time.monotonic() - begun
     if not count:
-        rejected = ", ".join(f"{n:,} x {reason}" for reason, n in rows.rejected.items())
-        raise InputError(f"{rows.name}: none of its rows can be used: {rejected}")
-    seconds = time.monotonic() - begun
-    click.echo(TITLE if options.input is None else f"{rows.name}, added up per {options.key!r}")
-    _line("messages", count)
-    _line("rejected rows", rows.rejected.total())
+        reasons = ", ".join(f"{n:,} x {reason}" for reason, n in rows.rejected.items())
+        raise InputError(f"{rows.name}: none of its rows can be used: {reasons or 'it has none'}")
+    click.echo(f"{rows.name}, added up per {rows.job.columns[0]}")
+    show("messages", count)
+    show("rejected rows", rows.rejected.total())
     for reason, number in rows.rejected.items():
-        _line(f"  {reason}, first in line {rows.first[reason]:,}", number)
-    _line("sessions written by workers that live", written)
-    if lost is not None:
-        _line("open sessions of the worker that was killed", lost.sessions)
-    _line("messages per second", round(count / seconds))
+        show(f"  {reason}", number)
+    show("sessions written by workers that live", written)
+    show("messages per second", round(count / seconds))
     return expected
 
 
-def _kill(victim: Worker, process: Process) -> Lost:
+def kill_worker(victim: Worker, admin: Admin) -> None:
     """Kill a worker with SIGKILL, in the middle of its work."""
     victim.kill()
-    name = f"worker {VICTIM + 1} (pid {victim.popen.pid})"
-    lost = Lost(name, time.monotonic(), _sessions(process, victim.process))
-    say(f"{name} was killed with SIGKILL; it held {lost.sessions:,} open sessions")
-    return lost
+    held = open_sessions(admin, victim)
+    say(f"worker {victim.pid} was killed with SIGKILL; it held {held:,} open sessions")
 
 
-def _sessions(process: Process, other: str) -> int:
-    """Return how many sessions another process has open."""
-    registry = process.registry_key.removesuffix(process.id) + other
-    return len(process.get_registry(registry))
+def open_sessions(admin: Admin, one: Worker) -> int:
+    """Return how many sessions a worker has open."""
+    return sum(each.memberships for each in admin.processes() if each.pid == one.pid)
 
 
-def add_up(aggregation: Aggregation, rows: Table, messages: Sequence[Message]) -> None:
-    """Add messages to the rows that the table should have: the plain loop."""
-    for key, content in messages:
-        rows[key] = aggregation.expected(rows.get(key), content)
-
-
-def read_table(engine: sa.Engine, sink: SqlTable) -> Table:
+def read_table(engine: sa.Engine, table: SqlTable) -> Table:
     """Return the rows of the table."""
-    key, *others = [each for each in sink.table.c if each.name not in ("token", "phonon_state")]
+    key, *others = [each for each in table.table.c if each.name not in ("token", "phonon_state")]
     with engine.connect() as connection:
         found = connection.execute(sa.select(key, *others)).mappings()
         return {row[key.name]: {c.name: row[c.name] for c in others} for row in found}
@@ -203,7 +146,8 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     return [k for k in sorted(expected.keys() | found.keys()) if expected.get(k) != found.get(k)]
 
 
-def _compare(expected: Table, found: Table) -> int:
+def compare(expected: Table, found: Table) -> int:
+    """Show the rows that differ. Return the exit status: 0 if none does, else 1."""
     wrong = differences(expected, found)
     for key in wrong[:LISTED]:
         click.echo(f"{key!r} should be {expected.get(key)} and is {found.get(key)}")
@@ -213,67 +157,52 @@ def _compare(expected: Table, found: Table) -> int:
     return 1 if wrong else 0
 
 
-def _pieces(rows: Rows[Message]) -> Iterator[list[Message]]:
-    every = iter(rows)
-    while some := list(itertools.islice(every, PIECE)):
-        yield some
+def flights() -> Rows:
+    """Return the flights."""
+    path = resources.files("phonon_demo") / "flights-2013-01.csv.gz"
+    return Rows(FLIGHTS, "Flights out of New York in January 2013", lines_of(str(path)))
 
 
 @contextlib.contextmanager
-def _input(options: Options) -> Iterator[tuple[Aggregation, Rows[Message]]]:
-    if options.input is not None:
-        aggregation = sums_of(options.key or "", list(dict.fromkeys(options.sums)))
-        with open_rows(options.input, aggregation.columns, aggregation.message) as rows:
-            yield aggregation, rows
-        return
-    with flights() as rows:
-        yield FLIGHTS, rows
-
-
-@contextlib.contextmanager
-def flights() -> Iterator[Rows[Message]]:
-    """Open the flights."""
-    with (
-        resources.as_file(resources.files("phonon_demo") / FILE) as path,
-        open_rows(str(path), FLIGHTS.columns, FLIGHTS.message) as rows,
-    ):
-        yield rows
-
-
-def _broker(options: Options, process: Process, url: str) -> Broker:
-    if options.source == "kafka":
-        return KafkaBroker(process.namespace)
-    # The stream is one of the namespace's keys, which are removed in the end.
-    return StreamBroker(process.client, url, f"{{{process.namespace}}}:messages")
-
-
-@contextlib.contextmanager
-def _database(options: Options, folder: Path) -> Iterator[str]:
+def _new_database(path: str | None, folder: str) -> Iterator[str]:
     """Yield the URL of a new database."""
-    if options.sink == "postgresql":
-        with PostgreSQL() as postgres:
-            yield postgres.url
-        return
-    path = Path(options.database or folder / "demo.sqlite3").absolute()
+    file = Path(path or f"{folder}/demo.sqlite3").absolute()
     try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        raise InputError(
-            f"{str(path)!r} is there already, and the demo adds to no file but its own: delete it, "
-            "or name another with --database"
-        ) from None
+        file.touch(exist_ok=False)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise InputError(
-            f"{str(path)!r} cannot be made: {error}; name a file in another folder with --database"
+            f"{str(file)!r} cannot be made: {error}; name a new file with --database"
         ) from error
     try:
-        yield f"sqlite:///{path}?timeout=60"
+        yield f"sqlite:///{file}?timeout=60"
     except BaseException:
-        path.unlink(missing_ok=True)  # it would be in the way of the next run
+        file.unlink(missing_ok=True)  # it would be in the way of the next run
         raise
 
 
-def _line(name: str, number: int) -> None:
+def _client(url: str) -> "redis.Redis":
+    try:
+        return redis.Redis.from_url(url)
+    except ValueError as error:
+        raise InputError(f"the URL {url!r} cannot be used: {error}") from error
+
+
+def remove_namespace(client: "redis.Redis", namespace: str) -> None:
+    """Remove all keys of a namespace."""
+    with contextlib.suppress(redis.RedisError):
+        for key in keys_of(client, namespace):
+            client.unlink(key)
+
+
+def keys_of(client: "redis.Redis", namespace: str) -> Iterator[bytes]:
+    """Yield all keys of a namespace, whose name has no special characters."""
+    # The keys of the namespace itself begin with {name}, those of its partitions with {name/
+    found: Iterator[bytes] = client.scan_iter(match=f"{{{namespace}[}}/]*", count=1000)
+    return found
+
+
+def show(name: str, number: int) -> None:
+    """Print a figure."""
     click.echo(f"  {name:50}{number:>10,}")
 
 

@@ -1,90 +1,83 @@
-"""The worker processes of a run."""
+"""The worker processes of a run, and the stream that they read."""
 
 import contextlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from functools import cached_property
-from pathlib import Path
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
-from phonon import Process
-from phonon_demo.brokers import Broker
-from phonon_demo.errors import WorkerError
-from phonon_demo.plan import Plan
+from phonon.admin import Admin
+from phonon.cli.errors import CommandError
+from phonon_demo.models import Message
 
 #: Seconds within which all messages are stored, and workers leave.
 TIMEOUT = 120.0
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class WorkerError(CommandError):
+    """A worker has ended before its time; the message names it and the reason."""
 
 
 class Worker:
     """A worker process.
 
     Args:
-        plan: The worker's settings.
-        module: The module that it runs.
+        work: The function that it runs, of a module. It returns the number of sessions written.
+        plan: The argument of the function.
     """
 
-    def __init__(self, plan: Plan, module: str = "phonon_demo.worker") -> None:
-        self.popen = subprocess.Popen(  # noqa: S603 - all words are the program's own
-            # -P: a file in the user's folder must not take the place of a module.
-            [sys.executable, "-P", "-m", module, json.dumps(asdict(plan))],
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-            # Ctrl-C is for the program, which then ends its workers.
-            process_group=0,
-        )
-
-    @cached_property
-    def process(self) -> str:
-        """The id of its `phonon.Process`; empty if it ended before it had connected."""
-        assert self.popen.stdout is not None  # noqa: S101 - for the type checker
-        return self.popen.stdout.readline().strip()
+    def __init__(self, work: Callable[[Any], int], plan: Any) -> None:
+        self._written: Any = SPAWN.Value("Q", lock=False)
+        self._process = SPAWN.Process(target=_run, args=(work, plan, self._written))
+        self._process.start()
+        self.pid = self._process.pid or 0
 
     @property
     def is_alive(self) -> bool:
-        """Return whether the worker has not ended."""
-        return self.popen.poll() is None
-
-    @property
-    def fate(self) -> str:
-        """The end of the worker."""
-        status = self.popen.wait()
-        if status < 0:
-            return f"was killed by {signal.Signals(-status).name}"
-        return f"ended with exit status {status}"
-
-    def kill(self) -> None:
-        """Kill the worker with SIGKILL, and close its pipe. A second call does nothing."""
-        self.popen.kill()
-        self.popen.wait()
-        if self.popen.stdout is not None:
-            self.popen.stdout.close()
-
-    def leave(self) -> int:
-        """Wait until the worker has ended its sessions and left. Return how many it has written.
+        """Return whether the worker has not ended.
 
         Raises:
-            WorkerError: The worker does not leave, or fails.
+            WorkerError: It has failed: it has ended, and not by a signal.
         """
-        try:
-            said, _ = self.popen.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise WorkerError(f"worker (pid {self.popen.pid}) does not leave") from None
-        if self.popen.returncode == -signal.SIGTERM:  # before it began to read
-            return 0
-        if self.popen.returncode:
-            raise WorkerError(f"worker (pid {self.popen.pid}) {self.fate}")
-        return int(json.loads(said.splitlines()[-1])["sessions"])
+        if (status := self._process.exitcode or 0) > 0:
+            raise WorkerError(f"worker (pid {self.pid}) ended with exit status {status}")
+        return self._process.is_alive()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the worker a signal."""
+        if self._process.is_alive():
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill the worker with SIGKILL, and wait until it has ended."""
+        self._process.kill()
+        self._process.join()
+
+    def written(self) -> int:
+        """Wait until the worker has left. Return how many sessions it has written."""
+        self._process.join(TIMEOUT)
+        if self.is_alive:
+            raise WorkerError(f"worker (pid {self.pid}) does not leave")
+        return int(self._written.value)
+
+
+def _run(work: Callable[[Any], int], plan: Any, written: Any) -> None:
+    """Run in a worker process."""
+    os.setpgid(0, 0)  # Ctrl-C is for the program, which then ends its workers
+
+    def leave_with_the_program() -> None:
+        multiprocessing.connection.wait([program.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    program: Any = multiprocessing.parent_process()
+    threading.Thread(target=leave_with_the_program, daemon=True).start()
+    written.value = work(plan)
 
 
 class Pool:
@@ -112,42 +105,58 @@ class Pool:
             WorkerError: There are none, or one has failed.
         """
         alive = [worker for worker in self.workers if worker.is_alive]
-        for worker in self.workers:
-            if worker not in alive and worker.popen.returncode > 0:
-                raise WorkerError(f"worker (pid {worker.popen.pid}) {worker.fate}")
         if not alive:
             raise WorkerError("all workers have died before their work was done")
         return alive
 
     def leave(self) -> int:
-        """Let all workers end their sessions and leave. Return the number of written sessions."""
+        """Let all workers end their sessions and leave. Return how many they have written."""
         alive = self.alive
         for worker in alive:
-            worker.popen.send_signal(signal.SIGTERM)
-        return sum([worker.leave() for worker in alive])
+            worker.signal(signal.SIGTERM)
+        return sum([worker.written() for worker in alive])
+
+    def wait(self, admin: Admin, is_stored: Callable[[], bool] = lambda: True) -> None:
+        """Wait until messages are stored, and survivors have taken over from the dead workers."""
+        give_up = time.monotonic() + TIMEOUT
+        while True:
+            with contextlib.suppress(ConnectionError):
+                alive = sorted(worker.pid for worker in self.alive)
+                # A process that has died is listed until all that it had is taken over.
+                listed = sorted(process.pid for process in admin.processes())
+                stored = is_stored()
+                if stored and listed == alive:
+                    return
+                if time.monotonic() > give_up:
+                    raise WorkerError(
+                        f"after {TIMEOUT:g} s the messages are {'' if stored else 'not '}stored, "
+                        f"and the processes {listed} are listed, of which {alive} live"
+                    )
+            time.sleep(0.05)
 
 
-def wait_until_stored(broker: Broker, process: Process, pool: Pool, count: int) -> None:
-    """Wait until all messages are stored, and survivors have taken over from the dead worker.
+class Stream:
+    """A stream of the server, whose entries the workers share.
 
-    Raises:
-        WorkerError: It takes too long, or no worker is left.
+    Args:
+        client: A client of the server.
+        name: The key of the stream.
     """
-    give_up = time.monotonic() + TIMEOUT
-    while True:
-        alive = pool.alive
-        # A worker that replaces a dead one is listed before it says its id. Until then the dead one
-        # may be counted in its place.
-        have_begun = all(worker.process for worker in alive)
-        living = len(alive) + 1  # and this program's own process
-        with contextlib.suppress(ConnectionError):
-            stored = broker.stored(process)
-            listed = int(process.client.zcard(process.heartbeat_hash_name))
-            if have_begun and stored >= count and listed == living:
-                return
-            if time.monotonic() > give_up:
-                raise WorkerError(
-                    f"{stored:,} of {count:,} messages were stored after {TIMEOUT:g} s, and "
-                    f"{listed} processes are listed, of which {living} live"
-                )
-        time.sleep(0.05)
+
+    def __init__(self, client: Any, name: str) -> None:
+        self.name = name
+        self._client = client
+        self._count = 0
+
+    def produce(self, messages: Sequence[Message]) -> None:
+        """Add messages."""
+        pipeline = self._client.pipeline(transaction=False)
+        for message in messages:
+            pipeline.xadd(self.name, {"key": message.key, "value": json.dumps(message.content)})
+        pipeline.execute()
+        self._count += len(messages)
+
+    def is_stored(self) -> bool:
+        """Return whether all messages were acknowledged."""
+        groups = self._client.xinfo_groups(self.name) if self._count else ()
+        return all(group["pending"] == group["lag"] == 0 for group in groups)

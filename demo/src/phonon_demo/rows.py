@@ -1,7 +1,8 @@
-"""The rows of an input: CSV or JSON lines, gzip or not. Unusable rows are counted."""
+"""Rows of a file, and the job that adds up the user's own. Unusable rows are counted."""
 
 import contextlib
 import csv
+import decimal
 import gzip
 import io
 import itertools
@@ -10,172 +11,143 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from phonon_demo.errors import InputError
+from phonon import Model
+from phonon.cli.errors import CommandError
+from phonon.fields import ID, Count, Custom
+from phonon_demo.models import FLIGHTS, Job, Message, Rejected
 
-T = TypeVar("T")
-
-STDIN = "-"
-_GZIP = b"\x1f\x8b"
-_DELIMITERS = ",;\t|"
-#: The number of JSON objects from which the columns are taken: not all have all columns.
-_SAMPLE = 100
-
-#: The number of a line, and the values of the wanted columns, or the reason for the rejection.
-Record = tuple[int, "tuple[Any, ...] | Rejected"]
+#: An exact sum of numbers of up to 400 digits and exponents of up to 400; more would raise.
+_EXACT = decimal.Context(prec=2000, Emax=9999, Emin=-9999, traps=[decimal.Inexact])
+_MOST_DIGITS = 400
 
 
-class Rejected(ValueError):  # noqa: N818 - not an error of the program: it is counted
-    """A row is unusable. The text is the reason, the same for all rows of the kind."""
+class InputError(CommandError):
+    """The input or an option is unusable; the message names the remedy."""
+
+    status = 2
 
 
-class Rows(Generic[T]):
-    """The rows of an input, to iterate over once.
-
-    Attributes:
-        name: The input's name in messages.
-        rejected: The number of unusable rows, by reason.
-        first: The line of the first such row, by reason.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        lines: Iterable[str],
-        columns: Sequence[str],
-        convert: Callable[[tuple[Any, ...]], T],
-    ) -> None:
-        self.name = name
-        self.rejected: Counter[str] = Counter()
-        self.first: dict[str, int] = {}
-        self._convert = convert
-        numbered = ((n, line) for n, line in enumerate(lines, start=1) if line.strip())
-        first = next(numbered, None)
-        if first is None:
-            raise InputError(f"{name} is empty: a CSV header or JSON objects are expected")
-        read = _json if first[1].lstrip().startswith("{") else _csv
-        self._records = read(name, itertools.chain([first], numbered), columns)
-
-    def __iter__(self) -> Iterator[T]:
-        for line, values in self._records:
-            try:
-                if isinstance(values, Rejected):
-                    raise values
-                row = self._convert(values)
-            except Rejected as reason:
-                self.rejected[str(reason)] += 1
-                self.first.setdefault(str(reason), line)
-            else:
-                yield row
-
-
-@contextlib.contextmanager
-def open_rows(
-    path: str, columns: Sequence[str], convert: Callable[[tuple[Any, ...]], T]
-) -> Iterator[Rows[T]]:
-    """Open an input.
+class Rows:
+    """The rows of an input as messages, to iterate over once.
 
     Args:
-        path: The file's name; ``-`` for standard input.
-        columns: The columns whose values are wanted.
-        convert: Converts the values, or raises `Rejected`.
+        job: Says which columns are wanted, and makes messages of them.
+        name: The input's name in messages.
+        lines: Its lines, CSV with a header or JSON objects.
 
-    Raises:
-        InputError: The input cannot be opened or read, has no rows, or lacks a column.
+    Attributes:
+        rejected: The number of unusable rows, by reason.
     """
-    name = "standard input" if path == STDIN else repr(path)
-    with contextlib.ExitStack() as stack:
-        stream: Any = sys.stdin.buffer
-        if path != STDIN:
-            with _readable(name):
-                stream = stack.enter_context(Path(path).open("rb"))
-        yield Rows(name, _lines(name, stream), columns, convert)
 
+    def __init__(self, job: Job, name: str, lines: Iterable[str]) -> None:
+        self.job = job
+        self.name = name
+        self.rejected: Counter[str] = Counter()
+        self._lines = (line for line in lines if line.strip())
 
-@contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError, ValueError, zlib.error) as error:  # damaged gzip, among others
-        raise InputError(
-            f"{name} cannot be read: {error}; --input takes the name of a file, or - for standard "
-            "input"
-        ) from error
+    def __iter__(self) -> Iterator[Message]:
+        first = next(self._lines, "")
+        if not first:
+            raise InputError(f"{self.name} is empty: a CSV header or JSON objects are expected")
+        is_json = first.lstrip().startswith("{")
+        row_of = _parse_json if is_json else self._csv(first)
+        for line in itertools.chain([first] if is_json else (), self._lines):
+            try:
+                message = self._message(row_of(line))
+            except Rejected as reason:
+                self.rejected[str(reason)] += 1
+            except (ValueError, AttributeError, RecursionError, csv.Error):
+                self.rejected["broken"] += 1
+            else:
+                yield message
 
+    def _message(self, row: dict[str, Any]) -> Message:
+        key, *others = map(row.get, self.job.columns)
+        if not isinstance(key, str) or key.strip() in ("", "NA"):
+            raise Rejected(f"no {self.job.columns[0]}")
+        "".join(map(str, (key, *others))).encode()  # raises if it is not UTF-8
+        return Message(key, self.job.content(others))
 
-def _lines(name: str, stream: Any) -> Iterator[str]:
-    """Yield the lines. Bytes that are not UTF-8 come as lone surrogates."""
-    with _readable(name):
-        raw = gzip.GzipFile(fileobj=stream) if stream.peek(2).startswith(_GZIP) else stream
-        # The csv module needs unchanged line ends. "-sig" removes a byte order mark.
-        with io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as lines:
-            yield from lines
+    def _csv(self, head: str) -> Callable[[str], dict[str, Any]]:
+        delimiter = max(",;\t|", key=head.count)
+        header = next(csv.reader([head], delimiter=delimiter))
+        for column in self.job.columns:
+            if (count := header.count(column)) != 1:
+                columns = f"{count} columns" if count else "no column"
+                listed = ", ".join(map(repr, header))
+                raise InputError(f"{self.name} has {columns} {column!r}: name another of {listed}")
 
-
-def _csv(name: str, lines: Iterator[tuple[int, str]], columns: Sequence[str]) -> Iterator[Record]:
-    """Read CSV, a record in each line."""
-    _, head = next(lines)
-    delimiter = max(_DELIMITERS, key=head.count)
-    header = next(csv.reader([head], delimiter=delimiter))
-    wanted = [_index(name, header, column) for column in columns]
-    number = 0
-    for number, line in lines:
-        try:
-            # strict: text after a closing quote is an error.
+        def row_of(line: str) -> dict[str, Any]:
+            # Line by line: a quote that is never closed costs no other row.
             (fields,) = csv.reader([line], delimiter=delimiter, strict=True)
-        except csv.Error:
-            yield number, Rejected("bad CSV")
-            continue
-        if len(fields) != len(header):
-            yield number, Rejected("wrong number of fields")
-        elif not is_utf8(line):
-            yield number, Rejected("not UTF-8 text")
-        else:
-            yield number, tuple(fields[i] for i in wanted)
-    if not number:
-        raise InputError(f"{name} has a header and no rows: there is nothing to add up")
+            return dict(zip(header, fields, strict=True))
+
+        return row_of
 
 
-def _json(name: str, lines: Iterator[tuple[int, str]], columns: Sequence[str]) -> Iterator[Record]:
-    """Read JSON lines, an object in each. Numbers come as their text."""
-    objects = ((number, _object(line)) for number, line in lines)
-    sample = list(itertools.islice(objects, _SAMPLE))
-    known = list(dict.fromkeys(key for _, each in sample if type(each) is dict for key in each))
-    for column in columns:
-        _index(name, known, column)
-    for number, found in itertools.chain(sample, objects):
-        if isinstance(found, Rejected):
-            yield number, found
-        else:
-            yield number, tuple(found.get(column) for column in columns)
+def _parse_json(line: str) -> Any:
+    """Return an object whose numbers are as they are written."""
+    return json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
 
 
-def _object(line: str) -> dict[str, Any] | Rejected:
+def lines_of(path: str) -> Iterator[str]:
+    """Yield the lines of a file, gzip or not, or of standard input if its name is ``-``."""
     try:
-        found = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-    except (ValueError, RecursionError):
-        return Rejected("bad JSON")
-    if not isinstance(found, dict):
-        return Rejected("not a JSON object")
-    return found if is_utf8(json.dumps(found, ensure_ascii=False)) else Rejected("not UTF-8 text")
+        with contextlib.ExitStack() as stack:
+            file: Any = sys.stdin.buffer
+            if path != "-":
+                file = stack.enter_context(Path(path).open("rb"))
+            raw = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+            # "-sig" removes a byte order mark. Bytes that are not UTF-8 come as surrogates.
+            text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
+            yield from stack.enter_context(text)
+    except (EOFError, OSError, ValueError, zlib.error) as error:  # damaged gzip, among others
+        raise InputError(f"{path!r} cannot be read: {error}; give --input a file, or -") from error
 
 
-def _index(name: str, columns: Sequence[str], column: str) -> int:
-    match columns.count(column):
-        case 1:
-            return columns.index(column)
-        case 0:
-            listed = ", ".join(map(repr, columns))
-            raise InputError(f"{name} has no column {column!r}; name one of {listed}")
-    raise InputError(f"{name} has {columns.count(column)} columns {column!r}: rename all but one")
+def add(one: str, other: str) -> str:
+    """Return the exact sum of decimals, so that the order of addition makes no difference."""
+    return str(_EXACT.add(Decimal(one), Decimal(other)))
 
 
-def is_utf8(text: str) -> bool:
-    """Return whether the text can be encoded, that is, has no lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def add_all(one: dict[str, str], other: dict[str, str]) -> dict[str, str]:
+    """Return the sums of columns."""
+    return {name: add(one.get(name, "0"), text) for name, text in other.items()}
+
+
+class Totals(Model, name="phonon_demo_totals"):
+    """Rows and sums of one key; the sums by the name of their column."""
+
+    key: ID[str]
+    sums: Custom[dict[str, str]] = Custom(merge=add_all, zero={})
+    rows: Count = Count()
+
+
+def _number(text: Any, column: str) -> str:
+    with contextlib.suppress(decimal.InvalidOperation):
+        number = Decimal(text if isinstance(text, str) and len(text) <= _MOST_DIGITS else "")
+        if number.is_finite() and abs(number.adjusted()) <= _MOST_DIGITS:
+            return str(number)
+    raise Rejected(f"no number in {column!r}")
+
+
+def _add_row(row: dict[str, Any] | None, numbers: dict[str, str]) -> dict[str, Any]:
+    row = row or {"sums": {}, "rows": 0}
+    return {"sums": add_all(row["sums"], numbers), "rows": row["rows"] + 1}
+
+
+def sums_of(key: str, columns: Sequence[str]) -> Job:
+    """Return the job that sums columns of the user's own rows, by the column of the key."""
+
+    def content(row: Sequence[Any]) -> list[Any]:
+        return [{name: _number(text, name) for name, text in zip(columns, row, strict=True)}]
+
+    return Job("totals", Totals, (key, *columns), content, _add_row)
+
+
+#: The jobs by their tables, for workers, which need no columns.
+JOBS = {job.table: job for job in (FLIGHTS, sums_of("", ()))}

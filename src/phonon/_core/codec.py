@@ -19,7 +19,7 @@ from phonon._core import classes
 from phonon._core.classes import forget
 from phonon._core.shown import shown
 from phonon.errors import NotStorableError, UndecodableError, UnknownClassError
-from phonon.serializers import ExactSerializer, Serializer
+from phonon.serializers import ExactSerializer, Serializer, loads_plain
 
 __all__ = ["Storable", "UpdateCodec", "UpdateRecord", "dump", "forget", "merge", "pack"]
 
@@ -87,18 +87,17 @@ _states: "weakref.WeakKeyDictionary[type[Any], set[tuple[str, ...]]]" = weakref.
 # Encoding
 
 
-def pack(update: Storable, serializer: Serializer, state: dict[str, Any] | None = None) -> bytes:
+def pack(update: Storable, serializer: Serializer) -> bytes:
     """Return an update's content as a partial.
 
     Args:
         update: The update.
         serializer: Encodes the content.
-        state: The value of its `state`; None to call that here.
 
     Raises:
         NotStorableError: A value has a type that cannot be stored; the message names the attribute.
     """
-    return enveloped(type(update), serializer, dump(update, serializer, state))
+    return enveloped(type(update), serializer, dump(update, serializer))
 
 
 def enveloped(cls: type[Any], serializer: Serializer, content: bytes) -> bytes:
@@ -121,10 +120,9 @@ def too_large(update: Storable, size: int, most: int) -> NotStorableError:
     )
 
 
-def dump(update: Storable, serializer: Serializer, state: dict[str, Any] | None = None) -> bytes:
+def dump(update: Storable, serializer: Serializer) -> bytes:
     """Return an update's content, encoded by the serializer; see `pack`."""
-    if state is None:
-        state = state_of(update)
+    state = state_of(update)
     content = [update._id, update.database, update.collection, update.spec, update.doc, state]  # noqa: SLF001 - its public name
     try:
         data: object = serializer.dumps(content)
@@ -371,6 +369,14 @@ class UpdateCodec:
             update = cls.merge_stored_(bodies, self.serializer) if bodies else None
             if update is not None:
                 update.attach(self._owner())
+            elif bodies and cls._like_ is not None and type(self.serializer) is ExactSerializer:
+                update = self.decode(resource, partials[0], "")
+                for body in bodies[1:]:
+                    other = update._like_(loads_plain(body))
+                    if other is None:
+                        return None
+                    other.attach_like(update)
+                    merge(update, other)
         except Exception:  # noqa: BLE001 - it is met again where they are decoded one by one
             return None
         return update if update is not None and update.resource_id == resource else None

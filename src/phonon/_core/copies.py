@@ -8,6 +8,7 @@ from typing import Any
 PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 FLAT = frozenset({list, tuple, set, frozenset})
 CONTAINERS = FLAT | {dict}
+MUTABLE = frozenset({list, set})
 
 #: Stands for a value that has to be copied by the serializer.
 DEEP: Any = object()
@@ -55,6 +56,12 @@ def _of_an_attribute() -> int:
     return count
 
 
+def _of_a_read_attribute() -> int:
+    owner = SimpleNamespace(value=set())
+    value = owner.value
+    return getrefcount(value)
+
+
 def _of_a_variable() -> int:
     things = [SimpleNamespace()]
     thing = things.pop()
@@ -64,5 +71,7 @@ def _of_a_variable() -> int:
 #: The `getrefcount` of a value that only one attribute refers to, as measured in a loop over the
 #: items of `state`; versions of Python count differently.
 UNSHARED = _of_an_attribute()
+#: The same, as measured where a local variable has the attribute's value.
+OWNED = _of_a_read_attribute()
 #: The `getrefcount` of an object that only a local variable refers to.
 UNREFERENCED = _of_a_variable()

@@ -7,10 +7,11 @@ import marshal
 import weakref
 from collections.abc import Callable
 from inspect import isawaitable
+from sys import getrefcount
 from typing import Any, ClassVar, Self
 
 from phonon._core import codec
-from phonon._core.copies import CONTAINERS, DEEP, PLAIN, copied
+from phonon._core.copies import CONTAINERS, DEEP, FLAT, MUTABLE, PLAIN, UNSHARED, copied
 from phonon._core.engine import Engine
 from phonon._core.forks import SAME, notice
 from phonon._core.sessions import GRACE, SPREAD, share
@@ -25,6 +26,8 @@ HARD_SESSION = 12 * 3600.0
 DEFAULT = "test"
 #: The digest of an emptied update that has no attributes of its own.
 EMPTY = hash(b"")
+#: What the look at the values of a state may find; see `LocalUpdate._survey_`.
+ODD, SHARED = 1, 2
 
 
 class LocalUpdate:
@@ -90,8 +93,13 @@ class LocalUpdate:
     _headers_: ClassVar[dict[str, bytes]]
     #: The version of the class's stored data.
     _version_: ClassVar[int] = 1
-    #: Whether the class has a `state` of its own.
+    #: Whether the class has a `state` of its own, and the attributes that this lists, if it does
+    #: nothing else; see `attributes`.
     _has_state_: ClassVar[bool] = False
+    _listed_: ClassVar[tuple[str, ...]] = ()
+    #: Makes an update of the same record, not attached yet, of decoded content, or returns None if
+    #: that is another record's or not so simple. None where only the codec can do so.
+    _like_: ClassVar[Callable[[Any, Any], Any] | None] = None
     #: Whether a cache may merge without calling `refresh` and `is_expired`.
     _has_default_expiry_: ClassVar[bool] = True
 
@@ -137,8 +145,10 @@ class LocalUpdate:
 
     def has_unsent(self) -> bool:
         """Return whether it has data that is not on the server."""
-        if self._unsent_:
-            return True
+        return self._unsent_ or self._has_changed_()
+
+    def _has_changed_(self) -> bool:
+        """Return whether it has changed since it was emptied."""
         emptied = self._emptied_
         if emptied is None:
             return False
@@ -177,9 +187,9 @@ class LocalUpdate:
         if self._generation_ is not engine.identity.generation:
             self._own_engine_()
         while True:
-            lock = self._current_lock_()
+            lock = self._lock_ or self._current_lock_()
             with lock:
-                if lock is self._current_lock_():
+                if lock is self._lock_ or lock is self._current_lock_():
                     return self._take_(engine, keep=keep)
 
     def _take_(self, engine: Engine, *, keep: bool) -> tuple[bytes | None, Any]:
@@ -189,11 +199,10 @@ class LocalUpdate:
         self.mark_sent()
         partial = None
         try:
-            state = codec.state_of(self)
-            packed = codec.pack(self, engine.codec.serializer, state)
+            packed = codec.pack(self, engine.codec.serializer)
             if len(packed) > engine.most_bytes:
                 raise codec.too_large(self, len(packed), engine.most_bytes)  # noqa: TRY301 - handled like the errors of pack
-            kept = self._content_(state) if keep else None
+            kept = self._content_() if keep else None
             partial = packed
             self._empty_()
         except BaseException:
@@ -203,13 +212,13 @@ class LocalUpdate:
             raise
         return partial, kept
 
-    def _content_(self, state: dict[str, Any]) -> Any:
+    def _content_(self) -> Any:
         """Return a copy of the content; None if only the serializer can make one."""
         spec, doc = copied(self.spec), copied(self.doc)
         if spec is DEEP or doc is DEEP:
             return None
         kept = {}
-        for name, value in state.items():
+        for name, value in codec.state_of(self).items():
             own = kept[name] = value if type(value) in PLAIN else copied(value)
             if own is DEEP:
                 return None
@@ -275,7 +284,7 @@ class LocalUpdate:
                 or self._batch_ is not None
                 or batch is None
                 or not batch.is_open
-                or self.has_unsent()
+                or self._has_changed_()
             ):
                 return self._absorb_slowly_(other, now)
             # The first update since the content was stored, in an open batch.
@@ -327,6 +336,17 @@ class LocalUpdate:
         self._is_opener_ = False
         self._check_at_ = 0.0
         self._begun_ = self._touched_ = self._now_()
+
+    def attach_like(self, other: Self) -> None:
+        """Do the same, for the record that another update is about."""
+        self._id, self.database, self.collection = other._id, other.database, other.collection
+        self._process_, self._engine_ = other._process_, other._engine_
+        self._generation_, self.resource_id = other._generation_, other.resource_id
+        self._lock_ = self._emptied_ = self._batch_ = None
+        self._unsent_ = True
+        self._opens_ = False
+        self._check_at_ = 0.0
+        self._begun_ = self._touched_ = other._begun_
 
     @classmethod
     def upgraded_(cls, content: list[Any], version: int) -> list[Any]:
@@ -398,10 +418,43 @@ class LocalUpdate:
         if instance is self:
             self._locked_(self._mark_)
 
-    # Machinery
+    # Machinery. Where a state only lists attributes, `attributes` replaces some of these methods.
 
     def _now_(self) -> float:
         raise NotImplementedError
+
+    def _survey_(self) -> int:
+        """Look at the values of the state, before the constructor takes them in.
+
+        Returns:
+            The sum of `ODD`, if a value is not of a type that can be stored at sight, and
+            `SHARED`, if one may have to be copied, because somebody else may change it.
+        """
+        state: object = self.state()
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"{type(self).__qualname__}.state() returned {state!r}: it returns a dict of "
+                "attributes by name"
+            )
+        found = 0
+        for name, value in state.items():
+            if name.__class__ is not str:
+                raise TypeError(
+                    f"{type(self).__qualname__}.state() names an attribute {name!r}: it "
+                    "returns a dict of attributes by name"
+                )
+            kind = type(value)
+            if kind in PLAIN:
+                continue
+            if kind not in FLAT:
+                found = ODD | SHARED
+                continue
+            if not PLAIN.issuperset(map(type, value)):
+                found |= ODD
+            # A value without other references needs no copy.
+            if kind in MUTABLE and (found & ODD or getrefcount(value) > UNSHARED):
+                found |= SHARED
+        return found
 
     def mark_sent(self) -> None:
         """Note that nothing is unsent: another update or the caller has the data."""

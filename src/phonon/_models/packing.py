@@ -6,13 +6,12 @@ error that names the fault.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from phonon._models.field import Field
-from phonon.serializers import KEPT, SCANNED, SET_HEAD, UNPACKING, ExactSerializer, scan
+from phonon.serializers import KEPT, SET_HEAD, ExactSerializer, loads_plain
 
 if TYPE_CHECKING:
     from phonon._models.compiled import Compiled
@@ -110,9 +109,7 @@ class Packing:
         docs = [b[at:-1] for b in bodies if b[-1] == _EMPTY_DICT and b.startswith(begin)]
         if len(docs) < len(bodies):
             return None
-        loads: Callable[[bytes], Any] = serializer.loads
-        if self.is_plain:
-            loads = _loads if len(max(docs, key=len)) <= SCANNED else _loads_long
+        loads: Callable[[bytes], Any] = loads_plain if self.is_plain else serializer.loads
         if self._merge is None:
             self._merge = self._merger()
         states = self._merge(map(loads, docs))
@@ -199,19 +196,6 @@ def _is_plain(field: Field[Any, Any]) -> bool:
         or (made_of == "atoms or floats" and values.annotation is float)
     )
 
-
-def _loads_long(data: bytes) -> Any:
-    scan(data)
-    return _loads(data)
-
-
-def _head(code: int, body: bytes) -> Any:
-    if code == SET_HEAD.code and not body:
-        return SET_HEAD
-    raise ValueError("not of a plain field")
-
-
-_loads = partial(msgpack.unpackb, ext_hook=_head, **UNPACKING)
 
 _TAKE = """\
 def take(_record, _serializer):

@@ -141,12 +141,12 @@ class ModelRecord(Update):
         self.is_due, self.is_used = False, None
         self.arguments_ = None
 
-    def has_unsent(self) -> bool:
-        """Return whether it has data that is not on the server."""
-        if self._unsent_ or self.aside_ is not None:
+    def _has_changed_(self) -> bool:
+        """Return whether it has changed since it was emptied."""
+        if self.aside_ is not None:
             return True
         if self._emptied_ != EMPTY:
-            return super().has_unsent()
+            return super()._has_changed_()
         return self.compiled.has_states(self)
 
     def take(self) -> bytes | None:

@@ -12,6 +12,7 @@ from phonon.errors import (
     ConnectionLostError,
     ForeignKeyError,
     ServerError,
+    ServerFullError,
     ServerUnreachableError,
 )
 
@@ -143,7 +144,7 @@ def explain(address: str, error: ResponseError, keys: Sequence[bytes | str] = ()
             "rename or delete that key, or give Process another namespace="
         )
     if text.startswith("OOM") or "OOM command not allowed" in text:
-        return ServerError(
+        return ServerFullError(
             f"{address} is out of memory and stores nothing more ({text}): raise its "
             "maxmemory; the data is kept locally"
         )
@@ -151,5 +152,7 @@ def explain(address: str, error: ResponseError, keys: Sequence[bytes | str] = ()
         found = re.search(r"run the '([^']+)' command", text)
         remedy = f"ACL SETUSER <user> +{found[1]}" if found else "ACL SETUSER"
         return ServerError(f"{address} answered: {text}; grant the permission with {remedy}")
-    advice = REMEDIES.get(text.partition(" ")[0])
-    return ServerError(f"{address} answered: {text}" + (f"; {advice}" if advice else ""))
+    code = text.partition(" ")[0]
+    advice = REMEDIES.get(code)
+    kind = ServerFullError if code == "MISCONF" else ServerError
+    return kind(f"{address} answered: {text}" + (f"; {advice}" if advice else ""))

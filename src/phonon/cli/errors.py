@@ -1,6 +1,7 @@
 """Errors that the command line program prints in one line."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -20,11 +21,16 @@ class CommandError(Exception):
 class CommandInterrupt(BaseException):
     """A signal ended a command, which has tidied up behind itself.
 
+    Args:
+        number: The number of the signal.
+
     Attributes:
         status: The exit status of the program: 128 plus the signal's number.
     """
 
-    status = 130
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}; the workers have ended too")
+        self.status = 128 + number
 
 
 @contextlib.contextmanager

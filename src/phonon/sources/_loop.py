@@ -9,9 +9,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from phonon.errors import (
     AlreadyStoredError,
+    BacklogFullError,
     ConfigurationError,
+    InvalidMessageError,
     NotStorableError,
     PhononError,
+    ServerFullError,
     SourceLostError,
 )
 from phonon.settings import check_callable, check_count, check_name, check_seconds
@@ -71,7 +74,7 @@ class MessageHandler(Generic[M]):
             try:
                 self._try(open_batch, part, at)
             except Exception as error:
-                if isinstance(error, PhononError) and not isinstance(error, NotStorableError):
+                if not is_about_message(error):
                     raise
                 # If a handler raised, its message is known. If storing raised, find the message.
                 if len(part) == 1:
@@ -93,13 +96,14 @@ class MessageHandler(Generic[M]):
             batch = open_batch(messages)
             try:
                 self.run_through(batch, self.handle, messages, at)
-            except AlreadyStoredError:
-                # Now the stored ones are known here, and will be skipped.
-                if attempt == ATTEMPTS - 1:
-                    raise
-            except Exception as error:
+            except Exception as raised:
+                error = weightiest(raised)
+                if isinstance(error, AlreadyStoredError) and attempt < ATTEMPTS - 1:
+                    continue  # now the stored ones are known here, and will be skipped
                 if not batch.is_stored or isinstance(error, PhononError):
-                    raise
+                    if error is raised:
+                        raise
+                    raise error from None
                 # A database may be away. No message is the cause, and none is lost.
                 log.warning("ending sessions failed, and is tried again: %s", error)
                 return
@@ -255,4 +259,27 @@ def check_loop(
 
 def is_transient(error: Exception) -> bool:
     """Return whether to go on after an error, by claiming or asking the source again."""
-    return isinstance(error, SourceLostError | AlreadyStoredError | ConnectionError)
+    return isinstance(
+        error,
+        SourceLostError | AlreadyStoredError | BacklogFullError | ServerFullError | ConnectionError,
+    )
+
+
+def is_about_message(error: Exception) -> bool:
+    """Return whether a message is the cause of an error, and not the server or the process."""
+    return isinstance(error, InvalidMessageError | NotStorableError) or not isinstance(
+        error, PhononError
+    )
+
+
+def weightiest(error: Exception) -> Exception:
+    """Return the error of a group that decides how to go on; any other error is returned as it is.
+
+    A batch raises a group if several partitions refuse it. Of such a group an error that ends the
+    loop comes first, then one to go on after; only if there is neither, a message is the cause.
+    """
+    if not isinstance(error, ExceptionGroup):
+        return error
+    leaves = [weightiest(each) for each in error.exceptions]
+    others = [each for each in leaves if not is_about_message(each)]
+    return min(others, key=is_transient, default=error)

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from phonon.errors import ConfigurationError, PhononError
+from phonon.errors import ConfigurationError, PhononError, SourceRewoundError
 from phonon.settings import check_owner
 from phonon.source import Source
 from phonon.sources._loop import (
@@ -22,11 +22,13 @@ from phonon.sources._loop import (
     check_loop,
     check_topics,
     is_transient,
+    weightiest,
 )
 
 try:
     from confluent_kafka import (
-        OFFSET_INVALID,
+        OFFSET_BEGINNING,
+        OFFSET_END,
         Consumer,
         KafkaError,
         KafkaException,
@@ -43,9 +45,18 @@ except ImportError as error:
 log = logging.getLogger("phonon")
 
 _Key = tuple[str, int]
+#: Where to begin with a partition that was never read, by the client's names for it.
+_STARTS = dict.fromkeys(("smallest", "earliest", "beginning"), OFFSET_BEGINNING) | dict.fromkeys(
+    ("largest", "latest", "end"), OFFSET_END
+)
 
 #: Seconds that a dead letter may take to be delivered.
 DELIVERY_TIMEOUT = 30.0
+#: Seconds that the broker may take to tell an offset.
+ANSWER_TIMEOUT = 10.0
+#: Marks the offsets that are committed here, so that they are not taken for those of a consumer
+#: without Phonon.
+COMMITTED = "phonon"
 
 
 class BaseKafkaSource(Loop):
@@ -83,9 +94,17 @@ class BaseKafkaSource(Loop):
         )
         self._process = process
         self._group = str(config["group.id"])
+        reset = config.get("auto.offset.reset", "earliest")
+        if reset not in _STARTS:
+            raise ConfigurationError(
+                f"auto.offset.reset is 'earliest' or 'latest', not {reset!r}: it says where to "
+                "begin with a partition that was never read, and nothing else"
+            )
+        self._start = _STARTS[reset]
         self._config = {
-            "auto.offset.reset": "earliest",
             **config,
+            # The client would go silently to the beginning or the end.
+            "auto.offset.reset": "error",
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
         }
@@ -99,6 +118,8 @@ class BaseKafkaSource(Loop):
         self._sources: dict[_Key, Source] = {}
         #: The offset up to which each partition is stored.
         self._done: dict[_Key, int] = {}
+        #: Partitions to claim again after an error.
+        self._failed: set[_Key] = set()
         self._consumer: Any = None
 
     def name_of(self, topic: str, partition: int) -> str:
@@ -117,7 +138,12 @@ class BaseKafkaSource(Loop):
             )
             while not self.stopping:
                 messages = consumer.consume(self._batch_size, self._poll_timeout)
-                self._store(handler, messages)
+                # Only now: a member has been told which partitions it has lost, and does not claim
+                # them from the new member.
+                failed, self._failed = self._failed, set()
+                self._store(handler, messages, failed)
+                for key in failed:
+                    self._begin_again(key)
                 if not messages:
                     self._settle(list(self._sources))
             self._settle(list(self._sources))
@@ -139,18 +165,12 @@ class BaseKafkaSource(Loop):
         """Settle a source."""
         source.settle()
 
-    def _store(self, handler: MessageHandler[Message], messages: Sequence[Message]) -> None:
-        batches: dict[_Key, list[Message]] = {}
-        for message in messages:
-            error = message.error()
-            if error is None:
-                batches.setdefault(_key_of(message), []).append(message)
-            elif error.fatal():
-                raise KafkaException(error)
-            elif error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001 - its public name
-                log.warning("kafka: %s", error)
-        for key, batch in batches.items():
-            source = self._sources.get(key)
+    def _store(
+        self, handler: MessageHandler[Message], messages: Sequence[Message], failed: set[_Key]
+    ) -> None:
+        """Store messages, except those of partitions that are read again from another position."""
+        for key, batch in self._by_partition(messages).items():
+            source = None if key in failed else self._sources.get(key)
             if source is None:
                 continue  # revoked: the member that has the partition reads them
             self.received += len(batch)
@@ -160,11 +180,26 @@ class BaseKafkaSource(Loop):
                 if not is_transient(error):
                     raise
                 log.warning("%s", error)
-                self._begin_again(key)
+                self._failed.add(key)
+                self.pause()
             else:
                 self._done[key] = int(batch[-1].offset() or 0) + 1
                 self._report_end(key, source)
                 self._commit([key], wait=False)
+
+    def _by_partition(self, messages: Sequence[Message]) -> dict[_Key, list[Message]]:
+        batches: dict[_Key, list[Message]] = {}
+        for message in messages:
+            error = message.error()
+            if error is None:
+                batches.setdefault(_key_of(message), []).append(message)
+            elif error.fatal():
+                raise KafkaException(error)
+            elif error.code() == KafkaError._AUTO_OFFSET_RESET:  # noqa: SLF001 - its public name
+                self._failed.add(_key_of(message))
+            elif error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001 - its public name
+                log.warning("kafka: %s", error)
+        return batches
 
     def _report_end(self, key: _Key, source: Any) -> None:
         """Report the end of the topic to operators, by the broker's last answer."""
@@ -174,7 +209,9 @@ class BaseKafkaSource(Loop):
 
     def _commit(self, keys: Sequence[_Key], *, wait: bool) -> None:
         """Commit the offsets to the broker, only for its tools."""
-        offsets = [TopicPartition(*key, self._done[key]) for key in keys if key in self._done]
+        offsets = [
+            TopicPartition(*key, self._done[key], COMMITTED) for key in keys if key in self._done
+        ]
         if not offsets:
             return
         try:
@@ -186,13 +223,22 @@ class BaseKafkaSource(Loop):
         """Store the positions of partitions that are silent, or that another member takes."""
         for key in keys:
             source = self._sources.get(key)
-            if source is None or source.in_doubt:
-                continue
-            try:
-                self._settled(source)
-            except PhononError as error:
-                log.info("%s", error)
-                self._begin_again(key)
+            if source is not None and not self._settles(source):
+                self._failed.add(key)
+
+    def _settles(self, source: Any) -> bool:
+        """Settle a source, unless it is in doubt. Return False after an error."""
+        if source.in_doubt:
+            return True
+        try:
+            self._settled(source)
+        except Exception as raised:
+            error = weightiest(raised)
+            if not isinstance(error, PhononError):
+                raise
+            log.info("%s", error)
+            return False
+        return True
 
         # The partitions of this member
 
@@ -202,13 +248,65 @@ class BaseKafkaSource(Loop):
             try:
                 source: Source = self._claimed(self.name_of(*key))
                 self._sources[key] = source
-                return source.position()
-            except PhononError as error:
-                if not is_transient(error):
+                return self._offset(key, source.position())
+            except (PhononError, KafkaException) as error:
+                if not is_transient(error) and not isinstance(error, KafkaException):
                     raise
                 log.warning("%s", error)
                 self.pause()
         return None
+
+    def _offset(self, key: _Key, position: int | None) -> int:
+        """Return the offset to read on from, which the broker has.
+
+        Raises:
+            SourceRewoundError: More messages are stored than the broker ever had.
+            KafkaException: The broker does not answer.
+        """
+        name = self.name_of(*key)
+        [known] = self._consumer.committed([TopicPartition(*key)], ANSWER_TIMEOUT)
+        if position is None:
+            if known.offset < 0:
+                return self._start
+            if known.metadata != COMMITTED:
+                return int(known.offset)  # a consumer without Phonon has read until there
+            log.error(
+                "kafka: the server has lost the position of %s, which was %d or more: its messages "
+                "are read again",
+                name,
+                known.offset,
+            )
+            return self._start
+        if known.offset < 0:
+            log.warning(
+                "kafka: the broker has no committed offset of %s, of which the messages before %d "
+                "are stored: if the topic was deleted and made again, its new messages with those "
+                "offsets are passed over; see Source.claim",
+                name,
+                position,
+            )
+        reach = self._consumer.get_watermark_offsets(TopicPartition(*key), ANSWER_TIMEOUT)
+        if reach is None:
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT))  # noqa: SLF001 - its public name
+        first, end = reach
+        if position > end:
+            raise SourceRewoundError(
+                f"partition {key[1]} of topic {key[0]!r} ends at {end}, but its messages before "
+                f"{position} are stored already: the topic was deleted and made again, or its "
+                f"broker has lost messages. To store the messages that are there now, move the "
+                f"source on: process.source({name!r}).claim({first}); to pass over them: "
+                f"claim({end})",
+                name,
+            )
+        if position < first:
+            log.error(
+                "kafka: the broker has deleted %d messages of %s, from %d on, before they were "
+                "read: the topic's retention is too short",
+                first - position,
+                name,
+                position,
+            )
+        return position if position > first else int(first)
 
     def _assigned(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
@@ -225,11 +323,8 @@ class BaseKafkaSource(Loop):
         self._commit([key for key in keys if key in self._sources], wait=True)
         for key in keys:
             source = self._sources.pop(key, None)
-            if source is not None and not source.in_doubt:
-                try:
-                    self._settled(source)
-                except PhononError as error:
-                    log.info("%s", error)  # the next member only reads some messages again
+            if source is not None:
+                self._settles(source)  # after an error the next member reads some messages again
 
     def _lost(self, _consumer: Any, partitions: list[TopicPartition]) -> None:
         for partition in partitions:
@@ -237,15 +332,11 @@ class BaseKafkaSource(Loop):
 
     def _begin_again(self, key: _Key) -> None:
         """Claim a partition again after an error, if it is still assigned, and seek back."""
-        self.pause()
-        # The poll tells a member that it has lost the partition, so that it does not claim it from
-        # the new member. The messages of this poll are read again.
-        self._consumer.poll(0)
-        if key not in self._sources or self.stopping:
+        if key not in self._sources:
             return
         position = self._claim(key)
         if position is None:
-            position = OFFSET_INVALID
+            return
         partition = TopicPartition(*key, position)
         try:
             self._consumer.seek(partition)
@@ -257,8 +348,12 @@ class BaseKafkaSource(Loop):
             else:
                 others = [p for p in self._consumer.assignment() if (p.topic, p.partition) != key]
                 for other in others:
-                    position = self._sources[other.topic, other.partition].position()
-                    other.offset = OFFSET_INVALID if position is None else position
+                    reader = self._sources.get((other.topic, other.partition))
+                    if reader is None or reader.in_doubt or reader.position() is None:
+                        # Begins anywhere, and is sent to its position by the next round.
+                        self._failed.add((other.topic, other.partition))
+                    else:
+                        other.offset = reader.position()
                 self._consumer.assign([*others, partition])
 
     # Dead letters
@@ -297,8 +392,8 @@ class KafkaSource(BaseKafkaSource):
     Args:
         process: The process that stores the messages.
         config: The configuration of confluent-kafka's `Consumer`: ``bootstrap.servers``,
-            ``group.id`` and others. Automatic commits are off, and ``auto.offset.reset`` is
-            ``earliest`` by default.
+            ``group.id`` and others. Automatic commits are off. ``auto.offset.reset``, which is
+            ``earliest`` by default, says where to begin with a partition that was never read.
         topics: The topic, or several.
         batch_size: The most messages that are stored together. A larger batch costs less a message.
         poll_timeout: Seconds to wait for messages.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
 
+from phonon._transport.failures import is_passing
 from phonon.errors import ConfigurationError, PhononError
 from phonon.settings import check_name, check_owner, check_seconds
 from phonon.source import WINDOW, Messages
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from phonon.process import Process
 
 log = logging.getLogger("phonon")
+
+_PASSING = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.OutOfMemoryError,
+    redis.ReadOnlyError,
+)
 
 
 class StreamEntry(NamedTuple):
@@ -115,6 +123,7 @@ class StreamSource(Loop):
         self._window = window
         self._claim_at = 0.0
         self._again = False
+        self._lacks_groups = False
         self._on_poison = on_poison if dead_letters is None else self._add_dead_letter
         self._dead_letters = dead_letters
         self._consumer = process.id
@@ -146,26 +155,33 @@ class StreamSource(Loop):
         with self.running(stop_on):
             while not self.stopping:
                 try:
+                    if self._lacks_groups:
+                        self._make_groups()
                     self._read(handler)
-                except (redis.ConnectionError, redis.TimeoutError) as error:
-                    log.warning("streams: %s", error)
-                    self.pause()
+                except redis.RedisError as error:
+                    self._lacks_groups = str(error).startswith("NOGROUP")
+                    if not self._lacks_groups:
+                        if not _is_passing(error):
+                            raise
+                        log.warning("streams: %s", error)
+                        self._again = True
+                        self.pause()
                 except PhononError as error:
                     if not is_transient(error):
                         raise
                     log.warning("%s", error)
                     self.pause()
-                except redis.ResponseError as error:
-                    if not str(error).startswith("NOGROUP"):
-                        raise
-                    self._make_groups()
             self._leave()
             self.finish()
 
     def _make_groups(self) -> None:
         for stream in self._streams:
-            with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: the group exists
+            try:
                 self._client.xgroup_create(stream, self._group, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):  # it exists
+                    raise
+        self._lacks_groups = False
 
     def _leave(self) -> None:
         """Leave the group, unless others have to take over entries of this consumer."""
@@ -238,6 +254,14 @@ class StreamSource(Loop):
         text = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
         more = {b"phonon-error": text, b"phonon-id": entry.id, b"phonon-stream": entry.stream}
         self._client.xadd(self._dead_letters, {**entry.fields, **more})
+
+
+def _is_passing(error: redis.RedisError) -> bool:
+    """Return whether to ask again after an error: a server is away, is replaced, or is full."""
+    # For some answers the client has a class, and leaves their code out of the text.
+    return isinstance(error, _PASSING) or (
+        isinstance(error, redis.ResponseError) and is_passing(error)
+    )
 
 
 def _items(found: Any) -> Sequence[tuple[Any, Any]]:

@@ -8,12 +8,12 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from chaos.servers import PostgreSQL
 from phonon import Model
 from phonon.aio import AsyncProcess, AsyncUpdate
 from phonon.aio.sinks import AsyncSqlTable, once
 from phonon.fields import ID, Counter, Sum
 from phonon.sinks import tokens_table
-from phonon_demo.postgres import PostgreSQL
 from support.world import Redis
 
 

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
+from chaos.servers import PostgreSQL
 from phonon import ConflictFreeUpdate, Model
 from phonon.errors import ConfigurationError
 from phonon.fields import (
@@ -33,7 +34,6 @@ from phonon.fields import (
     Window,
 )
 from phonon.sinks import SqlTable, once, table_of, tokens_table
-from phonon_demo.postgres import PostgreSQL
 from support.world import Make, wait_until
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from confluent_kafka import Message
 
+from chaos.servers import MockKafka
 from phonon.aio import AsyncConflictFreeUpdate, AsyncLruCache, AsyncProcess
 from phonon.sources.aio_kafka import AsyncKafkaSource
-from support.kafka import MockKafka
 from support.world import Redis
 
 #: A busy machine takes its time to form a group.

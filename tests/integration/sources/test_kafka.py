@@ -8,13 +8,13 @@ import pytest
 from confluent_kafka import Consumer as Client
 from confluent_kafka import Message, TopicPartition
 
+from chaos.servers import MockKafka
 from phonon import Process
-from phonon.errors import ConfigurationError
+from phonon.errors import ConfigurationError, SourceRewoundError
 from phonon.sources.kafka import KafkaSource
 from support import consumers
 from support.counted import Count
-from support.kafka import MockKafka
-from support.world import Make, wait_until
+from support.world import Make, Redis, wait_until
 
 #: A busy machine takes its time to start so many, or to form a group.
 pytestmark = pytest.mark.timeout(180)
@@ -167,6 +167,106 @@ def test_one_that_was_claimed_from_goes_back_and_goes_on(
     assert Count.executed == expected
 
 
+@pytest.mark.slow
+def test_an_error_of_one_partition_passes_over_nothing_of_the_others(
+    make: Make, kafka: MockKafka, namespace: str
+) -> None:
+    topic = f"{namespace}-others"
+
+    def send(partition: int, numbers: range) -> Counter[Any]:
+        for n in numbers:
+            kafka.producer.produce(topic, b"%d" % n, partition=partition)
+        assert kafka.producer.flush(10) == 0
+        return Counter(n % 30 for n in numbers)
+
+    expected = send(0, range(10)) + send(1, range(10, 20))
+    consumer = Consumer(make(), kafka.config(topic), topic)
+    wait_until(lambda: len(consumer.seen) == 20, 30)
+    other = make()
+    name = f"kafka/{topic}/{topic}/0"
+    wait_until(lambda: other.engine.run(other.engine.sources.position(name)) == 10)
+    other.source(name)
+    expected += send(0, range(20, 21))
+    wait_until(lambda: consumer.source._sources[topic, 0].in_doubt)
+    # It pauses, and then asks the broker what became of its partitions.
+    expected += send(1, range(30, 60))
+    wait_until(lambda: stored(other, topic, topic) == 51, 30)
+    consumer.stop()
+    assert consumer.error is None
+    consumer.process.stop()
+    assert Count.executed == expected
+
+
+@pytest.fixture
+def remade() -> Iterator[MockKafka]:
+    """Another cluster: its topics have the names of the first one's, and other messages."""
+    kafka = MockKafka()
+    yield kafka
+    kafka.close()
+
+
+@pytest.mark.slow
+def test_a_topic_that_was_made_again_is_not_passed_over(
+    make: Make,
+    kafka: MockKafka,
+    remade: MockKafka,
+    namespace: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    topic = f"{namespace}-again"
+    fill(kafka, topic, 0, 400)
+    observer = make()
+    first = Consumer(make(), kafka.config(topic), topic)
+    wait_until(lambda: stored(observer, topic, topic) == 400, 30)
+    first.stop()
+    Count.executed.clear()
+    expected = fill(remade, topic, 0, 100)
+    second = Consumer(make(), remade.config(topic), topic)
+    second.thread.join(30)
+    assert isinstance(second.error, SourceRewoundError)
+    assert "no committed offset" in caplog.text
+    for partition in range(MockKafka.partitions):
+        name = f"kafka/{topic}/{topic}/{partition}"
+        assert f"process.source({second.error.source!r}).claim(0)" in str(second.error)
+        observer.source(name).claim(0)
+    third = Consumer(make(), remade.config(topic), topic)
+    wait_until(lambda: stored(observer, topic, topic) == 100, 30)
+    third.stop()
+    assert third.error is None
+    assert Count.executed == expected
+
+
+@pytest.mark.slow
+def test_where_a_partition_begins_that_phonon_has_no_position_of(
+    make: Make, kafka: MockKafka, own_server: Redis, namespace: str
+) -> None:
+    """Behind what a consumer without Phonon committed; at the begin, if the server was emptied."""
+    topic = f"{namespace}-begin"
+    fill(kafka, topic, 0, 200)
+    client = Client(kafka.config(topic, **{"auto.offset.reset": "earliest"}))
+    reach = [
+        client.get_watermark_offsets(TopicPartition(topic, p), 10)[1]
+        for p in range(MockKafka.partitions)
+    ]
+    client.commit(
+        offsets=[TopicPartition(topic, p, end) for p, end in enumerate(reach)], asynchronous=False
+    )
+    client.close()
+    expected = fill(kafka, topic, 200, 300)
+    observer = make()
+    consumer = Consumer(make(), kafka.config(topic), topic)
+    wait_until(lambda: stored(observer, topic, topic) == 300, 30)
+    consumer.stop()
+    assert consumer.error is None
+    assert consumer.seen.keys() == set(range(200, 300))
+    assert Count.executed == expected
+    with Process(own_server.url) as process:
+        again = Consumer(process, kafka.config(topic), topic)
+        wait_until(lambda: len(again.seen) == 300, 30)
+        again.stop()
+        assert again.error is None
+
+
 def test_what_cannot_be_meant_is_refused(make: Make) -> None:
     process = make()
     with pytest.raises(ConfigurationError, match=r"'group\.id'"):
@@ -175,3 +275,5 @@ def test_what_cannot_be_meant_is_refused(make: Make) -> None:
         KafkaSource(process, {"group.id": "g"}, "t", dead_letters="d", on_poison=print)
     with pytest.raises(ConfigurationError, match="topics is a name"):
         KafkaSource(process, {"group.id": "g"}, [""])
+    with pytest.raises(ConfigurationError, match="is 'earliest' or 'latest'"):
+        KafkaSource(process, {"group.id": "g", "auto.offset.reset": "error"}, "t")

@@ -1,17 +1,21 @@
 """Streams with consumer groups: entries that are delivered again count once."""
 
 import contextlib
+import logging
+import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
+import redis
 
 from phonon import ConflictFreeUpdate, LruCache, Process, RetryPolicy
-from phonon.errors import ConfigurationError
+from phonon.errors import BacklogFullError, ConfigurationError, InvalidMessageError
 from phonon.sources.streams import StreamEntry, StreamSource
 from support import consumers
-from support.counted import Count
-from support.world import Make, wait_until
+from support.counted import Count, Visits
+from support.world import Make, Redis, wait_until
 
 
 class Consumer(consumers.Consumer):
@@ -97,6 +101,124 @@ def test_a_poison_entry_that_nobody_wants_stops_the_loop(make: Make, namespace: 
     assert isinstance(consumer.error, ValueError)
     assert "give it an on_poison" in consumer.error.__notes__[0]
     consumer.cache.expire_all()
+    assert Count.executed == expected
+
+
+def test_a_message_that_its_model_refuses_is_poison(make: Make, namespace: str) -> None:
+    process, stream = make(), f"{namespace}.stream"
+    expected = fill(process, stream, 0, 10)
+    process.client.xadd(stream, {"key": "a"})
+    expected += fill(process, stream, 10, 20)
+    visits = process.collect(Visits)
+    poison: list[Exception] = []
+    source = StreamSource(
+        process, stream, "group", poll_timeout=0.02, sessions=visits,
+        on_poison=lambda _, error: poison.append(error),
+    )  # fmt: skip
+
+    def handle(entry: StreamEntry) -> None:
+        key = entry.fields[b"key"]
+        visits.add(int(key) if key.isdigit() else key, n=1)  # type: ignore[arg-type]  # on purpose
+
+    thread = threading.Thread(target=source.run, args=[handle])
+    thread.start()
+    wait_until(lambda: not thread.is_alive() or (poison and unread(process, stream) == 0))
+    source.stop()
+    thread.join(20)
+    assert [type(error) for error in poison] == [InvalidMessageError]
+    assert Count.executed == expected
+
+
+class OfThree(Consumer):
+    """Makes three updates of an entry, which mostly are in three partitions."""
+
+    def handle(self, entry: StreamEntry) -> None:
+        for key in range(3):
+            self.count(100 * key + int(entry.fields[b"key"]))
+
+
+def test_no_message_is_to_blame_for_a_full_server(
+    own_server: Redis, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It refuses each partition, so the batch raises a group of errors."""
+    stream, poison = f"{namespace}.stream", Counter[Any]()
+    with Process(own_server.url, namespace=namespace) as process, own_server.client() as client:
+        expected = fill(process, stream, 0, 60)
+        client.xgroup_create(stream, "group", "0")
+        client.config_set("maxmemory", 1)
+        consumer = OfThree(process, stream, on_poison=lambda entry, _: poison.update([entry.id]))
+        wait_until(lambda: consumer.error or poison or "raise its maxmemory" in caplog.text)
+        client.config_set("maxmemory", 0)
+        wait_until(lambda: consumer.error or unread(process, stream) == 0)
+        consumer.stop()
+        assert consumer.error is None
+        assert not poison
+    assert Count.executed == Counter(
+        {100 * group + key: n for group in range(3) for key, n in expected.items()}
+    )
+
+
+def demoted(client: "redis.Redis", _stream: str, at: threading.Event) -> None:
+    client.replicaof("127.0.0.1", "1")
+    at.wait(20)
+    client.replicaof("NO", "ONE")
+
+
+def cut_as_it_makes_the_group(client: "redis.Redis", stream: str, at: threading.Event) -> None:
+    client.xgroup_destroy(stream, "group")
+    at.wait(20)
+
+
+@pytest.mark.parametrize("happens", [demoted, cut_as_it_makes_the_group])
+def test_the_loop_outlives(
+    own_server: Redis,
+    namespace: str,
+    happens: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.WARNING, "phonon")
+    stream, warned = f"{namespace}.stream", threading.Event()
+    with Process(own_server.url, namespace=namespace) as process, own_server.client() as client:
+        fill(process, stream, 0, 10)
+        consumer = Consumer(process, stream)
+        wait_until(lambda: client.xinfo_groups(stream) and unread(process, stream) == 0)
+        make_group, cuts = process.client.xgroup_create, [redis.ConnectionError("cut")]
+
+        def create(*arguments: Any, **options: Any) -> Any:
+            if cuts:
+                raise cuts.pop()
+            return make_group(*arguments, **options)
+
+        monkeypatch.setattr(process.client, "xgroup_create", create)
+        happening = threading.Thread(target=happens, args=[client, stream, warned])
+        happening.start()
+        wait_until(lambda: consumer.error or "streams: " in caplog.text)
+        warned.set()
+        happening.join()
+        fill(process, stream, 0, 10)
+        wait_until(lambda: consumer.error or consumer.source.handled >= 20)
+        consumer.stop()
+        assert consumer.error is None
+    assert set(Count.executed) == set(range(10))
+
+
+def test_a_full_backlog_holds_the_source_up(make: Make, namespace: str) -> None:
+    process, stream = make(), f"{namespace}.stream"
+    expected = fill(process, stream, 0, 10)
+    full = [BacklogFullError("full")]
+
+    class Hasty(Consumer):
+        def handle(self, entry: StreamEntry) -> None:
+            if full:
+                raise full.pop()
+            super().handle(entry)
+
+    consumer = Hasty(process, stream, on_poison=print)
+    wait_until(lambda: consumer.error or consumer.source.handled > 10)
+    wait_until(lambda: consumer.error or unread(process, stream) == 0)
+    consumer.stop()
+    assert consumer.error is None
     assert Count.executed == expected
 
 
