@@ -1,5 +1,6 @@
 """The operator's commands: tables for people, JSON for programs, exit statuses for scripts."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from phonon import ConflictFreeUpdate, Process, RetryPolicy
+from phonon._admin import doctor as examination
 from phonon.cli.app import phonon
 from support.world import Make, Redis, wait_until
 
@@ -313,3 +315,17 @@ def test_completion(run: Run, server: Redis, namespace: str, make: Make) -> None
     assert "test.test.a" in result.stdout
     script = CliRunner().invoke(phonon, ["completion", "bash"])
     assert "_PHONON_COMPLETE=bash_complete" in script.stdout
+
+
+def test_doctor_finds_dead_letters_behind_many_retries(
+    run: Run, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examination, "MOST", 1)
+    retrying = make(retry=RetryPolicy(first_delay=300, longest_delay=300, jitter=0))
+    with contextlib.suppress(OSError):
+        Poison(retrying, "again").end_session()
+    park(make(retry=ONCE), "given up")
+    subjects = {finding["subject"]: finding["text"] for finding in rows(run("doctor", "--json"))}
+    assert "test.test.given up" in subjects["dead letters"]
+    assert "test.test.again" in subjects["retries"]
+    Poison.cured = True  # the process stops without an error
