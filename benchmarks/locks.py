@@ -3,11 +3,11 @@
     python benchmarks/locks.py            # about five minutes
     python benchmarks/locks.py --quick    # less than a minute, coarser
 
-Pairs: acquire and release of a lock that nobody else wants, in turns with the peers, so that all
+Pairs: acquire and release of a lock without contention, in turns with the peers, so that all
 meet the same noise, with the default settings of redis-py. Contention: eight OS processes want one
 lock all the time, and inside it read
 a counter from a file and write it back one higher; what it says in the end shows that the lock
-excluded. Waiting: what eight processes send while somebody else holds the lock. All locks get
+excluded. Waiting: the commands of eight processes while another one holds the lock. All locks get
 redis-py clients of the same settings, on one server. Leases are a minute everywhere.
 
 If the one that releases asks again at once, a lock without an order is rarely handed
@@ -139,7 +139,7 @@ def pairs(console: Console, path: str, rounds: int, calls: int) -> None:
 
 
 def acquire_patiently(kind: str, lock: Any) -> None:
-    """Wait for ever."""
+    """Wait until this process is killed."""
     if kind == "phonon":
         assert lock.acquire(timeout=-1)
     else:
@@ -181,7 +181,7 @@ def contender(kind: str, path: str, seconds: float, pause: float, counter: str) 
 
 
 def waiter(kind: str, path: str) -> None:
-    """Wait for a lock that somebody holds; say how much was sent when asked to."""
+    """Wait for a lock that is held; report the number of sent commands on request."""
     with source(kind, path, **PATIENT) as owner:
         lock = MAKERS[kind](owner, f"contended {kind}")
         print("ready", flush=True)

@@ -83,7 +83,7 @@ def unfinished(p: SimProcess) -> list[str]:
             found.append(repr(task))
     outbox = p.engine.outbox
     if outbox.has_work or outbox._due:
-        found.append(f"outbox: {outbox.unstored} {outbox.unended} {outbox.detached} {outbox._due}")
+        found.append(f"outbox: {outbox.unsent} {outbox.unended} {outbox.detached} {outbox._due}")
     if p.identity.suspected:
         found.append("a rebirth is due")
     if p.engine.takeover._dead or p.engine.takeover.former:

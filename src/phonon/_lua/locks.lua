@@ -119,7 +119,7 @@ local function waiter_in_front(c, resource, holder)
 end
 
 local function wake(c, resource, waiter)
-  -- A wake-up is not renewed, or a waiter that died would be waited for for ever.
+  -- A wake-up is not renewed: otherwise the lock would wait without end for a waiter that died.
   if call('HSETNX', c.T .. 'woken:' .. resource, waiter, fmt(now(c))) == 1 then
     send_mail(c.T, waiter)
   end
