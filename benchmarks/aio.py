@@ -90,7 +90,7 @@ async def async_ingest(process: AsyncProcess, messages: list[Message]) -> tuple[
 
 
 def many(process: Process) -> tuple[float, float]:
-    """Seconds for so many locks taken, and references made and let go of, by some threads."""
+    """Seconds for some threads to take so many locks, and to make and leave references."""
 
     def lock(i: int) -> None:
         with process.lock(f"lock{i % RESOURCES}"):

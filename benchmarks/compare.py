@@ -50,7 +50,7 @@ from phonon.cli.errors import one_line_errors
     help="Draw them there, as SVG (needs matplotlib).",
 )
 def main(messages: int, rounds: int, workers: int, json_: Path | None, chart: Path | None) -> None:
-    """Measure beside peers, on a server of its own; exit 1 if anybody's totals are wrong.
+    """Measure beside peers, on a server of its own; exit 1 if any totals are wrong.
 
     Peers that are not installed are left out: pip install 'phonon[bench]' brings them.
     """

@@ -211,7 +211,7 @@ def sinks(count: int, rounds: int) -> None:
 
 
 def upsert_each(engine: sa.Engine, sink: SqlTable, messages: Sequence[Message]) -> None:
-    """Write each message by itself, in a transaction of its own."""
+    """Write each message in a transaction of its own."""
     statement = sink.statement("postgresql")
     for message in messages:
         row = {"key": message.key, "views": 1, "seconds": message.value, "longest": message.value}

@@ -65,7 +65,7 @@ def beats(memberships: int, locks: int) -> None:
             f"with these and {locks:,} locks a beat costs {busy / BEATS * 1000:.1f} ms of CPU here,"
         )
         print(f"  {sent / BEATS:.1f} calls, and {inner / BEATS:.0f} commands inside of them")
-        process.engine.close()  # to let go of all takes longer than to measure
+        process.engine.close()  # to leave all takes longer than to measure
 
 
 def memory(sessions: int = 100_000) -> None:

@@ -122,7 +122,7 @@ def add_table(workload: Workload, *, durable: bool = False) -> None:
     for table in workload.tables:
         with workload.process.batch(durable=durable):
             assert not records.add_table(table)
-    records.get("user0")  # tables are reduced when somebody looks
+    records.get("user0")  # tables are reduced when a record is read
 
 
 def bytewax(workload: Workload) -> None:
@@ -210,7 +210,7 @@ def measure(
     Args:
         workload: The messages.
         clock: Tells the time.
-        yardstick: What the contenders are compared with.
+        yardstick: The contender with which the others are compared.
         contenders: They are measured with the clock, unless they return their time themselves.
     """
     ratios: dict[str, list[float]] = {name: [] for name in contenders}

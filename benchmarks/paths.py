@@ -154,6 +154,6 @@ def a_takeover() -> None:
         victim.communicate()
         end = time.monotonic() + 60
         while not Tally.executed:
-            assert time.monotonic() < end, "nobody takes over"
+            assert time.monotonic() < end, "no process takes over"
             time.sleep(0.01)
     RECORDER.stop()

@@ -102,7 +102,7 @@ def measure(path: str) -> dict[str, Trips]:
     """Count the operations that matter.
 
     Args:
-        path: The socket of a server that nobody else uses.
+        path: The socket of a server without other clients.
     """
     found: dict[str, Trips] = {}
     with counted_processes(path, 2) as (one, other), redis.Redis(unix_socket_path=path) as client:

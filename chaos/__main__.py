@@ -63,7 +63,7 @@ def main(
     Every delivery of a message has a number, and every session in the database has the numbers of
     all that was added to it. An acknowledged delivery must be there exactly once. A message that a
     worker had not acknowledged when it was killed is delivered again under another number; the old
-    number may be there or not, because nobody can know whether it was stored. The figures of every
+    number may be there or not, because it is unknown whether it was stored. The figures of every
     key must equal those of a plain loop over the deliveries that are there, so none is there in
     part.
 

@@ -16,7 +16,7 @@ from phonon.aio import AsyncUpdate
 
 #: Seconds to wait while another worker writes.
 BUSY_TIMEOUT = 60.0
-#: What the rows of one aircraft come to, and the numbers of their messages.
+#: The totals of the rows of one aircraft, and the numbers of their messages.
 Doc = dict[str, Any]
 
 _TABLE = """

@@ -1,4 +1,4 @@
-"""What a worker notes, for the time after its death."""
+"""A worker's notes, which outlive it."""
 
 import json
 import logging

@@ -1,6 +1,6 @@
 """Compares every message with what is in SQLite.
 
-If a worker dies before it has acknowledged a delivery, nobody knows whether it was stored. So the
+If a worker dies before it has acknowledged a delivery, it is unknown whether it was stored. So the
 message is delivered again under another number, and the old number may be in the database or not.
 Every other difference is an error.
 """

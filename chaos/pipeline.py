@@ -39,7 +39,7 @@ from phonon_demo.worker import GROUP
 HEARTBEAT = 0.25
 #: Keys in a worker's collection: fewer than in the data, so that sessions end all the time.
 MAX_ENTRIES = 100
-#: How often strikes come, by source: a Kafka group needs four seconds to miss a member.
+#: The rate of strikes, by source: a Kafka group needs four seconds to miss a member.
 MEANS = {
     "kafka": Means(kill=5.0, pause=4.0, cut=2.0, restart=15.0),
     "streams": Means(kill=2.5, pause=4.0, cut=2.0, restart=15.0),

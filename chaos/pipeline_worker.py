@@ -22,7 +22,7 @@ from phonon.sources.streams import StreamSource
 from phonon_demo.models import FLIGHTS
 from phonon_demo.worker import BATCH, GROUP, Plan
 
-#: Milliseconds between two commits of a Kafka client that commits by itself.
+#: Milliseconds between two commits of a Kafka client that commits automatically.
 COMMIT_INTERVAL = 1000
 #: Tried again until the database is there again: no batch may be parked because it is away, or
 #: because workers die.
@@ -125,7 +125,7 @@ def work(plan: PipelinePlan) -> int:
 
 
 def _read_without_offsets(plan: PipelinePlan, process: Any, records: Any, handle: Handle) -> None:
-    """Read as other programs do: the client commits the stored offsets by itself."""
+    """Read as other programs do: the client commits the stored offsets automatically."""
     from confluent_kafka import Consumer  # noqa: PLC0415 - only for this broker
 
     stop = threading.Event()

@@ -79,7 +79,7 @@ class Killer:
         chance: Chooses moments and victims.
         pool: The workers.
         heartbeat: The workers' heartbeat interval.
-        means: How often.
+        means: The mean seconds between two strikes.
         proxies: Cut the workers' connections, by name.
         server: The server to kill; None to leave it alone.
 

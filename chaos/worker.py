@@ -39,7 +39,7 @@ class StruckPlan(Plan):
         journal: The folder of the workers' journals.
         update: The class of updates.
         checks: Whether the database checks the token.
-        durability: How safe data must be before it is acknowledged.
+        durability: The safety of data before it is acknowledged.
         verbose: Whether to show what the library logs.
     """
 

@@ -256,7 +256,7 @@ def threaded_references(arena: Arena) -> Result:
 
 
 def lock_pairs(owner: Any, make: Maker) -> Result:
-    """Acquire and release a new lock object, a thousand times; nobody else wants it."""
+    """Acquire and release a new lock object, a thousand times, without contention."""
     with _timed() as seconds:
         for _ in range(BATCH):
             lock = make(owner, "lock")

@@ -22,13 +22,13 @@ FLAT = 200_000
 
 @dataclass
 class Contender:
-    """Something that is measured.
+    """A way of work that is measured.
 
     Attributes:
-        group: What it is compared with.
+        group: The group in which it is compared.
         name: Its name.
-        loses: What is lost if it is killed, kill -9.
-        work: Does it; returns seconds, and how many of what was done.
+        loses: The loss if it is killed, kill -9.
+        work: Does it; returns seconds, and the number and the kind of its results.
         peer: The package that it needs.
         rates: The number a second, one for each round.
     """
@@ -70,7 +70,7 @@ class Results:
     """All that came out.
 
     Attributes:
-        settings: What was measured.
+        settings: The settings of the measurement.
         contenders: With their rates.
         targets: Those whose two sides were there.
     """

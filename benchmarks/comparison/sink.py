@@ -47,7 +47,7 @@ class Sink:
     """A connection to it.
 
     Args:
-        path: Where it is.
+        path: The path of the database.
     """
 
     def __init__(self, path: Path) -> None:

@@ -95,10 +95,9 @@ class AdminOptions:
 
     def open(self, backend: connect.ClientBackend) -> Steps[SharedConnection]:
         """Connect, or share a present connection."""
-        functions, settings = library.default(), {"may_lack_library": True}
-        if self.url is None:
-            return connect.connect_client(self.client, functions, backend, **settings)
-        return connect.connect_url(self.url, functions, backend, **settings)
+        return connect.connect(
+            self.url, self.client, library.default(), backend, may_lack_library=True
+        )
 
 
 class Admin(BaseAdmin):

@@ -62,7 +62,7 @@ class BaseBatch:
         fresh: Updates to store. One that was merged into another may be among them.
         merge_at: The number of updates above which `shrink` is called.
         is_failed: Whether the block's body has raised, so that nothing of it is stored.
-        is_complete: Whether the block's body has come to its end.
+        is_complete: Whether the block's body has reached its end.
     """
 
     #: Whether `passes_over` has to be asked about each new message of a record.
@@ -181,7 +181,7 @@ class BaseBatch:
 
     def _keep(self, update: "Update") -> None:
         if update.has_unsent():
-            self._engine.outbox.unstored.append(update)
+            self._engine.outbox.unsent.append(update)
 
     # Opening and closing
 
@@ -286,7 +286,7 @@ class BaseBatch:
         """Store the updates of other threads by themselves."""
         aside, self._aside = self._aside, []
         if aside:
-            self._engine.outbox.unstored += [other for _, other in aside if other.has_unsent()]
+            self._engine.outbox.unsent += [other for _, other in aside if other.has_unsent()]
             self._engine.outbox.wake()
 
 
@@ -320,8 +320,8 @@ class Closing:
         engine = self._engine
         outbox, held = engine.outbox, engine.members.held
         ending_ids = {id(ending.update) for ending in self._endings}
-        unstored, outbox.unstored = outbox.unstored, []
-        parcels = [*unstored, *merge_updates(u for u in self._fresh if id(u) not in ending_ids)]
+        unsent, outbox.unsent = outbox.unsent, []
+        parcels = [*unsent, *merge_updates(u for u in self._fresh if id(u) not in ending_ids)]
         try:
             errors = list((yield from outbox.store(parcels, list(self._joins))))
         finally:
@@ -335,14 +335,14 @@ class Closing:
         return errors
 
     def interrupted(self) -> None:
-        """Keep the data if the flow has not begun. A flow that has begun goes on by itself."""
+        """Keep the data if the flow has not begun. Otherwise it goes on in the background."""
         if has_begun(self.flow):
             return
         for update in self._fresh:
             update._batch_ = None
         unsent = [update for update in self._fresh if update.has_unsent()]
         if not self._engine.stopped:
-            self._engine.outbox.unstored += unsent
+            self._engine.outbox.unsent += unsent
         for ending in self._endings:
             ending.failed()
 
@@ -428,9 +428,9 @@ def end_all(engine: Engine, endings: Sequence[EndingUpdate]) -> Flow[list[BaseEx
 
 
 def merge_updates(updates: Iterable[Any]) -> list[Any]:
-    """Merge updates of the same record and class; one that does not merge stays by itself.
+    """Merge updates of the same record and class; one that does not merge stays separate.
 
-    An update in a cache stays by itself too: other threads may merge into it, or take its data.
+    An update in a cache stays separate too: other threads may merge into it, or take its data.
     """
     firsts: dict[tuple[str, type], Any] = {}
     apart: list[Any] = []

@@ -307,7 +307,7 @@ class Evictions:
         self.flow: Flow[list[BaseException]] = end_all(engine, endings)
 
     def interrupted(self) -> None:
-        """Put all back if the flow has not begun. A flow that has begun goes on by itself."""
+        """Put all back if the flow has not begun. Otherwise it goes on in the background."""
         if not has_begun(self.flow):
             for ending in self._endings:
                 ending.failed()
@@ -348,7 +348,7 @@ class LruCache(BaseCache[U]):
         Args:
             key: The update's key, usually the record's.
             update: An `Update`, or anything with ``end_session``; to be merged it needs
-                ``refresh``, and without ``is_expired`` its session is never over by itself.
+                ``refresh``, and without ``is_expired`` its session never ends by time.
 
         Returns:
             True if the update is a new entry; False if it was merged into an entry; None if it was

@@ -509,8 +509,8 @@ class _Block:
     """A ``with`` block of a lock.
 
     Attributes:
-        attempt: What it has taken and not given back.
-        end: Refers to something that lives as long as the block.
+        attempt: The attempt of its lock, until the lock is given back.
+        end: Refers to an object that lives as long as the block.
     """
 
     __slots__ = ("attempt", "end")

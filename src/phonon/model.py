@@ -5,9 +5,9 @@ import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from inspect import isasyncgenfunction, isgeneratorfunction
 from typing import Any, ClassVar, Self, dataclass_transform
 
+from phonon._core.classes import no_generator
 from phonon._models.compiled import FOLD, Compiled
 from phonon._models.field import Field
 from phonon._models.record import ModelRecord, make_record_class
@@ -222,21 +222,12 @@ class Model:
 
 def _check_methods(cls: type[Model]) -> None:
     for name in ("on_complete", "on_complete_many"):
-        method = cls.__dict__.get(name)
-        function = getattr(method, "__func__", method)
-        if isgeneratorfunction(function) or isasyncgenfunction(function):
-            raise TypeError(
-                f"{cls.__qualname__}.{name} has a yield in it, so calling it runs nothing: "
-                "remove it"
-            )
-        if (
-            name == "on_complete_many"
-            and method is not None
-            and not isinstance(method, classmethod)
-        ):
-            raise TypeError(
-                f"{cls.__qualname__}.{name} is called on the class: make it a classmethod"
-            )
+        no_generator(cls, name)
+    method = cls.__dict__.get("on_complete_many")
+    if method is not None and not isinstance(method, classmethod):
+        raise TypeError(
+            f"{cls.__qualname__}.on_complete_many is called on the class: make it a classmethod"
+        )
 
 
 def _fields_of(cls: type[Model]) -> dict[str, Field[Any, Any]]:
@@ -344,7 +335,7 @@ def _check_annotation(cls: type[Model], name: str, annotation: Any) -> None:
     if inner and (origin in {typing.Union, types.UnionType, typing.Final, typing.ClassVar}):
         field = getattr(inner[0], "__origin__", None) or inner[0]
         raise ConfigurationError(
-            f"{cls.__qualname__}.{name} is annotated as {annotation}: a field stands by itself; if "
+            f"{cls.__qualname__}.{name} is annotated as {annotation}: a field stands alone; if "
             f"messages need not have it, write {name}: {field.__name__}[...] = {field.__name__}()"
         )
     is_plain = isinstance(annotation, type) or origin in {typing.Union, types.UnionType}

@@ -20,7 +20,6 @@ from phonon._protocol import library
 from phonon._protocol.library import Request
 from phonon._protocol.partitions import ENCODING, ERRORS, decode
 from phonon._transport import connect, sync_io
-from phonon._transport.connect import SharedConnection
 from phonon._transport.threads import ThreadDriver
 from phonon.batch import Batch, raise_together
 from phonon.collection import Collection
@@ -69,6 +68,16 @@ class BaseProcess:
     heartbeat_interval: float
     recover_failed_processes: bool
 
+    @classmethod
+    def from_url(cls, url: str, **options: Any) -> Self:
+        """Return a process that uses the server of a URL.
+
+        Args:
+            url: See the constructor.
+            options: The constructor's other arguments.
+        """
+        return cls(**{"url": url, **options})
+
     @property
     def engine(self) -> Any:
         """The process's parts, which are private."""
@@ -76,7 +85,7 @@ class BaseProcess:
 
     @property
     def id(self) -> str:
-        """The process's identity, unique for ever."""
+        """The process's identity, which no other process ever has."""
         notice()
         name: str = self.engine.name
         return name
@@ -136,9 +145,9 @@ class BaseProcess:
     def _flush(self) -> Flow[list[BaseException]]:
         engine = self.engine
         outbox = engine.outbox
-        _ = engine.batch  # one whose block was left without its end comes to its own here
-        unstored, outbox.unstored = outbox.unstored, []
-        errors: list[BaseException] = yield from outbox.store(unstored)
+        _ = engine.batch  # ends a batch whose block was left without its end
+        unsent, outbox.unsent = outbox.unsent, []
+        errors: list[BaseException] = yield from outbox.store(unsent)
         deadline = engine.identity.clock() + engine.driver.retry_timeout
         pause = FIRST_PAUSE
         while outbox.is_unfinished:
@@ -324,8 +333,15 @@ class Process(BaseProcess):
         )
         self.namespace = namespace
         self._stop_lock = threading.RLock()
-        self._connection = _connect(
-            found, client, longest_pause=self.RETRY_SLEEP, durability=durability
+        self._connection = sync_io.run(
+            connect.connect(
+                found,
+                client,
+                library.default(),
+                sync_io.BACKEND,
+                longest_pause=self.RETRY_SLEEP,
+                durability=durability,
+            )
         )
         try:
             self._engine = self._make_engine(
@@ -379,16 +395,6 @@ class Process(BaseProcess):
 
     def _close_connection(self) -> None:
         sync_io.run(self._connection.close())
-
-    @classmethod
-    def from_url(cls, url: str, **options: Any) -> Self:
-        """Return a process that uses the server of a URL.
-
-        Args:
-            url: See the constructor.
-            options: The constructor's other arguments.
-        """
-        return cls(url=url, **options)
 
     @property
     def engine(self) -> ThreadEngine:
@@ -774,13 +780,6 @@ def make_codec(engine: Engine, serializer: Serializer, *, is_async: bool) -> Upd
         return f"{_text(prefix)}{kind}:{decode(name)}"
 
     return UpdateCodec(serializer, engine.public, is_async, key)
-
-
-def _connect(url: str | None, client: Any, **settings: Any) -> SharedConnection:
-    functions = library.default()
-    if url is None:
-        return sync_io.run(connect.connect_client(client, functions, sync_io.BACKEND, **settings))
-    return sync_io.run(connect.connect_url(url, functions, sync_io.BACKEND, **settings))
 
 
 def _registry_prefix(identity: Any) -> bytes:

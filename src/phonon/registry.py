@@ -72,16 +72,7 @@ _registry = Registry()
 def configure(
     max_entries: int = 10_000, idle: float | None = 1800, longest: float | None = None
 ) -> None:
-    """Set how many keys are kept, and when sessions end, for models that are registered later.
-
-    Args:
-        max_entries: Keys to keep of each model at the most.
-        idle: Seconds without a message after which a session ends.
-        longest: Seconds after which it ends although messages keep coming.
-
-    Raises:
-        ConfigurationError: An argument is invalid.
-    """
+    """Set the limits of models that are registered later; see `Registry`."""
     global _registry  # noqa: PLW0603 - the original's interface is a module
     _registry = Registry(max_entries, idle, longest)
 

@@ -410,7 +410,7 @@ class ExactSerializer:
 
 
 class SignedPickleSerializer:
-    """Stores any object that can be pickled, for programs that trust everybody with the key.
+    """Stores any object that can be pickled, for programs that trust all who have the key.
 
     Warning:
         Unpickling runs code that the data chooses. Anyone who knows the key and can write to the

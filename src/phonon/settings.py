@@ -125,7 +125,7 @@ def check_has(argument: str, value: Any, methods: Sequence[str], remedy: str) ->
         argument: The argument's name, for the message.
         value: The value.
         methods: The methods that are called.
-        remedy: What to give.
+        remedy: The description of a right value.
 
     Raises:
         ConfigurationError: The value is refused.

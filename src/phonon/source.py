@@ -1,7 +1,7 @@
 """Sources of messages: a batch is stored together with its offsets or ids."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phonon._core.checks import is_number
@@ -17,7 +17,7 @@ from phonon._core.sources import (
 from phonon.batch import (
     BaseBatch,
     Batch,
-    EndingUpdate,
+    Closing,
     end_all,
     has_begun,
     merge_updates,
@@ -179,7 +179,7 @@ class BaseMessages(BaseBatch, Generic[M]):
 
     # The end
 
-    def _closing(self) -> "MessagesClosing | None":  # type: ignore[override]  # the same for `close`
+    def _closing(self) -> "MessagesClosing | None":
         self.is_open = False
         endings = [self._endings.pop(key) for key in list(self._endings)]
         fresh, joins = list(self.fresh), self.joins
@@ -195,38 +195,23 @@ class BaseMessages(BaseBatch, Generic[M]):
         stores = self.is_complete and self._has_begun
         if not (stores or joins or endings):
             return None
-        return MessagesClosing(self._engine, self, fresh, joins, endings, stores=stores)
+        return MessagesClosing(self, joins, fresh, endings, stores=stores)
 
 
-class MessagesClosing:
+class MessagesClosing(Closing):
     """The contents of messages on their way to the server.
 
     Args:
-        engine: The process's.
         batch: The batch.
-        fresh: Updates to store.
-        joins: Resources to join.
-        endings: Updates whose sessions are to end.
+        contents: The other arguments of a `Closing`.
         stores: Whether there is anything to store, if only the source's position.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        batch: BaseMessages[Any],
-        fresh: list[Any],
-        joins: dict[str, Any],
-        endings: Sequence[EndingUpdate],
-        *,
-        stores: bool,
-    ) -> None:
-        self._engine = engine
-        self._batch = batch
-        self._fresh = fresh
-        self._joins = joins
-        self._endings = endings
+    _batch: BaseMessages[Any]
+
+    def __init__(self, batch: BaseMessages[Any], *contents: Any, stores: bool) -> None:
+        super().__init__(batch._engine, batch, *contents)  # noqa: SLF001 - a class of this module
         self._stores = stores
-        self.flow: Flow[list[BaseException]] = self._sending()
 
     def _sending(self) -> Flow[list[BaseException]]:
         engine = self._engine

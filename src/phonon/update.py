@@ -52,7 +52,7 @@ class Update(LocalUpdate):
         _id: The record's key; with ``database`` and ``collection`` it names the resource.
         database: The name of the database, for your `execute`.
         collection: The name of the collection or table, for your `execute`.
-        spec: What identifies the record, for your `execute`. The update has a copy.
+        spec: The identification of the record, for your `execute`. The update has a copy.
         doc: The data. The update has a copy.
         init_cache: Whether to store the data on the server at once, so that it survives this
             process. Inside `Process.batch` all data is stored when the block ends, unless
@@ -263,7 +263,7 @@ class Update(LocalUpdate):
             and tried again, as when `execute` raises.
 
         Raises:
-            Exception: The method is called again for each record by itself, so that only the bad
+            Exception: The method is called again for each record alone, so that only the bad
                 records fail. So a write of the first call must be rolled back with its transaction,
                 or be recognized by its token.
         """

@@ -17,9 +17,10 @@ import pytest
 
 import phonon
 import phonon.aio
+import phonon.fields
 from support.world import Redis
 
-PACKAGES = ("phonon", "phonon.aio")
+PACKAGES = ("phonon", "phonon.aio", "phonon.fields")
 
 
 def public_classes() -> Iterator[Any]:
@@ -57,6 +58,7 @@ def test_example_prints_what_it_says(
     names: dict[str, Any] = {"__name__": module.__name__, "json": json}
     names |= {name: getattr(phonon, name) for name in phonon.__all__}
     names |= {name: getattr(phonon.aio, name) for name in phonon.aio.__all__}
+    names |= {name: getattr(phonon.fields, name) for name in phonon.fields.__all__}
     checker = doctest.OutputChecker()
     with asyncio.Runner() as runner:
         is_async = package is phonon.aio

@@ -251,7 +251,7 @@ class Record:
         self.process = process
         self.resource = resource
         self.items = items
-        self.together = process.many if resource in process.world.together else None
+        self.group_class = process.many if resource in process.world.together else None
         self.instance: Instance | None = None
 
     def begin(self, token: int) -> Instance:

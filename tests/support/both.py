@@ -88,7 +88,7 @@ async def got(result: Any) -> Any:
 async def until(condition: Callable[[], Any]) -> Any:
     """Wait for a condition."""
     async with asyncio.timeout(20):
-        while not (found := await got(condition())):  # noqa: ASYNC110 - whatever it is about
+        while not (found := await got(condition())):  # noqa: ASYNC110 - no event tells of the condition
             await asyncio.sleep(0.002)
         return found
 

@@ -27,7 +27,7 @@ class Identity:
         namespace: The namespace.
 
     Attributes:
-        suspects: What drivers have suspected.
+        suspects: The lanes that drivers have suspected.
         deliver: The driver's.
     """
 

@@ -35,7 +35,7 @@ def told(
     Args:
         tried: The number of attempts to store data of each record.
         acknowledged: The number of these that were acknowledged.
-        written: What came to the database, by record and token.
+        written: The writes to the database, by record and token.
         modified: The number of modifications of a resource, if that is compared.
     """
     found: Counter[str] = Counter()

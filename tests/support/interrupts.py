@@ -57,8 +57,8 @@ def at_call(number: int, work: Callable[[], object], then: Callable[[], object])
 
     Args:
         number: The entry's number, from 1.
-        work: What to do.
-        then: What comes in between.
+        work: The work to do.
+        then: The interruption.
 
     Returns:
         Whether there were so many.

@@ -96,7 +96,7 @@ class Lagging:
         self._stack.close()
 
     def kill_primary(self) -> None:
-        """Kill the primary and promote the replica, which nobody can reach yet."""
+        """Kill the primary and promote the replica, which no client can reach yet."""
         self.primary.kill()
         self.front.cut()
         self.replica.ask("REPLICAOF", "NO", "ONE")

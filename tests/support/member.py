@@ -124,7 +124,7 @@ def note(update: Update | AsyncUpdate) -> None:
 
 
 def learn(name: str) -> type[Entry]:
-    """Define a class that a process which has not done so does not know."""
+    """Define a class that other processes do not know."""
     return type(name, (Entry,), {"__module__": Entry.__module__, "__qualname__": name})
 
 
@@ -272,7 +272,7 @@ class Member:
         return self.begin(action, *args).result(PATIENCE)
 
     def told(self, kind: str) -> list[list[Any]]:
-        """The errors of a kind that it was told of."""
+        """The reported errors of a kind."""
         return [error for error in self.do("told") if error[0] == kind]
 
     def kill(self) -> None:
@@ -305,7 +305,7 @@ class Member:
 
 #: Seconds between the heartbeats of those that a `Crew` makes. They are dead after four of them.
 BEAT = 0.25
-#: Seconds within which whatever a dead process held is promised to be in other hands.
+#: Seconds within which survivors must have everything that a dead process held.
 PROMISED = 6 * BEAT
 #: Seconds that a machine with other things to do may add to that.
 SLACK = 20.0

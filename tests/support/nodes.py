@@ -42,7 +42,7 @@ def free_port() -> int:
 class Node:
     """A server in a folder of its own, that can be killed and started again.
 
-    It keeps its port. Nobody can reserve one, so if somebody else was faster it takes another.
+    It keeps its port, unless another program has taken it meanwhile: ports cannot be reserved.
     """
 
     def __init__(self, *lines: str, password: str | None = None, sentinel: bool = False) -> None:
@@ -171,7 +171,7 @@ class Watched:
                 f"sentinel monitor main {at} {sentinels // 2 + 1}",
                 "sentinel down-after-milliseconds main 500",
                 # If they do not agree they try again after twice that time. One alone agrees, and
-                # needs the time on a busy machine: what it was told to do it does not try again.
+                # needs the time on a busy machine: it does not repeat a command.
                 f"sentinel failover-timeout main {1500 if sentinels > 1 else FAILOVER_MS}",
                 *([f"sentinel auth-pass main {password}"] if password else []),
             ]
@@ -219,7 +219,7 @@ class Watched:
 
 
 class Cluster:
-    """Three primaries, a replica of the first, and a primary without slots that nobody knows of."""
+    """Three primaries, a replica of the first, and an unknown primary without slots."""
 
     def __init__(self) -> None:
         lines = [
@@ -294,7 +294,7 @@ class Cluster:
         for (first, last), ports in self.slots(self.nodes[4]).items():
             if first <= slot <= last:
                 return next(node for node in self.nodes if node.port == ports[0])
-        raise AssertionError(f"nobody has slot {slot}")
+        raise AssertionError(f"no node has slot {slot}")
 
     def owns(self, node: Node, slot: int) -> bool:
         return self.owner(slot) is node

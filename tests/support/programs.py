@@ -25,7 +25,7 @@ class Program:
     Args:
         command: The command.
         folder: Its working directory.
-        environment: What is added to the environment.
+        environment: Variables to add to the environment.
         log: The file that gets its output.
     """
 

@@ -2,8 +2,8 @@
 
 ``return {"count": self.count, "pages": self.pages}`` needs neither a call nor a loop over a dict to
 look at the attributes: the methods of an update that do so are written for the class, and compiled.
-Whatever is out of the ordinary they leave to the general methods that they replace, who find the
-words for what is wrong.
+Unusual values they leave to the general methods that they replace, which raise the error that names
+the fault.
 """
 
 from collections.abc import Callable, Sequence

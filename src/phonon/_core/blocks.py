@@ -2,7 +2,7 @@
 
 Python looks for signals at the entry of each function, also of ``__exit__``: what a handler raises
 there leaves the block, and nothing of ``__exit__`` runs. But the statement holds the callable that
-it has looked up as ``__exit__`` until it is left, in whatever way. So each block gets a callable of
+it has looked up as ``__exit__`` until it is left, in any way. So each block gets a callable of
 its own, and the block has been left when that is gone.
 """
 

@@ -171,13 +171,9 @@ def check_methods(cls: type[Any], *, is_async: bool) -> None:
             as ``merge`` and ``state`` always are, and ``execute`` in a class without an event loop.
     """
     for name in _OVERRIDDEN:
-        method = getattr(cls, name, None)  # a mixin may define it
-        function = getattr(method, "__func__", method)
-        where = f"{cls.__qualname__}.{name}"
-        if isgeneratorfunction(function) or isasyncgenfunction(function):
-            raise TypeError(f"{where} has a yield in it, so calling it runs nothing: remove it")
-        if not iscoroutinefunction(function):
+        if not iscoroutinefunction(no_generator(cls, name)):
             continue
+        where = f"{cls.__qualname__}.{name}"
         if name not in {"execute", "execute_many"}:
             raise TypeError(f"{where} is a coroutine function, and nothing awaits it: use def")
         if not is_async:
@@ -185,6 +181,21 @@ def check_methods(cls: type[Any], *, is_async: bool) -> None:
                 f"{where} is a coroutine function, and a process without an event loop never runs "
                 "it: use phonon.aio, with AsyncProcess and AsyncUpdate"
             )
+
+
+def no_generator(cls: type[Any], name: str) -> Any:
+    """Return the function behind a method, or None; a mixin may define it.
+
+    Raises:
+        TypeError: The method has a ``yield`` in it.
+    """
+    method = getattr(cls, name, None)
+    function = getattr(method, "__func__", method)
+    if isgeneratorfunction(function) or isasyncgenfunction(function):
+        raise TypeError(
+            f"{cls.__qualname__}.{name} has a yield in it, so calling it runs nothing: remove it"
+        )
+    return function
 
 
 def find(name: str) -> type[Any] | None:

@@ -3,7 +3,7 @@
 A partial is a msgpack array: the layout's number, the class's name, the serializer's name, and the
 content, which the serializer has made of ``[_id, database, collection, spec, doc, state]``.
 Everything read here may be forged or damaged: it is decoded within bounds, it sets no attribute but
-those that the class's ``state`` names, and whatever cannot be decoded is an `UndecodableError`.
+those that the class's ``state`` names, and undecodable data raises an `UndecodableError`.
 """
 
 import contextlib
@@ -181,7 +181,7 @@ def merge(mine: Storable, other: Storable) -> None:
     """Call a class's `merge`.
 
     Raises:
-        TypeError: It returned a value, such as a coroutine that nobody awaits.
+        TypeError: It returned a value, such as a coroutine, which nothing awaits.
         Exception: The error that it raised.
     """
     try:
@@ -482,16 +482,16 @@ class UpdateRecord:
     """The part of a batch that belongs to one class.
 
     Attributes:
-        together: The class, if its records are executed together; else None.
+        group_class: The class, if its records are executed together; else None.
         instance: The update that executes it.
     """
 
-    __slots__ = ("_local", "_merged", "instance", "together")
+    __slots__ = ("_local", "_merged", "group_class", "instance")
 
     def __init__(self, local: Any, merged: Any) -> None:
         self._local = local
         self._merged = merged
-        self.together = type(merged) if merged.executes_many() else None
+        self.group_class = type(merged) if merged.executes_many() else None
         self.instance: Any = None
 
     def begin(self, token: int) -> Any:
@@ -633,7 +633,7 @@ _OWN_NAMES = frozenset({"_id", "database", "collection", "spec", "doc", "resourc
 
 #: The fewest partials that are worth a look whether they are alike.
 ALIKE = 4
-#: The most resources and classes to remember: logging twice is better than growing for ever.
+#: The most resources and classes to remember: logging twice is better than growing without limit.
 MOST_UNMERGED = 1000
 #: The most lists of attributes to remember of a class: `state` may return another each time.
 MOST_STATES = 100

@@ -1,11 +1,11 @@
 """Dead letters: batches that failed too often, kept until they are replayed or discarded."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgpack
 
-from phonon._core.executor import TOKENS, Executor, RunningBatch
+from phonon._core.executor import TOKENS, Executor, RecordReader, RunningBatch
 from phonon._core.flows import REBORN, Flow, read, read_all, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
@@ -58,18 +58,6 @@ class Parked(NamedTuple):
     size: int
 
 
-class PartialChecker(Protocol):
-    """Tells whether a partial can be executed."""
-
-    def check(self, resource: str, partial: bytes, where: str) -> None:
-        """Check that a partial can be decoded, and executed, here.
-
-        Raises:
-            UnknownClassError: Its class is not known here.
-            UndecodableError: It cannot be read.
-        """
-
-
 class DeadLetters:
     """The parked batches of a namespace.
 
@@ -81,7 +69,7 @@ class DeadLetters:
     """
 
     def __init__(
-        self, identity: Identity, members: Members, executor: Executor, codec: PartialChecker
+        self, identity: Identity, members: Members, executor: Executor, codec: RecordReader
     ) -> None:
         self._identity = identity
         self._members = members

@@ -306,11 +306,9 @@ class Engine:
                     return
                 others = self._former_workers.get(name, ())
                 self._former_workers[name] = [o for o in (*others, worker) if o.is_alive()]
-            # The interpreter starts no threads while it ends; `stop` does that work then.
-            with contextlib.suppress(RuntimeError):
-                self._workers[name] = self.driver.spawn(
-                    work(), f"phonon-{name}-{self.identity.name[:8]}"
-                )
+            worker = self._spawn(name, work())
+            if worker is not None:
+                self._workers[name] = worker
 
     @property
     def is_worker(self) -> bool:
@@ -318,7 +316,7 @@ class Engine:
         former = [worker for workers in list(self._former_workers.values()) for worker in workers]
         return any(worker.is_current() for worker in (*self._workers.values(), *former))
 
-    def in_background(self, function: Callable[[], object], name: str = "tell") -> None:
+    def in_background(self, function: Callable[[], object]) -> None:
         """Run a function of the user's in a thread or task of its own."""
 
         def flow() -> Flow[None]:
@@ -326,8 +324,12 @@ class Engine:
             return
             yield  # a flow without effects
 
+        self._spawn("tell", flow())
+
+    def _spawn(self, name: str, flow: Flow[Any]) -> Any:
+        # The interpreter starts no threads while it ends; `stop` does that work then.
         with contextlib.suppress(RuntimeError):
-            self.driver.spawn(flow(), f"phonon-{name}-{self.identity.name[:8]}")
+            return self.driver.spawn(flow, f"phonon-{name}-{self.identity.name[:8]}")
 
     def after_fork_in_child(self) -> None:
         """Become another process without memberships: the child's copy."""
@@ -430,13 +432,16 @@ class Engine:
         return errors
 
     def _stop_workers(self, *names: str) -> Flow[None]:
+        self._end_work()
+        if "heartbeat" in names:
+            self.heartbeat.stopping = True
+        yield from self._await_workers(*names)
+
+    def _end_work(self) -> None:
         self.leases.stopping = self.members.stopping = True
         self.takeover.leaving = True
         self.sessions.stopping = self.outbox.stopping = True
-        if "heartbeat" in names:
-            self.heartbeat.stopping = True
         self.identity.reborn()  # wakes the lock waiters, which find that the process stops
-        yield from self._await_workers(*names)
 
     def _await_workers(self, *names: str) -> Flow[None]:
         for name in names:
@@ -536,12 +541,9 @@ class Engine:
 
     def close(self) -> None:
         """Close the driver. A second call does nothing."""
-        self.stopped = True
-        self.outbox.stopping = self.heartbeat.stopping = self.sessions.stopping = True
-        self.leases.stopping = self.members.stopping = True
-        self.takeover.leaving = True
+        self.stopped = self.heartbeat.stopping = True
         self.outbox.open()
-        self.identity.reborn()
+        self._end_work()
         for signal in (self.outbox.signal, self.heartbeat.signal, self.sessions.signal):
             if signal is not None:
                 signal.set()
@@ -663,8 +665,7 @@ class TaskEngine(Engine):
                 if outcome.error is not None:
                     log.error("%r has raised", function, exc_info=outcome.error)
 
-            with contextlib.suppress(RuntimeError):
-                self.driver.spawn(flow(), f"phonon-tell-{self.identity.name[:8]}")
+            self._spawn("tell", flow())
 
     async def start(self) -> None:
         """Register the process, and start its heartbeat."""

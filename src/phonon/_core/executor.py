@@ -42,7 +42,7 @@ class Record(Protocol):
     """The part of a batch that belongs to one class."""
 
     #: The class, if its records are executed together; else None.
-    together: Any
+    group_class: Any
 
     def begin(self, token: int) -> Any:
         """Return the instance that executes, with its token set until `finish`."""
@@ -55,18 +55,7 @@ class RecordReader(Protocol):
     """Turns partials into records."""
 
     def records(self, resource: str, partials: Sequence[bytes], local: Any) -> Sequence[Record]:
-        """Merge the partials of a batch, class by class.
-
-        Args:
-            resource: The batch's resource.
-            partials: In the order in which they were stored.
-            local: The update whose session ended here; it executes the record of its class.
-
-        Raises:
-            UnknownClassError: A class is not known here.
-            UndecodableError: A partial cannot be read.
-            Exception: The user's ``merge`` raised it.
-        """
+        """Merge the partials of a batch, class by class; see `UpdateCodec.records`."""
 
     def kept(self, resource: str, partial: bytes, local: Any, content: Any) -> Sequence[Record]:
         """Return the records of the only partial of a batch, whose content ``local`` has kept."""
@@ -74,16 +63,13 @@ class RecordReader(Protocol):
     def merge(self, resource: str, partials: Sequence[bytes]) -> list[bytes]:
         """Merge partials into fewer."""
 
-    def check(self, partial: bytes) -> None:
-        """Check that this process can execute the batch of a partial.
+    def check(self, resource: str, partial: bytes, where: str) -> None:
+        """Check that a partial can be decoded, and executed, here.
 
         Raises:
             UnknownClassError: Its class is not known here.
             UndecodableError: It cannot be read.
         """
-
-    def can_execute(self, class_name: str) -> bool:
-        """Return whether this process can execute batches of a class."""
 
 
 class RunningBatch:
@@ -392,17 +378,17 @@ class Executor:
             self._identity.measures.execution(name, seconds, failed=failed, times=times)
 
     def _begin_jobs(self, batches: Sequence[RunningBatch]) -> None:
-        together: dict[Any, list[tuple[RunningBatch, Any]]] = {}
+        groups: dict[Any, list[tuple[RunningBatch, Any]]] = {}
         for batch in batches:
             if batch.job is not None or batch.error is not None or batch.at >= len(batch.records):
                 continue
             record = batch.records[batch.at]
             instance = record.begin(batch.token + batch.at)
-            if record.together is None:
+            if record.group_class is None:
                 batch.job = Job(instance.execute)
             else:
-                together.setdefault(record.together, []).append((batch, instance))
-        for cls, group in together.items():
+                groups.setdefault(record.group_class, []).append((batch, instance))
+        for cls, group in groups.items():
             for first in range(0, len(group), MOST_TOGETHER):
                 some = group[first : first + MOST_TOGETHER]
                 job = _ManyJob(cls, [instance for _, instance in some])
@@ -418,7 +404,7 @@ class Executor:
         if isinstance(job, _ManyJob):
             error = job.error_of(batch.records[batch.at])
             if error is _AGAIN_ALONE:
-                # Any of the records may be the cause, so each is executed by itself: then a bad
+                # Any of the records may be the cause, so each is executed alone: then a bad
                 # record does not delay the others.
                 instance = record.begin(batch.token + batch.at)
                 batch.job = _ManyJob(job.cls, [instance])

@@ -255,7 +255,7 @@ class FlowRun:
         ticket: The ticket for the answers, if the effect is a `Send`.
         caller_gone: Whether the flow has no caller any more.
         has_sent: Whether the flow has put operations into lanes.
-        running: The driver's handle, if the flow goes on by itself.
+        running: The driver's handle, if the flow goes on without a caller.
     """
 
     # Class attributes that most runs never set: a run may be made for each message.

@@ -53,7 +53,7 @@ class Identity:
         describe: Tells where the process runs, for operators.
         library: Knows the names of the server's functions.
         clock: Seconds, from a clock that is never set.
-        new_id: Makes an id, unique for ever.
+        new_id: Makes an id that no other process ever has.
 
     Attributes:
         id: The id as the server knows it.

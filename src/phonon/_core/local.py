@@ -22,11 +22,11 @@ from phonon.errors import ConfigurationError, ForkedError
 SOFT_SESSION = 30 * 60.0
 #: Seconds after which a session is over although messages keep coming.
 HARD_SESSION = 12 * 3600.0
-#: The database and the collection, unless something else is said.
+#: The default database and collection.
 DEFAULT = "test"
 #: The digest of an emptied update that has no attributes of its own.
 EMPTY = hash(b"")
-#: What the look at the values of a state may find; see `LocalUpdate._survey_`.
+#: Findings about the values of a state; see `LocalUpdate._survey_`.
 ODD, SHARED = 1, 2
 
 
@@ -232,7 +232,7 @@ class LocalUpdate:
             self._locked_(self._put_back_, older)
         except Exception:  # noqa: BLE001 - merging raises again when the batch is executed
             older = engine.codec.decode(self.resource_id, partial, "memory")
-            engine.outbox.unstored.append(older)
+            engine.outbox.unsent.append(older)
 
     def _put_back_(self, older: Self) -> None:
         if self.has_unsent():
@@ -428,7 +428,7 @@ class LocalUpdate:
 
         Returns:
             The sum of `ODD`, if a value is not of a type that can be stored at sight, and
-            `SHARED`, if one may have to be copied, because somebody else may change it.
+            `SHARED`, if one may have to be copied, because the caller may change it.
         """
         state: object = self.state()
         if not isinstance(state, dict):
@@ -571,7 +571,7 @@ class LocalUpdate:
         theirs = self._batch_
         if theirs is not None and batch is not None and theirs is not batch and other is not self:
             # Another thread's batch stores this update. Our caller does not hear of that batch's
-            # end but must know when all is stored, so the other update is stored by itself.
+            # end but must know when all is stored, so the other update is stored separately.
             if other._batch_ is not batch:
                 batch.keep(other)
                 batch.add(other)

@@ -42,7 +42,7 @@ log = logging.getLogger("phonon")
 Overflow = Literal["block", "raise"]
 #: Sessions ended, or batches executed, together: a bound on what is held in memory.
 CHUNK = 1000
-#: Seconds after which the worker looks by itself.
+#: Seconds after which the worker looks without a signal.
 IDLE = 60.0
 #: Seconds between two attempts to send unanswered calls.
 AGAIN = 0.25
@@ -111,8 +111,8 @@ class Outbox:
     """All unfinished work of a process.
 
     Args:
-        identity: Who it is.
-        members: What it holds.
+        identity: The identity of this process.
+        members: The memberships of the process.
         reports: Told about errors in the background.
         most: The most unfinished work.
         overflow: Whether a new update waits or raises when the outbox is full.
@@ -120,7 +120,7 @@ class Outbox:
 
     Attributes:
         full: Whether new updates are kept out, as of the last look.
-        unstored: Updates with data that could not be stored.
+        unsent: Updates with data that could not be stored.
         signal: Wakes the worker.
     """
 
@@ -152,7 +152,7 @@ class Outbox:
     def begin(self) -> None:
         """Start empty: at first, and in a forked child."""
         self.full = False
-        self.unstored: list[Any] = []
+        self.unsent: list[Any] = []
         self.unended: list[Ending] = []
         self.detached: dict[Any, object] = {}
         self._continued: dict[Any, object] = {}
@@ -173,9 +173,7 @@ class Outbox:
     def size(self) -> int:
         """Return the number of unfinished entries."""
         failed = sum(due.failed for due in list(self._due.values()))
-        undone = (
-            failed + self._retrying + len(self.unstored) + len(self.unended) + len(self.detached)
-        )
+        undone = failed + self._retrying + len(self.unsent) + len(self.unended) + len(self.detached)
         return undone + self.excess()
 
     @property
@@ -186,18 +184,18 @@ class Outbox:
         """
         if EXECUTING.get():
             return bool(
-                self.unstored or self.unended or self.detached.keys() - self._continued.keys()
+                self.unsent or self.unended or self.detached.keys() - self._continued.keys()
             )
-        return bool(self.unstored or self.unended or self.detached or self._catching_up)
+        return bool(self.unsent or self.unended or self.detached or self._catching_up)
 
     @property
     def has_work(self) -> bool:
         """Return whether anything is unfinished, apart from batches that are not due."""
-        return bool(self.unstored or self.unended or self.detached) or any(
+        return bool(self.unsent or self.unended or self.detached) or any(
             lane.has_work for lane in self._identity.lanes
         )
 
-    def look(self) -> None:
+    def update_room(self) -> None:
         """Update `full`, after the amount of unfinished work has changed."""
         full = self.size >= self._most
         if full or self.full:
@@ -295,7 +293,7 @@ class Outbox:
             errors += [error for error in told if isinstance(error, Exception)]
         yield from members.settle_doubts()
         if errors:
-            self.look()
+            self.update_room()
         self._identity.measures.add_stored(count, size)
         yield from self._compact(many)
         return errors
@@ -363,7 +361,7 @@ class Outbox:
             if isinstance(answer, Exception):
                 if not self._is_unknown(answer):
                     parcel.put_back(partial)
-                    self.unstored.append(parcel)
+                    self.unsent.append(parcel)
                 failed += 1
                 errors += () if answer in errors else (answer,)
             elif answer != _STORED:
@@ -407,7 +405,7 @@ class Outbox:
                 workload.expected = ()
             yield from executor.execute(workload)
         yield from self._compact(many)
-        self.look()
+        self.update_room()
         return results
 
     def leave(self, ending: Ending) -> Flow[SessionResult]:
@@ -432,7 +430,7 @@ class Outbox:
             yield from () if done else executor.execute(workload)
         yield from self._compact(many)
         if not done or result.errors or self.full:
-            self.look()
+            self.update_room()
         return result
 
     def _leaves(
@@ -573,7 +571,7 @@ class Outbox:
             batch.local,
             True,  # noqa: FBT003 - in field order
         )
-        self.look()
+        self.update_room()
 
     def take_over(self, partition: int, name: bytes, token: int, seconds: float) -> None:
         """Schedule a batch that was taken over, or that its executor has forgotten."""
@@ -680,7 +678,7 @@ class Outbox:
                 yield from executor.execute(workload)
         finally:
             self._retrying -= failed
-        self.look()
+        self.update_room()
         return errors
 
     def _take_up(
@@ -740,7 +738,7 @@ class Outbox:
     def detach(self, run: Any) -> None:
         """Go on with a flow whose caller has gone."""
         self.detached[run] = object()
-        self.look()
+        self.update_room()
         self.wake()
 
     def settling(self) -> Flow[None]:
@@ -790,10 +788,10 @@ class Outbox:
                     if self._reports.once(f"end {error}"):
                         log.error("a session could still not be ended: %s", error)
                         self._reports.notify(error)
-        if self.unstored:
-            unstored, self.unstored = self.unstored, []
-            yield Branch(self.store(unstored))
-        self.look()
+        if self.unsent:
+            unsent, self.unsent = self.unsent, []
+            yield Branch(self.store(unsent))
+        self.update_room()
 
     def _continue(self, run: Any) -> None:
         """Go on with a flow, unless another thread does: it would execute a batch twice."""

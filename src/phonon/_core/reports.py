@@ -114,5 +114,5 @@ class Reports:
         return True
 
 
-#: The most subjects to remember: reporting one twice is better than growing for ever.
+#: The most subjects to remember: reporting one twice is better than growing without limit.
 MOST_SUBJECTS = 1000

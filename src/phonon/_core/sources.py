@@ -15,7 +15,7 @@ again at the server's position. The outbox gets no data, because the broker stil
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from phonon._core.compaction import LongSession
 from phonon._core.executor import Executor
@@ -117,37 +117,6 @@ class SourceClaim:
         )
 
 
-class Progress(Protocol):
-    """The progress that is stored with a batch of messages."""
-
-    #: Whether `skips` has to be asked about each update.
-    asks: bool
-
-    def begin(self, mark: Any) -> bool:
-        """Go on to a message. Return whether it has to be handled at all."""
-
-    def skips(self, partition: int) -> bool:
-        """Return whether a partition has the message's data already."""
-
-    def preparing(self) -> list[Operation]:
-        """Return operations that have to be carried out before anything is stored."""
-
-    def operations(self, items: dict[int, list[bytes]]) -> list[Operation]:
-        """Return the operations that store items, by partition: resource, partial, ..."""
-
-    def stored(self, operation: Operation) -> None:
-        """Note that an operation was carried out."""
-
-    def refused(self, operation: Operation, answer: Any) -> PhononError:
-        """Note that the server refused. Return the error that says so."""
-
-    def failed(self) -> None:
-        """Note that it is not known which operations were carried out."""
-
-    def finished(self) -> None:
-        """Note that everything up to the message in hand was stored."""
-
-
 class OrderedProgress:
     """A batch's progress on an ordered source.
 
@@ -166,10 +135,11 @@ class OrderedProgress:
         self._positions = list(claim.positions)
         known = [p for p in self._positions if p is not None]
         self._lowest, self._highest = min(known, default=0), max(known, default=0)
+        #: Whether `skips` has to be asked about each update.
         self.asks = False
 
     def begin(self, mark: Any) -> bool:
-        """Go on to the message with that offset."""
+        """Go on to the message with that offset. Return whether it has to be handled at all."""
         if type(mark) is not int or mark < 0:
             raise TypeError(f"an offset is an int of 0 or more, not {mark!r}")
         if self._upto is not None and mark < self._upto:
@@ -293,7 +263,7 @@ class UnorderedProgress:
         self._new_ids: dict[int, list[bytes]] = {}
 
     def begin(self, mark: Any) -> bool:
-        """Go on to the message with that id."""
+        """Go on to the message with that id. Return whether it has to be handled at all."""
         if isinstance(mark, str):
             mark = mark.encode("utf-8", "surrogatepass")
         elif isinstance(mark, int):
@@ -352,6 +322,10 @@ class UnorderedProgress:
         """Do nothing: there is no position."""
 
 
+#: The progress that is stored with a batch of messages.
+Progress = OrderedProgress | UnorderedProgress
+
+
 class Sources:
     """Claims sources, and stores their messages' data.
 
@@ -390,14 +364,16 @@ class Sources:
         encoded = encode_resource(name)
         where = b"" if position is None else b"%d" % position
         partitions = self._identity.partitions
-        home = partitions.of(encoded)
-        first = yield from single(operations.claim(home, encoded, 0, where))
-        others = [p for p in range(partitions.count) if p != home]
+        own_partition = partitions.of(encoded)
+        first = yield from single(operations.claim(own_partition, encoded, 0, where))
+        others = [p for p in range(partitions.count) if p != own_partition]
         epoch = first[1]
         answers = yield Send([operations.claim(p, encoded, epoch, where) for p in others])
         positions: list[int | None] = [None] * partitions.count
         claim = SourceClaim(name, epoch, positions)
-        for partition, answer in zip([home, *others], [first, *checked(answers)], strict=True):
+        for partition, answer in zip(
+            [own_partition, *others], [first, *checked(answers)], strict=True
+        ):
             if answer[0] == _REFUSED:
                 raise claim.lost("was claimed by another consumer meanwhile")
             claim.positions[partition] = int(answer[2]) if answer[2] else None

@@ -20,7 +20,7 @@ operation(APPEND, 3, function(c, o, i)
   return STORED
 end)
 
--- How many partials there are, if some are due. A read that can fail comes before the running batch is
+-- The number of partials, if some are due. A read that can fail comes before the running batch is
 -- given up.
 local function total_if_due(c, resource, due)
   if due == 0 then

@@ -232,7 +232,7 @@ class BaseCollection(Generic[P, M]):
             "@SEEN": "_record._touched_ = _now" if self.idle is not None else "",
             "@COUNT": _COUNT if counts else "",
         }
-        self._aside = PendingTables(self._compiled, cache._lock)  # noqa: SLF001
+        self._pending_tables = PendingTables(self._compiled, cache._lock)  # noqa: SLF001
         build = self._compiled.build
         self._fold_one = build("add", _filled(_PUT, parts), namespace)
         self._fold_rows = build("put_rows", _filled(_PUT_ROWS, parts), namespace)
@@ -283,7 +283,7 @@ class BaseCollection(Generic[P, M]):
             other_batch = record._batch_
             if other_batch is not None and other_batch is not target and other_batch.is_open:
                 # Another thread's batch stores the record. Our caller does not hear of that batch's
-                # end but must know when all is stored, so this message is stored by itself.
+                # end but must know when all is stored, so this message is stored separately.
                 alone = self._new(key, target)
                 if target is None and batch is not None:
                     other_batch.put_aside(record, alone)
@@ -407,10 +407,10 @@ class BaseCollection(Generic[P, M]):
         if not rows.table.num_rows:
             return []
         with self._cache._lock:  # noqa: SLF001 - a cache of ours
-            records = self._records(self._aside.keys(rows), batch, target)
-            self._aside.add(rows, records)
+            records = self._records(self._pending_tables.keys(rows), batch, target)
+            self._pending_tables.add(rows, records)
             if self.largest is not None:
-                self._aside.settle()
+                self._pending_tables.merge_all()
         self._engine.identity.measures.folded += rows.table.num_rows
         left: list[tuple[Hashable, Any]] = self._cache.drain()
         return left

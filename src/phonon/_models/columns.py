@@ -338,24 +338,24 @@ class PendingTables:
         if any(size >= _MOST_SUM for size in most.values()) or any(
             known.get(key, record) is not record for key, record in records.items()
         ):
-            self.settle()
+            self.merge_all()
             most, known = rows.most, self._records
         for record in records.values():
-            record.aside_ = self
+            record.pending_ = self
         known.update(records)
         self._most = self._most | most
         self._bytes += rows.table.nbytes
         self._tables.append(rows.table)  # if this is not reached, nothing was merged
         if self._bytes > MOST_BYTES:
-            self.settle()
+            self.merge_all()
 
-    def settle(self) -> None:
+    def merge_all(self) -> None:
         """Merge all rows into their records."""
         with self._lock:
             columns = reduce(self._tables, self._compiled) if self._tables else {}
             if columns:
-                self._compiled.settle(columns, self._records)
+                self._compiled.fold_columns(columns, self._records)
             # Only now: an interrupt comes before each record has its rows, or behind that.
             for record in self._records.values():
-                record.aside_ = None
+                record.pending_ = None
             self._tables, self._records, self._most, self._bytes = [], {}, {}, 0

@@ -77,7 +77,7 @@ class Compiled:
         self._names = frozenset(field.name for field in self.others)
         self._has_versions = any(code.prepare or code.most for code in self._folds.values())
         self._states: Any = type("_States", (), {"__slots__": self.slots})
-        self._settlers: dict[tuple[str, ...], Any] = {}
+        self._column_folds: dict[tuple[str, ...], Any] = {}
         self._fold = self.build("fold", FOLD)
         #: Returns whether a record has a state.
         self.has_states: Callable[[Any], bool] = self.build("has_states", _HAS)
@@ -307,22 +307,24 @@ class Compiled:
             *(f"_record.{field.slot} = _new_{field.name}" for field in self.others),
         ]
 
-    def settle(self, columns: Mapping[str, Sequence[Any]], records: Mapping[Any, Any]) -> None:
+    def fold_columns(
+        self, columns: Mapping[str, Sequence[Any]], records: Mapping[Any, Any]
+    ) -> None:
         """Fold the rows of columns into their records, unless a record has its row already.
 
         Args:
             columns: The values by field, with the IDs.
-            records: The records by ID. A record without an ``aside_`` has its row already.
+            records: The records by ID. A record without an ``pending_`` has its row already.
         """
         names = tuple(columns)
-        settle = self._settlers.get(names)
-        if settle is None:
+        fold_columns = self._column_folds.get(names)
+        if fold_columns is None:
             absent = [field.name for field in self.others if field.name not in columns]
-            template = _SETTLE.replace("@NAMES", f"({', '.join(names)},)").replace(
+            template = _FOLD_COLUMNS.replace("@NAMES", f"({', '.join(names)},)").replace(
                 "@ABSENT", " = ".join([*absent, "None"])
             )
-            settle = self._settlers[names] = self.build("settle", template)
-        settle(columns.values(), records)
+            fold_columns = self._column_folds[names] = self.build("fold_columns", template)
+        fold_columns(columns.values(), records)
 
     def row_lines(self) -> list[str]:
         """Return the lines that take a message's values from the mapping ``_row``."""
@@ -401,7 +403,7 @@ class Compiled:
 #: Whether nothing is unsent of a record that no batch stores, and one is open that does.
 _IDLE = (
     "_record._batch_ is None and _target is not None and not _record._unsent_ "
-    "and _record._emptied_ == _EMPTY and _record.aside_ is None and @EMPTY"
+    "and _record._emptied_ == _EMPTY and _record.pending_ is None and @EMPTY"
 )
 
 FOLD = """\
@@ -417,19 +419,19 @@ def fold(@PARAMETERS, *, _record, **_unknown):
     return @ID
 """
 
-_SETTLE = """\
-def settle(_columns, _records):
+_FOLD_COLUMNS = """\
+def fold_columns(_columns, _records):
     @ABSENT
     for @NAMES in _zip(*_columns):
         _record = _records.get(@ID)
-        if _record is None or _record.aside_ is None:
+        if _record is None or _record.pending_ is None:
             continue
         @BEFORE
         while True:
             @PREPARE
             break
         @COMMIT
-        _record.aside_ = None
+        _record.pending_ = None
         @TIDY
 """
 

@@ -60,6 +60,10 @@ class Field(Generic[R, W]):
         values: The type of the values, as a `ValueType` that checks them.
         value_type: The same as an annotation; ``typing.Any`` if none was given.
         model: The qualified name of the model, for messages.
+
+    Example:
+        >>> Sum(int).value_type, Sum(int).zero
+        (<class 'int'>, 0)
     """
 
     kind: ClassVar[str] = ""

@@ -17,7 +17,14 @@ _COLLECTIONS = (list, set, frozenset, tuple)
 
 
 class ID(Field[T, T], Generic[T]):
-    """The key of the record. A model has one, as its first field."""
+    """The key of the record. A model has one, as its first field.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        >>> Visits("ada").id
+        'ada'
+    """
 
     kind = "id"
 
@@ -40,6 +47,13 @@ class ListAppend(Field[list[T], Any], Generic[T]):
 
     Their order of arrival is not kept, because it differs between processes. Messages have one
     value or a list of them.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     tags: ListAppend[str] = ListAppend()
+        >>> Visits("ada", tags=["b", "a", "b"]).tags
+        ['a', 'b', 'b']
     """
 
     kind = "list_append"
@@ -68,7 +82,15 @@ class ListAppend(Field[list[T], Any], Generic[T]):
 
 
 class SetAppend(Field[set[T], Any], Generic[T]):
-    """The different values. Messages have one value or a collection of them."""
+    """The different values. Messages have one value or a collection of them.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     tags: SetAppend[str] = SetAppend()
+        >>> Visits("ada", tags=["a", "a"]).tags
+        {'a'}
+    """
 
     kind = "set_append"
     shows = (set, frozenset)
@@ -123,6 +145,13 @@ class Distinct(Field[int, Any], Generic[T]):
     The standard error is 1.6 per cent; up to some hundred values only hash collisions are errors.
     Messages have one value or a collection of them. After P. Flajolet et al. 2007, with the
     estimator of O. Ertl 2017, which needs no tables of corrections.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     pages: Distinct[str] = Distinct()
+        >>> Visits("ada", pages=["/", "/x", "/"]).pages
+        2
     """
 
     kind = "distinct"

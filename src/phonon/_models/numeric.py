@@ -24,6 +24,13 @@ class Sum(Field[N, N], Generic[N]):
 
     The sum of floats is the float nearest to the exact sum, so that it does not depend on the order
     of adding. Without a type the field takes integers and floats.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     views: Sum[int] = Sum()
+        >>> Visits("ada", views=2).views
+        2
     """
 
     kind = "sum"
@@ -101,7 +108,15 @@ def _adding(state: str, name: str) -> list[str]:
 
 
 class Diff(Sum[N], Generic[N]):
-    """Subtracts: 0 minus the sum of the values."""
+    """Subtracts: 0 minus the sum of the values.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     stock: Diff[int] = Diff()
+        >>> Visits("ada", stock=2).stock
+        -2
+    """
 
     kind = "diff"
 
@@ -110,7 +125,15 @@ class Diff(Sum[N], Generic[N]):
 
 
 class Count(Field[int, int]):
-    """Counts messages. A message may give the number of messages that it stands for."""
+    """Counts messages. A message may give the number of messages that it stands for.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     visits: Count = Count()
+        >>> Visits("ada").visits
+        1
+    """
 
     kind = "count"
     default = 1
@@ -144,7 +167,15 @@ class Count(Field[int, int]):
 
 
 class Counter(Field[dict[K, int], Mapping[K, int]], Generic[K]):
-    """Sums by key: takes a mapping of integers and adds up the values of each key."""
+    """Sums by key: takes a mapping of integers and adds up the values of each key.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     pages: Counter[str] = Counter()
+        >>> Visits("ada", pages={"/": 2}).pages
+        {'/': 2}
+    """
 
     kind = "counter"
     shows = (dict,)
@@ -196,7 +227,15 @@ _INTEGER = ValueType(int)
 
 
 class Mean(Field[float | None, float], Generic[N]):
-    """The arithmetic mean, of exact sums; None of no values."""
+    """The arithmetic mean, of exact sums; None of no values.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     load: Mean[float] = Mean()
+        >>> Visits("ada", load=0.5).load
+        0.5
+    """
 
     kind = "mean"
     shows = ()
@@ -256,6 +295,10 @@ class Summary:
         mean: Their arithmetic mean; None of no values.
         variance: The variance of the values themselves, not the estimate for a population of which
             they are a sample; None of no values.
+
+    Example:
+        >>> Summary(count=2, sum=4, min=1, max=3, mean=2.0, variance=1.0).stdev
+        1.0
     """
 
     count: int = 0
@@ -283,6 +326,13 @@ class Stats(Field[Summary, float], Generic[N]):
 
     Chan's parallel form of Welford's algorithm rounds at each merge, so that the result depends on
     the order of merges. Here nothing is rounded before it is read.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     load: Stats[float] = Stats()
+        >>> Visits("ada", load=0.5).load.max
+        0.5
     """
 
     kind = "stats"

@@ -19,7 +19,15 @@ _FAST = frozenset({int, str, bytes, date})
 
 
 class Min(Field[T | None, T], Generic[T]):
-    """The least value; None of no values."""
+    """The least value; None of no values.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     low: Min[int] = Min()
+        >>> Visits("ada", low=3).low
+        3
+    """
 
     kind = "min"
 
@@ -50,7 +58,15 @@ class Min(Field[T | None, T], Generic[T]):
 
 
 class Max(Min[T], Generic[T]):
-    """The greatest value; None of no values."""
+    """The greatest value; None of no values.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     high: Max[int] = Max()
+        >>> Visits("ada", high=3).high
+        3
+    """
 
     kind = "max"
     _operator = ">"
@@ -65,13 +81,28 @@ class Timestamp(Max[T], Generic[T]):
     """The time stamp of the message, which orders the values of `First`, `Latest`, `WindowedList`.
 
     A record has the time stamp of its latest message.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     at: Timestamp[int] = Timestamp()
+        >>> Visits("ada", at=10).at
+        10
     """
 
     kind = "timestamp"
 
 
 class AnyOf(Field[bool, bool]):
-    """True if any value was true."""
+    """True if any value was true.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     failed: AnyOf = AnyOf()
+        >>> Visits("ada", failed=True).failed
+        True
+    """
 
     kind = "any_of"
 
@@ -92,7 +123,15 @@ class AnyOf(Field[bool, bool]):
 
 
 class AllOf(AnyOf):
-    """True if all values were true, and also of no values."""
+    """True if all values were true, and also of no values.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     done: AllOf = AllOf()
+        >>> Visits("ada", done=True).done
+        True
+    """
 
     kind = "all_of"
 
@@ -156,6 +195,13 @@ class Latest(_Stamped[T], Generic[T]):
     """The value of the message with the latest time stamp; None of no values.
 
     Of two values with the same time stamp the greater one counts.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     page: Latest[str] = Latest()
+        >>> Visits("ada", page=(10, "/")).page
+        '/'
     """
 
     kind = "latest"
@@ -170,6 +216,13 @@ class First(_Stamped[T], Generic[T]):
     """The value of the message with the earliest time stamp; None of no values.
 
     Of two values with the same time stamp the lesser one counts.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     page: First[str] = First()
+        >>> Visits("ada", page=(10, "/")).page
+        '/'
     """
 
     kind = "first"
@@ -189,6 +242,13 @@ class WindowedList(Field[list[T], Any], Generic[T]):
     Args:
         window_length: The number of values to keep.
         data_type: The type of the values, if no annotation gives it.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     last: WindowedList[str, 2] = WindowedList(2)
+        >>> Visits("ada", last=[(1, "a"), (3, "c"), (2, "b")]).last
+        ['c', 'b']
     """
 
     kind = "windowed_list"
@@ -267,6 +327,13 @@ class TopK(Field[dict[T, Any], Mapping[T, Any]], Generic[T]):
     Args:
         size: The number of keys to keep.
         data_type: The type of the keys, if no annotation gives it.
+
+    Example:
+        >>> class Visits(Model):
+        ...     id: ID[str]
+        ...     best: TopK[str, 1] = TopK(1)
+        >>> Visits("ada", best={"x": 3, "y": 5}).best
+        {'y': 5}
     """
 
     kind = "top_k"

@@ -74,8 +74,8 @@ class Packing:
             "_pack": _packer(), "_packer": _packer, "_SET": SET_HEAD, "_Exact": ExactSerializer,
             "_globals": globals, "_wrong": (TypeError, ValueError, OverflowError), "_kept": KEPT,
         }  # fmt: skip
-        #: Moves the states of a record into its ``moved_``. Returns how they are stored, unless the
-        #: serializer has to say that.
+        #: Moves the states of a record into its ``moved_``. Returns their stored form, or None if
+        #: only the serializer can produce it.
         self.take: Callable[[Any, Any], bytes | None] = compiled.build(
             "take", _TAKE + _WRITE * self.is_plain + "    return None\n", namespace, blocks
         )
@@ -170,7 +170,7 @@ class Packing:
         return [f"if not _is_state_{name}({name}): return None"]
 
     def _merge_lines(self, field: Field[Any, Any]) -> list[str]:
-        """Return the lines that merge a state into the one that there is."""
+        """Return the lines that merge a state into the present one."""
         name, new = field.name, f"_new_{field.name}"
         if self._is_spelled(field) or (field.kind in _ADDED and field.values.exact is int):
             return [f"{new} += {name}"]

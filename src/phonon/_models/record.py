@@ -34,12 +34,12 @@ class ModelRecord(Update):
 
     __slots__ = (
         "arguments_",
-        "aside_",
         "is_due",
         "is_used",
         "messages",
         "moved_",
         "odd_",
+        "pending_",
         "version_",
     )
 
@@ -56,7 +56,7 @@ class ModelRecord(Update):
     #: States on their way to the server. There are several if a signal handler stores as well.
     moved_: tuple[dict[str, Any], ...]
     #: Tables with rows for this record that are not merged yet.
-    aside_: Any
+    pending_: Any
     #: The decoded doc, if it is not valid for this model.
     odd_: Any
     is_due: bool
@@ -67,8 +67,8 @@ class ModelRecord(Update):
     @property
     def doc(self) -> Any:
         """The states by field. Each state has an attribute, which is faster than a dict."""
-        if self.aside_ is not None:
-            self.aside_.settle()
+        if self.pending_ is not None:
+            self.pending_.merge_all()
         return self.compiled.doc_of(self) if self.odd_ is None else self.odd_
 
     @doc.setter
@@ -137,13 +137,13 @@ class ModelRecord(Update):
     def attach(self, process: Any) -> None:
         """Give the record a process."""
         super().attach(process)
-        self.messages, self.moved_, self.aside_ = 0, (), None
+        self.messages, self.moved_, self.pending_ = 0, (), None
         self.is_due, self.is_used = False, None
         self.arguments_ = None
 
     def _has_changed_(self) -> bool:
         """Return whether it has changed since it was emptied."""
-        if self.aside_ is not None:
+        if self.pending_ is not None:
             return True
         if self._emptied_ != EMPTY:
             return super()._has_changed_()
@@ -168,8 +168,8 @@ class ModelRecord(Update):
             self.version_ += 1  # makes a message that is being folded look for its record again
             return None, None
         depth, serializer = len(self.moved_), engine.codec.serializer
-        if self.aside_ is not None:
-            self.aside_.settle()
+        if self.pending_ is not None:
+            self.pending_.merge_all()
         try:
             # Messages that come after this, from a signal handler say, go into the next partial.
             content = self.compiled.packing.take(self, serializer)
@@ -205,7 +205,7 @@ class ModelRecord(Update):
         """Return a record of the same key with given states, for storing."""
         record = object.__new__(type(self))
         record._id, record.database, record.collection = self._id, self.database, self.collection
-        record.spec, record.odd_, record.aside_ = None, doc, None
+        record.spec, record.odd_, record.pending_ = None, doc, None
         return record
 
     def _move_back(self) -> None:
@@ -220,8 +220,8 @@ class ModelRecord(Update):
         self._lock_ = lock
 
     def _discard_(self) -> bool:
-        if self.aside_ is not None:
-            self.aside_.settle()
+        if self.pending_ is not None:
+            self.pending_.merge_all()
         had = super()._discard_()
         # Messages are folded into the present states, and are unsent data wherever there are any.
         self.doc, self._emptied_ = {}, EMPTY

@@ -17,7 +17,7 @@ So an empty call with the same number follows, whose answer tells which.
 
 Any thread may call any method at any time, also during another call of the same thread (from a
 signal handler or a finalizer), and an exception may interrupt any method anywhere. So there is no
-lock: a re-entrant call would wait for it for ever. A lane moves from one position to the next by
+lock: a re-entrant call would never get it. A lane moves from one position to the next by
 ``dict.setdefault``, which is atomic: the second caller goes on with the call that the first one
 made. If two threads send at the same time, they send the same bytes, which does no harm.
 """
@@ -412,7 +412,7 @@ class Lane:
                 "next", _Position(call.sequence, stamp, again, answered)
             )
             if not again:
-                # Nobody asks any more what became of them. With this they refer to each other no
+                # Their fate is not asked for any more. With this they refer to each other no
                 # more, and are not left to the garbage collector.
                 for operation in carried:
                     operation.sent = None

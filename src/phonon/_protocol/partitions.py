@@ -76,7 +76,7 @@ class Partitions:
 
     Args:
         namespace: Any text; processes of different namespaces do not see each other.
-        count: How many there are.
+        count: The number of partitions.
     """
 
     __slots__ = ("count", "namespace", "prefix", "prefixes")

@@ -124,7 +124,7 @@ class _Ticket(Ticket):
     future: _Future | None = None
     deadline = 0.0
 
-    def tell(self) -> None:
+    def wake(self) -> None:
         """Wake the task, if all answers are there."""
         future = self.future
         if future is not None and self.is_done:
@@ -180,7 +180,7 @@ class AsyncDriver:
         slice: Seconds of user code after which an `Execute` returns with the results so far.
 
     Attributes:
-        on_detached: Called with a flow whose caller has gone, and which goes on by itself.
+        on_detached: Called with a flow whose caller has gone, and which goes on without it.
         on_ready: Called with such a flow when it has ended.
         leave_context: Called in the context of the user's code before that begins.
     """
@@ -249,7 +249,7 @@ class AsyncDriver:
     def resume(self, run: FlowRun) -> Any:
         """Return the result of a flow whose caller had gone.
 
-        The flow goes on by itself. If it has not ended yet, the task is returned.
+        The flow goes on without a caller. If it has not ended yet, the task is returned.
 
         Raises:
             BaseException: The error of the flow, if it has raised one.
@@ -465,7 +465,7 @@ class AsyncDriver:
                 ticket.fail(self.lost())
 
     def _fail_if_fenced(self, ticket: _Ticket) -> None:
-        """Fail the heartbeat's own ticket: it must not wait for a rebirth, which it has to do."""
+        """Fail the heartbeat's own ticket, which would wait for a rebirth of its own."""
         if any(lane.state is State.FENCED for lane in ticket.lanes()):
             ticket.fail(self.lost())
 

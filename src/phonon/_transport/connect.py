@@ -131,6 +131,19 @@ def after_fork_in_child() -> None:
     after_fork_drop_connections()
 
 
+def connect(
+    url: str | None,
+    client: Any,
+    library: FunctionLibrary,
+    backend: ClientBackend,
+    **settings: Any,
+) -> Steps[SharedConnection]:
+    """Connect to the server of a URL, or use a client if there is no URL; see `connect_url`."""
+    if url is None:
+        return connect_client(client, library, backend, **settings)
+    return connect_url(url, library, backend, **settings)
+
+
 def connect_url(
     url: str, library: FunctionLibrary, backend: ClientBackend, **settings: Any
 ) -> Steps[SharedConnection]:

@@ -149,9 +149,9 @@ class Ticket:
         """Take in the answer to one operation. A second answer to it is ignored."""
         if self.answers[index] is UNANSWERED:
             self.answers[index] = answer
-        self.tell()
+        self.wake()
 
-    def tell(self) -> None:
+    def wake(self) -> None:
         """Wake the waiter, if all answers are there."""
         raise NotImplementedError
 
@@ -328,7 +328,7 @@ class Receiver:
                 ticket = owner
                 touched.append(ticket)
         for ticket in touched:
-            ticket.tell()
+            ticket.wake()
 
     def _explained(self, answer: list[Any]) -> Any:
         """Return an answer, or the error if the operation has failed."""

@@ -37,8 +37,8 @@ PASSING = (
 DEMOTED = ("READONLY ", "NOREPLICAS ", "UNBLOCKED ")
 #: The remedies for answers of a server that accepts no calls, or no writes.
 REMEDIES = {
-    "BUSY": "somebody's script runs there: wait for its end, or SCRIPT KILL, or FUNCTION KILL",
-    "CLUSTERDOWN": "some of its slots are served by nobody: see its CLUSTER INFO",
+    "BUSY": "another client's script runs: wait for its end, or SCRIPT KILL, or FUNCTION KILL",
+    "CLUSTERDOWN": "no node serves some of its slots: see its CLUSTER INFO",
     "LOADING": "it reads its data from the disk: wait for that",
     "MASTERDOWN": "it is a replica that has lost its primary: see its INFO replication",
     "MISCONF": "it cannot write to its disk: make room there, and see its log",
@@ -50,7 +50,7 @@ REFUSED = (RedisAuthenticationError, AuthorizationError)
 
 
 def is_passing(error: ResponseError) -> bool:
-    """Return whether a server with this answer will serve again by itself."""
+    """Return whether a server with this answer will serve again without help."""
     return str(error).startswith(PASSING)
 
 

@@ -206,7 +206,7 @@ class SyncNode(Node):
         self._alone.discard(connection)
 
     def retire(self) -> None:
-        """Close the idle connections. A connection in use fails by itself."""
+        """Close the idle connections. A connection in use fails at its next read."""
         while (connection := self._pop()) is not None:
             connection.close()
 

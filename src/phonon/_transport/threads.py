@@ -126,7 +126,7 @@ class _Ticket(Ticket):
     bell: ThreadSignal | None = None
     driver: "ThreadDriver"
 
-    def tell(self) -> None:
+    def wake(self) -> None:
         """Wake the thread, or report that the flow can go on in the background."""
         bell = self.bell
         if bell is not None:

@@ -158,16 +158,6 @@ class AsyncProcess(BaseProcess):
         self._connection: SharedConnection | None = None
         self._engine: TaskEngine | None = None
 
-    @classmethod
-    def from_url(cls, url: str, **options: Any) -> Self:
-        """Return a process that uses the server of a URL.
-
-        Args:
-            url: See the constructor.
-            options: The constructor's other arguments.
-        """
-        return cls(url=url, **options)
-
     def __repr__(self) -> str:
         if self._engine is None:
             return "<phonon.aio.AsyncProcess, not started>"
@@ -196,17 +186,16 @@ class AsyncProcess(BaseProcess):
         return self
 
     async def _connect(self) -> SharedConnection:
-        functions = library.default()
-        backend = async_io.backend(asyncio.get_running_loop())
-        settings: dict[str, Any] = {
-            "longest_pause": self.RETRY_SLEEP,
-            "durability": self._durability,
-        }
-        if self._url is None:
-            steps = connect.connect_client(self._client, functions, backend, **settings)
-        else:
-            steps = connect.connect_url(self._url, functions, backend, **settings)
-        return await async_io.run(steps)
+        return await async_io.run(
+            connect.connect(
+                self._url,
+                self._client,
+                library.default(),
+                async_io.backend(asyncio.get_running_loop()),
+                longest_pause=self.RETRY_SLEEP,
+                durability=self._durability,
+            )
+        )
 
     async def _started(self, connection: SharedConnection) -> TaskEngine:
         server, functions = connection.server, library.default()

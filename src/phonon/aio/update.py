@@ -35,7 +35,7 @@ class AsyncUpdate(Update):
         _id: The record's key; with ``database`` and ``collection`` it names the resource.
         database: The name of the database, for your `execute`.
         collection: The name of the collection or table, for your `execute`.
-        spec: What identifies the record, for your `execute`. The update has a copy.
+        spec: The identification of the record, for your `execute`. The update has a copy.
         doc: The data. The update has a copy.
         init_cache: Whether to store the data on the server, so that it survives this process.
         block: Taken for compatibility; ending a session needs no lock.

@@ -77,7 +77,7 @@ def place(host: str, pid: int) -> str:
 
 
 def visible(text: str) -> Text:
-    """Return a name, or another text that anybody may have made up, as one line."""
+    """Return a name, or another text of unknown origin, as one line."""
     return Text(CONTROL.sub("\ufffd", text))
 
 

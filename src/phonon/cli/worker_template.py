@@ -30,7 +30,7 @@ class Count(ConflictFreeUpdate, name="count"):
     """Data about one key: numbers that add up, wherever their messages arrive."""
 
     def execute(self) -> None:
-        """Write the record; the last process to let go of the key does, once a session."""
+        """Write the record. The last process to leave the key calls this, once a session."""
         with closing(sqlite3.connect(DATABASE, timeout=30)) as database, database:
             database.execute(TABLE)
             database.execute(ADD, (self._id, self.doc["n"], self.token))

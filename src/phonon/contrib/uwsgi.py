@@ -1,4 +1,4 @@
-"""uWSGI: ends the sessions of its workers; `Worker` imports this module by itself.
+"""uWSGI: ends the sessions of its workers; `Worker` imports this module.
 
 uWSGI does not run the interpreter's exit functions, and runs threads only if configured to. A
 process without threads has no heartbeat and would be declared dead. Import this module in a program

@@ -48,7 +48,7 @@ class Sink(Protocol):
             Pairs of a failed record and its error; None if all succeeded.
 
         Raises:
-            Exception: Nothing was written. The records are tried again, each by itself.
+            Exception: Nothing was written. The records are tried again, one by one.
         """
 
 

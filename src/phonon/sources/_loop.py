@@ -17,7 +17,7 @@ from phonon.errors import (
     ServerFullError,
     SourceLostError,
 )
-from phonon.settings import check_callable, check_count, check_name, check_seconds
+from phonon.settings import check_callable, check_count, check_name, check_owner, check_seconds
 from phonon.source import Messages
 
 log = logging.getLogger("phonon")
@@ -157,19 +157,62 @@ def index_of(messages: Sequence[Any], message: Any) -> int:
     raise AssertionError(message)
 
 
-class Loop:
+class Loop(Generic[M]):
     """A loop that a signal or another thread can stop.
 
     Args:
+        process: The process that stores the messages.
+        batch_size: The most messages that are stored together.
+        poll_timeout: Seconds to wait for messages.
         sessions: The sessions to end after the loop.
+        on_poison: Called with a message that cannot be handled, and the error.
+        dead_letters: The place to which such a message is sent instead.
+
+    Attributes:
+        handled: The number of handled messages, repeated ones included.
+        received: The number of received messages, repeated ones included.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
     """
 
-    def __init__(self, sessions: SupportsExpireAll | None) -> None:
+    #: Whether ``on_poison`` may be a coroutine function.
+    _is_async = False
+
+    def __init__(
+        self,
+        process: Any,
+        *,
+        batch_size: int,
+        poll_timeout: float,
+        sessions: SupportsExpireAll | None,
+        on_poison: OnPoison[M] | None,
+        dead_letters: str | None,
+    ) -> None:
+        check_owner(process)
+        check_count("batch_size", batch_size)
+        check_seconds("poll_timeout", poll_timeout)
+        if sessions is not None and not hasattr(sessions, "expire_all"):
+            raise ConfigurationError(
+                f"sessions has the method expire_all, as an LruCache has, not {sessions!r}: give "
+                "the cache or the collection that the messages go to"
+            )
+        check_callable("on_poison", on_poison, is_async=self._is_async)
+        if dead_letters is not None:
+            check_name("dead_letters", dead_letters)
+        if on_poison is not None and dead_letters is not None:
+            raise ConfigurationError("give on_poison or dead_letters, not both")
+        self._process = process
+        self._batch_size = batch_size
         self._sessions = sessions
+        self._on_poison = on_poison if dead_letters is None else self._send_dead_letter
+        self._dead_letters = dead_letters
         self._stopping = threading.Event()
-        #: The number of handled messages, and of received ones, repeated ones included.
         self.handled = 0
         self.received = 0
+
+    def _send_dead_letter(self, message: M, error: Exception) -> None:
+        raise NotImplementedError
 
     def stop(self) -> None:
         """Leave the loop when the batch in hand is stored. Any thread may call this."""
@@ -227,34 +270,6 @@ def check_topics(argument: str, value: Any) -> list[str]:
     ):
         raise ConfigurationError(f"{argument} is a name, or a list of names, not {value!r}")
     return list(names)
-
-
-def check_loop(
-    *,
-    batch_size: Any,
-    poll_timeout: Any,
-    sessions: Any,
-    on_poison: Any,
-    dead_letters: Any,
-    is_async: bool = False,
-) -> None:
-    """Refuse invalid arguments that all sources have.
-
-    Raises:
-        ConfigurationError: An argument is invalid.
-    """
-    check_count("batch_size", batch_size)
-    check_seconds("poll_timeout", poll_timeout)
-    if sessions is not None and not hasattr(sessions, "expire_all"):
-        raise ConfigurationError(
-            f"sessions has the method expire_all, as an LruCache has, not {sessions!r}: give the "
-            "cache or the collection that the messages go to"
-        )
-    check_callable("on_poison", on_poison, is_async=is_async)
-    if dead_letters is not None:
-        check_name("dead_letters", dead_letters)
-    if on_poison is not None and dead_letters is not None:
-        raise ConfigurationError("give on_poison or dead_letters, not both")
 
 
 def is_transient(error: Exception) -> bool:

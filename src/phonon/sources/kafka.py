@@ -12,14 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from phonon.errors import ConfigurationError, PhononError, SourceRewoundError
-from phonon.settings import check_owner
 from phonon.source import Source
 from phonon.sources._loop import (
     Loop,
     MessageHandler,
     OnPoison,
     SupportsExpireAll,
-    check_loop,
     check_topics,
     is_transient,
     weightiest,
@@ -45,7 +43,7 @@ except ImportError as error:
 log = logging.getLogger("phonon")
 
 _Key = tuple[str, int]
-#: Where to begin with a partition that was never read, by the client's names for it.
+#: The beginning in a partition that was never read, by the client's names for it.
 _STARTS = dict.fromkeys(("smallest", "earliest", "beginning"), OFFSET_BEGINNING) | dict.fromkeys(
     ("largest", "latest", "end"), OFFSET_END
 )
@@ -59,11 +57,8 @@ ANSWER_TIMEOUT = 10.0
 COMMITTED = "phonon"
 
 
-class BaseKafkaSource(Loop):
+class BaseKafkaSource(Loop[Message]):
     """The base of `KafkaSource` and `AsyncKafkaSource`: the work of the loop's thread."""
-
-    #: Whether ``on_poison`` may be a coroutine function.
-    _is_async = False
 
     def __init__(
         self,
@@ -77,22 +72,19 @@ class BaseKafkaSource(Loop):
         on_poison: OnPoison[Message] | None = None,
         dead_letters: str | None = None,
     ) -> None:
-        super().__init__(sessions)
-        check_owner(process)
-        self._topics = check_topics("topics", topics)
-        if not isinstance(config, Mapping) or not config.get("group.id"):
-            raise ConfigurationError(
-                "config has no 'group.id': name the consumer group, since positions are kept by it"
-            )
-        check_loop(
+        super().__init__(
+            process,
             batch_size=batch_size,
             poll_timeout=poll_timeout,
             sessions=sessions,
             on_poison=on_poison,
             dead_letters=dead_letters,
-            is_async=self._is_async,
         )
-        self._process = process
+        self._topics = check_topics("topics", topics)
+        if not isinstance(config, Mapping) or not config.get("group.id"):
+            raise ConfigurationError(
+                "config has no 'group.id': name the consumer group, since positions are kept by it"
+            )
         self._group = str(config["group.id"])
         reset = config.get("auto.offset.reset", "earliest")
         if reset not in _STARTS:
@@ -110,10 +102,7 @@ class BaseKafkaSource(Loop):
         }
         strategy = str(config.get("partition.assignment.strategy", ""))
         self._cooperative = "cooperative" in strategy or config.get("group.protocol") == "consumer"
-        self._batch_size = batch_size
         self._poll_timeout = poll_timeout
-        self._on_poison = on_poison if dead_letters is None else self._send_dead_letter
-        self._dead_letters = dead_letters
         self._producer: Any = None
         self._sources: dict[_Key, Source] = {}
         #: The offset up to which each partition is stored.
@@ -152,7 +141,7 @@ class BaseKafkaSource(Loop):
             self._sources.clear()
             if self._producer is not None:
                 self._producer.flush(DELIVERY_TIMEOUT)
-            # If a forked child garbage-collects a client, that waits for its threads for ever.
+            # In a forked child the client's garbage collection would wait for the parent's threads.
             self._consumer = self._producer = None
 
     # Implemented for threads and for tasks

@@ -16,14 +16,13 @@ import redis
 
 from phonon._transport.failures import is_passing
 from phonon.errors import ConfigurationError, PhononError
-from phonon.settings import check_name, check_owner, check_seconds
+from phonon.settings import check_name, check_seconds
 from phonon.source import WINDOW, Messages
 from phonon.sources._loop import (
     Loop,
     MessageHandler,
     OnPoison,
     SupportsExpireAll,
-    check_loop,
     check_topics,
     is_transient,
 )
@@ -55,7 +54,7 @@ class StreamEntry(NamedTuple):
     stream: str
 
 
-class StreamSource(Loop):
+class StreamSource(Loop[StreamEntry]):
     """Reads streams as a consumer of a group, and hands each entry to a function.
 
     Args:
@@ -81,6 +80,8 @@ class StreamSource(Loop):
         ConfigurationError: An argument is invalid.
     """
 
+    _process: "Process"
+
     def __init__(
         self,
         process: "Process",
@@ -96,8 +97,14 @@ class StreamSource(Loop):
         on_poison: OnPoison[StreamEntry] | None = None,
         dead_letters: str | None = None,
     ) -> None:
-        super().__init__(sessions)
-        check_owner(process)
+        super().__init__(
+            process,
+            batch_size=batch_size,
+            poll_timeout=poll_timeout,
+            sessions=sessions,
+            on_poison=on_poison,
+            dead_letters=dead_letters,
+        )
         check_name("group", group)
         check_seconds("claim_idle", claim_idle)
         check_seconds("window", window)
@@ -106,26 +113,15 @@ class StreamSource(Loop):
                 f"window must be longer than claim_idle, {claim_idle:g} s, not {window!r}: an "
                 "entry that is taken over later than that would count twice"
             )
-        check_loop(
-            batch_size=batch_size,
-            poll_timeout=poll_timeout,
-            sessions=sessions,
-            on_poison=on_poison,
-            dead_letters=dead_letters,
-        )
-        self._process = process
         self._streams = check_topics("streams", streams)
         self._group = group
         self._client: Any = client if client is not None else process.client
-        self._batch_size = batch_size
         self._block_ms = max(1, int(poll_timeout * 1000))
         self._idle_ms = int(claim_idle * 1000)
         self._window = window
         self._claim_at = 0.0
         self._again = False
         self._lacks_groups = False
-        self._on_poison = on_poison if dead_letters is None else self._add_dead_letter
-        self._dead_letters = dead_letters
         self._consumer = process.id
 
     def scope_of(self, stream: str) -> str:
@@ -250,7 +246,7 @@ class StreamSource(Loop):
         if raw:
             self._client.xack(stream, self._group, *[id_ for id_, _ in raw])
 
-    def _add_dead_letter(self, entry: StreamEntry, error: Exception) -> None:
+    def _send_dead_letter(self, entry: StreamEntry, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
         more = {b"phonon-error": text, b"phonon-id": entry.id, b"phonon-stream": entry.stream}
         self._client.xadd(self._dead_letters, {**entry.fields, **more})

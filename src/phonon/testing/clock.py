@@ -74,7 +74,7 @@ def _library() -> library.Library:
 class Clock:
     """Time as the server and the library see it, from `start` to `stop`.
 
-    Processes that are made in between follow the clock. Its time goes on by itself like real time;
+    Processes that are made in between follow the clock. Its time goes on like real time;
     `advance` adds to it.
 
     Args:

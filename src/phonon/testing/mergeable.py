@@ -63,8 +63,8 @@ def assert_mergeable(
         if found != expected:
             raise AssertionError(
                 f"{kind.__qualname__} depends on how its messages are merged (numbers are those of "
-                f"the messages, brackets are processes):\n  {first} comes to {expected!r}\n"
-                f"  {_text(plan)} comes to {found!r}"
+                f"the messages, brackets are processes):\n  {first} gives {expected!r}\n"
+                f"  {_text(plan)} gives {found!r}"
             )
 
 

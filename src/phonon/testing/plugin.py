@@ -1,6 +1,6 @@
 """The pytest plugin: a server for the session, a namespace for each test, a clock.
 
-pytest loads it by itself if Phonon is installed. It imports no other module of Phonon before a test
+pytest loads it if Phonon is installed. It imports no other module of Phonon before a test
 uses one of its fixtures.
 """
 

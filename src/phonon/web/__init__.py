@@ -1,6 +1,6 @@
 """The operator's page: the data of `phonon.Admin`, in a browser. Extra ``web``.
 
-`create_app` returns an ASGI application, to be served by itself (``phonon web``) or mounted into
+`create_app` returns an ASGI application, to be served alone (``phonon web``) or mounted into
 another one.
 """
 
@@ -22,7 +22,7 @@ def create_app(
 ) -> "Starlette":
     """Return the page as an ASGI application.
 
-    It connects at the first request. Served by itself it closes its connection at shutdown. If it
+    It connects at the first request. Served alone it closes its connection at shutdown. If it
     is mounted, await its ``state.close()`` in the other application's lifespan.
 
     Args:

@@ -208,7 +208,7 @@ def test_many_bytes_of_tables_are_merged_although_nobody_looks(
     with process.batch(durable=False):
         orders.add_table(pl.DataFrame({"customer": ["a"] * 50, "amount": [1] * 50}))
         record = orders._cache._entries["a"]
-        assert record.aside_ is None
+        assert record.pending_ is None
     orders.expire_all()
     assert Orders.done["a"].amount == 50
 
@@ -221,13 +221,13 @@ def test_an_interrupt_while_tables_are_reduced_loses_nothing(
     with process.batch(durable=False):
         orders.add_table(pl.DataFrame({"customer": ["a", "b"], "amount": [1, 2]}))
         compiled = orders._compiled
-        settle = compiled.settle
+        fold_columns = compiled.fold_columns
 
         def interrupted(found: Any, records: Any) -> None:
-            settle({name: values[:1] for name, values in found.items()}, records)
+            fold_columns({name: values[:1] for name, values in found.items()}, records)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(compiled, "settle", interrupted)
+        monkeypatch.setattr(compiled, "fold_columns", interrupted)
         with pytest.raises(KeyboardInterrupt):
             orders.get("a")
         monkeypatch.undo()

@@ -265,9 +265,9 @@ def test_a_foreign_key_elsewhere_holds_nothing_up(make: Make, server: Redis) -> 
         assert [type(error) for error in caught.value.exceptions] == [ForeignKeyError]
         assert sorted(executed) == [("a", 1), ("c", 1)]
         # The lock cannot be renewed, but the rest of a heartbeat happens.
-        process.engine.outbox.unstored.append(Total(process, "d", 1, init_cache=False))
+        process.engine.outbox.unsent.append(Total(process, "d", 1, init_cache=False))
         process.engine.outbox.wake()
-        wait_until(lambda: not process.engine.outbox.unstored)
+        wait_until(lambda: not process.engine.outbox.unsent)
         client.delete(*keys)
     cache.expire_all()
     assert lock.owned()

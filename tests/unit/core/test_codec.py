@@ -30,7 +30,7 @@ class FakeEngine:
         self.messages = itertools.count()
         self.trace = None
         self.merged = 0
-        self.outbox = types.SimpleNamespace(full=False, unstored=[])
+        self.outbox = types.SimpleNamespace(full=False, unsent=[])
         self.members = types.SimpleNamespace(held={})
         self.sessions = types.SimpleNamespace(watch=lambda *_: None)
         self.prefixes: dict[Any, str] = {}
