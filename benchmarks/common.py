@@ -10,9 +10,16 @@ from typing import Any
 
 import redis
 
-from phonon import Process, embedded
+from phonon import ConflictFreeUpdate, Process, embedded
 
 ROUNDS = 31
+
+
+class Count(ConflictFreeUpdate, name="count"):
+    """Adds up, and writes nowhere."""
+
+    def execute(self) -> None:
+        """Write nothing."""
 
 
 def resident() -> int:

@@ -24,19 +24,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from phonon import Admin, ConflictFreeUpdate, Process
+from common import Count
+from phonon import Admin, Process
 from phonon._admin.namespace import Namespace
 from phonon.embedded import start
 
 ROUNDS = 5
 CHUNK = 20_000
-
-
-class Count(ConflictFreeUpdate, name="count"):
-    """Adds up, and writes nowhere."""
-
-    def execute(self) -> None:
-        """Write nothing."""
 
 
 def fill(process: Process, other: Process, sessions: int) -> None:

@@ -57,7 +57,7 @@ MORE: dict[str, Maker] = {
     "phonon, semaphore": lambda process, name: process.semaphore(name, 4),
 }
 #: redis-py 8 gives up on an answer after 5 s, which kills waiters of python-redis-lock.
-PATIENT = {"socket_timeout": None}
+PATIENT: dict[str, Any] = {"socket_timeout": None}
 #: Pairs per second, against a peer's.
 PAIRS_TARGETS = {"redis-py": 1.0, "python-redis-lock": 1.4}
 #: Grants per second, against a peer's.
@@ -65,9 +65,18 @@ GRANTS_TARGETS = {"redis-py": 5.0, "python-redis-lock": 1.0}
 
 
 @contextmanager
-def source(kind: str, path: str, **options: Any) -> Iterator[Any]:
-    """Makes locks of a kind, over connections that count their commands."""
-    pool = redis.ConnectionPool(connection_class=Counting, path=path, db=1, **options)
+def source(kind: str, path: str, *, counts: bool = False, **options: Any) -> Iterator[Any]:
+    """Makes locks of a kind.
+
+    Args:
+        kind: The kind.
+        path: The server's socket.
+        counts: Whether connections count their commands. Phonon lets the kernel watch the time on a
+            plain socket; on another one each exchange costs it two more system calls.
+        options: Of the connections.
+    """
+    connection = Counting if counts else redis.UnixDomainSocketConnection
+    pool = redis.ConnectionPool(connection_class=connection, path=path, db=1, **options)
     with redis.Redis(connection_pool=pool) as client:
         if kind.startswith("phonon"):
             with Process(client=client, namespace="locks") as process:
@@ -182,7 +191,7 @@ def contender(kind: str, path: str, seconds: float, pause: float, counter: str) 
 
 def waiter(kind: str, path: str) -> None:
     """Wait for a lock that is held; report the number of sent commands on request."""
-    with source(kind, path, **PATIENT) as owner:
+    with source(kind, path, counts=True, **PATIENT) as owner:
         lock = MAKERS[kind](owner, f"contended {kind}")
         print("ready", flush=True)
         sys.stdin.readline()
@@ -325,7 +334,7 @@ def contention(console: Console, path: str, rounds: int, seconds: float, pause: 
 
 def trips(path: str, kind: str, server: Any) -> tuple[int, int]:
     """Exchanges of one pair, and the commands in them, with those that scripts call."""
-    with source(kind, path) as owner:
+    with source(kind, path, counts=True) as owner:
         lock = (MAKERS | MORE)[kind](owner, f"trips {kind}")
         for _ in range(2):
             lock.acquire()

@@ -19,19 +19,13 @@ import prometheus_client
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from phonon import ConflictFreeUpdate, Process, metrics
+from common import Count
+from phonon import Process, metrics
 from phonon._core.measures import Measures
 from phonon.embedded import start
 
 ROUNDS = 21
 BATCHES, MESSAGES, KEYS = 100, 500, 200
-
-
-class Count(ConflictFreeUpdate, name="count"):
-    """Adds up, and writes nowhere."""
-
-    def execute(self) -> None:
-        """Write nothing."""
 
 
 class Nothing(Measures):

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import redis
 
-from common import processes
-from phonon import ConflictFreeUpdate, LruCache, Process
+from common import Count, processes
+from phonon import LruCache, Process
 
 
 class Trips(NamedTuple):
@@ -64,13 +64,6 @@ class Counting(redis.UnixDomainSocketConnection):
             counting = CountingSocket(fileno=plain.detach())
         counting.settimeout(timeout)
         return counting
-
-
-class Count(ConflictFreeUpdate):
-    """An update whose database is none."""
-
-    def execute(self) -> None:
-        """Write nothing."""
 
 
 @contextmanager

@@ -5,22 +5,22 @@ executed, against the bound of five heartbeat intervals and one more; and how do
 single survivor grow with the number of orphans. The processes are OS processes, killed by SIGKILL.
 
     python benchmarks/takeover.py            # about a minute and a half
-    python benchmarks/takeover.py child ...  # as it starts itself
 """
 
 import json
-import os
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
+import threading
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import redis
 
-from phonon import LruCache, Process, Update, embedded
+from phonon import Admin, LruCache, Process, Update, embedded
+from phonon_demo.pool import Pool, Worker
 
 INTERVAL = 2.0
 BOUND = 6 * INTERVAL
@@ -29,7 +29,7 @@ RESOURCES = 10_000
 ORPHANS = (1_000, 10_000, 100_000)
 
 
-class Row(Update):
+class Row(Update, name="benchmark_takeover"):
     """A record; when it was executed is a line in this process's file."""
 
     def merge(self, other: "Row") -> None:
@@ -44,34 +44,28 @@ class Row(Update):
 DONE: list[tuple[int, float, int]] = []
 
 
-def child(url: str, resources: int, path: str) -> None:
-    """Hold resources, or survive; say when ready; leave the times behind when told to end."""
-    Row.__module__ = "takeover"
-    with Process(url=url, heartbeat_interval=INTERVAL) as process:
-        cache: LruCache[Row] = LruCache(max_entries=max(resources, 1))
-        for first in range(0, resources, 10_000):
+@dataclass(frozen=True)
+class Plan:
+    """The settings of a process: how many resources it holds, and where it notes the times."""
+
+    url: str
+    resources: int
+    path: str
+
+
+def work(plan: Plan) -> int:
+    """Hold resources, or survive; leave the times behind when told to end."""
+    over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
+    with Process(url=plan.url, heartbeat_interval=INTERVAL) as process:
+        cache: LruCache[Row] = LruCache(max_entries=max(plan.resources, 1))
+        for first in range(0, plan.resources, 10_000):
             with process.batch():
-                for i in range(first, min(first + 10_000, resources)):
+                for i in range(first, min(first + 10_000, plan.resources)):
                     cache.set(i, Row(process, i, doc={"n": 1}))
-        print("ready", flush=True)
-        sys.stdin.readline()
-    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123 - one line of plain Python
-        json.dump(DONE, file)
-
-
-def start(url: str, resources: int, path: str) -> "subprocess.Popen[str]":
-    """Start a child and wait until it is ready."""
-    code = f"import takeover; takeover.child({url!r}, {resources}, {path!r})"
-    popen = subprocess.Popen(  # noqa: S603 - our own script
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__))},  # noqa: PTH100, PTH120
-    )
-    assert popen.stdout is not None
-    assert popen.stdout.readline() == "ready\n"
-    return popen
+        over.wait()
+    Path(plan.path).write_text(json.dumps(DONE))
+    return len(DONE)
 
 
 def measure(survivors: int, resources: int) -> list[float]:
@@ -81,27 +75,22 @@ def measure(survivors: int, resources: int) -> list[float]:
         with redis.Redis(unix_socket_path=server.socket_path) as client:
             client.config_set("appendonly", "no")
         paths = [f"{folder}/times-{i}" for i in range(survivors)]
-        others = [start(url, 0, path) for path in paths]
-        victim = start(url, resources, f"{folder}/victim")
-        with redis.Redis(unix_socket_path=server.socket_path, db=1) as client:
-            victim.send_signal(signal.SIGKILL)
+        victim = Worker(work, Plan(url, resources, ""))
+        with Pool([victim, *(Worker(work, Plan(url, 0, path)) for path in paths)]) as pool:
+            with Admin(url) as admin:
+                pool.wait(admin, lambda: sum(p.memberships for p in admin.processes()) == resources)
             died = time.time()
-            victim.wait()
-            give_up = died + 120
-            while client.zcard("{phonon}:processes") > survivors and time.time() < give_up:
-                time.sleep(0.05)
-        done: list[Any] = []
-        shares = []
-        for popen, path in zip(others, paths, strict=True):
-            popen.communicate("end\n")
-            with open(path, encoding="utf-8") as file:  # noqa: PTH123 - one line of plain Python
-                share = json.load(file)
-            shares.append(len(share))
-            done += share
+            victim.kill()
+            with redis.Redis(unix_socket_path=server.socket_path, db=1) as client:
+                while client.zcard("{phonon}:processes") > survivors:
+                    time.sleep(0.05)
+            pool.leave()
+        shares = [json.loads(Path(path).read_text()) for path in paths]
+        done: list[Any] = [line for share in shares for line in share]
         assert sorted(record for record, _, _ in done) == list(range(resources)), len(done)
         assert all(n == 1 for _, _, n in done)
         if survivors > 1:
-            print(f"executed by each survivor: {sorted(shares)}")
+            print(f"executed by each survivor: {sorted(map(len, shares))}")
         return sorted(at - died for _, at, _ in done)
 
 

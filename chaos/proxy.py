@@ -31,10 +31,11 @@ class CuttingProxy:
 
     Attributes:
         path: The path of its socket, or its host and port.
+        upstream: Where the next connection goes; None: it is closed.
     """
 
     def __init__(self, path: Path | None, upstream: str | tuple[str, int]) -> None:
-        self._upstream = upstream
+        self.upstream: str | tuple[str, int] | None = upstream
         self._lock = threading.Lock()
         self._clients: set[socket.socket] = set()
         self._listener = socket.socket(socket.AF_INET if path is None else socket.AF_UNIX)
@@ -66,6 +67,23 @@ class CuttingProxy:
         """Return the function for the server's bytes on a new connection."""
         return bytes
 
+    def relay(self, client: socket.socket, upstream: socket.socket) -> None:
+        """Pass on bytes from either side, until one hangs up."""
+        poll = select.poll()
+        sides: dict[int, tuple[socket.socket, socket.socket, Replies]] = {
+            client.fileno(): (client, upstream, bytes),
+            upstream.fileno(): (upstream, client, self.replies()),
+        }
+        for descriptor in sides:
+            poll.register(descriptor, select.POLLIN)
+        while True:
+            for descriptor, _ in poll.poll():
+                source, target, change = sides[descriptor]
+                data = source.recv(_CHUNK)
+                if not data:
+                    return
+                target.sendall(change(data))
+
     def _accept(self) -> None:
         while True:
             try:
@@ -78,10 +96,12 @@ class CuttingProxy:
         with client, socket.socket(client.family) as upstream:
             with self._lock:
                 self._clients.add(client)
+                address = self.upstream
             try:
                 with contextlib.suppress(OSError):
-                    upstream.connect(self._upstream)
-                    _relay(client, upstream, self.replies())
+                    if address is not None:
+                        upstream.connect(address)
+                        self.relay(client, upstream)
             finally:
                 with self._lock:
                     self._clients.discard(client)
@@ -121,21 +141,3 @@ class KafkaProxy(CuttingProxy):
             return whole.replace(self._named, self._names)
 
         return rewrite
-
-
-def _relay(client: socket.socket, upstream: socket.socket, replies: Replies) -> None:
-    """Pass on bytes from either side, until one hangs up."""
-    poll = select.poll()
-    sides: dict[int, tuple[socket.socket, socket.socket, Replies]] = {
-        client.fileno(): (client, upstream, bytes),
-        upstream.fileno(): (upstream, client, replies),
-    }
-    for descriptor in sides:
-        poll.register(descriptor, select.POLLIN)
-    while True:
-        for descriptor, _ in poll.poll():
-            source, target, change = sides[descriptor]
-            data = source.recv(_CHUNK)
-            if not data:
-                return
-            target.sendall(change(data))

@@ -69,16 +69,8 @@ def _claim(client: "redis.Redis", keys: Sequence[str]) -> list[Row]:
 
 def phonon(url: str, messages: Sequence[Message], path: Path, done: Barrier) -> None:
     """Process.batch of a thousand messages each, and one write a session."""
-    process = Process(url=url)
-    cache: LruCache[Tally] = LruCache(max_entries=len(messages))
     Tally.sink = Sink(path)
-    for batch in batches(messages):
-        with process.batch():
-            for message in batch:
-                cache.set(message.key, Tally(process, message))
-    done.wait(START)
-    cache.expire_all()
-    process.stop()
+    phonon_ingest(url, messages, path, done)
     Tally.sink.close()
 
 

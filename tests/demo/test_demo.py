@@ -171,7 +171,8 @@ def left(server: Redis) -> list[bytes]:
 @pytest.mark.parametrize(
     "options",
     [
-        (),
+        ("--workers", "2"),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param(("--asyncio",), marks=pytest.mark.slow),
         pytest.param(("--max-entries", "100"), marks=pytest.mark.slow),
     ],
@@ -189,6 +190,7 @@ def test_one_is_killed_and_the_flights_are_exact(
     assert value(done.stdout, "no tailnum") == 155
     assert value(done.stdout, "sessions written by workers that live") >= 3_148
     assert re.search(r"worker \d+ was killed with SIGKILL; it held [\d,]+ open", done.stderr)
+    assert re.search(r"all of it is taken over, \d+\.\d s after its death", done.stderr)
     with contextlib.closing(sqlite3.connect(path)) as database:
         columns = ", ".join(N14228)
         query = f"SELECT {columns} FROM aircraft WHERE tailnum = 'N14228'"  # noqa: S608 - our names

@@ -44,8 +44,7 @@ class Snapshot:
         self.batch: dict[str, list[bytes]] = defaultdict(list)
         self.dead: dict[str, dict[int, list[bytes]]] = defaultdict(dict)
         self.running: dict[str, dict[bytes, bytes]] = {}
-        self.lock: dict[str, dict[bytes, bytes]] = {}
-        self.shared: dict[str, dict[bytes, bytes]] = defaultdict(dict)
+        self.lock: dict[str, dict[bytes, bytes]] = defaultdict(dict)
         self.queue: dict[str, list[bytes]] = defaultdict(list)
         self.parties: set[str] = set()
         self.registry: dict[tuple[bytes, bytes], set[bytes]] = defaultdict(set)
@@ -56,7 +55,7 @@ class Snapshot:
             tag, _, rest = key.partition(b"}:")
             kind, _, raw = rest.partition(b":")
             name = raw.decode()
-            if kind in (b"members", b"running", b"lock", b"shared"):
+            if kind in (b"members", b"running", b"lock"):
                 getattr(self, kind.decode())[name] = dict(zip(value[::2], value[1::2], strict=True))
             elif kind in (b"partials", b"batch"):
                 items = [item for partial in value for item in partial.split(b",")]
@@ -83,9 +82,7 @@ class Snapshot:
         need = set(self.members[resource])
         if resource in self.running:
             need.add(self.running[resource][b"owner"])
-        holders = [*self.shared[resource], *self.queue[resource]]
-        if resource in self.lock:
-            holders.append(self.lock[resource][b"holder"])
+        holders = [*self.lock[resource], *self.queue[resource]]
         return need | {holder.rpartition(b"/")[0] for holder in holders}
 
 

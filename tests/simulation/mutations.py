@@ -172,10 +172,10 @@ MUTATIONS: dict[str, Mutation] = {
         "faults",
     ),
     "tokens follow the clock only": _lua(
-        "local token = math.max(last_token(c) + 1, now(c))", "last_token(c)\n  local token = now(c)"
+        "local token = math.max(last + 1, at)", "local token = at"
     ),
     "tokens do not follow the clock": _lua(
-        "local token = math.max(last_token(c) + 1, now(c))", "local token = last_token(c) + 1",
+        "local at, last = now(c), c.last_token", "local at, last = last_token(c) + 1, c.last_token",
         "empty",
     ),
     "the registry does not name a batch": _lua(
@@ -204,9 +204,6 @@ MUTATIONS: dict[str, Mutation] = {
         "  local others",
     ),
     "reap leaves a lock": _lua(
-        "  if held and process_of(held) == dead then\n", "  if false then\n"
-    ),
-    "reap leaves a shared lock": _lua(
         "    if process_of(holder) == dead then\n      freed = free",
         "    if false then\n      freed = free",
     ),
@@ -234,8 +231,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # Locks
     "unlock wakes nobody": _lua(
-        "  local mine = free(c, resource, holder, not others)\n  if others then\n",
-        "  local mine = free(c, resource, holder, not others)\n  if false then\n",
+        "    wake_next(c, resource, held, sharers)\n  end\n  if more", "  end\n  if more"
     ),
     "a waiter that lets its wake-up lie stays in line": _lua(
         "    if now(c) - woken <= (type(lies) == 'number' and UNTAKEN_US or COMING_US) then\n",

@@ -148,9 +148,7 @@ def _calm(world: World) -> None:
             and resource not in state.parties
         ):
             world.checks.fail(f"G8: {resource} is left to nobody: {state.running.get(resource)}")
-        holders = [*state.shared[resource], *state.queue[resource]]
-        if resource in state.lock:
-            holders.append(state.lock[resource][b"holder"])
+        holders = [*state.lock[resource], *state.queue[resource]]
         if holders:
             world.checks.fail(f"G8/G13: {holders} have {resource}, and nobody uses it")
 

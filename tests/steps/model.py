@@ -346,7 +346,8 @@ class Model:
             room = not r.lock and len(r.shared) < places_of(holder)
         else:
             room = not r.lock and not r.shared
-        self.drop_sleepers(name, r, holder)
+        if room:
+            self.drop_sleepers(name, r, holder)
         front = self.in_front(r, holder)
         if room and front is None:
             if not isinstance(self.told, list) or self.told[0] != Reply.GRANTED:
@@ -510,17 +511,11 @@ class Model:
         return {key: value for key, value in state.items() if value}
 
     def state_of_lock(self, state: dict[str, Any], x: str, r: Resource) -> None:
+        holders = [(h, *grant) for h, grant in r.shared.items()]
         if r.lock:
-            holder, token, since = r.lock
-            state[f"lock:{x}"] = {
-                b"holder": holder.encode(),
-                b"pid": process_of(holder).encode(),
-                b"token": b"%d" % token,
-                b"since": b"%d" % since,
-                b"thread": b"main",
-            }
-        state[f"shared:{x}"] = {
-            h.encode(): b"%d %d main" % (token, since) for h, (token, since) in r.shared.items()
+            holders.append(r.lock)
+        state[f"lock:{x}"] = {
+            h.encode(): b"%d %d main" % (token, since) for h, token, since in holders
         }
         state[f"leases:{x}"] = {h.encode(): float(till) for h, till in r.leases.items()}
         state[f"queue:{x}"] = {h.encode(): float(at) for at, h in r.queue}

@@ -216,7 +216,7 @@ def test_a_share_of_a_lock_is_broken_alone(lab: Lab) -> None:
     tokens = [process.lock("1s")[1] for process in (a, b)]
     a.append(b"1")
     assert lab.ask("admin_unlock", b"x", tokens[0], "me") == [b"broken", b"a/1s"]
-    assert lab.data()["shared:x"].keys() == {b"b/1s"}
+    assert lab.data()["lock:x"].keys() == {b"b/1s"}
     assert lab.registry("a").keys() == {b"x"}, "it is a member still"
 
 

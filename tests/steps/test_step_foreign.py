@@ -15,7 +15,7 @@ from support import operations as ops
 
 TYPES = (
     *("members", "left", "partials", "running", "batch", "parked", "parties"),
-    *("lock", "shared", "queue", "woken", "leases"),
+    *("lock", "queue", "woken", "leases"),
 )
 Make = Callable[[Proc, Proc], Operation]
 

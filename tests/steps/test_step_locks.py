@@ -30,6 +30,16 @@ def test_two_threads_of_a_process_exclude_each_other(lab: Lab) -> None:
     assert a.lock(2, queue=True) == [Reply.WAIT, 5000, b"a/1", since, b"main"]
 
 
+def test_a_process_that_shares_twice_and_releases_one_is_still_responsible(lab: Lab) -> None:
+    a = lab.process("a")
+    a.lock("1s")
+    a.lock("2s")
+    assert a.unlock("1s") == Reply.RELEASED
+    assert lab.registry("a")[b"x"] < 0
+    assert a.unlock("2s") == Reply.RELEASED
+    assert lab.data() == {}
+
+
 def test_a_lock_is_no_membership_and_a_member_stays_one(lab: Lab) -> None:
     a = lab.process("a")
     a.lock()
@@ -271,3 +281,19 @@ def test_a_wake_up_expires(lab: Lab) -> None:
     b.lock(queue=True)
     a.unlock()
     assert 0 < lab.client.pttl(lab.key("mailbox:b")) <= 10_000
+
+
+def test_a_process_of_which_one_thread_releases_and_another_waits_is_responsible(lab: Lab) -> None:
+    a, b = lab.process("a"), lab.process("b")
+    a.lock(1)
+    b.lock(1, queue=True)
+    a.lock(2, queue=True)
+    assert a.unlock(1) == Reply.RELEASED
+    assert lab.registry("a")[b"x"] < 0
+
+
+def test_an_unlock_of_one_that_holds_nothing_leaves_the_other_lock_of_its_process(lab: Lab) -> None:
+    a = lab.process("a")
+    a.lock(1)
+    assert a.unlock(2) == Reply.NOT_HELD
+    assert lab.registry("a")[b"x"] < 0

@@ -154,7 +154,7 @@ def test_one_that_does_not_execute_marks_what_it_leaves(lab: Lab) -> None:
     assert "registry:a" not in lab.dump()
 
 
-@pytest.mark.parametrize("suffix", ["members", "partials", "running", "left", "lock", "shared"])
+@pytest.mark.parametrize("suffix", ["members", "partials", "running", "left", "lock", "queue"])
 def test_what_cannot_be_reaped_is_said_and_blocks_nothing(lab: Lab, suffix: str) -> None:
     a, b = lab.process("a"), lab.process("b")
     a.append(b"1", b"wrong")

@@ -3,18 +3,18 @@
 import contextlib
 import select
 import socket
-import threading
 import time
 from collections import deque
 from typing import Self
 
+from chaos.proxy import CuttingProxy
 from support.nodes import Node
 from support.world import wait_until
 
 _PIECE = 1 << 16
 
 
-class Link:
+class Link(CuttingProxy):
     """Listens on a port of its own and passes on what comes, to a port that can be changed.
 
     Args:
@@ -22,77 +22,44 @@ class Link:
         lag: Seconds by which what the other end says comes later.
 
     Attributes:
-        port: The port on which it listens.
+        port: Where it listens.
     """
 
     def __init__(self, target: int, lag: float = 0.0) -> None:
-        self.target = target
-        self.lag = lag
-        self._open = True
-        self._lock = threading.Lock()
-        self._ends: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(None, ("127.0.0.1", target))
+        self.port: int = self.path[1]
+        self._lag = lag
+        self.__enter__()
 
-    def cut(self) -> None:
+    def cut(self) -> int:
         """Cut all connections, and let none in until `restore`."""
         with self._lock:
-            self._open = False
-            ends = list(self._ends)
-        for end in ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+            self.upstream = None
+        return super().cut()
 
     def restore(self, target: int) -> None:
         """Pass on what comes from now on, to another port."""
-        with self._lock:
-            self.target, self._open = target, True
+        self.upstream = ("127.0.0.1", target)
 
     def close(self) -> None:
         """End it."""
-        self.cut()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self.__exit__()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:  # it is closed
-                return
-            threading.Thread(target=self._serve, args=(near,), daemon=True).start()
-
-    def _serve(self, near: socket.socket) -> None:
-        far = socket.socket()
-        with self._lock:
-            is_open, target = self._open, self.target
-            self._ends |= {near, far}
-        try:
-            with near, far, contextlib.suppress(OSError):
-                if is_open:
-                    far.connect(("127.0.0.1", target))
-                    self._relay(near, far)
-        finally:
-            with self._lock:
-                self._ends -= {near, far}
-
-    def _relay(self, near: socket.socket, far: socket.socket) -> None:
+    def relay(self, client: socket.socket, upstream: socket.socket) -> None:
         late: deque[tuple[float, bytes]] = deque()
         while True:
             pause = max(0.0, late[0][0] - time.monotonic()) if late else None
-            ready, _, _ = select.select((near, far), (), (), pause)
-            if near in ready:
-                if not (data := near.recv(_PIECE)):
+            ready, _, _ = select.select((client, upstream), (), (), pause)
+            if client in ready:
+                if not (data := client.recv(_PIECE)):
                     return
-                far.sendall(data)
-            if far in ready:
-                if not (data := far.recv(_PIECE)):
+                upstream.sendall(data)
+            if upstream in ready:
+                if not (data := upstream.recv(_PIECE)):
                     return
-                late.append((time.monotonic() + self.lag, data))
+                late.append((time.monotonic() + self._lag, data))
             while late and late[0][0] <= time.monotonic():
-                near.sendall(late.popleft()[1])
+                client.sendall(late.popleft()[1])
 
 
 class Lagging:

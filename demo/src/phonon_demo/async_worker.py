@@ -58,10 +58,13 @@ async def read(plan: Plan, consumer: str, store: Store) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with redis.asyncio.Redis.from_url(plan.url) as client:
-        with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: another worker has made it
-            await client.xgroup_create(plan.stream, GROUP, id="0", mkstream=True)
+        has_group = False
         while not stop.is_set():
             try:
+                if not has_group:
+                    with contextlib.suppress(redis.ResponseError):  # BUSYGROUP: it is made
+                        await client.xgroup_create(plan.stream, GROUP, id="0", mkstream=True)
+                    has_group = True
                 entries = await _entries(client, plan, consumer)
                 if entries and await store(entries):
                     await client.xack(plan.stream, GROUP, *(id_ for id_, _ in entries))

@@ -50,8 +50,9 @@ def run(
         enter = stack.enter_context
         rows = flights() if path is None else Rows(job, path, lines_of(path))
         file = enter(_new_database(database, enter(tempfile.TemporaryDirectory(prefix="ph-"))))
-        if url is None:
-            url = f"unix://{enter(embedded.start()).socket_path}?db=1"
+        if url is None or url.startswith("embedded://"):
+            folder = (url or "").removeprefix("embedded://") or None
+            url = f"unix://{enter(embedded.start(folder)).socket_path}?db=1"
         client = enter(_client(url))
         namespace = f"phonon-demo-{uuid.uuid4().hex[:12]}"
         stack.callback(remove_namespace, client, namespace)
@@ -95,18 +96,20 @@ def work(pool: Pool, rows: Rows, stream: Stream, admin: Admin, most: int, *, kil
     if kill and victim is None:
         say("a single worker is not killed: no other would be left to take over")
     expected: Table = {}
-    begun, count = time.monotonic(), 0
+    begun, count, killed = time.monotonic(), 0, 0.0
     messages = iter(rows)
     while some := list(itertools.islice(messages, PIECE)):
         stream.produce(some)
         rows.job.add_up(expected, some)
         count += len(some)
-        if victim and victim.is_alive and open_sessions(admin, victim) >= most:
-            kill_worker(victim, admin)
-    if victim and victim.is_alive:  # with less input than that, it is killed when all is stored
+        if victim and not killed and open_sessions(admin, victim) >= most:
+            killed = kill_worker(victim, admin)
+    if victim and not killed:  # with less input than that, it is killed when all is stored
         pool.wait(admin, stream.is_stored)
-        kill_worker(victim, admin)
+        killed = kill_worker(victim, admin)
     pool.wait(admin, stream.is_stored)
+    if killed:
+        say(f"all of it is taken over, {time.monotonic() - killed:.1f} s after its death")
     written, seconds = pool.leave(), time.monotonic() - begun
     if not count:
         reasons = ", ".join(f"{n:,} x {reason}" for reason, n in rows.rejected.items())
@@ -121,11 +124,12 @@ def work(pool: Pool, rows: Rows, stream: Stream, admin: Admin, most: int, *, kil
     return expected
 
 
-def kill_worker(victim: Worker, admin: Admin) -> None:
-    """Kill a worker with SIGKILL, in the middle of its work."""
+def kill_worker(victim: Worker, admin: Admin) -> float:
+    """Kill a worker with SIGKILL, in the middle of its work. Return when that was."""
     victim.kill()
     held = open_sessions(admin, victim)
     say(f"worker {victim.pid} was killed with SIGKILL; it held {held:,} open sessions")
+    return time.monotonic()
 
 
 def open_sessions(admin: Admin, one: Worker) -> int:

@@ -34,7 +34,8 @@ class Worker:
 
     def __init__(self, work: Callable[[Any], int], plan: Any) -> None:
         self._written: Any = SPAWN.Value("Q", lock=False)
-        self._process = SPAWN.Process(target=_run, args=(work, plan, self._written))
+        # A daemon is not waited for if the program ends before it is in a pool.
+        self._process = SPAWN.Process(target=_run, args=(work, plan, self._written), daemon=True)
         self._process.start()
         self.pid = self._process.pid or 0
 

@@ -162,17 +162,18 @@ class Doctor:
 
     def _namespace_findings(self) -> Steps[list[Finding]]:
         processes = yield from self._inspector.processes()
-        batches = yield from _some(self._inspector.batches(STATES, ""))
+        # Dead letters by themselves: a thousand retries must not hide them.
+        parked = yield from _some(self._inspector.batches(("parked",), ""))
+        unfinished = yield from _some(self._inspector.batches(UNFINISHED, ""))
         locks = yield from _some(self._inspector.locks(""))
         return [
             *_processes(processes, known=self._namespace.is_known),
-            *_batches(batches, processes),
+            *_batches(parked, unfinished, processes),
             *_locks(locks),
         ]
 
 
-STATES: tuple[BatchState, ...] = (
-    "parked",
+UNFINISHED: tuple[BatchState, ...] = (
     "waiting-for-class",
     "waiting-for-survivor",
     "retrying",
@@ -264,7 +265,10 @@ def _processes(found: list[ProcessStatus], *, known: bool) -> Iterator[Finding]:
             text = f"{len(ids)} of {len(found)} are {state}: {', '.join(ids[:5])}"
             yield Finding("problem", "processes", text, remedy)
     alive = [p for p in found if p.state == "alive"]
-    yield Finding("ok" if alive else "problem", "processes", f"{len(alive)} alive")
+    if alive:
+        yield Finding("ok", "processes", f"{len(alive)} alive")
+    else:
+        yield Finding("problem", "processes", "0 alive", "start a worker")
     release = metadata.version("phonon")
     others = sorted({p.version for p in found if p.version and p.version != release})
     if others:
@@ -278,10 +282,11 @@ def _processes(found: list[ProcessStatus], *, known: bool) -> Iterator[Finding]:
             yield Finding("problem", "backlog", text, remedy)
 
 
-def _batches(found: list[BatchStatus], processes: list[ProcessStatus]) -> Iterator[Finding]:
-    parked = [batch for batch in found if batch.state == "parked"]
+def _batches(
+    parked: list[BatchStatus], found: list[BatchStatus], processes: list[ProcessStatus]
+) -> Iterator[Finding]:
     if parked:
-        more = " (or more)" if len(found) >= MOST else ""
+        more = " (or more)" if len(parked) >= MOST else ""
         yield Finding(
             "problem",
             "dead letters",

@@ -210,18 +210,15 @@ read('admin_locks', function(T, args)
     if score >= 0 and score < BATCH_SCORE then
       return nil
     end
-    local held = call('HMGET', T .. 'lock:' .. resource, 'holder', 'token', 'since', 'thread')
-    local shared, queue = T .. 'shared:' .. resource, T .. 'queue:' .. resource
-    local sharing, waiting = call('HLEN', shared), call('ZCARD', queue)
+    local lock, queue = T .. 'lock:' .. resource, T .. 'queue:' .. resource
+    local holding, waiting = call('HLEN', lock), call('ZCARD', queue)
     local waiters = call('ZRANGE', queue, 0, 15)
-    local sharers = sharing <= FEW and call('HGETALL', shared) or {}
-    local cost, many, speaker = 6, sharing > FEW, nil
-    if held[1] then
-      speaker = process_of(held[1])
-    elseif sharing > 0 and not many then
+    local found_there = holding <= FEW and call('HGETALL', lock) or {}
+    local cost, many, speaker = 5, holding > FEW, nil
+    if holding > 0 and not many then
       local names = {}
-      for j = 1, #sharers, 2 do
-        names[#names + 1] = process_of(sharers[j])
+      for j = 1, #found_there, 2 do
+        names[#names + 1] = process_of(found_there[j])
       end
       speaker = first_of(names)
     elseif waiting > 0 then
@@ -233,19 +230,12 @@ read('admin_locks', function(T, args)
       return cost
     end
     local holders = {}
-    local function hold(holder, token, since, thread)
+    for j = 1, math.min(#found_there, 32), 2 do
+      local holder, token, since, thread = found_there[j], parts_of(found_there[j + 1])
       local till = tonumber(call('ZSCORE', T .. 'leases:' .. resource, holder) or nil)
-      add(holders, holder, tonumber(token or 0), tonumber(since or 0),
-        till and math.max(0, till - at) or -1, thread or '')
+      add(holders, holder, token, since, till and math.max(0, till - at) or -1, thread)
     end
-    if held[1] then
-      hold(held[1], held[2], held[3], held[4])
-    end
-    for j = 1, math.min(#sharers, 32), 2 do
-      local token, since, thread = string.match(sharers[j + 1], '^(%d+) (%d+) (.*)$')
-      hold(sharers[j], token, since, thread)
-    end
-    add(found, { resource, holders, (held[1] and 1 or 0) + sharing, waiters, waiting, many and 1 or 0 })
+    add(found, { resource, holders, holding, waiters, waiting, many and 1 or 0 })
     return cost + #holders / 5
   end)
 end)
@@ -359,7 +349,7 @@ plain('admin_replay', function(T, args)
     return { 'running' }
   end
   local new = fmt(next_token(c))
-  call('SET', T .. 'token', new)
+  store_token(c)
   call('RENAME', dead, batch)
   unpark(T, resource, token)
   call('HSET', running, 'owner', queue, 'token', new, 'since', fmt(now_ms(c)))
@@ -390,12 +380,11 @@ end)
 -- answers { 'broken', holder } | { 'missing' }
 plain('admin_unlock', function(T, args)
   local resource, token, who = args[1], args[2], args[3]
-  local held = call('HMGET', T .. 'lock:' .. resource, 'holder', 'token')
-  local holder = held[2] == token and held[1] or nil
-  local sharers = call('HGETALL', T .. 'shared:' .. resource)
-  for j = 1, #sharers, 2 do
-    if string.match(sharers[j + 1], '^(%d+) ') == token then
-      holder = sharers[j]
+  local holder
+  local holders = call('HGETALL', T .. 'lock:' .. resource)
+  for j = 1, #holders, 2 do
+    if string.match(holders[j + 1], '^(%d+) ') == token then
+      holder = holders[j]
     end
   end
   if not holder then
@@ -407,7 +396,8 @@ plain('admin_unlock', function(T, args)
   call('ZCARD', registry)
   call('XLEN', T .. 'acts')
   free(c, resource, holder)
-  wake_next(c, resource)
+  local held, _, sharers = look_at_lock(c, resource)
+  wake_next(c, resource, held, sharers)
   settle(c, resource)
   write_registry(c, registry)
   record(T, who, 'unlock', resource, token, holder)

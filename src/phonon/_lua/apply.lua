@@ -75,14 +75,14 @@ local function write_registry(c, registry)
       new[#new + 1] = ms_text(c)
       new[#new + 1] = resource
     else
-      local score = now_ms(c)
+      local score = ms_text(c)
       if class == LOCKER then
-        score = -score
+        score = '-' .. score
       elseif class == BATCH then
-        score = BATCH_SCORE + score
+        score = fmt(BATCH_SCORE + now_ms(c))
       end
       anew = anew or {}
-      anew[#anew + 1] = fmt(score)
+      anew[#anew + 1] = score
       anew[#anew + 1] = resource
     end
   end
@@ -164,9 +164,7 @@ local function apply(keys, args)
       call('PEXPIRE', T .. 'token', WEEK_MS)
     end
   else
-    if c.token then
-      call('SET', T .. 'token', fmt(c.token))
-    end
+    store_token(c)
     call('HSET', lane, 'state', stamp, 'answers', packed)
   end
   if contents then

@@ -3,6 +3,7 @@
 -- each other too. The names of holders and waiters tell the kind of lock: an 's' follows the number of
 -- a shared one, and then the number of places if that is limited: '<process>/12s5'.
 -- A lock lasts as long as its process's lease, unless it was given a lease of its own.
+-- One hash has all holders: one exclusive, or those that share.
 
 -- Milliseconds that a wake-up may lie in a mailbox. A living waiter takes it at once, a dead one never.
 local UNTAKEN_US = 200000
@@ -20,34 +21,40 @@ local function places_of(holder)
   return tonumber(string.match(holder, 's(%d+)$'))
 end
 
+-- The token of a grant, since when in ms, and the thread.
+local function parts_of(grant)
+  local token, since, thread = string.match(grant, '^(%d+) (%d+) (.*)$')
+  return tonumber(token), tonumber(since), thread
+end
+
 -- lasts: the holder is known to have no lease of its own.
 local function free(c, resource, holder, lasts)
-  local T = c.T
-  if not lasts and call('EXISTS', T .. 'leases:' .. resource) == 1 then
-    call('ZREM', T .. 'leases:' .. resource, holder)
+  if not lasts then
+    call('ZREM', c.T .. 'leases:' .. resource, holder)
   end
-  if is_shared(holder) then
-    return call('HDEL', T .. 'shared:' .. resource, holder) == 1
-  end
-  if call('HGET', T .. 'lock:' .. resource, 'holder') == holder then
-    return call('DEL', T .. 'lock:' .. resource) == 1
-  end
-  return false
+  return call('HDEL', c.T .. 'lock:' .. resource, holder) == 1
 end
 
 -- Read the keys of a lock before anything is written: that raises if one is of a foreign type. Not
--- needed if no other key of the lock exists. Answers { holder, token, since, thread } of the exclusive
--- lock, and the numbers of sharers, waiters, waiters that were woken, and leases.
+-- needed if no other key of the lock exists. Answers the holder of the exclusive lock and its grant, or
+-- nothing, and the numbers of sharers, waiters, waiters that were woken, and leases.
 local function look_at_lock(c, resource)
   local T = c.T
-  return call('HMGET', T .. 'lock:' .. resource, 'holder', 'token', 'since', 'thread'),
-    call('HLEN', T .. 'shared:' .. resource), call('ZCARD', T .. 'queue:' .. resource),
+  local lock, held, grant = T .. 'lock:' .. resource, nil, nil
+  local sharers = call('HLEN', lock)
+  if sharers == 1 then
+    local only = call('HGETALL', lock)
+    if not is_shared(only[1]) then
+      held, grant, sharers = only[1], only[2], 0
+    end
+  end
+  return held, grant, sharers, call('ZCARD', T .. 'queue:' .. resource),
     call('HLEN', T .. 'woken:' .. resource), call('ZCARD', T .. 'leases:' .. resource)
 end
 
 -- Free the locks whose lease is over, and answer the same.
 local function current_lock(c, resource)
-  local held, sharers, waiters, woken, leased = look_at_lock(c, resource)
+  local held, grant, sharers, waiters, woken, leased = look_at_lock(c, resource)
   if leased > 0 then
     local leases = c.T .. 'leases:' .. resource
     for _, holder in ipairs(call('ZRANGEBYSCORE', leases, '-inf', fmt(now_ms(c)))) do
@@ -55,7 +62,7 @@ local function current_lock(c, resource)
     end
     return look_at_lock(c, resource)
   end
-  return held, sharers, waiters, woken, leased
+  return held, grant, sharers, waiters, woken, leased
 end
 
 local function quit_queue(c, resource, holder)
@@ -125,26 +132,20 @@ local function wake(c, resource, waiter)
   end
 end
 
-local function held_by(c, resource)
-  if call('EXISTS', c.T .. 'lock:' .. resource) == 1 then
-    return math.huge
-  end
-  return call('HLEN', c.T .. 'shared:' .. resource)
-end
-
 -- Whether a waiter can be granted the lock beside so many holders.
 local function fits(waiter, inside)
   return inside < (places_of(waiter) or is_shared(waiter) and math.huge or 1)
 end
 
 -- Wake the waiters that can be granted the lock now: the first one, and if it is shared also the shared
--- ones behind it, up to the first exclusive one, or as many as there are places left.
-local function wake_next(c, resource)
+-- ones behind it, up to the first exclusive one, or as many as there are places left. held, sharers:
+-- the exclusive holder, and how many others there are.
+local function wake_next(c, resource, held, sharers)
+  local inside = held and math.huge or sharers
   local first = first_waiter(c, resource)
   if not first then
     return
   end
-  local inside = held_by(c, resource)
   if not is_shared(first) then
     if fits(first, inside) then
       wake(c, resource, first)
@@ -167,16 +168,10 @@ end
 
 local function grant(c, resource, holder, lease_ms, thread)
   local T, token = c.T, next_token(c)
-  local since = fmt(now_ms(c))
   if lease_ms > 0 then
     call('ZADD', T .. 'leases:' .. resource, fmt(now_ms(c) + lease_ms), holder)
   end
-  if is_shared(holder) then
-    call('HSET', T .. 'shared:' .. resource, holder, fmt(token) .. ' ' .. since .. ' ' .. thread)
-  else
-    call('HSET', T .. 'lock:' .. resource, 'holder', holder, 'pid', c.pid, 'token', fmt(token),
-      'since', since, 'thread', thread)
-  end
+  call('HSET', T .. 'lock:' .. resource, holder, fmt(token) .. ' ' .. ms_text(c) .. ' ' .. thread)
   if c.registry[resource] ~= BATCH then
     track(c, resource, LOCKER)
   end
@@ -184,19 +179,15 @@ local function grant(c, resource, holder, lease_ms, thread)
 end
 
 -- One of the holders, for a message: holder, ms until its own lease is over or -1, since, thread.
-local function somebody(c, resource, held, leased)
-  local T = c.T
-  local holder, since, thread = held[1], tonumber(held[3] or 0), held[4] or ''
+local function somebody(c, resource, holder, granted, leased)
   if not holder then
-    local sharers = call('HGETALL', T .. 'shared:' .. resource)
-    if not sharers[1] then
+    holder, granted = unpack(call('HGETALL', c.T .. 'lock:' .. resource), 1, 2)
+    if not holder then
       return nil
     end
-    holder = sharers[1]
-    local at, by = string.match(sharers[2], '^%d+ (%d+) (.*)$')
-    since, thread = tonumber(at or 0), by or ''
   end
-  local till = leased > 0 and call('ZRANGE', T .. 'leases:' .. resource, 0, 0, 'WITHSCORES')[2]
+  local _, since, thread = parts_of(granted)
+  local till = leased > 0 and call('ZRANGE', c.T .. 'leases:' .. resource, 0, 0, 'WITHSCORES')[2]
   return holder, till and math.max(1, tonumber(till) - now_ms(c)) or -1, since, thread
 end
 
@@ -207,46 +198,42 @@ end
 operation(LOCK, 6, function(c, o, i)
   local resource, holder, queued, lease_ms, thread = o[i + 1], o[i + 2], o[i + 3], o[i + 4], o[i + 5]
   local T = c.T
-  local lock, shared, queue = T .. 'lock:' .. resource, T .. 'shared:' .. resource, T .. 'queue:' .. resource
-  if call('EXISTS', lock, shared, queue) == 0 then
+  local lock, queue = T .. 'lock:' .. resource, T .. 'queue:' .. resource
+  if call('EXISTS', lock, queue) == 0 then
     return grant(c, resource, holder, lease_ms, thread) -- the most frequent case: the lock is free
   end
-  last_token(c)
-  local held, sharers, waiters, many_woken, leased = current_lock(c, resource)
-  if held[1] == holder then
-    return { GRANTED, tonumber(held[2]) }
-  end
-  local has = sharers > 0 and call('HGET', shared, holder)
+  local held, granted, sharers, waiters, many_woken, leased = current_lock(c, resource)
+  local has = held == holder and granted or sharers > 0 and call('HGET', lock, holder)
   if has then
-    return { GRANTED, tonumber(string.match(has, '^%d+')) }
+    return { GRANTED, (parts_of(has)) }
   end
   local places = places_of(holder)
-  local room = not held[1]
+  local room = not held
   if is_shared(holder) then
     room = room and sharers < (places or math.huge)
   else
     room = room and sharers == 0
   end
   local first, woken
-  if waiters > 0 then
+  if room and waiters > 0 then
     first, woken = waiter_in_front(c, resource, holder)
   end
   if room and not first then
+    local answer = grant(c, resource, holder, lease_ms, thread)
     if waiters > 0 then
       quit_queue(c, resource, holder)
     end
-    local granted = grant(c, resource, holder, lease_ms, thread)
     if is_shared(holder) then
-      wake_next(c, resource) -- this waiter may have taken a place before its turn
+      wake_next(c, resource, nil, sharers + 1) -- this waiter may have taken a place before its turn
     end
-    return granted
+    return answer
   end
   if room and not woken then
-    wake_next(c, resource) -- the waiter that was woken instead has not come
+    wake_next(c, resource, nil, sharers) -- the waiter that was woken instead has not come
     woken, many_woken = now(c), 1
   end
   -- The lock is taken, or free but promised to the waiter that was woken for it.
-  local owner, left_ms, since, by = somebody(c, resource, held, leased)
+  local owner, left_ms, since, by = somebody(c, resource, held, granted, leased)
   if room then
     owner, since, by = first, now_ms(c), ''
     left_ms = math.max(1, math.ceil((woken + UNTAKEN_US - now(c)) / 1000) + 1)
@@ -274,25 +261,31 @@ end)
 -- answers RELEASED | NOT_HELD: the lock was not this holder's (any more)
 operation(UNLOCK, 3, function(c, o, i)
   local resource, holder, T = o[i + 1], o[i + 2], c.T
-  local shared, queue, leases = T .. 'shared:' .. resource, T .. 'queue:' .. resource, T .. 'leases:' .. resource
-  -- The most frequent case: there are no waiters, and the caller has only the lock here.
-  local alone = call('EXISTS', shared, queue, leases, T .. 'members:' .. resource, T .. 'running:' .. resource) == 0
-  local waiters, leased = 0, 0
-  if not alone and call('EXISTS', shared, queue, leases) > 0 then
-    local held, _, many, _, own = current_lock(c, resource)
-    waiters, leased = many, own
-    if waiters > 0 and held[1] ~= holder then -- a holder is not in the queue
+  local queue, leases = T .. 'queue:' .. resource, T .. 'leases:' .. resource
+  -- The most frequent case is that none of these is there, and the caller has only the lock here.
+  local members, running = T .. 'members:' .. resource, T .. 'running:' .. resource
+  local there = call('EXISTS', queue, leases, members, running)
+  local more = there > 0 and call('EXISTS', members, running) or 0
+  local held, sharers, waiters, leased, _ = nil, 0, 0, 0, nil
+  if there > more then
+    held, _, sharers, waiters, _, leased = current_lock(c, resource)
+    if waiters > 0 and held ~= holder then -- a holder is not in the queue
       quit_queue(c, resource, holder)
     end
   end
   local mine = free(c, resource, holder, leased == 0)
   if waiters > 0 then
-    wake_next(c, resource)
+    if mine then
+      held, sharers = nil, held and 0 or sharers - 1
+    end
+    wake_next(c, resource, held, sharers)
   end
-  if alone and mine then
-    untrack(c, resource)
-  else
+  if more > 0 then
     settle(c, resource)
+  elseif (waiters > 0 or is_shared(holder) or not mine) and holds_or_waits(c, resource) then
+    track(c, resource, LOCKER)
+  else
+    untrack(c, resource)
   end
   return mine and RELEASED or NOT_HELD
 end)
@@ -301,8 +294,8 @@ end)
 -- answers RENEWED | NOT_HELD
 operation(RENEW, 4, function(c, o, i)
   local resource, holder, lease_ms, T = o[i + 1], o[i + 2], o[i + 3], c.T
-  local held = current_lock(c, resource)
-  if held[1] ~= holder and call('HEXISTS', T .. 'shared:' .. resource, holder) == 0 then
+  current_lock(c, resource)
+  if call('HEXISTS', T .. 'lock:' .. resource, holder) == 0 then
     call('ZREM', T .. 'leases:' .. resource, holder)
     settle(c, resource)
     return NOT_HELD
@@ -317,23 +310,15 @@ end)
 -- { waiter, ... } }
 read('lockers', function(T, args)
   local resource, at = args[1], math.floor(micros() / 1000)
-  local holders = {}
-  local function add(holder, token, since, thread)
-    local till = tonumber(call('ZSCORE', T .. 'leases:' .. resource, holder) or nil)
+  local holders, there = {}, call('HGETALL', T .. 'lock:' .. resource)
+  for j = 1, #there, 2 do
+    local till = tonumber(call('ZSCORE', T .. 'leases:' .. resource, there[j]) or nil)
     if not till or till > at then
-      for _, value in ipairs({ holder, token, since, till and till - at or -1, thread }) do
+      local token, since, thread = parts_of(there[j + 1])
+      for _, value in ipairs({ there[j], token, since, till and till - at or -1, thread }) do
         holders[#holders + 1] = value
       end
     end
-  end
-  local held = call('HMGET', T .. 'lock:' .. resource, 'holder', 'token', 'since', 'thread')
-  if held[1] then
-    add(held[1], tonumber(held[2]), tonumber(held[3]), held[4])
-  end
-  local sharers = call('HGETALL', T .. 'shared:' .. resource)
-  for j = 1, #sharers, 2 do
-    local token, since, thread = string.match(sharers[j + 1], '^(%d+) (%d+) (.*)$')
-    add(sharers[j], tonumber(token), tonumber(since), thread)
   end
   return { holders, call('ZRANGE', T .. 'queue:' .. resource, 0, -1) }
 end)

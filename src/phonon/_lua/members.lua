@@ -170,7 +170,7 @@ operation(LEAVE, 4, function(c, o, i)
   if count == 1 and flags == 0 then
     -- The most frequent case: a session of one process, with no keys but its partials.
     local there = call('EXISTS', partials, running, left, batch, T .. 'lock:' .. resource,
-      T .. 'shared:' .. resource, T .. 'queue:' .. resource, T .. 'parties:' .. resource)
+      T .. 'queue:' .. resource, T .. 'parties:' .. resource)
     local total = there == 1 and call('LLEN', partials) or 0
     local alone = there == 0 or total > 0
     if alone and (total > 0 or partial ~= '') then

@@ -82,10 +82,24 @@ local function last_token(c)
 end
 
 local function next_token(c)
-  local token = math.max(last_token(c) + 1, now(c))
+  local at, last = now(c), c.last_token
+  local unread = not last
+  if unread then
+    -- One command reads the last token and stores this one: nearly always the clock is ahead of it.
+    last = tonumber(call('SET', c.T .. 'token', fmt(at), 'GET') or 0)
+  end
+  local token = math.max(last + 1, at)
+  if token > at or not unread then
+    c.token = token -- to be stored with the books of the call
+  end
   c.last_token = token
-  c.token = token
   return token
+end
+
+local function store_token(c)
+  if c.token then
+    call('SET', c.T .. 'token', fmt(c.token))
+  end
 end
 
 -- A lane after its last call: its state, which is fenced once the process is dead, and the parts of
@@ -135,8 +149,8 @@ local function is_mine(c, resource, owner)
   return owner == c.pid
 end
 
-local function waits_or_shares(c, resource)
-  for _, holder in ipairs(redis.pcall('HKEYS', c.T .. 'shared:' .. resource)) do
+local function holds_or_waits(c, resource)
+  for _, holder in ipairs(redis.pcall('HKEYS', c.T .. 'lock:' .. resource)) do
     if process_of(holder) == c.pid then
       return true
     end
@@ -154,12 +168,11 @@ end
 -- batch, false if there is none, nil to read it.
 local function settle(c, resource, owner)
   local T = c.T
-  if call('EXISTS', T .. 'members:' .. resource, T .. 'lock:' .. resource, T .. 'shared:' .. resource,
-    T .. 'queue:' .. resource) > 0 then
+  if call('EXISTS', T .. 'members:' .. resource, T .. 'lock:' .. resource, T .. 'queue:' .. resource) > 0 then
     if is_mine(c, resource, owner) then
       return track(c, resource, BATCH)
     end
-    if redis.pcall('HGET', T .. 'lock:' .. resource, 'pid') == c.pid or waits_or_shares(c, resource) then
+    if holds_or_waits(c, resource) then
       return track(c, resource, LOCKER)
     end
     if redis.pcall('HEXISTS', T .. 'members:' .. resource, c.pid) == 1 then
@@ -174,7 +187,7 @@ end
 -- Redis's names of the types of keys: those of a resource, then that of a process.
 local TYPES = {
   members = 'hash', left = 'hash', partials = 'list', running = 'hash', batch = 'list',
-  parked = 'hash', parties = 'hash', lock = 'hash', shared = 'hash', leases = 'zset',
+  parked = 'hash', parties = 'hash', lock = 'hash', leases = 'zset',
   queue = 'zset', woken = 'hash', registry = 'zset',
 }
 

@@ -161,7 +161,7 @@ plain('open', function(T, args)
   if not state then
     local c = { T = T }
     number = fmt(next_token(c))
-    call('SET', T .. 'token', number)
+    store_token(c)
     call('HSET', lane, 'state', number, 'partitions', args[2])
     call('SADD', T .. 'lanes', args[1])
   elseif fenced then
@@ -201,9 +201,7 @@ read('verify', function(T, args)
   -- An operator may have deleted a lock's key by hand.
   local gone = {}
   for _, resource in ipairs(locks) do
-    local holder = redis.pcall('HGET', T .. 'lock:' .. resource, 'holder')
-    local held = type(holder) == 'string' and process_of(holder) == pid
-    if not held and not waits_or_shares({ T = T, pid = pid }, resource) then
+    if not holds_or_waits({ T = T, pid = pid }, resource) then
       gone[#gone + 1] = resource
     end
   end

@@ -30,8 +30,7 @@ local function reap_one(c, resource, dead, recovers, died, out)
   end
   look_at_lock(c, resource)
   last_token(c)
-  local held = call('HGET', T .. 'lock:' .. resource, 'holder')
-  local sharers = call('HKEYS', T .. 'shared:' .. resource)
+  local holders = call('HKEYS', T .. 'lock:' .. resource)
   local waiters = call('ZRANGE', T .. 'queue:' .. resource, 0, -1)
   call('HLEN', left)
   local known = call('HLEN', parties)
@@ -44,10 +43,7 @@ local function reap_one(c, resource, dead, recovers, died, out)
     call('HINCRBY', left, dead, times)
   end
   local freed = false
-  if held and process_of(held) == dead then
-    freed = free(c, resource, held)
-  end
-  for _, holder in ipairs(sharers) do
+  for _, holder in ipairs(holders) do
     if process_of(holder) == dead then
       freed = free(c, resource, holder) or freed
     end
@@ -59,7 +55,8 @@ local function reap_one(c, resource, dead, recovers, died, out)
     end
   end
   if freed then
-    wake_next(c, resource)
+    local held, _, sharers = look_at_lock(c, resource)
+    wake_next(c, resource, held, sharers)
   end
   if others == 0 then
     if known == 0 or not is_incomplete(c, resource) then

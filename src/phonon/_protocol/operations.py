@@ -66,11 +66,13 @@ FORCE = 1
 MODIFICATIONS = 2
 
 # Converted once, not for each message.
-_JOIN, _APPEND, _LEAVE, _COMPLETE = (
+_JOIN, _APPEND, _LEAVE, _COMPLETE, _LOCK, _UNLOCK = (
     int(Code.JOIN),
     int(Code.APPEND),
     int(Code.LEAVE),
     int(Code.COMPLETE),
+    int(Code.LOCK),
+    int(Code.UNLOCK),
 )
 
 
@@ -256,13 +258,13 @@ def lock(
     thread: str = "",
 ) -> Operation:
     """Ask for a lock; ``lease_ms`` 0 ties it to the process's lease."""
-    words = (int(Code.LOCK), resource, holder, int(queue), lease_ms, thread)
+    words = (_LOCK, resource, holder, int(queue), lease_ms, thread)
     return Operation(partition, words, 128)
 
 
 def unlock(partition: int, resource: bytes, holder: Holder) -> Operation:
     """Release a lock, or leave its queue."""
-    return Operation(partition, (int(Code.UNLOCK), resource, holder))
+    return Operation(partition, (_UNLOCK, resource, holder))
 
 
 def renew(partition: int, resource: bytes, holder: Holder, lease_ms: int) -> Operation:

@@ -4,7 +4,9 @@ A command of this package is imported when it is used. Entry points find the com
 distributions.
 """
 
+import contextlib
 import io
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -66,6 +68,17 @@ class Commands(click.Group):
                     "the demo is a distribution of its own: pip install 'phonon[demo]'", ctx
                 )
         return command
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the program."""
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:
+            sys.stderr.write(f"phonon: {error.strerror or error}\n")
+            # Python would report the same once more when it flushes the output at its exit.
+            with contextlib.suppress(OSError):  # it may be no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""

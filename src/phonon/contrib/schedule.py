@@ -47,17 +47,23 @@ class Turn:
         """Return whether this process has the turn; then call `done` or `fail`."""
         if not self.lock.acquire():
             return False
-        if self._every is not None and self._process.client.exists(self._key):
-            self.lock.release()
-            return False
-        return True
+        try:
+            if self._every is None or not self._process.client.exists(self._key):
+                return True
+        except BaseException:
+            self.lock.release()  # otherwise nobody would run the job as long as this process lives
+            raise
+        self.lock.release()
+        return False
 
     def done(self) -> None:
         """Note that the job was done, so that it is not due before the next time."""
-        if self._every is not None:
-            milliseconds = max(1, int(self._every * _SHARE * 1000))
-            self._process.client.set(self._key, self._process.id, px=milliseconds)
-        self.lock.release()
+        try:
+            if self._every is not None:
+                milliseconds = max(1, int(self._every * _SHARE * 1000))
+                self._process.client.set(self._key, self._process.id, px=milliseconds)
+        finally:
+            self.lock.release()
 
     def fail(self) -> None:
         """Note that the job failed, so that the next process may try."""

@@ -175,6 +175,8 @@ def test_a_lock_and_its_queue(admin: Admin, make: Make) -> None:
         return lock is not None and [holder.process for holder in lock.holders] == [second.id]
 
     wait_until(handed_over)
+    for thread in waiting:
+        thread.join()  # or its process stops before it has its answer
 
 
 def test_shares_and_semaphores(admin: Admin, make: Make) -> None:

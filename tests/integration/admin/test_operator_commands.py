@@ -1,5 +1,6 @@
 """The operator's commands: tables for people, JSON for programs, exit statuses for scripts."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,12 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from phonon import ConflictFreeUpdate, Process, RetryPolicy
+from phonon._admin import doctor as examination
 from phonon.cli.app import phonon
 from support.world import Make, Redis, wait_until
 
@@ -286,6 +289,18 @@ def test_a_server_that_is_not_there_is_one_line(namespace: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("words", [["--help"], ["ps"], ["ps", "--json"], ["doctor"]])
+def test_an_output_that_cannot_be_written_is_one_line(server: Redis, words: list[str]) -> None:
+    with Process(server.url), Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "phonon", *words]
+        environment = {**os.environ, "PHONON_URL": server.url}
+        ended = subprocess.run(
+            command, check=False, env=environment, stdout=full, stderr=subprocess.PIPE
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == b"phonon: No space left on device\n"
+
+
 def test_completion(run: Run, server: Redis, namespace: str, make: Make) -> None:
     park(make(retry=ONCE), "a")
     words = f"phonon replay --url {server.url} --namespace {namespace} test"
@@ -300,3 +315,17 @@ def test_completion(run: Run, server: Redis, namespace: str, make: Make) -> None
     assert "test.test.a" in result.stdout
     script = CliRunner().invoke(phonon, ["completion", "bash"])
     assert "_PHONON_COMPLETE=bash_complete" in script.stdout
+
+
+def test_doctor_finds_dead_letters_behind_many_retries(
+    run: Run, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examination, "MOST", 1)
+    retrying = make(retry=RetryPolicy(first_delay=300, longest_delay=300, jitter=0))
+    with contextlib.suppress(OSError):
+        Poison(retrying, "again").end_session()
+    park(make(retry=ONCE), "given up")
+    subjects = {finding["subject"]: finding["text"] for finding in rows(run("doctor", "--json"))}
+    assert "test.test.given up" in subjects["dead letters"]
+    assert "test.test.again" in subjects["retries"]
+    Poison.cured = True  # the process stops without an error

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import redis
 
+from phonon import Process
 from phonon.contrib.schedule import only_one
 from support.programs import lines_of, program, wait_for_line
 from support.world import Make, Redis, wait_until
@@ -55,6 +57,37 @@ def test_the_next_time_it_runs_again(make: Make) -> None:
     job = only_one(process, "report", every=0.05)(lambda: "done")
     assert job() == "done"
     assert wait_until(job) == "done"
+
+
+def test_a_server_that_is_full_keeps_no_job_locked(own_server: Redis) -> None:
+    """The job was done, but that cannot be noted. Its lock would last as long as the process."""
+    with (
+        Process(own_server.url) as one,
+        Process(own_server.url) as two,
+        own_server.client() as client,
+    ):
+
+        @only_one(one, "report", every=3600)
+        def fills() -> None:
+            client.config_set("maxmemory", 1)
+
+        with pytest.raises(redis.OutOfMemoryError):
+            fills()
+        client.config_set("maxmemory", 0)
+        assert only_one(two, "report", every=3600)(lambda: "done")() == "done"
+
+
+def test_an_error_before_the_job_keeps_no_lock(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = make(), make()
+
+    def cut(_: str) -> None:
+        raise redis.ConnectionError("cut")
+
+    with monkeypatch.context() as cutting:
+        cutting.setattr(one.client, "exists", cut)
+        with pytest.raises(redis.ConnectionError):
+            only_one(one, "report", every=3600)(lambda: "done")()
+    assert only_one(two, "report", every=3600)(lambda: "done")() == "done"
 
 
 @pytest.mark.slow

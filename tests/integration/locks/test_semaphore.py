@@ -192,7 +192,7 @@ def test_a_lost_place_is_found(make: Make, server: Redis, namespace: str) -> Non
     semaphore = process.semaphore("s", 2)
     with pytest.raises(LockLostError), semaphore:
         with server.client() as client:
-            for key in client.scan_iter(f"{{{namespace}/*}}:shared:*"):
+            for key in client.scan_iter(f"{{{namespace}/*}}:lock:*"):
                 client.delete(key)
         semaphore.check()
     assert not semaphore.owned()

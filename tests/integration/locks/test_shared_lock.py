@@ -232,7 +232,7 @@ def test_a_deleted_set_of_readers_is_lost_and_leaves_nothing(
     lock = process.lock("x", shared=True, lease=20)
     assert lock.acquire()
     with server.client() as client:
-        client.delete(key_of(namespace, "shared", "x"))
+        client.delete(key_of(namespace, "lock", "x"))
     process.engine.run(process.engine.leases.renew_all())
     wait_until(lambda: not lock.owned())
     assert keys() == set()
