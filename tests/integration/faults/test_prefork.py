@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,8 +131,10 @@ def answers(port: int) -> bool:
         return False
 
 
-def serve(program: Program, port: int, *command: str) -> None:
-    """Have a web server handle messages in several workers."""
+def serve(
+    program: Program, port: int, *command: str, is_idle: Callable[[], bool] = lambda: True
+) -> None:
+    """Have a web server handle messages in several workers, and stop it when it is idle."""
     handled: Counter[str] = Counter()
     workers: set[int] = set()
 
@@ -144,6 +146,7 @@ def serve(program: Program, port: int, *command: str) -> None:
         wait_until(lambda: answers(port))
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(handle, RECORDS * (MESSAGES // len(RECORDS))))
+        wait_until(is_idle)
     assert len(workers) > 1
     program.check(dict(handled))
 
@@ -152,10 +155,21 @@ def serve(program: Program, port: int, *command: str) -> None:
 @pytest.mark.parametrize("options", [(), ("--lazy-apps",), ("--py-call-osafterfork",)], ids=str)
 def test_uwsgi(program: Program, options: tuple[str, ...]) -> None:
     port = free_port()
+    stats = program.sink.with_name("stats")
     command = [str(BIN / "uwsgi"), "--master", "--need-app", "--die-on-term", "--enable-threads"]
     command += ["--http-socket", f"127.0.0.1:{port}", "--processes", "2", "--listen", "20"]
-    command += ["--module", "prefork_app", "--virtualenv", sys.prefix, *options]
-    serve(program, port, *command)
+    command += ["--module", "prefork_app", "--virtualenv", sys.prefix, "--stats", str(stats)]
+    # uWSGI runs no exit hooks in a busy worker, and it may be busy after it has answered.
+    serve(program, port, *command, *options, is_idle=lambda: is_idle(stats))
+
+
+def is_idle(stats: Path) -> bool:
+    """Return whether no worker of uWSGI handles a request, as its statistics say."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(stats))
+        with connection.makefile("rb") as answer:
+            workers = json.load(answer)["workers"]
+    return all(worker["status"] != "busy" for worker in workers)
 
 
 @pytest.mark.slow
