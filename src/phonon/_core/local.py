@@ -344,7 +344,7 @@ class LocalUpdate:
         self._generation_, self.resource_id = other._generation_, other.resource_id
         self._lock_ = self._emptied_ = self._batch_ = None
         self._unsent_ = True
-        self._opens_ = False
+        self._is_opener_ = False
         self._check_at_ = 0.0
         self._begun_ = self._touched_ = other._begun_
 
