@@ -153,13 +153,13 @@ class Update(LocalUpdate):
         self._unsent_ = True
         self._is_opener_ = False
         self._check_at_ = 0.0
-        plain = type(_id) in PLAIN
+        found = 0 if type(_id) in PLAIN else ODD
         if spec is not None:
             self.spec = own = copied(spec)
-            plain = plain and own is not DEEP
+            found = ODD if own is DEEP else found
         if doc is not None:
+            own = None
             if type(doc) is dict:
-                own = None
                 for key in doc:
                     kind = type(doc[key])
                     if kind is not int and kind not in PLAIN:
@@ -168,25 +168,20 @@ class Update(LocalUpdate):
                         break
                 else:
                     own = doc.copy()
-                if own is None:
-                    own = copied(doc)
-                    plain = plain and own is not DEEP
-                self.doc = own
-            else:
-                self.doc = own = copied(doc)
-                plain = plain and own is not DEEP
-        found = 0
+            if own is None:
+                own = copied(doc)
+                found = ODD if own is DEEP else found
+            self.doc = own
         if self._has_state_:
             try:
-                found = self._survey_()
+                found |= self._survey_()
             except AttributeError as error:
                 self._explain_(error)
                 raise
-        if found or not plain:
-            if found & ODD or not plain:
-                self._check_(engine, spec, doc)
-            if found & SHARED:
-                self._own_(engine)
+        if found & ODD:
+            self._check_(engine, spec, doc)
+        if found & SHARED:
+            self._own_(engine)
         if engine.trace is not None:
             engine.trace(self)
         self._begun_ = self._touched_ = time.monotonic()

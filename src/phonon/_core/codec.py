@@ -250,7 +250,7 @@ class UpdateCodec:
             UndecodableError: A partial cannot be read.
             Exception: The user's ``merge`` raised it.
         """
-        update = self._merged_alike(resource, partials)
+        update = self._merged_alike(resource, partials, local)
         if update is not None:
             self._check_loop(type(update), resource)
             return [UpdateRecord(local if type(local) is type(update) else update, update)]
@@ -355,31 +355,62 @@ class UpdateCodec:
             raise too_large(update, len(partial), most)
         return partial
 
-    def _merged_alike(self, resource: str, partials: Sequence[bytes]) -> Any:
+    def _merged_alike(self, resource: str, partials: Sequence[bytes], local: Any = None) -> Any:
         """Merge partials of one class and version by that class's own code.
+
+        Args:
+            resource: Their resource.
+            partials: The partials.
+            local: An update of the resource, if there is one.
 
         Returns:
             The update; None if they are not alike, or something is wrong with one of them.
         """
-        if len(partials) < ALIKE:
+        if len(partials) < ALIKE and getattr(local, "_like_", None) is None:
             return None
         try:
             cls, version, body = self._open(resource, partials[0], "")
             bodies = _bodies(partials, body) if version == cls._version_ else None
-            update = cls.merge_stored_(bodies, self.serializer) if bodies else None
-            if update is not None:
-                update.attach(self._owner())
-            elif bodies and cls._like_ is not None and type(self.serializer) is ExactSerializer:
-                update = self.decode(resource, partials[0], "")
-                for body in bodies[1:]:
-                    other = update._like_(loads_plain(body))
-                    if other is None:
-                        return None
-                    other.attach_like(update)
-                    merge(update, other)
+            if bodies is None:
+                return None
+            if cls._like_ is not None and type(self.serializer) is ExactSerializer:
+                known = type(local) is cls and cls._listed_ in _states.get(cls, ())
+                update = self._merged_one_by_one(
+                    resource, partials, bodies, local if known else None
+                )
+            else:
+                update = cls.merge_stored_(bodies, self.serializer)
+                if update is not None:
+                    update.attach(self._owner())
         except Exception:  # noqa: BLE001 - it is met again where they are decoded one by one
             return None
         return update if update is not None and update.resource_id == resource else None
+
+    def _merged_one_by_one(
+        self, resource: str, partials: Sequence[bytes], bodies: Sequence[bytes], like: Any
+    ) -> Any:
+        """Merge partials of a class whose `state` only lists attributes; see `_merged_alike`.
+
+        Args:
+            resource: Their resource.
+            partials: The partials.
+            bodies: Their contents.
+            like: An update of the resource, of the same class; None to decode the first partial.
+        """
+        merged: Any = None
+        for partial, body in zip(partials, bodies, strict=True):
+            if like is None:
+                like = merged = self.decode(resource, partial, "")
+                continue
+            update = like._like_(loads_plain(body))
+            if update is None:
+                return None
+            update.attach_like(like)
+            if merged is None:
+                merged = update
+            else:
+                merge(merged, update)
+        return merged
 
     def _not_merged(self, resource: str, class_name: str, error: Exception) -> None:
         """Log that partials do not merge, once: the same ones come up again and again."""

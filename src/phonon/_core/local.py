@@ -331,22 +331,21 @@ class LocalUpdate:
         self._engine_ = engine = process.engine
         self._generation_ = engine.identity.generation
         self.resource_id = f"{prefix_of(engine, self.database, self.collection)}{self._id}"
-        self._lock_ = self._emptied_ = self._batch_ = None
-        self._unsent_ = True
-        self._is_opener_ = False
-        self._check_at_ = 0.0
-        self._begun_ = self._touched_ = self._now_()
+        self._begin_at_(self._now_())
 
     def attach_like(self, other: Self) -> None:
         """Do the same, for the record that another update is about."""
         self._id, self.database, self.collection = other._id, other.database, other.collection
         self._process_, self._engine_ = other._process_, other._engine_
         self._generation_, self.resource_id = other._generation_, other.resource_id
+        self._begin_at_(other._begun_)
+
+    def _begin_at_(self, now: float) -> None:
         self._lock_ = self._emptied_ = self._batch_ = None
         self._unsent_ = True
         self._is_opener_ = False
         self._check_at_ = 0.0
-        self._begun_ = self._touched_ = other._begun_
+        self._begun_ = self._touched_ = now
 
     @classmethod
     def upgraded_(cls, content: list[Any], version: int) -> list[Any]:
@@ -630,9 +629,9 @@ class LocalUpdate:
     def _locked_(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function under this update's lock, which changes when it enters a cache."""
         while True:
-            lock = self._current_lock_()
+            lock = self._lock_ or self._current_lock_()
             with lock:
-                if lock is self._current_lock_():
+                if lock is self._lock_ or lock is self._current_lock_():
                     return function(*arguments)
 
     def _not_the_same_(self, other: Any) -> ConfigurationError:

@@ -205,6 +205,41 @@ def test_stored_content_is_merged_alike(value: Any, process: Process) -> None:
     assert found[0][0] == {"one": one, "two": [[[[value] * 2, value], value], value]}
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_batch_is_read_alike(value: Any, count: int, process: Process) -> None:
+    """By the update whose session has ended, or by any, before and after the first one."""
+    found = []
+    for cls in (Listed, Worked):
+        partials = [made(cls, process, n, value).take() for n in range(count)]
+        local = made(cls, process, 7)
+        local.mark_sent()
+        for update in (None, local, None, local):
+            (record,) = process.engine.codec.records("test.test.x", partials, update)
+            instance = record.begin(12)
+            assert (instance is local) is (update is local)
+            found.append([instance.state(), instance.spec, instance.doc, instance.token])
+            record.finish()
+    assert all(each == found[0] for each in found)
+
+
+def test_what_is_merged_has_all_that_a_decoded_update_has(process: Process) -> None:
+    class Nosy(Listed, name="test.Nosy"):
+        seen: list[dict[str, Any]] = []  # noqa: RUF012 - of this test
+
+        def merge(self, other: Any) -> None:
+            slots = {*LocalUpdate.__slots__} - {"__dict__", "__weakref__", "_begun_", "_touched_"}
+            self.seen.append({name: getattr(other, name) for name in slots} | vars(other))
+
+    partials = [made(Nosy, process, 1).take()] * 5
+    process.engine.codec.merge("test.test.x", partials)
+    first, *others = Nosy.seen
+    decoded = process.engine.codec.decode("test.test.x", partials[0], "")
+    Nosy.merge(decoded, decoded)
+    assert [first] * 4 == [*others, Nosy.seen[-1]]
+    classes.forget(Nosy)
+
+
 def test_what_is_not_alike_is_merged_all_the_same(process: Process) -> None:
     """Partials of another record, or of the class's earlier form, among others."""
     made_of = process.engine.codec

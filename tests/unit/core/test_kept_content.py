@@ -1,6 +1,7 @@
 """A session's last partial, if nothing else is in the batch, is executed without being decoded."""
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -33,13 +34,13 @@ class Visits(Update, name="test.KeptVisits"):
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     Visits.executed.clear()
     seen: list[bytes] = []
-    decode = UpdateCodec.decode
+    read = UpdateCodec.records
 
-    def spy(self: UpdateCodec, resource: str, partial: bytes, where: str) -> Any:
-        seen.append(partial)
-        return decode(self, resource, partial, where)
+    def spy(self: UpdateCodec, resource: str, partials: Sequence[bytes], local: Any) -> Any:
+        seen.extend(partials)
+        return read(self, resource, partials, local)
 
-    monkeypatch.setattr(UpdateCodec, "decode", spy)
+    monkeypatch.setattr(UpdateCodec, "records", spy)
     return seen
 
 
