@@ -246,6 +246,11 @@ def _fields_of(cls: type[Model]) -> dict[str, Field[Any, Any]]:
             )
         if isinstance(value, Field) and name not in own:
             own[name] = copy.copy(value)
+    for name in found.keys() & vars(cls).keys() - own.keys():
+        raise ConfigurationError(
+            f"{cls.__qualname__}.{name} is a field of its base class: call {vars(cls)[name]!r} "
+            "something else"
+        )
     found.update(own)
     # The order of attributes without annotations is not known.
     first = [n for n, field in own.items() if field.kind == "id" and n not in annotations]
@@ -262,6 +267,11 @@ def _inherited(cls: type[Model]) -> dict[str, Field[Any, Any]]:
     """Return copies of the bases' fields, with types in place of type variables."""
     found: dict[str, Field[Any, Any]] = {}
     for base in reversed(cls.__mro__[1:]):
+        if not issubclass(base, Model) and any(isinstance(v, Field) for v in vars(base).values()):
+            raise ConfigurationError(
+                f"{base.__qualname__} has fields, and {cls.__qualname__} cannot inherit them: make "
+                f"it a model, as in class {base.__name__}(Model)"
+            )
         for name, field in getattr(base, "_fields", {}).items():
             found[name] = copy.copy(field)
     bound = _bound(cls)

@@ -100,15 +100,11 @@ class Update(LocalUpdate):
     ) -> None:
         super().__init_subclass__(**kwargs)
         classes.check_methods(cls, is_async=cls.is_async)
-        cls._has_state_ = cls.state is not Update.state
-        listed = tuple(attributes_of(cls.state))
-        if listed != cls._listed_:
-            cls._listed_ = listed
-            for own, method in methods_for(listed, LocalUpdate).items():
-                setattr(cls, own, method)
-        cls._has_default_expiry_ = (
-            cls.refresh is Update.refresh and cls.is_expired is Update.is_expired
-        )
+        cls._look_at_methods_()
+        if not cls.is_folded_:
+            # Before the first instance is made, a decorator of the class may replace the methods.
+            cls._has_state_ = True
+            cls._survey_ = cls._first_survey_  # type: ignore[assignment, method-assign]  # until then
         classes.register(cls, name, aliases, version)
 
     def __init__(  # noqa: C901, PLR0912, PLR0915 - all in one place: calls cost time
@@ -433,6 +429,25 @@ class Update(LocalUpdate):
         return errors
 
     # Machinery
+
+    @classmethod
+    def _look_at_methods_(cls) -> None:
+        """Note which methods the class has of its own, and compile others for its `state`."""
+        cls._has_state_ = cls.state is not Update.state
+        listed = tuple(attributes_of(cls.state))
+        if listed != cls._listed_:
+            cls._listed_ = listed
+            for own, method in methods_for(listed, LocalUpdate).items():
+                setattr(cls, own, method)
+        cls._has_default_expiry_ = (
+            cls.refresh is Update.refresh and cls.is_expired is Update.is_expired
+        )
+
+    def _first_survey_(self) -> int:
+        cls = type(self)
+        cls._survey_ = methods_for(cls._listed_, LocalUpdate)["_survey_"]  # type: ignore[method-assign]  # in place of this one
+        cls._look_at_methods_()
+        return self._survey_() if self._has_state_ else 0
 
     def _now_(self) -> float:
         return time.monotonic()

@@ -533,8 +533,9 @@ class Engine:
                 yield from self._await_workers("takeover")
                 yield from self._leave_all()
                 yield from self.outbox.retry(math.inf)
-        # A heartbeat after the end would renew a process that is gone.
-        yield from self._stop_workers("heartbeat")
+        # A heartbeat after the end would renew a process that is gone. If it was reborn meanwhile,
+        # the takeover has yet to unlist its former self.
+        yield from self._stop_workers("heartbeat", "takeover")
         # If anything is left, survivors take it.
         closed = all(answer == int(Reply.CLOSED) for answer in answers)
         yield from read(identity.in_namespace("unlist" if closed else "expire", identity.id))

@@ -120,6 +120,8 @@ def _column(field: Field[Any, Any], column: Any, arrow: Any) -> Any:
         return column if column.type == target else column.cast(target)
     except arrow.ArrowInvalid:  # an unsigned integer above 64 bits, or too much text for a chunk
         return None
+    except arrow.ArrowNotImplementedError:  # a Categorical of polars
+        return None
 
 
 def _target(field: Field[Any, Any], given: Any, arrow: Any) -> Any:

@@ -443,6 +443,21 @@ def test_fields_that_cannot_be_a_models_are_refused(body: dict[str, Any], text: 
         type("Wrong", (Model,), {"__module__": __name__, **body})
 
 
+def test_what_is_no_field_cannot_take_the_place_of_an_inherited_one() -> None:
+    """It would be ignored, and the field would be there."""
+
+    class Base(Model):
+        id: ID[str]
+        total: Sum[int] = Sum()
+
+    for value in (None, 5, property(len)):
+        with pytest.raises(ConfigurationError, match="a field of its base class"):
+            type("Wrong", (Base,), {"__module__": __name__, "total": value})
+    mixin = type("Mixin", (), {"extra": Sum()})
+    with pytest.raises(ConfigurationError, match=r"class Mixin\(Model\)"):
+        type("Wrong", (mixin, Base), {"__module__": __name__})
+
+
 class Best(Model, Generic[T]):
     id: ID[str]
     best: Max[T] = Max()

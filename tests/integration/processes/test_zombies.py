@@ -1,5 +1,6 @@
 """Processes that are declared dead and are not: paused ones, that go on."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -464,3 +465,34 @@ def test_the_next_attempt_is_left_to_whoever_took_over(server: Redis, namespace:
     assert len(attempts) == 2
     process.stop()
     assert attempts == [attempts[0]] * 3, "token and all"
+
+
+def test_a_stop_waits_until_the_former_self_is_unlisted(
+    server: Redis, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be declared dead when all is left, just before its lanes are closed."""
+    process = Process(url=server.url, namespace=namespace)
+    engine, former = process.engine, process.id
+    leave, request = engine._leave_all, engine.identity.in_namespace
+    has_stopped = threading.Event()
+
+    def leave_and_die() -> Flow[Any]:
+        errors = yield from leave()
+        if process.id == former:
+            engine.identity.suspected = True
+            engine.heartbeat.wake()
+            wait_until(lambda: process.id != former)
+        return errors
+
+    def request_late(function: str, *arguments: bytes) -> Any:
+        if (function, *arguments) == ("unlist", former.encode()):
+            has_stopped.wait(0.5)
+        return request(function, *arguments)
+
+    monkeypatch.setattr(engine, "_leave_all", leave_and_die)
+    monkeypatch.setattr(engine.identity, "in_namespace", request_late)
+    process.stop()
+    with server.client() as client:
+        listed = client.zrange(process.heartbeat_hash_name, 0, -1)
+    has_stopped.set()
+    assert listed == []

@@ -123,6 +123,38 @@ def test_a_class_has_the_methods_of_its_own_state() -> None:
         classes.forget(cls)
 
 
+def test_a_decorator_of_the_class_may_replace_its_methods(process: Process) -> None:
+    """Which are looked at again when the first instance is made."""
+
+    def stamped(cls: Any) -> Any:
+        before = cls.state
+        cls.state = lambda self: {**before(self), "seen": self.seen}
+        cls.is_expired = lambda _: True
+        return cls
+
+    class Bare(Update, name="test.Bare"):
+        seen = 0
+
+        def merge(self, other: Any) -> None:
+            self.seen += other.seen
+
+        def reset_states(self) -> None:
+            self.seen = 0
+
+    class Given(Bare, name="test.Given"):
+        def state(self) -> dict[str, Any]:
+            return {"doc": self.doc}
+
+    for cls in (Bare, Given):
+        mine, theirs = (stamped(cls)(process, "x", init_cache=False) for _ in range(2))
+        assert mine.take() is not None
+        theirs.seen = 5
+        mine.refresh(theirs)
+        assert mine.seen == 5, "adopted, because the other was sent"
+        assert not cls._has_default_expiry_
+        classes.forget(cls)
+
+
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_a_value_fares_alike(value: Any, process: Process) -> None:
     def of(cls: Any) -> list[Any]:
