@@ -255,6 +255,23 @@ def a_stale_reaper_meets_an_outage(world: World) -> None:
     _does(world, "b", "lock", "d", 5.0, False, None)
 
 
+def a_refused_release_keeps_its_lock(world: World) -> None:
+    """A look at the locks, while one is released, leaves it: the release may be refused."""
+    world.do(("user", "a", "user0", "lock", "d", None, False, None))
+    p = world.processes["a"]
+    lane = p.identity.lanes[0]
+    world.do(("call", "a", 0, "ok"))
+    while not lane.queue:  # until the release is asked for
+        world.do(("go", "a", "user0", "ok"))
+    world.do(("call", "a", 0, "refused"))
+    p.engine.leases.compare(0, [b"d"])
+    p.engine.leases.start_work()
+    for _ in range(10):
+        world.do(("go", "a", "leases", "ok"))
+    run_out(world)
+    assert world.seen["release tried again"] == 1
+
+
 def a_clock_that_is_set_forward_is_nobodys_death(world: World) -> None:
     """Neither by more than a lease nor by less: deadlines are set forward with it."""
     assert world.do(("user", "a", "user0", "lock", "d", 5.0, False, None))
@@ -432,6 +449,7 @@ SCENARIOS: list[Scenario] = [
     orphaned_lanes_are_reaped,
     a_sweep_is_patient,
     a_stale_reaper_meets_an_outage,
+    a_refused_release_keeps_its_lock,
     a_clock_that_is_set_forward_is_nobodys_death,
     a_rollback_in_a_takeover,
     a_zombie_does_not_complete,

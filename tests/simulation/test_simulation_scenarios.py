@@ -5,7 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from phonon._core import executor, heartbeat, identity, members, outbox, rebirth, sources, takeover
+from phonon._core import (
+    executor,
+    heartbeat,
+    identity,
+    leases,
+    members,
+    outbox,
+    rebirth,
+    sources,
+    takeover,
+)
 from phonon._protocol import lane
 from simulation import scenarios
 from simulation.checks import Violation
@@ -110,6 +120,9 @@ WITHOUT: dict[Scenario, Mutation] = {
     ),
     scenarios.a_stale_reaper_meets_an_outage: _lua(
         "  if score == 0 then\n    return { 'dead' }\n  end\n", ""
+    ),
+    scenarios.a_refused_release_keeps_its_lock: Mutation(
+        core=(Patch(leases, "Leases.release", "weakref.ref(releasing)", "lambda: None"),)
     ),
     scenarios.a_clock_that_is_set_forward_is_nobodys_death: _lua(
         "  if jump > ttl * JUMP then\n", "  if false then\n"

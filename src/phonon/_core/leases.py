@@ -69,8 +69,8 @@ class Attempt:
         place: The partition of the lock, and the server's name of its resource.
         holders: The holders' names under which it has asked.
         grant: The grant. Attempts of one thread at a reentrant lock have the same one.
-        asking: A weak reference that lives as long as the flow asks. So a signal handler's
-            exception, which may end the flow anywhere, also ends the asking.
+        asking: A weak reference that lives as long as the flow that asks or releases. So a signal
+            handler's exception, which may end the flow anywhere, also ends the asking.
     """
 
     __slots__ = ("asking", "grant", "holders", "place")
@@ -83,7 +83,7 @@ class Attempt:
 
 
 class _PendingRequest:
-    """Lives as long as a flow that asks for a lock."""
+    """Lives as long as a flow that asks for a lock, or releases one."""
 
     __slots__ = ("__weakref__",)
 
@@ -162,7 +162,7 @@ class Leases:
         tell: Runs a function of the user's in the background.
 
     Attributes:
-        attempts: The attempts that are asking for a lock now, by holder's name.
+        attempts: The attempts that ask for a lock now, or release one, by holder's name.
         forsaken: Attempts that no caller will release, because a signal handler's exception has
             ended their call; each with its lock's list of attempts. Adding one is a single step,
             which no second exception can interrupt; `settle` does the rest.
@@ -394,11 +394,18 @@ class Leases:
         self._remove(grant)
         if grant.got_at:
             self._identity.measures.observe("lock_hold", self._identity.clock() - grant.got_at)
-        operation = operations.unlock(grant.request.partition, grant.request.name, grant.holder)
-        (answer,) = yield Send((operation,))
-        if isinstance(answer, ServerError):
-            self._add(grant)  # to be renewed, and to be released again
-            raise answer
+        place, holder = (grant.request.partition, grant.request.name), grant.holder
+        # The worker must not release it meanwhile: if this release is refused, the lock is held.
+        releasing: _PendingRequest | None = _PendingRequest()
+        attempt = self.attempts[holder] = Attempt(*place)
+        attempt.asking = weakref.ref(releasing)
+        try:
+            (answer,) = yield Send((operations.unlock(*place, holder),))
+            if isinstance(answer, ServerError):
+                self._add(grant)  # to be renewed, and to be released again
+        finally:
+            releasing = None
+            self.attempts.pop(holder, None)
         if isinstance(answer, Exception):
             raise answer
         return bool(answer == int(Reply.RELEASED))
