@@ -50,6 +50,7 @@ def test_a_zombie_goes_on_under_another_id(crew: Crew) -> None:
     wait_until(lambda: zombie.do("id") != zombie.id)
     wait_until(lambda: reference.count() == 2)
     assert {holder.id for holder in reference.holders()} == {survivor.id, zombie.do("id")}
+    wait_until(lambda: zombie.told("DeclaredDeadError"))
     ((_, text, _, _),) = zombie.told("DeclaredDeadError")
     assert zombie.id in text
     assert zombie.do("id") in text
