@@ -351,6 +351,8 @@ class Server:
         info, *limits = yield from self._commands(node, (b"INFO",), *_LIMITS)
         # Start even if the user has no right to ask: a call that needs a right will show it.
         facts = _facts(info) if isinstance(info, bytes) else {}
+        if facts.get("loading", "0") != "0":  # its appendonly, for one, looks as if it were off
+            raise RedisConnectionError("LOADING the server reads its data from the disk")
         self.most_bytes = min(self.most_bytes, *map(_limit, limits))
         if check_mode:
             self._check_mode(node, facts)
@@ -399,6 +401,8 @@ class Server:
         else:
             command = self.durability._replace(replicas=0, timeout=0.001).command
             reply = (yield from self._commands(node, command))[0]
+            if isinstance(reply, ResponseError) and is_passing(reply):
+                raise RedisConnectionError(str(reply))  # it was restarted meanwhile
             reason = str(reply) if isinstance(reply, ResponseError) else None
         if reason is not None:
             raise ConfigurationError(

@@ -177,6 +177,32 @@ def test_passing_errors_are_waited_out(lab: Lab, own_server: Redis) -> None:
         assert isinstance(lab.exchange(to, lab.fail(b"k", error))[0], ResponseError)
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [b"loading:1\r\naof_enabled:0\r\n", [], []],
+        [b"loading:0\r\naof_enabled:1\r\n", [], [], b"the library", ResponseError("LOADING x")],
+    ],
+    ids=["at first", "restarted meanwhile"],
+)
+def test_a_server_that_reads_its_data_cannot_be_judged(
+    lab: Lab, server: Redis, answers: list[Any]
+) -> None:
+    """Meanwhile it says that its appendonly is off, and confirms nothing."""
+    to = lab.connect(server.url)
+    to.durability = Durability()
+    preparing: Any = to._prepare(to.node_of(b""), check_mode=True)
+    left = iter(answers)
+
+    def answer_all() -> None:
+        for trip in preparing:
+            for share in trip.shares:
+                share.replies[:] = [next(left) for _ in share.commands]
+
+    with pytest.raises(redis.ConnectionError, match="LOADING"):
+        answer_all()
+
+
 def test_wait(lab: Lab, server: Redis, namespace: str) -> None:
     to = lab.connect(server.url)
     keys = [f"{namespace}{i}".encode() for i in range(3)]
