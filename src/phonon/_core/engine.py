@@ -49,7 +49,8 @@ STRIPES = 64
 _LOOK = 0.002
 #: Seconds between two attempts to bring unanswered calls to their end, in `stop`.
 _PAUSE = 0.05
-#: Seconds for which a stopping process waits for its lock waiters to leave.
+#: Seconds for which a stopping process waits for its lock waiters to leave, and for the takeover of
+#: its former self.
 _DISMISSAL = 5.0
 #: The most names of classes and sources in a report, which travels with every heartbeat.
 _MOST_NAMES = 500
@@ -443,12 +444,12 @@ class Engine:
         self.sessions.stopping = self.outbox.stopping = True
         self.identity.reborn()  # wakes the lock waiters, which find that the process stops
 
-    def _await_workers(self, *names: str) -> Flow[None]:
+    def _await_workers(self, *names: str, until: float = math.inf) -> Flow[None]:
         for name in names:
             worker = self._workers.get(name)
             latest = () if worker is None else (worker,)
             for each in (*self._former_workers.get(name, ()), *latest):
-                while each.is_alive() and not each.is_current():
+                while each.is_alive() and not each.is_current() and self.identity.clock() < until:
                     # In each round: after an interrupt a part may have two workers, and its signal
                     # wakes only one.
                     for part in (self.sessions, self.outbox, self.leases, self.heartbeat):
@@ -533,9 +534,11 @@ class Engine:
                 yield from self._await_workers("takeover")
                 yield from self._leave_all()
                 yield from self.outbox.retry(math.inf)
-        # A heartbeat after the end would renew a process that is gone. If it was reborn meanwhile,
-        # the takeover has yet to unlist its former self.
-        yield from self._stop_workers("heartbeat", "takeover")
+        # A heartbeat after the end would renew a process that is gone.
+        yield from self._stop_workers("heartbeat")
+        # If it was reborn meanwhile, the takeover has yet to unlist its former self. It never can
+        # if this one was declared dead as well.
+        yield from self._await_workers("takeover", until=identity.clock() + _DISMISSAL)
         # If anything is left, survivors take it.
         closed = all(answer == int(Reply.CLOSED) for answer in answers)
         yield from read(identity.in_namespace("unlist" if closed else "expire", identity.id))
