@@ -69,8 +69,8 @@ class Attempt:
         place: The partition of the lock, and the server's name of its resource.
         holders: The holders' names under which it has asked.
         grant: The grant. Attempts of one thread at a reentrant lock have the same one.
-        asking: A weak reference that lives as long as the flow that asks or releases. So a signal
-            handler's exception, which may end the flow anywhere, also ends the asking.
+        asking: A weak reference that lives as long as the flow asks. So a signal handler's
+            exception, which may end the flow anywhere, also ends the asking.
     """
 
     __slots__ = ("asking", "grant", "holders", "place")
@@ -162,7 +162,6 @@ class Leases:
         tell: Runs a function of the user's in the background.
 
     Attributes:
-        attempts: The attempts that ask for a lock now, or release one, by holder's name.
         forsaken: Attempts that no caller will release, because a signal handler's exception has
             ended their call; each with its lock's list of attempts. Adding one is a single step,
             which no second exception can interrupt; `settle` does the rest.
@@ -184,7 +183,8 @@ class Leases:
         self._unknown: dict[tuple[int, bytes], None] = {}
         self._doubtful: dict[bytes, None] = {}
         self.forsaken: deque[tuple[Attempt | None, list[Attempt]]] = deque()
-        self.attempts: dict[Holder, Attempt] = {}
+        #: Weak references that live as long as the flows that ask for a lock, or release one.
+        self._flows: dict[Holder, Callable[[], object]] = {}
         self._all: dict[Holder, Grant] = {}
         self._by_name: dict[bytes, dict[Holder, Grant]] = {}
         self._lock = threading.RLock()
@@ -342,7 +342,7 @@ class Leases:
             process, identity.new_number(), shared=request.shared, places=request.places
         )
         attempt.holders.append(holder)
-        self.attempts[holder] = attempt
+        self._flows[holder] = attempt.asking
         # Also without waiting: a stopping process has to release a lock that is granted meanwhile.
         identity.waiters[holder] = Waiter(
             request.partition, identity.caller(), operations.unlock, request.name
@@ -351,7 +351,7 @@ class Leases:
 
     def _no_longer(self, holder: Holder) -> None:
         self._identity.waiters.pop(holder, None)
-        self.attempts.pop(holder, None)
+        self._flows.pop(holder, None)
 
     @staticmethod
     def take_again(grant: Grant, attempt: Attempt) -> None:
@@ -397,15 +397,14 @@ class Leases:
         place, holder = (grant.request.partition, grant.request.name), grant.holder
         # The worker must not release it meanwhile: if this release is refused, the lock is held.
         releasing: _PendingRequest | None = _PendingRequest()
-        attempt = self.attempts[holder] = Attempt(*place)
-        attempt.asking = weakref.ref(releasing)
+        self._flows[holder] = weakref.ref(releasing)
         try:
             (answer,) = yield Send((operations.unlock(*place, holder),))
             if isinstance(answer, ServerError):
                 self._add(grant)  # to be renewed, and to be released again
         finally:
             releasing = None
-            self.attempts.pop(holder, None)
+            self._flows.pop(holder, None)
         if isinstance(answer, Exception):
             raise answer
         return bool(answer == int(Reply.RELEASED))
@@ -571,7 +570,7 @@ class Leases:
         mine = self._identity.id + b"/"
         for holder in [*holders[::5], *waiters]:
             text = holder.decode("utf-8", "replace")
-            attempt = self.attempts.get(text)
-            asks = attempt is not None and attempt.asking() is not None
-            if holder.startswith(mine) and text not in self._all and not asks:
+            flow = self._flows.get(text)
+            is_free = flow is None or flow() is None
+            if holder.startswith(mine) and text not in self._all and is_free:
                 yield Send((operations.unlock(partition, name, text),))

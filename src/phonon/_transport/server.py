@@ -363,8 +363,7 @@ class Server:
             text = str(problem)
             if "unknown command" in text.lower():
                 raise self._too_old(facts) from problem
-            if isinstance(problem, ResponseError) and is_passing(problem):
-                raise RedisConnectionError(text)
+            _wait_out(problem)
             raise problem
         policy = facts.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
@@ -401,8 +400,7 @@ class Server:
         else:
             command = self.durability._replace(replicas=0, timeout=0.001).command
             reply = (yield from self._commands(node, command))[0]
-            if isinstance(reply, ResponseError) and is_passing(reply):
-                raise RedisConnectionError(str(reply))  # it was restarted meanwhile
+            _wait_out(reply)  # it was restarted meanwhile
             reason = str(reply) if isinstance(reply, ResponseError) else None
         if reason is not None:
             raise ConfigurationError(
@@ -436,6 +434,12 @@ def _limit(answer: Any) -> int:
     if isinstance(answer, list) and len(answer) > 1 and answer[1].isdigit() and int(answer[1]):
         return int(answer[1]) - _AROUND
     return _MOST_BYTES
+
+
+def _wait_out(reply: Any) -> None:
+    """Raise an answer of a server that will serve again, as if it were away."""
+    if isinstance(reply, ResponseError) and is_passing(reply):
+        raise RedisConnectionError(str(reply))
 
 
 def _facts(info: bytes) -> dict[str, str]:
