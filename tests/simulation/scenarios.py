@@ -341,6 +341,23 @@ def a_batch_whose_answer_lies_here_is_not_resumed(world: World) -> None:
     world.do(("go", "a", "user0", "ok"))
 
 
+def a_batch_of_a_former_self_is_not_begun(world: World) -> None:
+    """A survivor executes it, while its answer waits, in a flow, for that of another partition."""
+    world.do(("user", "a", "user0", "leave", ("d", "y"), True, False))
+    world.do(("call", "a", 0, "ok"))
+    world.do(("pause", "a"))
+    b = world.processes["b"]
+    for _ in range(12):
+        for partition in range(len(b.identity.lanes)):
+            world.do(("call", "b", partition, "ok"))
+        for task in list(b.tasks):
+            world.do(("go", "b", task, "ok"))
+    assert b.engine.executor.workloads, "b does not execute it"
+    _is_reborn(world, "a")
+    run_out(world, "a")
+    assert world.seen["RESUME LOST"] == 1
+
+
 def a_join_while_others_are_executed_stays(world: World) -> None:
     """Leaves of the next piece are made when they are sent, not before a piece is executed."""
     world.do(("user", "a", "user0", "leave", ("d", "y", "f"), True, False))
@@ -455,6 +472,7 @@ SCENARIOS: list[Scenario] = [
     a_zombie_does_not_complete,
     a_batch_is_not_forgotten_while_its_answer_lies_here,
     a_batch_whose_answer_lies_here_is_not_resumed,
+    a_batch_of_a_former_self_is_not_begun,
     a_join_while_others_are_executed_stays,
     a_refused_join_behind_a_rebirth,
     a_leave_behind_a_rebirth_is_the_last,

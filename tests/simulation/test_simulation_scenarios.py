@@ -149,6 +149,16 @@ WITHOUT: dict[Scenario, Mutation] = {
             ),
         )
     ),
+    scenarios.a_batch_of_a_former_self_is_not_begun: Mutation(
+        core=(
+            Patch(
+                executor,
+                "Executor.execute",
+                "while workload.owner != self._identity.id:",
+                "while False:",
+            ),
+        )
+    ),
     scenarios.a_join_while_others_are_executed_stays: Mutation(
         core=(
             Patch(

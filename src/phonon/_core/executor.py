@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 from phonon._core import classes
 from phonon._core.compaction import LongSession, compact
-from phonon._core.flows import REBORN, Execute, Flow, Job, Send, call, never_run, read
+from phonon._core.flows import REBORN, Execute, Flow, Job, Send, T, call, never_run, read
 from phonon._core.identity import Identity
 from phonon._core.parcels import groups
 from phonon._core.reports import Event, Reports
@@ -156,11 +156,13 @@ class Workload:
             may have arrived already while the flow waits for others of the same `Send`.
         concluding: The resources of batches that are being reported. The answer may bring the next
             batch of the resource.
+        owner: The id of this process under which the batches are known to be ours, or an older one.
     """
 
-    __slots__ = ("__weakref__", "batches", "concluding", "expected")
+    __slots__ = ("__weakref__", "batches", "concluding", "expected", "owner")
 
-    def __init__(self) -> None:
+    def __init__(self, owner: bytes) -> None:
+        self.owner = owner
         self.batches: dict[tuple[bytes, int], RunningBatch] = {}
         self.expected: Collection[bytes] = ()
         self.concluding: Collection[bytes] = ()
@@ -213,7 +215,7 @@ class Executor:
 
     def new_workload(self) -> Workload:
         """Return an empty workload for a flow."""
-        workload = Workload()
+        workload = Workload(self._identity.id)
         self._workloads[id(workload)] = workload
         return workload
 
@@ -258,6 +260,8 @@ class Executor:
         while workload.batches:
             waiting = list(workload.batches.values())
             yield from self._prepare([b for b in waiting if not b.records and b.error is None])
+            while workload.owner != self._identity.id:
+                yield from self._confirm(workload)
             yield from self._run_some(waiting)
             sent, reported = self._conclusions([b for b in waiting if b.job is None])
             own, making = len(sent), None
@@ -352,6 +356,24 @@ class Executor:
                 # Partials that do not merge must not be tried again with each piece.
                 enough = max(MOST_HELD, 2 * sum(map(len, batch.partials)))
         return True
+
+    def _confirm(self, workload: Workload) -> Flow[None]:
+        """Ask for the batches of a former self: if a survivor has them, it executes them."""
+        owner = self._identity.id
+        batches = [b for b in workload.batches.values() if not _is_unreported(b)]
+        for batch, answer in (yield from resume(batches, [b.run.token for b in batches])):
+            if isinstance(answer, PhononError):
+                batch.error = _NotFetchedError(answer)
+            elif answer == _LOST:
+                if batch.at:  # a part of it was executed here
+                    self._lost(batch)
+                batch.error = _TAKEN_OVER
+            else:
+                continue
+            if batch.job is not None:
+                batch.records[batch.at].finish()
+                batch.job = None
+        workload.owner = owner
 
     # The user's code
 
@@ -542,6 +564,30 @@ class Executor:
         """Merge some partials of open sessions."""
         merge = self._codec.merge
         return compact(self._identity, sessions, lambda name, some: merge(decode(name), some))
+
+
+def resume(batches: Sequence[T], tokens: Sequence[int]) -> Flow[list[tuple[T, Any]]]:
+    """Take batches of ours up again.
+
+    Args:
+        batches: Have a partition and a name.
+        tokens: The partition's token of each.
+
+    Returns:
+        Each batch with its answer, in another order.
+    """
+    pairs: list[tuple[Any, int]] = list(zip(batches, tokens, strict=True))
+    grouped = groups(pairs, [(batch.partition, batch.name) for batch, _ in pairs])
+    sent = [
+        operations.resume_many(partition, names, [token for _, token in some])
+        for partition, some, names in grouped
+    ]
+    answers = yield Send(sent)
+    return [
+        (batch, told)
+        for group, operation, answer in zip(grouped, sent, answers, strict=True)
+        for (batch, _), told in zip(group.items, operation.each(answer), strict=True)
+    ]
 
 
 class _NotFetchedError(PhononError):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from phonon._core.compaction import LongSession
-from phonon._core.executor import Executor, RunningBatch, Workload
+from phonon._core.executor import Executor, RunningBatch, Workload, resume
 from phonon._core.flows import EXECUTING, FLUSH, REBORN, Branch, Flow, Send, Signal, Sleep, Wait
 from phonon._core.identity import Identity
 from phonon._core.members import ABSENT, Members, PendingJoin, modifications_of
@@ -692,30 +692,23 @@ class Outbox:
         taken = [(due.name, due.token) for due in dues]
         try:
             dues = [due for due in dues if not self._lies_here(due, executor)]
-            grouped = groups(dues, [(due.partition, due.name) for due in dues])
-            sent = [
-                operations.resume_many(partition, names, [due.token for due in some])
-                for partition, some, names in grouped
-            ]
-            answers = yield Send(sent)
-            for group, operation, answer in zip(grouped, sent, answers, strict=True):
-                for due, told in zip(group.items, operation.each(answer), strict=True):
-                    if isinstance(told, Exception) or told is REBORN:
-                        at = self._clock() + 1.0
-                        self._enter(at, due.partition, due.name, due.token, due.local, due.failed)
-                    elif isinstance(told, list) and told[-1] is not False:
-                        run = Run(*told)
-                        workload.add(
-                            RunningBatch(
-                                due.partition,
-                                due.name,
-                                run,
-                                run.content,
-                                local=due.local,
-                                errors=errors,
-                                background=True,
-                            )
+            for due, told in (yield from resume(dues, [due.token for due in dues])):
+                if isinstance(told, Exception) or told is REBORN:
+                    at = self._clock() + 1.0
+                    self._enter(at, due.partition, due.name, due.token, due.local, due.failed)
+                elif isinstance(told, list) and told[-1] is not False:
+                    run = Run(*told)
+                    workload.add(
+                        RunningBatch(
+                            due.partition,
+                            due.name,
+                            run,
+                            run.content,
+                            local=due.local,
+                            errors=errors,
+                            background=True,
                         )
+                    )
         finally:
             self._resuming.difference_update(taken)
 
