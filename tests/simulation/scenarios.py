@@ -6,7 +6,7 @@ The resource ``d`` is in partition 0, and ``y`` in partition 1.
 from collections.abc import Callable
 from typing import Any
 
-from phonon._core.flows import Branch
+from phonon._core.flows import Branch, Read, Send
 from phonon._protocol.operations import Code
 from phonon.errors import DeclaredDeadError, ServerStateLostError
 from simulation.process import LEASE_US, SimProcess
@@ -358,6 +358,35 @@ def a_batch_of_a_former_self_is_not_begun(world: World) -> None:
     assert world.seen["RESUME LOST"] == 1
 
 
+def _gives_up_taking_over(world: World, name: str) -> None:
+    """A zombie's takeover of its former self is told that the server does not answer."""
+    _is_reborn(world, name)
+    while not isinstance(world.processes[name].tasks["takeover"].effect, Send):
+        assert world.do(("go", name, "takeover", "ok"))
+    assert world.do(("gone", name, "takeover"))
+
+
+def a_stop_goes_on_when_its_takeover_gives_up(world: World) -> None:
+    """The lanes are closed when the former self is reaped, which another attempt does."""
+    p = world.processes["a"]
+    world.do(("stop", "a"))
+    while not isinstance(p.tasks["stop"].effect, Read):  # of what is left to leave
+        assert world.do(("go", "a", "stop", "ok"))
+    world.do(("pause", "a"))
+    _beats(world, "b")
+    _gives_up_taking_over(world, "a")
+
+
+def a_refused_join_of_a_takeover_that_gave_up(world: World) -> None:
+    """A membership whose renewal was refused is renewed before the former self is reaped."""
+    _does(world, "a", "join", "y")
+    world.do(("pause", "a"))
+    _beats(world, "b")
+    _gives_up_taking_over(world, "a")
+    assert world.do(("call", "a", 1, "refused"))
+    settle(world, A_LEASE)
+
+
 def a_join_while_others_are_executed_stays(world: World) -> None:
     """Leaves of the next piece are made when they are sent, not before a piece is executed."""
     world.do(("user", "a", "user0", "leave", ("d", "y", "f"), True, False))
@@ -473,6 +502,8 @@ SCENARIOS: list[Scenario] = [
     a_batch_is_not_forgotten_while_its_answer_lies_here,
     a_batch_whose_answer_lies_here_is_not_resumed,
     a_batch_of_a_former_self_is_not_begun,
+    a_stop_goes_on_when_its_takeover_gives_up,
+    a_refused_join_of_a_takeover_that_gave_up,
     a_join_while_others_are_executed_stays,
     a_refused_join_behind_a_rebirth,
     a_leave_behind_a_rebirth_is_the_last,

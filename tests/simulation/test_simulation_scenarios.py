@@ -159,6 +159,19 @@ WITHOUT: dict[Scenario, Mutation] = {
             ),
         )
     ),
+    scenarios.a_stop_goes_on_when_its_takeover_gives_up: Mutation(
+        core=(Patch(heartbeat, "Heartbeat.beat", "self._takeover.go_on()", "pass"),)
+    ),
+    scenarios.a_refused_join_of_a_takeover_that_gave_up: Mutation(
+        core=(
+            Patch(
+                takeover,
+                "Takeover._join",
+                "own_id = self._identity.id\n",
+                "own_id = self._identity.id\n    self._joins.clear()\n",
+            ),
+        )
+    ),
     scenarios.a_join_while_others_are_executed_stays: Mutation(
         core=(
             Patch(

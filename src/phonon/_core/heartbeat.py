@@ -160,6 +160,7 @@ class Heartbeat:
             return 0.0
         identity.beat_answered(begun)
         if self.closing:
+            self._takeover.go_on()  # the lanes cannot be closed before the former self is reaped
             return self._interval
         if lost:
             yield from self._rebirth.run()

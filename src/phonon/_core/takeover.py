@@ -88,7 +88,8 @@ class Takeover:
         """Start without work: at first, and in a forked child."""
         self.former: dict[bytes, set[int]] = {}
         self._dead: dict[bytes, None] = {}
-        self._joins: list[Operation] = []
+        # By resource. They stay until their answers are seen: a worker may give up waiting.
+        self._joins: dict[bytes, Operation] = {}
         # The partitions where released processes still have batches.
         self._released: dict[bytes, list[int]] = {}
         self.has_more = False
@@ -104,6 +105,10 @@ class Takeover:
             class_name = operations.class_of_queue(process)
             if class_name is None or (self._recovers and self._can_execute(class_name)):
                 self._dead.setdefault(process)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Go on with what an error has ended, in the background."""
         if self._dead:
             self._start()
 
@@ -114,7 +119,7 @@ class Takeover:
             former: The identities.
             joins: Make this process a member of its resources before its former self is reaped.
         """
-        self._joins = renewed(joins)
+        self._joins = {join.resource: join for join in joins}
         partitions = range(self._identity.partitions.count)
         for process in former:
             self.former[process] = set(partitions)
@@ -175,18 +180,7 @@ class Takeover:
         if dead == self._identity.id:
             return  # a late duplicate registered the id again: the next beat names it
         while self._joins:
-            own_id = self._identity.id
-            joins, self._joins = self._joins[:MOST_JOINS], self._joins[MOST_JOINS:]
-            answers = yield Send(joins, first=True)
-            refused = [
-                (operation, answer)
-                for operation, answer in zip(joins, answers, strict=True)
-                if isinstance(answer, Exception)
-            ]
-            if refused and own_id == self._identity.id:
-                # Going on without them would end sessions of which this process is a member.
-                self._joins += renewed(operation for operation, _ in refused)
-                raise refused[0][1]
+            yield from self._join(list(self._joins.values())[:MOST_JOINS])
         own_id = self._identity.id
         recovers = self._recovers or dead in self._identity.former
         taken = _TakeoverProgress()
@@ -209,6 +203,20 @@ class Takeover:
         self.former.pop(dead, None)
         if not left and operations.class_of_queue(dead) is None:
             yield from read(self._identity.in_namespace("unlist", dead))
+
+    def _join(self, joins: Sequence[Operation]) -> Flow[None]:
+        """Renew memberships. Without them a reap would end sessions of which this process is one.
+
+        Raises:
+            PhononError: The server does not answer, or refuses.
+        """
+        own_id = self._identity.id
+        answers = yield Send(renewed(joins), first=True)
+        if own_id == self._identity.id:
+            for operation, answer in zip(joins, answers, strict=True):
+                if isinstance(answer, Exception):
+                    raise answer
+                self._joins.pop(operation.resource, None)
 
     def _reap(self, dead: bytes, recovers: bool, taken: _TakeoverProgress) -> Flow[list[int]]:
         """Reap a dead process in all partitions.
