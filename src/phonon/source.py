@@ -257,11 +257,12 @@ def _storing(
     try:
         errors: list[BaseException] = yield from engine.sources.ingest(progress, [*cached, *loose])
     finally:
-        for update in fresh:
-            if update._batch_ is batch:
-                update._batch_ = None
+        # What the next batch has by now is not of this one, which may have lost its caller.
+        own = [update for update in fresh if update._batch_ is batch]
+        for update in own:
+            update._batch_ = None
     if errors:
-        drop(batch, fresh)
+        drop(batch, own)
     return errors
 
 
