@@ -6,9 +6,10 @@ The resource ``d`` is in partition 0, and ``y`` in partition 1.
 from collections.abc import Callable
 from typing import Any
 
-from phonon._core.flows import Branch, Read, Send
+from phonon._core.flows import Branch, Execute, Read, Send
 from phonon._protocol.operations import Code
-from phonon.errors import DeclaredDeadError, ServerStateLostError
+from phonon.errors import BatchLostError, DeclaredDeadError, ServerStateLostError
+from simulation.checks import instances_of
 from simulation.process import LEASE_US, SimProcess
 from simulation.settle import run_out, settle
 from simulation.world import Setup, World
@@ -358,6 +359,55 @@ def a_batch_of_a_former_self_is_not_begun(world: World) -> None:
     assert world.seen["RESUME LOST"] == 1
 
 
+def _executes(p: SimProcess) -> list[str]:
+    """Return the resources whose batches a user's flow executes."""
+    effect = p.tasks["user0"].effect
+    jobs = effect.jobs if isinstance(effect, Execute) else ()
+    instances = [each for job in jobs for each in instances_of(job)]
+    return [instance.record.resource for instance in instances]
+
+
+def _loses_the_batch_of_d(world: World) -> SimProcess:
+    """A process executes batches of d and y, and a survivor takes over the first. Return the zombie."""
+    world.do(("user", "a", "user0", "leave", ("d", "y"), True, False))
+    world.do(("call", "a", 0, "ok"))
+    world.do(("call", "a", 1, "ok"))
+    a, b = world.processes["a"], world.processes["b"]
+    assert _executes(a) == ["d", "y"]
+    if "d" not in world.together:
+        world.do(("exec", "a", "user0", 0, "half"))
+    world.do(("pause", "a"))
+    for _ in range(12):
+        for lane in b.identity.lanes:
+            recovers = any(o.words[0] == Code.REAP and o.words[3] for o in lane.queue)
+            if lane.partition == 0 or not recovers:
+                world.do(("call", "b", lane.partition, "ok"))
+        for task in list(b.tasks):
+            world.do(("go", "b", task, "ok"))
+    _is_reborn(world, "a")
+    a.tasks["user0"].finish(None)  # it looks at what has ended so far
+    for _ in range(12):
+        for partition in range(len(a.identity.lanes)):
+            world.do(("call", "a", partition, "ok"))
+        for task in list(a.tasks):
+            world.do(("go", "a", task, "ok"))
+    assert world.seen["RESUME LOST"] == 1
+    return a
+
+
+def a_batch_of_a_former_self_is_not_executed_with_others(world: World) -> None:
+    """A call of the user's code for several batches is made without those that are lost."""
+    world.together = "dy"
+    assert _executes(_loses_the_batch_of_d(world)) == ["y"]
+
+
+def a_batch_that_is_lost_while_it_is_executed_is_reported(world: World) -> None:
+    """The user's code is running when a zombie asks for its batches: it is not taken from it."""
+    a = _loses_the_batch_of_d(world)
+    run_out(world)
+    assert len(_reports(a, BatchLostError)) == 1
+
+
 def _gives_up_taking_over(world: World, name: str) -> None:
     """A zombie's takeover of its former self is told that the server does not answer."""
     _is_reborn(world, name)
@@ -502,6 +552,8 @@ SCENARIOS: list[Scenario] = [
     a_batch_is_not_forgotten_while_its_answer_lies_here,
     a_batch_whose_answer_lies_here_is_not_resumed,
     a_batch_of_a_former_self_is_not_begun,
+    a_batch_of_a_former_self_is_not_executed_with_others,
+    a_batch_that_is_lost_while_it_is_executed_is_reported,
     a_stop_goes_on_when_its_takeover_gives_up,
     a_refused_join_of_a_takeover_that_gave_up,
     a_join_while_others_are_executed_stays,

@@ -159,6 +159,26 @@ WITHOUT: dict[Scenario, Mutation] = {
             ),
         )
     ),
+    scenarios.a_batch_of_a_former_self_is_not_executed_with_others: Mutation(
+        core=(
+            Patch(
+                executor,
+                "Executor._confirm",
+                "batch.job.outcome = Outcome(error=_TAKEN_OVER)",
+                "pass",
+            ),
+        )
+    ),
+    scenarios.a_batch_that_is_lost_while_it_is_executed_is_reported: Mutation(
+        core=(
+            Patch(
+                executor,
+                "Executor._confirm",
+                "if batch.job is not None and batch.job.begun:",
+                "if False:",
+            ),
+        )
+    ),
     scenarios.a_stop_goes_on_when_its_takeover_gives_up: Mutation(
         core=(Patch(heartbeat, "Heartbeat.beat", "self._takeover.go_on()", "pass"),)
     ),

@@ -362,6 +362,7 @@ class World:
         if index >= len(jobs) or jobs[index].outcome is not None:
             return False
         job = jobs[index]
+        job.begun = True
         self.fate = fate
         self.seen[f"execute {fate}"] += 1
         try:

@@ -40,7 +40,8 @@ class Job:
     Attributes:
         function: The function to run; in asyncio also a coroutine function, or one that returns an
             awaitable.
-        outcome: Its outcome; None as long as it has not ended.
+        outcome: Its outcome; None as long as it has not ended. A job that has one is not run.
+        begun: Whether the function has been called.
         running: The driver's handle, once the job has begun.
         is_callers: Whether the job runs in the caller's thread although there is an executor.
         returned: The value that the function has returned, if it has.
@@ -49,6 +50,7 @@ class Job:
 
     function: Callable[[], Any]
     outcome: Outcome | None = None
+    begun: bool = False
     running: Any = field(default=None, repr=False)
     is_callers: bool = False
     returned: deque[Any] = field(default_factory=lambda: deque(maxlen=1), repr=False)

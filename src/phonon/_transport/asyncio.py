@@ -563,8 +563,9 @@ class AsyncDriver:
                 job.outcome = await _outcome_of(job)
             else:
                 async with self._places:
-                    EXECUTING.set(True)
-                    job.outcome = await _outcome_of(job)
+                    if job.outcome is None:
+                        EXECUTING.set(True)
+                        job.outcome = await _outcome_of(job)
         except asyncio.CancelledError as error:
             job.outcome = job.outcome or Outcome(error=error)
             raise
@@ -719,6 +720,7 @@ class _Mail:
 
 async def _outcome_of(job: Job) -> Outcome:
     """Run the user's code; a thread runs functions that are not ``async``."""
+    job.begun = True
     function = job.function
     if iscoroutinefunction(function):
         outcome = Outcome(function())

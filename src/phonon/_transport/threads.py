@@ -822,7 +822,8 @@ class _Mail:
 
 
 def _run_job(job: Job) -> None:
-    job.outcome = _outcome_of(job)
+    if job.outcome is None:
+        job.outcome = _outcome_of(job)
 
 
 def _outcome_of(job: Job) -> Outcome:

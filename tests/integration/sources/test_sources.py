@@ -98,9 +98,7 @@ def test_a_consumer_that_lost_the_source_stores_nothing(make: Make) -> None:
     assert Count.executed == expected(some)
 
 
-def test_a_batch_that_is_refused_late_drops_nothing_of_the_next(
-    make: Make, server: Redis
-) -> None:
+def test_a_batch_that_is_refused_late_drops_nothing_of_the_next(make: Make, server: Redis) -> None:
     """Its flow goes on without its caller, who has begun again and has filled the same records."""
     with contextlib.closing(Proxy(server.socket)) as proxy:
         process, other = make(url=proxy.url, retry_timeout=0.3), make()
