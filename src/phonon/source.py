@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phonon._core.checks import is_number
 from phonon._core.engine import Engine, errors_only
-from phonon._core.flows import Flow
+from phonon._core.flows import Flow, has_begun
 from phonon._core.sources import (
     OrderedProgress,
     Progress,
@@ -19,7 +19,6 @@ from phonon.batch import (
     Batch,
     Closing,
     end_all,
-    has_begun,
     merge_updates,
     raise_together,
 )

@@ -6,7 +6,7 @@ The resource ``d`` is in partition 0, and ``y`` in partition 1.
 from collections.abc import Callable
 from typing import Any
 
-from phonon._core.flows import Branch, Execute, Read, Send
+from phonon._core.flows import Branch, Execute, Read, Send, Sleep
 from phonon._protocol.operations import Code
 from phonon.errors import BatchLostError, DeclaredDeadError, ServerStateLostError
 from simulation.checks import instances_of
@@ -427,6 +427,35 @@ def a_stop_goes_on_when_its_takeover_gives_up(world: World) -> None:
     _gives_up_taking_over(world, "a")
 
 
+def a_release_that_a_rebirth_has_ended_begins_anew(world: World) -> None:
+    """A survivor releases one dead process while it executes another's, and is a zombie by then."""
+    found = [f"{word}{number}" for number in range(30) for word in "dy"]
+    many = [[name for name in found if world.place(name) == p][:5] for p in (0, 1)]
+    world.resources += (*many[0], *many[1])
+    for name in many[0]:
+        _does(world, "a", "append", name)
+    for name in many[1]:
+        _does(world, "e", "join", name)
+    b = world.processes["b"]
+    world.do(("kill", "a"))
+    world.do(("time", A_LEASE))
+    while not isinstance(b.tasks["takeover"].effect, Sleep):
+        for partition in range(2):
+            world.do(("call", "b", partition, "ok"))
+        world.do(("go", "b", "takeover", "ok"))
+    world.do(("kill", "e"))
+    world.do(("time", A_LEASE))
+    world.do(("go", "b", "takeover", "ok"))
+    world.do(("call", "b", 0, "ok"))
+    world.do(("call", "b", 1, "slow"))
+    world.do(("pause", "b"))
+    _is_reborn(world, "b")
+    world.do(("kill", "c"))
+    settle(world, A_LEASE)
+    left = {name: some for name, some in world.checks.state().members.items() if some}
+    assert not left, f"G8: {left} are left behind"
+
+
 def a_refused_join_of_a_takeover_that_gave_up(world: World) -> None:
     """A membership whose renewal was refused is renewed before the former self is reaped."""
     _does(world, "a", "join", "y")
@@ -527,6 +556,12 @@ def of_two_batches_of_a_source_one_is_refused(world: World) -> None:
 OTHERS: dict[Scenario, list[Setup]] = {
     an_own_former_self_is_recovered: [Setup("a", recovers=False), Setup("b", recovers=False)],
     what_a_reaper_leaves_is_marked: [Setup("a", recovers=False), Setup("b")],
+    a_release_that_a_rebirth_has_ended_begins_anew: [
+        Setup("a"),
+        Setup("b"),
+        Setup("c", recovers=False),
+        Setup("e"),
+    ],
 }
 SCENARIOS: list[Scenario] = [
     a_lane_has_a_number,
@@ -555,6 +590,7 @@ SCENARIOS: list[Scenario] = [
     a_batch_of_a_former_self_is_not_executed_with_others,
     a_batch_that_is_lost_while_it_is_executed_is_reported,
     a_stop_goes_on_when_its_takeover_gives_up,
+    a_release_that_a_rebirth_has_ended_begins_anew,
     a_refused_join_of_a_takeover_that_gave_up,
     a_join_while_others_are_executed_stays,
     a_refused_join_behind_a_rebirth,

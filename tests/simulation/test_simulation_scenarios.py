@@ -182,6 +182,9 @@ WITHOUT: dict[Scenario, Mutation] = {
     scenarios.a_stop_goes_on_when_its_takeover_gives_up: Mutation(
         core=(Patch(heartbeat, "Heartbeat.beat", "self._takeover.go_on()", "pass"),)
     ),
+    scenarios.a_release_that_a_rebirth_has_ended_begins_anew: Mutation(
+        core=(Patch(takeover, "Takeover.take_over", "self._released.clear()", "pass"),)
+    ),
     scenarios.a_refused_join_of_a_takeover_that_gave_up: Mutation(
         core=(
             Patch(

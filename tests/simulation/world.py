@@ -82,7 +82,7 @@ class World:
         self.count = partitions
         self.partitions = Partitions("s", partitions)
         #: The first two are in different partitions, the third one of three in its own.
-        self.resources = ("d", "y", "f", "w")
+        self.resources: tuple[str, ...] = ("d", "y", "f", "w")
         self.parties: set[str] = {"w"}
         self.together = together
         self.seen: Counter[str] = Counter()

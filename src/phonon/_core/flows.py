@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
+from inspect import GEN_CREATED, getgeneratorstate
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from phonon._protocol.library import Request
@@ -235,6 +236,11 @@ def never_run(value: Any) -> TypeError | None:
             "for loop"
         )
     return None
+
+
+def has_begun(flow: Generator[Any, Any, Any]) -> bool:
+    """Return whether a flow has been started; it may have ended."""
+    return getgeneratorstate(flow) != GEN_CREATED
 
 
 class Done(NamedTuple):

@@ -38,6 +38,7 @@ from phonon._core.flows import (
     Send,
     Sleep,
     Wait,
+    has_begun,
 )
 from phonon._protocol.lane import Call, Lane, State
 from phonon._protocol.library import Library
@@ -510,6 +511,8 @@ class AsyncDriver:
         raise TypeError(f"a flow has yielded {effect!r}, which is no effect")
 
     async def _branch(self, effect: Branch) -> Outcome:
+        if has_begun(effect.flow):  # an interrupt has ended the wait for it, and it goes on alone
+            return Outcome(error=self.lost())
         run = FlowRun(effect.flow)
         run.caller_gone = True
         try:
