@@ -22,8 +22,9 @@ U = TypeVar("U")
 
 #: The most frequent answer of `set`, with nothing that has left the cache.
 _MERGED: tuple[bool, tuple[()]] = (False, ())
-#: Sessions ended at a time, so that no more updates than these wait outside of the cache.
-PIECE = 5000
+#: Sessions ended at a time. The garbage collector looks, again and again, at all that wait outside
+#: of the cache: in pieces of 5,000 this takes an eighth more time.
+PIECE = 1000
 
 
 class BaseCache(Generic[U]):

@@ -22,7 +22,7 @@ from phonon._core.flows import (
     read,
 )
 from phonon._core.identity import Identity
-from phonon._core.parcels import groups
+from phonon._core.parcels import SessionResult, groups
 from phonon._core.reports import Event, Reports
 from phonon._core.retry import RetryPolicy
 from phonon._core.shown import shown
@@ -92,7 +92,7 @@ class RunningBatch:
         partition: Its partition.
         run: The server's answer; its content is in ``partials``.
         local: The update whose session ended here, if there is one.
-        errors: Collects the errors of the session that ended with this batch.
+        result: Collects the errors of the session that ended with this batch.
         background: Whether no caller waits for these errors.
         kept: The content of its only partial, if ``local`` has kept it, so that nothing is decoded.
         partials: The part of the batch's content that is here and not merged yet.
@@ -107,7 +107,6 @@ class RunningBatch:
         "at",
         "background",
         "error",
-        "errors",
         "job",
         "kept",
         "local",
@@ -117,6 +116,7 @@ class RunningBatch:
         "pause",
         "records",
         "resource",
+        "result",
         "run",
     )
 
@@ -129,7 +129,7 @@ class RunningBatch:
         *,
         resource: str = "",
         local: Any = None,
-        errors: list[BaseException] | None = None,
+        result: SessionResult | None = None,
         background: bool = False,
         kept: Any = None,
     ) -> None:
@@ -139,7 +139,7 @@ class RunningBatch:
         self.resource = resource or decode(name)
         self.run = run
         self.local = local
-        self.errors: list[BaseException] = [] if errors is None else errors
+        self.result = result or SessionResult()
         self.background = background
         self.partials = partials
         self.records: Sequence[Record] = ()
@@ -525,7 +525,7 @@ class Executor:
                 run.content or [],
                 resource=batch.resource,
                 local=batch.local,
-                errors=batch.errors,
+                result=batch.result,
                 background=batch.background,
             )
         return None
@@ -533,7 +533,7 @@ class Executor:
     def _lost(self, batch: RunningBatch) -> None:
         resource, token = batch.resource, batch.token
         if batch.error is not None:
-            batch.errors.append(batch.error)
+            batch.result.failed(batch.error)
             return
         self._reports.report_error(
             BatchLostError(
@@ -559,7 +559,7 @@ class Executor:
         log.warning("%s: %s: %s", text, type(error).__name__, error, extra=fields)
         if retry_in is None:
             self._reports.emit(Event("parked", text, batch.resource, batch.token, name, error))
-        batch.errors.append(error)
+        batch.result.failed(error)
         if batch.background:
             self._reports.notify(error)
 
@@ -573,7 +573,7 @@ class Executor:
             log.warning("%s: %s", text, error)
             self._reports.notify(error)
         if not batch.background:  # a batch that was taken over has no caller to raise to
-            batch.errors.append(error)
+            batch.result.failed(error)
 
     def compact(self, sessions: Sequence[LongSession]) -> Flow[int]:
         """Merge some partials of open sessions."""
