@@ -9,7 +9,18 @@ from typing import Any, Protocol, Self
 
 from phonon._core import classes
 from phonon._core.compaction import LongSession, compact
-from phonon._core.flows import REBORN, Execute, Flow, Job, Send, T, call, never_run, read
+from phonon._core.flows import (
+    REBORN,
+    Execute,
+    Flow,
+    Job,
+    Outcome,
+    Send,
+    T,
+    call,
+    never_run,
+    read,
+)
 from phonon._core.identity import Identity
 from phonon._core.parcels import SessionResult, groups
 from phonon._core.reports import Event, Reports
@@ -362,6 +373,8 @@ class Executor:
         owner = self._identity.id
         batches = [b for b in workload.batches.values() if not _is_unreported(b)]
         for batch, answer in (yield from resume(batches, [b.run.token for b in batches])):
+            if batch.job is not None and batch.job.begun:
+                continue  # the answer to its report tells the same
             if isinstance(answer, PhononError):
                 batch.error = _NotFetchedError(answer)
             elif answer == _LOST:
@@ -372,6 +385,8 @@ class Executor:
                 continue
             if batch.job is not None:
                 batch.records[batch.at].finish()
+                # No driver runs it any more. Others that it was to execute are executed alone.
+                batch.job.outcome = Outcome(error=_TAKEN_OVER)
                 batch.job = None
         workload.owner = owner
 
