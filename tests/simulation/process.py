@@ -564,6 +564,8 @@ class SimProcess:
                 released = yield from leases.release(grant)
                 break
             except ServerError:
+                if self.running is not None and self.running.gone:
+                    raise  # nobody is there to release it again
                 self.world.seen["release tried again"] += 1
         if had and not released and grant.is_ours:
             checks.lock_gone(self, grant)

@@ -273,6 +273,18 @@ def a_refused_release_keeps_its_lock(world: World) -> None:
     assert world.seen["release tried again"] == 1
 
 
+def a_release_that_is_refused_late_is_made_again(world: World) -> None:
+    """Its caller has gone, so nobody else releases the lock."""
+    world.do(("user", "a", "user0", "lock", "d", None, False, None))
+    world.do(("call", "a", 0, "ok"))
+    while not world.processes["a"].identity.lanes[0].queue:
+        world.do(("go", "a", "user0", "ok"))
+    world.do(("gone", "a", "user0"))
+    world.do(("call", "a", 0, "refused"))
+    settle(world, A_LEASE)
+    assert not world.checks.state().lock["d"], "G13: the lock is held, and nobody has it"
+
+
 def a_clock_that_is_set_forward_is_nobodys_death(world: World) -> None:
     """Neither by more than a lease nor by less: deadlines are set forward with it."""
     assert world.do(("user", "a", "user0", "lock", "d", 5.0, False, None))
@@ -515,6 +527,25 @@ def a_refused_join_behind_a_rebirth(world: World) -> None:
     run_out(world)
 
 
+def a_refused_leave_behind_a_refused_join(world: World) -> None:
+    """What stays held, because its leave was refused, may not have been joined before."""
+    world.do(("user", "a", "user0", "join", "d"))
+    world.do(("call", "a", 0, "refused"))
+    world.do(("user", "a", "user1", "leave", ("d",), False, False))
+    world.do(("call", "a", 0, "ok"))
+    world.do(("call", "a", 0, "refused"))
+    world.do(("call", "a", 0, "ok"))
+
+
+def a_doubt_stays_until_it_is_settled(world: World) -> None:
+    """The join that settles it is refused as well."""
+    a_refused_leave_behind_a_refused_join(world)
+    world.do(("work", "a"))
+    for task in ("outbox", "outbox", "branch"):
+        world.do(("go", "a", task, "ok"))
+    assert world.do(("call", "a", 0, "refused"))
+
+
 def a_leave_behind_a_rebirth_is_the_last(world: World) -> None:
     """The only member of a session is told that it was the last, also as a zombie."""
     _does(world, "a", "join", "d")
@@ -603,6 +634,7 @@ SCENARIOS: list[Scenario] = [
     a_sweep_is_patient,
     a_stale_reaper_meets_an_outage,
     a_refused_release_keeps_its_lock,
+    a_release_that_is_refused_late_is_made_again,
     a_clock_that_is_set_forward_is_nobodys_death,
     a_rollback_in_a_takeover,
     a_zombie_does_not_complete,
@@ -617,6 +649,8 @@ SCENARIOS: list[Scenario] = [
     a_refused_join_of_a_takeover_that_gave_up,
     a_join_while_others_are_executed_stays,
     a_refused_join_behind_a_rebirth,
+    a_refused_leave_behind_a_refused_join,
+    a_doubt_stays_until_it_is_settled,
     a_leave_behind_a_rebirth_is_the_last,
     a_closed_lane_has_lost_nothing,
     a_call_behind_a_close_has_lost_nothing,

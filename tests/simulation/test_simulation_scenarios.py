@@ -124,6 +124,9 @@ WITHOUT: dict[Scenario, Mutation] = {
     scenarios.a_refused_release_keeps_its_lock: Mutation(
         core=(Patch(leases, "Leases.release", "weakref.ref(releasing)", "lambda: None"),)
     ),
+    scenarios.a_release_that_is_refused_late_is_made_again: Mutation(
+        core=(Patch(leases, "Leases.release", "if (yield CALLER_GONE):", "if False:"),)
+    ),
     scenarios.a_clock_that_is_set_forward_is_nobodys_death: _lua(
         "  if jump > ttl * JUMP then\n", "  if false then\n"
     ),
@@ -204,8 +207,9 @@ WITHOUT: dict[Scenario, Mutation] = {
                 outbox,
                 "Outbox.end",
                 "answers = yield from executor.execute(workload, leaves)",
-                "made: list[Operation] = []\n            leaves(made)\n"
-                "            answers = yield from executor.execute(workload, lambda sent: sent.extend(made))",
+                "made: list[Operation] = []\n                leaves(made)\n"
+                "                answers = "
+                "yield from executor.execute(workload, lambda sent: sent.extend(made))",
             ),
         )
     ),
@@ -218,6 +222,12 @@ WITHOUT: dict[Scenario, Mutation] = {
                 "not entry.entered",
             ),
         )
+    ),
+    scenarios.a_refused_leave_behind_a_refused_join: Mutation(
+        core=(Patch(members, "Members.stay", "if not left.entered:", "if False:"),)
+    ),
+    scenarios.a_doubt_stays_until_it_is_settled: Mutation(
+        core=(Patch(members, "Members.settle_doubts", "isinstance(answer, Exception)", "False"),)
     ),
     scenarios.a_leave_behind_a_rebirth_is_the_last: Mutation(
         core=(Patch(rebirth, "Rebirth.run", "resources += operation.held", "pass"),)

@@ -401,6 +401,9 @@ class Leases:
         try:
             (answer,) = yield Send((operations.unlock(*place, holder),))
             if isinstance(answer, ServerError):
+                if (yield CALLER_GONE):  # so the worker has to release it
+                    self._unknown[place] = None
+                    return True
                 self._add(grant)  # to be renewed, and to be released again
         finally:
             releasing = None

@@ -41,11 +41,13 @@ class PendingJoin:
         pending: Operations under way that make this process a member.
         entered: Whether one of them has succeeded.
         identity: The identity under which the first one was sent. A rebirth joins all that is held.
+        opener: The value in `Members.held`, if a leave has come meanwhile.
     """
 
-    __slots__ = ("entered", "identity", "pending")
+    __slots__ = ("entered", "identity", "opener", "pending")
 
     def __init__(self, identity: bytes) -> None:
+        self.opener: weakref.ref[Any] | None = None
         self.pending = 0
         self.entered = False
         self.identity = identity
@@ -100,12 +102,21 @@ class Members:
         of = self._identity.partitions.of
         return [operations.join(of(name), name) for name in names]
 
+    @property
+    def has_doubts(self) -> bool:
+        """Return whether a resource is held of which this process may be no member."""
+        return bool(self._doubtful)
+
     def settle_doubts(self) -> Flow[None]:
-        """Join resources again that a rebirth has joined, and that may have been left since."""
+        """Join resources again that are held here, and perhaps not on the server."""
         doubtful, self._doubtful = self._doubtful, {}
-        sent = [operations.join(*self.place(each)) for each in doubtful if each in self.held]
-        if sent:
-            yield Send(sent)
+        held = [resource for resource in doubtful if resource in self.held]
+        answers = (
+            (yield Send([operations.join(*self.place(each)) for each in held])) if held else ()
+        )
+        for resource, answer in zip(held, answers, strict=True):
+            if isinstance(answer, Exception):
+                self._doubtful[resource] = None
 
     def join(self, resource: str) -> Flow[None]:
         """Become a member.
@@ -183,9 +194,21 @@ class Members:
                 self.held.pop(resource, None)
 
     def leaving(self, resource: str) -> Any:
-        """Stop holding a resource. Return its value in `held`, or `ABSENT`."""
-        self._entries.pop(resource, None)
-        return self.held.pop(resource, ABSENT)
+        """Stop holding a resource. Return what `stay` is to be given, or `ABSENT`."""
+        entry = self._entries.pop(resource, None)
+        opener = self.held.pop(resource, ABSENT)
+        if entry is None or opener is ABSENT:
+            return opener
+        entry.opener = opener
+        return entry
+
+    def stay(self, resource: str, left: Any) -> None:
+        """Hold a resource again: the leave was refused, and perhaps the join before it as well."""
+        if isinstance(left, PendingJoin):
+            if not left.entered:
+                self._doubtful[resource] = None
+            left = left.opener
+        self.held.setdefault(resource, left)
 
     def count(self, resource: str) -> Flow[int]:
         """Return the number of processes that hold a resource, read atomically."""
