@@ -11,7 +11,7 @@ from phonon._core import codec
 from phonon._core.blocks import BlockEnd
 from phonon._core.copies import UNREFERENCED
 from phonon._core.engine import Engine, errors_only
-from phonon._core.flows import Flow, has_begun
+from phonon._core.flows import Flow, goes_on
 from phonon._core.parcels import Ending
 
 if TYPE_CHECKING:
@@ -313,16 +313,17 @@ class Closing:
         self._joins = joins
         self._fresh = fresh
         self._endings = endings
+        self._ends = False
         self.flow: Flow[list[BaseException]] = self._sending()
 
     def _sending(self) -> Flow[list[BaseException]]:
         engine = self._engine
         outbox, held = engine.outbox, engine.members.held
         ending_ids = {id(ending.update) for ending in self._endings}
-        unsent, outbox.unsent = outbox.unsent, []
-        parcels = [*unsent, *merge_updates(u for u in self._fresh if id(u) not in ending_ids)]
         try:
-            errors = list((yield from outbox.store(parcels, list(self._joins))))
+            errors = (yield from outbox.store_unsent()) if outbox.unsent else []
+            parcels = merge_updates(u for u in self._fresh if id(u) not in ending_ids)
+            errors += yield from outbox.store(parcels, list(self._joins))
         finally:
             for update in self._fresh:
                 if update._batch_ is self._batch:
@@ -330,13 +331,16 @@ class Closing:
         for resource, opener in self._joins.items():
             if opener is not None and resource in held and held[resource] is None:
                 held[resource] = weakref.ref(opener)
+        self._ends = True
         errors += yield from end_all(engine, self._endings)
         return errors
 
     def interrupted(self) -> None:
-        """Keep the data if the flow has not begun. Otherwise it goes on in the background."""
-        if has_begun(self.flow):
+        """Keep the data, unless the flow goes on in the background."""
+        if goes_on(self.flow):
             return
+        if self._ends:
+            return  # an interrupt has ended it since; what it had not sent is in the outbox
         for update in self._fresh:
             update._batch_ = None
         unsent = [update for update in self._fresh if update.has_unsent()]
@@ -406,13 +410,19 @@ def end_all(engine: Engine, endings: Sequence[EndingUpdate]) -> Flow[list[BaseEx
     """
     errors: list[BaseException] = []
     while endings:
-        now: dict[str, EndingUpdate] = {}
-        later = [
-            each for each in endings if now.setdefault(each.update.resource_id, each) is not each
-        ]
-        results = yield from engine.outbox.end(
-            [Ending(name, each.update, each.update.forced) for name, each in now.items()]
-        )
+        try:
+            now: dict[str, EndingUpdate] = {}
+            later = [
+                each
+                for each in endings
+                if now.setdefault(each.update.resource_id, each) is not each
+            ]
+            some = [Ending(name, each.update, each.update.forced) for name, each in now.items()]
+        except BaseException:  # an interrupt
+            for ending in endings:
+                ending.failed()
+            raise
+        results = yield from engine.outbox.end(some)
         for ending, result in zip(now.values(), results, strict=True):
             if result.errors:
                 ending.failed()

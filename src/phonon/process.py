@@ -13,7 +13,7 @@ from phonon import _lifetime
 from phonon._core.codec import UpdateCodec
 from phonon._core.dead_letters import DeadLetters, Parked
 from phonon._core.engine import Engine, ProcessOptions, ThreadEngine, errors_only
-from phonon._core.flows import FLUSH, Flow, Sleep, read
+from phonon._core.flows import CALLER_GONE, FLUSH, Flow, Sleep, read
 from phonon._core.forks import notice
 from phonon._core.reports import EVENTS, Event
 from phonon._protocol import library
@@ -146,11 +146,11 @@ class BaseProcess:
         engine = self.engine
         outbox = engine.outbox
         _ = engine.batch  # ends a batch whose block was left without its end
-        unsent, outbox.unsent = outbox.unsent, []
-        errors: list[BaseException] = yield from outbox.store(unsent)
+        errors: list[BaseException] = yield from outbox.store_unsent()
         deadline = engine.identity.clock() + engine.driver.retry_timeout
         pause = FIRST_PAUSE
-        while outbox.is_unfinished:
+        # Without its caller this flow would wait for itself.
+        while outbox.is_unfinished and not (yield CALLER_GONE):
             # Wait for the server to answer; then unanswered calls go at once.
             yield from read(engine.identity.in_namespace("processes"))
             yield FLUSH

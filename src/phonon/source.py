@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phonon._core.checks import is_number
 from phonon._core.engine import Engine, errors_only
-from phonon._core.flows import Flow, has_begun
+from phonon._core.flows import Flow, goes_on, has_begun
 from phonon._core.sources import (
     OrderedProgress,
     Progress,
@@ -183,18 +183,23 @@ class BaseMessages(BaseBatch, Generic[M]):
         endings = [self._endings.pop(key) for key in list(self._endings)]
         fresh, joins = list(self.fresh), self.joins
         self.fresh, self.joins = [], {}
-        self._engine.close_batch(self, self._outer)
-        self._return_aside()
-        if not self.is_complete:
+        try:
+            self._engine.close_batch(self, self._outer)
+            self._return_aside()
+            if not self.is_complete:
+                drop(self, fresh)
+                fresh = []
+            elif fresh and not self._has_begun:
+                raise self._outside()  # noqa: TRY301 - handled like an interrupt
+            stores = self.is_complete and self._has_begun
+            if not (stores or joins or endings):
+                return None
+            return MessagesClosing(self, joins, fresh, endings, stores=stores)
+        except BaseException:
             drop(self, fresh)
-            fresh = []
-        elif fresh and not self._has_begun:
-            drop(self, fresh)
-            raise self._outside()
-        stores = self.is_complete and self._has_begun
-        if not (stores or joins or endings):
-            return None
-        return MessagesClosing(self, joins, fresh, endings, stores=stores)
+            for ending in endings:
+                ending.failed()
+            raise
 
 
 class MessagesClosing(Closing):
@@ -221,15 +226,17 @@ class MessagesClosing(Closing):
         if self._joins:
             errors += yield from engine.outbox.store((), list(self._joins))
         self._batch.is_stored = self._batch.is_complete and not errors
+        self._ends = True
         # Only now: their last data has to be stored with the books, not by the end of a session.
         errors += yield from end_all(engine, self._endings)
         return errors
 
     def interrupted(self) -> None:
-        """Drop all if the flow has not begun. Calls that have begun go on in the background."""
+        """Drop all, unless the flow goes on in the background."""
         self._batch._progress.failed()  # noqa: SLF001 - a class of this module
         if not has_begun(self.flow):
             drop(self._batch, self._fresh)
+        if not (self._ends or goes_on(self.flow)):
             for ending in self._endings:
                 ending.failed()
 
@@ -251,17 +258,19 @@ def _storing(
 ) -> Flow[list[BaseException]]:
     # A collection has one record a key, so its records need no merge. A record that was merged into
     # another one would keep its states, and the next message would be folded into them.
-    cached = [update for update in fresh if update.is_folded_]
-    loose = merge_updates(update for update in fresh if not update.is_folded_)
+    is_stored = False
     try:
+        cached = [update for update in fresh if update.is_folded_]
+        loose = merge_updates(update for update in fresh if not update.is_folded_)
         errors: list[BaseException] = yield from engine.sources.ingest(progress, [*cached, *loose])
+        is_stored = not errors
     finally:
         # What the next batch has by now is not of this one, which may have lost its caller.
         own = [update for update in fresh if update._batch_ is batch]
         for update in own:
             update._batch_ = None
-    if errors:
-        drop(batch, own)
+        if not is_stored:
+            drop(batch, own)
     return errors
 
 

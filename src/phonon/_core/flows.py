@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from inspect import GEN_CREATED, getgeneratorstate
+from inspect import GEN_CLOSED, GEN_CREATED, getgeneratorstate
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from phonon._protocol.library import Request
@@ -241,6 +241,11 @@ def never_run(value: Any) -> TypeError | None:
 def has_begun(flow: Generator[Any, Any, Any]) -> bool:
     """Return whether a flow has been started; it may have ended."""
     return getgeneratorstate(flow) != GEN_CREATED
+
+
+def goes_on(flow: Generator[Any, Any, Any]) -> bool:
+    """Return whether a flow has begun, and an interrupt has not ended it."""
+    return getgeneratorstate(flow) not in (GEN_CREATED, GEN_CLOSED)
 
 
 class Done(NamedTuple):

@@ -191,9 +191,8 @@ class Outbox:
     @property
     def has_work(self) -> bool:
         """Return whether anything is unfinished, apart from batches that are not due."""
-        return bool(self.unsent or self.unended or self.detached) or any(
-            lane.has_work for lane in self._identity.lanes
-        )
+        unfinished = self.unsent or self.unended or self.detached or self._members.has_doubts
+        return bool(unfinished) or any(lane.has_work for lane in self._identity.lanes)
 
     def update_room(self) -> None:
         """Update `full`, after the amount of unfinished work has changed."""
@@ -257,10 +256,12 @@ class Outbox:
         errors: list[BaseException] = []
         sent: list[Operation] = []
         stored: list[_Appends] = []
-        joined = [resource for resource in joins if not members.is_sure(resource)]
+        joined: list[str] = []
         joining: list[tuple[Sequence[str], Sequence[PendingJoin | None]]] = []
+        is_made = False
 
         def make() -> Iterator[int]:
+            nonlocal is_made
             for group in groups(parcels, members.places([p.resource_id for p in parcels])):
                 self._append(group, sent, stored, errors)
                 yield len(group.names)
@@ -268,11 +269,24 @@ class Outbox:
                 joining.append((some, members.entering(some)))
                 sent.append(operations.join_many(partition, names))
                 yield len(names)
+            is_made = True
 
-        making = while_sending(make(), len(parcels) + len(joined))
-        if not (sent or making):
-            return errors
-        answers = yield Send(sent, more=making)
+        try:
+            joined += [resource for resource in joins if not members.is_sure(resource)]
+            making = while_sending(make(), len(parcels) + len(joined))
+            if not (sent or making):
+                return errors
+            answers = yield Send(sent, more=making)
+        except GeneratorExit:
+            raise
+        except BaseException:  # an interrupt, before anything was in a lane
+            for appends in stored:
+                for parcel, partial in zip(appends.parcels, appends.partials, strict=True):
+                    parcel.put_back(partial)
+            self.unsent += parcels
+            raise
+        if not is_made:  # an interrupt has ended it when a part was sent
+            self.unsent += parcels
         many: list[LongSession] = []
         size = count = 0
         for appends, operation, answer in zip(stored, sent, answers, strict=False):
@@ -298,6 +312,11 @@ class Outbox:
         yield from self._compact(many)
         return errors
 
+    def store_unsent(self) -> Flow[list[BaseException]]:
+        """Store the data that could not be stored before. Return the errors."""
+        unsent, self.unsent = self.unsent, []
+        return (yield from self.store(unsent))
+
     def _append(
         self,
         group: Group,
@@ -310,6 +329,7 @@ class Outbox:
         taken: list[Any] = []
         names: list[bytes] = []
         partials: list[bytes] = []
+        made: list[tuple[_Appends, Operation]] = []
         try:
             for parcel, name in zip(group.items, group.names, strict=True):
                 try:
@@ -321,19 +341,23 @@ class Outbox:
                     taken.append(parcel)
                     partials.append(partial)
                     names.append(name)
+            for piece in pieces(partials) if taken else ():
+                resources = [parcel.resource_id for parcel in taken[piece]]
+                entries = entering(resources)
+                for parcel, resource in zip(taken[piece], resources, strict=True):
+                    # Another thread may have left the resource in between.
+                    if held.get(resource, ABSENT) is None:
+                        held[resource] = weakref.ref(parcel)
+                appends = _Appends(taken[piece], partials[piece], entries)
+                operation = operations.append_many(group.partition, names[piece], partials[piece])
+                made.append((appends, operation))
         except BaseException:
             for parcel, partial in zip(taken, partials, strict=False):
                 parcel.put_back(partial)
             raise
-        for piece in pieces(partials) if taken else ():
-            resources = [parcel.resource_id for parcel in taken[piece]]
-            entries = entering(resources)
-            for parcel, resource in zip(taken[piece], resources, strict=True):
-                # Another thread may have left the resource in between.
-                if held.get(resource, ABSENT) is None:
-                    held[resource] = weakref.ref(parcel)
-            stored.append(_Appends(taken[piece], partials[piece], entries))
-            sent.append(operations.append_many(group.partition, names[piece], partials[piece]))
+        for appends, operation in made:
+            stored.append(appends)
+            sent.append(operation)
 
     def _entered(
         self, resources: Sequence[str], entries: Sequence[PendingJoin | None], told: Sequence[Any]
@@ -386,24 +410,41 @@ class Outbox:
         """
         executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
-        results = [SessionResult() for _ in endings]
-        pairs = list(zip(endings, results, strict=True))
         many: list[LongSession] = []
         place = self._members.place
-        with executor.new_workload() as workload:
-            for first in range(0, len(pairs), CHUNK):
-                about: list[_Leaves] = []
-                some = pairs[first : first + CHUNK]
-                grouped = groups(some, [place(ending.resource) for ending, _ in some])
-                workload.expected = {name for group in grouped for name in group.names}
-                # The leaves are made when they are sent, not before batches are executed: a join in
-                # between would be held here, and undone on the server.
-                leaves = functools.partial(self._leaves, grouped, about)
-                answers = yield from executor.execute(workload, leaves)
-                for group, answer in zip(about, answers, strict=False):
-                    self._left(group, answer, workload, many)
-                workload.expected = ()
-            yield from executor.execute(workload)
+        about: list[_Leaves] = []
+        behind = 0  # how many may be on their way, or further
+        try:
+            results = [SessionResult() for _ in endings]
+            pairs = list(zip(endings, results, strict=True))
+            with executor.new_workload() as workload:
+                for first in range(0, len(pairs), CHUNK):
+                    some = pairs[first : first + CHUNK]
+                    grouped = groups(some, [place(ending.resource) for ending, _ in some])
+                    workload.expected = {name for group in grouped for name in group.names}
+                    # The leaves are made when they are sent, not before batches are executed: a
+                    # join in between would be held here, and undone on the server.
+                    about = []
+                    leaves = functools.partial(self._leaves, grouped, about)
+                    answers = yield from executor.execute(workload, leaves)
+                    behind = first + CHUNK
+                    for group, answer in zip(about, answers, strict=False):
+                        self._left(group, answer, workload, many)
+                    # An interrupt may have ended the making when a part was sent.
+                    self.unended += [
+                        ending
+                        for ending, result in some
+                        if ending.parcel is not None and not (result.sent or result.errors)
+                    ]
+                    workload.expected = ()
+                yield from executor.execute(workload)
+        except GeneratorExit:
+            raise
+        except BaseException:  # an interrupt
+            if not behind:  # nothing was in a lane
+                self._undo(about)
+            self.unended += [ending for ending in endings[behind:] if ending.parcel is not None]
+            raise
         yield from self._compact(many)
         self.update_room()
         return results
@@ -423,7 +464,13 @@ class Outbox:
         with executor.new_workload() as workload:
             workload.expected = (name,)
             self._leave(Group(partition, ((ending, result),), (name,)), about, sent)
-            (answer,) = yield Send(sent)
+            try:
+                (answer,) = yield Send(sent)
+            except GeneratorExit:
+                raise
+            except BaseException:
+                self._undo(about)
+                raise
             self._left(about[0], answer, workload, many)
             workload.expected = ()
             done = not workload.batches
@@ -451,6 +498,7 @@ class Outbox:
         partials: list[bytes] = []
         kept: list[Any] = []
         held: list[Any] = []
+        made: list[_Leaves] = []
         try:
             for pair, name in zip(group.items, group.names, strict=True):
                 ending = pair[0]
@@ -466,21 +514,27 @@ class Outbox:
                 kept.append(content)
                 names.append(name)
                 held.append(leaving(ending.resource))
+            for piece in pieces(partials) if pairs else ():
+                some = pairs[piece]
+                flags = [
+                    operations.FORCE * ending.force
+                    + operations.MODIFICATIONS * ending.modifications
+                    for ending, _ in some
+                ]
+                operation = operations.leave_many(
+                    group.partition, names[piece], flags, partials[piece]
+                )
+                places = zip(names[piece], held[piece], strict=True)
+                operation.held = [name for name, was_held in places if was_held is not ABSENT]
+                made.append(_Leaves(operation, some, partials[piece], kept[piece], held[piece]))
         except BaseException:
+            held += [ABSENT] * (len(pairs) - len(held))
             for (ending, _), data, was_held in zip(pairs, partials, held, strict=False):
                 self._not_left(ending, data, was_held)
             raise
-        for piece in pieces(partials) if pairs else ():
-            some = pairs[piece]
-            flags = [
-                operations.FORCE * ending.force + operations.MODIFICATIONS * ending.modifications
-                for ending, _ in some
-            ]
-            operation = operations.leave_many(group.partition, names[piece], flags, partials[piece])
-            places = zip(names[piece], held[piece], strict=True)
-            operation.held = [name for name, was_held in places if was_held is not ABSENT]
-            about.append(_Leaves(operation, some, partials[piece], kept[piece], held[piece]))
-            sent.append(operation)
+        for leaves in made:
+            about.append(leaves)
+            sent.append(leaves.operation)
 
     def _left(
         self, leaves: _Leaves, answer: Any, workload: Workload, many: list[LongSession]
@@ -554,10 +608,18 @@ class Outbox:
     def _not_left(self, ending: Ending, data: bytes, was_held: Any) -> None:
         """Handle a refusal: the data is local again, and the session goes on."""
         if was_held is not ABSENT:
-            self._members.held.setdefault(ending.resource, was_held)
+            self._members.stay(ending.resource, was_held)
         if data:
             ending.parcel.put_back(data)
             self.unended.append(ending)
+
+    def _undo(self, about: Sequence[_Leaves]) -> None:
+        """Handle an interrupt before leaves were sent: the sessions go on."""
+        for leaves in about:
+            for (ending, _), data, was_held in zip(
+                leaves.pairs, leaves.partials, leaves.held, strict=True
+            ):
+                self._not_left(ending, data, was_held)
 
     # Due work
 
@@ -782,8 +844,9 @@ class Outbox:
                         log.error("a session could still not be ended: %s", error)
                         self._reports.notify(error)
         if self.unsent:
-            unsent, self.unsent = self.unsent, []
-            yield Branch(self.store(unsent))
+            yield Branch(self.store_unsent())
+        if self._members.has_doubts:
+            yield Branch(self._members.settle_doubts())
         self.update_room()
 
     def _continue(self, run: Any) -> None:

@@ -18,8 +18,9 @@ import pytest
 
 from phonon import LruCache, Process
 from phonon._core import engine as engine_module
-from phonon._core.flows import Flow, Send
+from phonon._core.flows import Flow, Send, has_begun
 from phonon._transport import sync_io
+from phonon.batch import _BatchedEnding, end_all
 from phonon.errors import ProcessStoppedError
 from support import operations
 from support.interrupts import at_call
@@ -40,6 +41,14 @@ class TimeLimit(Exception):  # noqa: N818 - as Celery's soft time limit, an ordi
 
 def limit() -> None:
     raise TimeLimit
+
+
+class Exit(BaseException):
+    """The same, which nothing takes for an error of the user's code."""
+
+
+def leave() -> None:
+    raise Exit
 
 
 @pytest.fixture(autouse=True)
@@ -225,6 +234,47 @@ def test_an_interrupt_anywhere_in_a_batch_ends_it(make: Make, server: Redis) -> 
     docs = kind.docs()
     assert docs.pop("broken off")["n"] <= number
     assert docs == {f"acknowledged-{n}": {"n": 1} for n in range(1, number)}
+
+
+@pytest.mark.parametrize("how", ["flush", "batch", "ends"])
+def test_an_interrupt_anywhere_loses_no_data_that_was_kept(make: Make, how: str) -> None:
+    """Because it could not be sent before; or in an update whose session ends."""
+    process = make(heartbeat_interval=NO_BEAT)
+    engine = process.engine
+    kind = fresh()
+
+    def in_a_batch() -> None:
+        with process.batch():
+            kind(process, "other", doc={"n": 1})
+
+    for number in itertools.count(1):
+        names = [f"{number}-{i}" for i in range(3)]
+        updates = [kind(process, name, doc={"n": 1}, init_cache=False) for name in names]
+        ends = [
+            _BatchedEnding(each, partial(engine.outbox.unsent.append, each)) for each in updates
+        ]
+        flow = end_all(engine, ends)
+        if how != "ends":
+            engine.outbox.unsent += updates
+        works: dict[str, Callable[[], object]] = {
+            "flush": process.flush,
+            "batch": in_a_batch,
+            "ends": partial(engine.run, flow),
+        }
+        try:
+            if not at_call(number, works[how], leave):
+                break
+        except Exit:
+            pass
+        process.flush()
+        for update in updates if how == "ends" and not has_begun(flow) else ():
+            update.end_session()
+    assert number > 25
+    process.stop()
+    # A batch whose execution was interrupted is executed again, under its token.
+    written = {(each.record, each.token): each.doc for each in kind.written}
+    found = sorted((record, doc["n"]) for (record, _), doc in written.items() if record != "other")
+    assert found == sorted((f"{n}-{i}", 1) for n in range(1, number + 1) for i in range(3))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -1,6 +1,7 @@
 """Ordered sources: data and offsets in one step, whatever comes between."""
 
 import contextlib
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from phonon.errors import (
     SourceLostError,
 )
 from support.counted import Count, Visits
+from support.interrupts import at_call
 from support.proxy import Proxy
 from support.world import Make, Redis, wait_until
 
@@ -24,6 +26,14 @@ from support.world import Make, Redis, wait_until
 class Message(NamedTuple):
     offset: int
     key: int
+
+
+class Exit(BaseException):
+    """The exception of a signal handler."""
+
+
+def leave() -> None:
+    raise Exit
 
 
 def messages(first: int, last: int, keys: int = 50) -> list[Message]:
@@ -281,3 +291,22 @@ def test_a_key_of_a_foreign_type_holds_nothing_up(make: Make, server: Redis) -> 
     process.replay(parked.resource, parked.token)
     process.stop()
     assert Count.executed == expected(some)
+
+
+def test_an_interrupt_anywhere_in_a_batch_doubles_nothing(make: Make) -> None:
+    """The reader claims the source again, and reads on from its position."""
+    process = make(heartbeat_interval=50)
+    cache = process.collect(Visits, 1000)
+    source = process.source("s")
+    for number in itertools.count(1):
+        some = messages(3 * number, 3 * number + 3, 1000)
+        try:
+            if not at_call(number, lambda: take(process, source, some, cache), leave):  # noqa: B023 - called in this round
+                break
+        except Exit:
+            source.claim()
+            take(process, source, some, cache)
+    assert number > 25
+    cache.expire_all()
+    process.stop()
+    assert Count.executed == expected(messages(3, 3 * number + 3, 1000))

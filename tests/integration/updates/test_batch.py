@@ -1,5 +1,6 @@
 """Batches: nothing before the block ends, everything after it, in one exchange."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -7,7 +8,10 @@ from typing import Any, ClassVar
 import pytest
 
 from phonon import ConflictFreeUpdate, LruCache, Process
-from support.world import Make, Redis
+from phonon.errors import ConnectionLostError
+from support.proxy import Proxy
+from support.samples import fresh
+from support.world import Make, Redis, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +98,20 @@ def test_a_durable_block_inside_makes_the_outer_one_so(make: Make, server: Redis
     with process.batch(durable=False), process.batch():
         Count(process, "a", doc={"n": 1}, init_cache=False)
     assert stored(process, server) == 1
+
+
+def test_a_flush_whose_caller_has_gone_does_not_wait_for_itself(make: Make, server: Redis) -> None:
+    kind = fresh()
+    with contextlib.closing(Proxy(server.socket)) as proxy:
+        process = make(url=proxy.url, retry_timeout=0.5)
+        outbox = process.engine.outbox
+        outbox.unsent.append(kind(process, "record", doc={"n": 1}, init_cache=False))
+        with proxy.away(), pytest.raises(ConnectionLostError):
+            process.flush()
+        proxy.ignored = frozenset()
+        proxy.plan()
+        outbox.wake()
+        wait_until(lambda: not outbox.detached)
+        assert proxy.steps.count("processes") < 10
+        process.stop()
+    assert kind.docs() == {"record": {"n": 1}}
