@@ -4,15 +4,14 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Container, Generator, Iterable, Sequence
-from inspect import GEN_CREATED, getgeneratorstate
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from phonon._core import codec
 from phonon._core.blocks import BlockEnd
 from phonon._core.copies import UNREFERENCED
 from phonon._core.engine import Engine, errors_only
-from phonon._core.flows import Flow
+from phonon._core.flows import Flow, has_begun
 from phonon._core.parcels import Ending
 
 if TYPE_CHECKING:
@@ -397,11 +396,6 @@ def raise_together(message: str, errors: Sequence[Exception]) -> None:
         raise errors[0]
     if errors:
         raise ExceptionGroup(f"{message}: {len(errors)} errors", errors)
-
-
-def has_begun(flow: Generator[Any, Any, Any]) -> bool:
-    """Return whether a flow has been started; it may have ended."""
-    return getgeneratorstate(flow) != GEN_CREATED
 
 
 def end_all(engine: Engine, endings: Sequence[EndingUpdate]) -> Flow[list[BaseException]]:

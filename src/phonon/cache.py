@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from phonon._core.engine import Engine, errors_only
-from phonon._core.flows import Flow
+from phonon._core.flows import Flow, has_begun
 from phonon._core.forks import notice
 from phonon._core.parcels import Ending
 from phonon._core.sessions import Sessions
-from phonon.batch import EndingUpdate, end_all, has_begun, raise_together
+from phonon.batch import EndingUpdate, end_all, raise_together
 from phonon.errors import ConfigurationError
 from phonon.settings import check_api, check_count, check_key
 from phonon.update import Update
@@ -22,8 +22,9 @@ U = TypeVar("U")
 
 #: The most frequent answer of `set`, with nothing that has left the cache.
 _MERGED: tuple[bool, tuple[()]] = (False, ())
-#: Sessions ended at a time, so that no more updates than these wait outside of the cache.
-PIECE = 5000
+#: Sessions ended at a time. The garbage collector looks, again and again, at all that wait outside
+#: of the cache: in pieces of 5,000 this takes an eighth more time.
+PIECE = 1000
 
 
 class BaseCache(Generic[U]):

@@ -210,7 +210,7 @@ class BaseProcess:
         where = letters.key(resource, token)
         return [self.engine.codec.decode(resource, partial, where) for partial in partials]
 
-    def _replay(self, resource: str, token: int) -> Flow[list[BaseException]]:
+    def _replay(self, resource: str, token: int) -> Flow[Sequence[BaseException]]:
         check_name("resource", resource)
         return self._dead_letters.replay(resource, token)
 
@@ -746,7 +746,7 @@ class Process(BaseProcess):
         self._engine.driver.executor = None  # its threads are the parent's
         self._engine.after_fork_in_child()
 
-    def _errors(self, flow: Flow[list[BaseException]]) -> list[Exception]:
+    def _errors(self, flow: Flow[Sequence[BaseException]]) -> list[Exception]:
         return errors_only(self._engine.run(flow))
 
 

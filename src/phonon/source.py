@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phonon._core.checks import is_number
 from phonon._core.engine import Engine, errors_only
-from phonon._core.flows import Flow
+from phonon._core.flows import Flow, has_begun
 from phonon._core.sources import (
     OrderedProgress,
     Progress,
@@ -19,7 +19,6 @@ from phonon.batch import (
     Batch,
     Closing,
     end_all,
-    has_begun,
     merge_updates,
     raise_together,
 )
@@ -257,11 +256,12 @@ def _storing(
     try:
         errors: list[BaseException] = yield from engine.sources.ingest(progress, [*cached, *loose])
     finally:
-        for update in fresh:
-            if update._batch_ is batch:
-                update._batch_ = None
+        # What the next batch has by now is not of this one, which may have lost its caller.
+        own = [update for update in fresh if update._batch_ is batch]
+        for update in own:
+            update._batch_ = None
     if errors:
-        drop(batch, fresh)
+        drop(batch, own)
     return errors
 
 

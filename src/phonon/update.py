@@ -406,7 +406,7 @@ class Update(LocalUpdate):
         yield from engine.members.join(self.resource_id)
         return []
 
-    def ending(self, engine: Engine) -> Flow[list[BaseException]]:
+    def ending(self, engine: Engine) -> Flow[Sequence[BaseException]]:
         """End the session.
 
         Returns:

@@ -250,7 +250,7 @@ class Checks:
 
     def begin(self, p: "SimProcess", task: "SimFlow") -> None:
         for job in task.effect.jobs:
-            for instance in _instances(job):
+            for instance in instances_of(job):
                 record = instance.record
                 others = [
                     place
@@ -267,7 +267,7 @@ class Checks:
                 )
 
     def end(self, p: "SimProcess", task: "SimFlow", job: Any) -> None:
-        for instance in _instances(job):
+        for instance in instances_of(job):
             self.executing[instance.record.resource].pop((p.name, task.name), None)
 
     def drop(self, p: "SimProcess") -> None:
@@ -542,7 +542,8 @@ class Checks:
             self.fail(f"G15: {self.expected} did not notice what the server has lost")
 
 
-def _instances(job: Any) -> list["Instance"]:
+def instances_of(job: Any) -> list["Instance"]:
+    """Return what a job of the user's code executes."""
     many = getattr(job, "instances", None)
     if many is not None:
         return list(many)

@@ -390,6 +390,7 @@ _FOUND_AT = {
     "a process believes that it lives": ("deaths", 36),
     "what a refused call could have freed is dropped": ("rollback", 0),
     "reap does not note what is due": ("deaths", 880),
+    "silent partitions are moved on too far": ("sources", 156),
 }
 #: Directed scenarios find these; random schedules seldom do.
 _BY_SCENARIO = (

@@ -6,9 +6,10 @@ The resource ``d`` is in partition 0, and ``y`` in partition 1.
 from collections.abc import Callable
 from typing import Any
 
-from phonon._core.flows import Branch, Read, Send
+from phonon._core.flows import Branch, Execute, Read, Send, Sleep
 from phonon._protocol.operations import Code
-from phonon.errors import DeclaredDeadError, ServerStateLostError
+from phonon.errors import BatchLostError, DeclaredDeadError, ServerStateLostError
+from simulation.checks import instances_of
 from simulation.process import LEASE_US, SimProcess
 from simulation.settle import run_out, settle
 from simulation.world import Setup, World
@@ -358,6 +359,55 @@ def a_batch_of_a_former_self_is_not_begun(world: World) -> None:
     assert world.seen["RESUME LOST"] == 1
 
 
+def _executes(p: SimProcess) -> list[str]:
+    """Return the resources whose batches a user's flow executes."""
+    effect = p.tasks["user0"].effect
+    jobs = effect.jobs if isinstance(effect, Execute) else ()
+    instances = [each for job in jobs for each in instances_of(job)]
+    return [instance.record.resource for instance in instances]
+
+
+def _loses_the_batch_of_d(world: World) -> SimProcess:
+    """A process executes batches of d and y, and a survivor takes over the first. Return the zombie."""
+    world.do(("user", "a", "user0", "leave", ("d", "y"), True, False))
+    world.do(("call", "a", 0, "ok"))
+    world.do(("call", "a", 1, "ok"))
+    a, b = world.processes["a"], world.processes["b"]
+    assert _executes(a) == ["d", "y"]
+    if "d" not in world.together:
+        world.do(("exec", "a", "user0", 0, "half"))
+    world.do(("pause", "a"))
+    for _ in range(12):
+        for lane in b.identity.lanes:
+            recovers = any(o.words[0] == Code.REAP and o.words[3] for o in lane.queue)
+            if lane.partition == 0 or not recovers:
+                world.do(("call", "b", lane.partition, "ok"))
+        for task in list(b.tasks):
+            world.do(("go", "b", task, "ok"))
+    _is_reborn(world, "a")
+    a.tasks["user0"].finish(None)  # it looks at what has ended so far
+    for _ in range(12):
+        for partition in range(len(a.identity.lanes)):
+            world.do(("call", "a", partition, "ok"))
+        for task in list(a.tasks):
+            world.do(("go", "a", task, "ok"))
+    assert world.seen["RESUME LOST"] == 1
+    return a
+
+
+def a_batch_of_a_former_self_is_not_executed_with_others(world: World) -> None:
+    """A call of the user's code for several batches is made without those that are lost."""
+    world.together = "dy"
+    assert _executes(_loses_the_batch_of_d(world)) == ["y"]
+
+
+def a_batch_that_is_lost_while_it_is_executed_is_reported(world: World) -> None:
+    """The user's code is running when a zombie asks for its batches: it is not taken from it."""
+    a = _loses_the_batch_of_d(world)
+    run_out(world)
+    assert len(_reports(a, BatchLostError)) == 1
+
+
 def _gives_up_taking_over(world: World, name: str) -> None:
     """A zombie's takeover of its former self is told that the server does not answer."""
     _is_reborn(world, name)
@@ -375,6 +425,35 @@ def a_stop_goes_on_when_its_takeover_gives_up(world: World) -> None:
     world.do(("pause", "a"))
     _beats(world, "b")
     _gives_up_taking_over(world, "a")
+
+
+def a_release_that_a_rebirth_has_ended_begins_anew(world: World) -> None:
+    """A survivor releases one dead process while it executes another's, and is a zombie by then."""
+    found = [f"{word}{number}" for number in range(30) for word in "dy"]
+    many = [[name for name in found if world.place(name) == p][:5] for p in (0, 1)]
+    world.resources += (*many[0], *many[1])
+    for name in many[0]:
+        _does(world, "a", "append", name)
+    for name in many[1]:
+        _does(world, "e", "join", name)
+    b = world.processes["b"]
+    world.do(("kill", "a"))
+    world.do(("time", A_LEASE))
+    while not isinstance(b.tasks["takeover"].effect, Sleep):
+        for partition in range(2):
+            world.do(("call", "b", partition, "ok"))
+        world.do(("go", "b", "takeover", "ok"))
+    world.do(("kill", "e"))
+    world.do(("time", A_LEASE))
+    world.do(("go", "b", "takeover", "ok"))
+    world.do(("call", "b", 0, "ok"))
+    world.do(("call", "b", 1, "slow"))
+    world.do(("pause", "b"))
+    _is_reborn(world, "b")
+    world.do(("kill", "c"))
+    settle(world, A_LEASE)
+    left = {name: some for name, some in world.checks.state().members.items() if some}
+    assert not left, f"G8: {left} are left behind"
 
 
 def a_refused_join_of_a_takeover_that_gave_up(world: World) -> None:
@@ -477,6 +556,12 @@ def of_two_batches_of_a_source_one_is_refused(world: World) -> None:
 OTHERS: dict[Scenario, list[Setup]] = {
     an_own_former_self_is_recovered: [Setup("a", recovers=False), Setup("b", recovers=False)],
     what_a_reaper_leaves_is_marked: [Setup("a", recovers=False), Setup("b")],
+    a_release_that_a_rebirth_has_ended_begins_anew: [
+        Setup("a"),
+        Setup("b"),
+        Setup("c", recovers=False),
+        Setup("e"),
+    ],
 }
 SCENARIOS: list[Scenario] = [
     a_lane_has_a_number,
@@ -502,7 +587,10 @@ SCENARIOS: list[Scenario] = [
     a_batch_is_not_forgotten_while_its_answer_lies_here,
     a_batch_whose_answer_lies_here_is_not_resumed,
     a_batch_of_a_former_self_is_not_begun,
+    a_batch_of_a_former_self_is_not_executed_with_others,
+    a_batch_that_is_lost_while_it_is_executed_is_reported,
     a_stop_goes_on_when_its_takeover_gives_up,
+    a_release_that_a_rebirth_has_ended_begins_anew,
     a_refused_join_of_a_takeover_that_gave_up,
     a_join_while_others_are_executed_stays,
     a_refused_join_behind_a_rebirth,

@@ -79,6 +79,7 @@ _SMALL_CONSTANTS: tuple[tuple[Any, str, Any], ...] = (
     (compaction, "COMPACT_AT", 4),
     (executor, "PIECE", 2),
     (takeover, "MOST", 2),
+    (takeover, "FEW", 0),
     (outbox, "CHUNK", 2),
     (engine, "_description", lambda _: {"host": "simulated", "pid": 1}),
 )

@@ -159,8 +159,31 @@ WITHOUT: dict[Scenario, Mutation] = {
             ),
         )
     ),
+    scenarios.a_batch_of_a_former_self_is_not_executed_with_others: Mutation(
+        core=(
+            Patch(
+                executor,
+                "Executor._confirm",
+                "batch.job.outcome = Outcome(error=_TAKEN_OVER)",
+                "pass",
+            ),
+        )
+    ),
+    scenarios.a_batch_that_is_lost_while_it_is_executed_is_reported: Mutation(
+        core=(
+            Patch(
+                executor,
+                "Executor._confirm",
+                "if batch.job is not None and batch.job.begun:",
+                "if False:",
+            ),
+        )
+    ),
     scenarios.a_stop_goes_on_when_its_takeover_gives_up: Mutation(
         core=(Patch(heartbeat, "Heartbeat.beat", "self._takeover.go_on()", "pass"),)
+    ),
+    scenarios.a_release_that_a_rebirth_has_ended_begins_anew: Mutation(
+        core=(Patch(takeover, "Takeover.take_over", "self._released.clear()", "pass"),)
     ),
     scenarios.a_refused_join_of_a_takeover_that_gave_up: Mutation(
         core=(

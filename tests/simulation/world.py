@@ -82,7 +82,7 @@ class World:
         self.count = partitions
         self.partitions = Partitions("s", partitions)
         #: The first two are in different partitions, the third one of three in its own.
-        self.resources = ("d", "y", "f", "w")
+        self.resources: tuple[str, ...] = ("d", "y", "f", "w")
         self.parties: set[str] = {"w"}
         self.together = together
         self.seen: Counter[str] = Counter()
@@ -362,6 +362,7 @@ class World:
         if index >= len(jobs) or jobs[index].outcome is not None:
             return False
         job = jobs[index]
+        job.begun = True
         self.fate = fate
         self.seen[f"execute {fate}"] += 1
         try:

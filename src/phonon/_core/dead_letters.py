@@ -9,6 +9,7 @@ from phonon._core.executor import TOKENS, Executor, RecordReader, RunningBatch
 from phonon._core.flows import REBORN, Flow, read, read_all, single
 from phonon._core.identity import Identity
 from phonon._core.members import Members
+from phonon._core.parcels import SessionResult
 from phonon._protocol import operations
 from phonon._protocol.answers import Reply, Run
 from phonon._protocol.partitions import decode
@@ -133,7 +134,7 @@ class DeadLetters:
         prefix = decode(self._identity.partitions.prefixes[partition])
         return f"{prefix}dead:{_stored_token(resource, token)}:{decode(name)}"
 
-    def replay(self, resource: str, token: int) -> Flow[list[BaseException]]:
+    def replay(self, resource: str, token: int) -> Flow[Sequence[BaseException]]:
         """Execute a batch after all, under a new token.
 
         Returns:
@@ -153,7 +154,7 @@ class DeadLetters:
         if not first:
             raise missing(resource, token)
         self._codec.check(resource, first[0], self.key(resource, token))
-        errors: list[BaseException] = []
+        result = SessionResult()
         with self._executor.new_workload() as workload:
             workload.expected = (name,)
             answer = yield from single(operations.replay(partition, name, stored))
@@ -169,12 +170,12 @@ class DeadLetters:
                 run = Run(*answer)
                 workload.add(
                     RunningBatch(
-                        partition, name, run, run.content, resource=resource, errors=errors
+                        partition, name, run, run.content, resource=resource, result=result
                     )
                 )
             workload.expected = ()
             yield from self._executor.execute(workload)
-        return errors
+        return result.errors
 
     def discard(self, resource: str, token: int) -> Flow[None]:
         """Delete a batch, with its data.

@@ -9,9 +9,20 @@ from typing import Any, Protocol, Self
 
 from phonon._core import classes
 from phonon._core.compaction import LongSession, compact
-from phonon._core.flows import REBORN, Execute, Flow, Job, Send, T, call, never_run, read
+from phonon._core.flows import (
+    REBORN,
+    Execute,
+    Flow,
+    Job,
+    Outcome,
+    Send,
+    T,
+    call,
+    never_run,
+    read,
+)
 from phonon._core.identity import Identity
-from phonon._core.parcels import groups
+from phonon._core.parcels import SessionResult, groups
 from phonon._core.reports import Event, Reports
 from phonon._core.retry import RetryPolicy
 from phonon._core.shown import shown
@@ -81,7 +92,7 @@ class RunningBatch:
         partition: Its partition.
         run: The server's answer; its content is in ``partials``.
         local: The update whose session ended here, if there is one.
-        errors: Collects the errors of the session that ended with this batch.
+        result: Collects the errors of the session that ended with this batch.
         background: Whether no caller waits for these errors.
         kept: The content of its only partial, if ``local`` has kept it, so that nothing is decoded.
         partials: The part of the batch's content that is here and not merged yet.
@@ -96,7 +107,6 @@ class RunningBatch:
         "at",
         "background",
         "error",
-        "errors",
         "job",
         "kept",
         "local",
@@ -106,6 +116,7 @@ class RunningBatch:
         "pause",
         "records",
         "resource",
+        "result",
         "run",
     )
 
@@ -118,7 +129,7 @@ class RunningBatch:
         *,
         resource: str = "",
         local: Any = None,
-        errors: list[BaseException] | None = None,
+        result: SessionResult | None = None,
         background: bool = False,
         kept: Any = None,
     ) -> None:
@@ -128,7 +139,7 @@ class RunningBatch:
         self.resource = resource or decode(name)
         self.run = run
         self.local = local
-        self.errors: list[BaseException] = [] if errors is None else errors
+        self.result = result or SessionResult()
         self.background = background
         self.partials = partials
         self.records: Sequence[Record] = ()
@@ -362,6 +373,8 @@ class Executor:
         owner = self._identity.id
         batches = [b for b in workload.batches.values() if not _is_unreported(b)]
         for batch, answer in (yield from resume(batches, [b.run.token for b in batches])):
+            if batch.job is not None and batch.job.begun:
+                continue  # the answer to its report tells the same
             if isinstance(answer, PhononError):
                 batch.error = _NotFetchedError(answer)
             elif answer == _LOST:
@@ -372,6 +385,8 @@ class Executor:
                 continue
             if batch.job is not None:
                 batch.records[batch.at].finish()
+                # No driver runs it any more. Others that it was to execute are executed alone.
+                batch.job.outcome = Outcome(error=_TAKEN_OVER)
                 batch.job = None
         workload.owner = owner
 
@@ -510,7 +525,7 @@ class Executor:
                 run.content or [],
                 resource=batch.resource,
                 local=batch.local,
-                errors=batch.errors,
+                result=batch.result,
                 background=batch.background,
             )
         return None
@@ -518,7 +533,7 @@ class Executor:
     def _lost(self, batch: RunningBatch) -> None:
         resource, token = batch.resource, batch.token
         if batch.error is not None:
-            batch.errors.append(batch.error)
+            batch.result.failed(batch.error)
             return
         self._reports.report_error(
             BatchLostError(
@@ -544,7 +559,7 @@ class Executor:
         log.warning("%s: %s: %s", text, type(error).__name__, error, extra=fields)
         if retry_in is None:
             self._reports.emit(Event("parked", text, batch.resource, batch.token, name, error))
-        batch.errors.append(error)
+        batch.result.failed(error)
         if batch.background:
             self._reports.notify(error)
 
@@ -558,7 +573,7 @@ class Executor:
             log.warning("%s: %s", text, error)
             self._reports.notify(error)
         if not batch.background:  # a batch that was taken over has no caller to raise to
-            batch.errors.append(error)
+            batch.result.failed(error)
 
     def compact(self, sessions: Sequence[LongSession]) -> Flow[int]:
         """Merge some partials of open sessions."""

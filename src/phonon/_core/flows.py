@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
+from inspect import GEN_CREATED, getgeneratorstate
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from phonon._protocol.library import Request
@@ -40,7 +41,8 @@ class Job:
     Attributes:
         function: The function to run; in asyncio also a coroutine function, or one that returns an
             awaitable.
-        outcome: Its outcome; None as long as it has not ended.
+        outcome: Its outcome; None as long as it has not ended. A job that has one is not run.
+        begun: Whether the function has been called.
         running: The driver's handle, once the job has begun.
         is_callers: Whether the job runs in the caller's thread although there is an executor.
         returned: The value that the function has returned, if it has.
@@ -49,6 +51,7 @@ class Job:
 
     function: Callable[[], Any]
     outcome: Outcome | None = None
+    begun: bool = False
     running: Any = field(default=None, repr=False)
     is_callers: bool = False
     returned: deque[Any] = field(default_factory=lambda: deque(maxlen=1), repr=False)
@@ -234,6 +237,11 @@ def never_run(value: Any) -> TypeError | None:
             "for loop"
         )
     return None
+
+
+def has_begun(flow: Generator[Any, Any, Any]) -> bool:
+    """Return whether a flow has been started; it may have ended."""
+    return getgeneratorstate(flow) != GEN_CREATED
 
 
 @dataclass(slots=True, eq=False)

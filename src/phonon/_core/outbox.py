@@ -459,7 +459,7 @@ class Outbox:
                     try:
                         data, content = ending.parcel.take_last()
                     except Exception as error:  # noqa: BLE001 - data that cannot be stored stays in its update
-                        pair[1].errors.append(error)
+                        pair[1].failed(error)
                         continue
                 pairs.append(pair)
                 partials.append(data or b"")
@@ -497,7 +497,7 @@ class Outbox:
             if isinstance(told, Exception):
                 if not self._is_unknown(told):
                     self._not_left(ending, data, was_held)
-                result.errors.append(told)
+                result.failed(told)
                 continue
             ended += 1
             opened += was_held is ABSENT
@@ -522,7 +522,7 @@ class Outbox:
                             [data] if alone else run.content,
                             resource=ending.resource,
                             local=ending.parcel,
-                            errors=result.errors,
+                            result=result,
                             kept=kept if alone else None,
                         )
                     )
@@ -667,26 +667,26 @@ class Outbox:
             errors += [outcome.error] if outcome.error is not None else outcome.value
         return errors
 
-    def _resume(self, dues: Sequence[DueBatch]) -> Flow[list[BaseException]]:
+    def _resume(self, dues: Sequence[DueBatch]) -> Flow[Sequence[BaseException]]:
         executor = self.executor
         assert executor is not None  # noqa: S101 - for the type checker
-        errors: list[BaseException] = []
+        result = SessionResult()
         failed = sum(due.failed for due in dues)
         try:
             with executor.new_workload() as workload:
-                yield from self._take_up(dues, executor, workload, errors)
+                yield from self._take_up(dues, executor, workload, result)
                 yield from executor.execute(workload)
         finally:
             self._retrying -= failed
         self.update_room()
-        return errors
+        return result.errors
 
     def _take_up(
         self,
         dues: Sequence[DueBatch],
         executor: Executor,
         workload: Workload,
-        errors: list[BaseException],
+        result: SessionResult,
     ) -> Flow[None]:
         """Resume the batches that are still ours, and fetch their content."""
         taken = [(due.name, due.token) for due in dues]
@@ -705,7 +705,7 @@ class Outbox:
                             run,
                             run.content,
                             local=due.local,
-                            errors=errors,
+                            result=result,
                             background=True,
                         )
                     )

@@ -58,7 +58,7 @@ class SessionResult:
         last: Whether this process was the last member.
         left: The number of members that are left.
         modifications: By process id, if they were asked for.
-        errors: The errors of sending the data, or of ``execute``.
+        errors: The errors of sending the data, or of ``execute``; see `failed`.
         sent: Whether the data is on the server.
     """
 
@@ -68,8 +68,12 @@ class SessionResult:
         self.last = False
         self.left = 0
         self.modifications = _NOT_ASKED_FOR
-        self.errors: list[BaseException] = []
+        self.errors: Sequence[BaseException] = ()  # there are many results, and few errors
         self.sent = False
+
+    def failed(self, error: BaseException) -> None:
+        """Add an error."""
+        self.errors = [*self.errors, error]
 
 
 class Group(NamedTuple):

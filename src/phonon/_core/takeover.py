@@ -187,7 +187,10 @@ class Takeover:
         try:
             left = yield from self._reap(dead, recovers, taken)
         finally:
-            self._released.pop(dead, None)
+            if own_id == self._identity.id:
+                self._released.pop(dead, None)
+            else:
+                self._released.clear()  # a rebirth ends each release, wherever it is
             foreign = dead not in self._identity.former
             if taken.resources and foreign and operations.class_of_queue(dead) is None:
                 name, whose = self._identity.name, decode(dead)
@@ -240,10 +243,12 @@ class Takeover:
         Returns:
             The partitions with batches; the dead process is fenced, so there will be no others.
         """
-        if dead not in self._released:
+        left = self._released.get(dead)
+        if left is None:
             everywhere = range(self._identity.partitions.count)
-            self._released[dead] = yield from self._reap_in(everywhere, dead, taken, recovers=False)
-        return self._released[dead]
+            left = yield from self._reap_in(everywhere, dead, taken, recovers=False)
+            self._released[dead] = left
+        return left
 
     def _wait_for_capacity(self, own_id: bytes) -> Flow[float]:
         """Wait until the batches taken over are nearly executed. Return the seconds that this took.

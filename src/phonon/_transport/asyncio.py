@@ -38,6 +38,7 @@ from phonon._core.flows import (
     Send,
     Sleep,
     Wait,
+    has_begun,
 )
 from phonon._protocol.lane import Call, Lane, State
 from phonon._protocol.library import Library
@@ -510,6 +511,8 @@ class AsyncDriver:
         raise TypeError(f"a flow has yielded {effect!r}, which is no effect")
 
     async def _branch(self, effect: Branch) -> Outcome:
+        if has_begun(effect.flow):  # an interrupt has ended the wait for it, and it goes on alone
+            return Outcome(error=self.lost())
         run = FlowRun(effect.flow)
         run.caller_gone = True
         try:
@@ -563,8 +566,9 @@ class AsyncDriver:
                 job.outcome = await _outcome_of(job)
             else:
                 async with self._places:
-                    EXECUTING.set(True)
-                    job.outcome = await _outcome_of(job)
+                    if job.outcome is None:
+                        EXECUTING.set(True)
+                        job.outcome = await _outcome_of(job)
         except asyncio.CancelledError as error:
             job.outcome = job.outcome or Outcome(error=error)
             raise
@@ -719,6 +723,7 @@ class _Mail:
 
 async def _outcome_of(job: Job) -> Outcome:
     """Run the user's code; a thread runs functions that are not ``async``."""
+    job.begun = True
     function = job.function
     if iscoroutinefunction(function):
         outcome = Outcome(function())

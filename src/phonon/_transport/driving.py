@@ -366,6 +366,7 @@ def run_user_code(job: Job) -> Outcome:
     """
     returned = job.returned
     if not returned and job.raised is None:
+        job.begun = True
         token = EXECUTING.set(True)
         try:
             returned.extend(map(call_function, (job.function,)))

@@ -45,6 +45,7 @@ from phonon._core.flows import (
     Send,
     Sleep,
     Wait,
+    has_begun,
 )
 from phonon._protocol.lane import Call, Lane, State
 from phonon._protocol.library import Library, Request
@@ -65,7 +66,12 @@ from phonon._transport.driving import (
     waiter_of,
 )
 from phonon._transport.server import FIRST_PAUSE, Server
-from phonon.errors import ConnectionLostError, ProcessStoppedError, ServerUnreachableError
+from phonon.errors import (
+    ConnectionLostError,
+    PhononError,
+    ProcessStoppedError,
+    ServerUnreachableError,
+)
 
 log = logging.getLogger("phonon")
 
@@ -637,17 +643,21 @@ class ThreadDriver:
         raise TypeError(f"a flow has yielded {effect!r}, which is no effect")
 
     def _branch(self, effect: Branch) -> Outcome:
+        if has_begun(effect.flow):  # an interrupt has ended the wait for it, and it goes on alone
+            return Outcome(error=self.lost())
         run = FlowRun(effect.flow)
         run.caller_gone = True
         try:
             run.advance(None)
             return Outcome(self._go_on(run))
-        except Exception as error:  # noqa: BLE001 - the error is the result
-            self._left(run, error)
-            return Outcome(error=error)
         except BaseException as error:
+            is_result = isinstance(error, PhononError) or (
+                run.is_over and isinstance(error, Exception)
+            )
             self._left(run, error)
-            raise
+            if not is_result:
+                raise  # of a signal handler
+            return Outcome(error=error)
 
     def _read(self, effect: Read) -> list[Any]:
         patience = self.retry_timeout if effect.patience is None else effect.patience
@@ -823,7 +833,8 @@ class _Mail:
 
 
 def _run_job(job: Job) -> None:
-    job.outcome = _outcome_of(job)
+    if job.outcome is None:
+        job.outcome = _outcome_of(job)
 
 
 def _outcome_of(job: Job) -> Outcome:

@@ -449,5 +449,5 @@ class AsyncProcess(BaseProcess):
         """See `Process.discard`."""
         await self.engine.run(self._discard(resource, token))
 
-    async def _errors(self, flow: Flow[list[BaseException]]) -> list[Exception]:
+    async def _errors(self, flow: Flow[Sequence[BaseException]]) -> list[Exception]:
         return errors_only(await self.engine.run(flow))

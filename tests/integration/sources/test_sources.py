@@ -1,5 +1,6 @@
 """Ordered sources: data and offsets in one step, whatever comes between."""
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -9,9 +10,15 @@ import pytest
 
 from phonon import LruCache, Process
 from phonon.collection import Collection
-from phonon.errors import ConfigurationError, ForeignKeyError, SourceLostError
+from phonon.errors import (
+    ConfigurationError,
+    ConnectionLostError,
+    ForeignKeyError,
+    SourceLostError,
+)
 from support.counted import Count, Visits
-from support.world import Make, Redis
+from support.proxy import Proxy
+from support.world import Make, Redis, wait_until
 
 
 class Message(NamedTuple):
@@ -88,6 +95,30 @@ def test_a_consumer_that_lost_the_source_stores_nothing(make: Make) -> None:
     take(second, new, some)
     first.stop()
     second.stop()
+    assert Count.executed == expected(some)
+
+
+def test_a_batch_that_is_refused_late_drops_nothing_of_the_next(make: Make, server: Redis) -> None:
+    """Its flow goes on without its caller, who has begun again and has filled the same records."""
+    with contextlib.closing(Proxy(server.socket)) as proxy:
+        process, other = make(url=proxy.url, retry_timeout=0.3), make()
+        some = messages(0, 100)
+        cache = process.collect(Visits, 100)
+        source = process.source("s")
+        outbox = process.engine.outbox
+        is_ready, outbox.is_ready = outbox.is_ready, lambda _: False
+        with proxy.away(), pytest.raises(ConnectionLostError):
+            take(process, source, some, cache)
+        other.source("s")  # so the first batch is refused
+        source.claim()
+        with source.batch(some) as batch:
+            for message in batch:
+                cache.add(message.key, 1)
+            outbox.is_ready = is_ready
+            outbox.wake()
+            wait_until(lambda: not outbox.detached)
+        cache.expire_all()
+        process.stop()
     assert Count.executed == expected(some)
 
 

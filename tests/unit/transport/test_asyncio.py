@@ -382,6 +382,35 @@ def test_a_cancelled_flow_goes_on(run: Run, own_server: Redis, proxy: Proxy, nam
     run(proxy.socket, test)
 
 
+def test_a_branch_of_a_cancelled_flow_goes_on_once(
+    run: Run, own_server: Redis, proxy: Proxy
+) -> None:
+    async def test(lab: Lab) -> None:
+        gate, told = lab.driver.signal(), []
+
+        def branch() -> Flow[None]:
+            told.append((yield Send((lab.identity.append(b"r", b"branch"),))))
+
+        def flow() -> Flow[None]:
+            yield Send((lab.identity.append(b"r", b"first"),))
+            yield Wait(gate, 20)
+            told.append((yield Branch(branch())).error)
+
+        task = asyncio.create_task(lab.driver.run(flow()))
+        await until(lambda: partials(own_server, lab.identity, b"r"))
+        with proxy.stalled():
+            gate.set()
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.wait([task])
+        await lab.catch_up()
+        assert sorted(map(type, told), key=str) == [list, ConnectionLostError]
+        assert [1] in told
+        assert partials(own_server, lab.identity, b"r") == [b"first", b"branch"]
+
+    run(proxy.socket, test)
+
+
 def test_a_flow_that_is_cancelled_before_anything_was_sent_ends(run: Run, server: Redis) -> None:
     async def test(lab: Lab) -> None:
         undone: list[str] = []

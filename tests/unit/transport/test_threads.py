@@ -769,6 +769,31 @@ def test_an_interrupt_after_something_was_sent_lets_the_flow_go_on(lab: Lab, ser
     assert partials(server, lab.identity, b"r") == [b"1", b"2"]
 
 
+def test_a_branch_of_an_interrupted_flow_goes_on_once(
+    make: Make, own_server: Redis, proxy: Proxy
+) -> None:
+    lab = make(proxy.socket)
+    told: list[Any] = []
+
+    def branch() -> Flow[None]:
+        told.append((yield Send((lab.identity.append(b"r", b"branch"),))))
+
+    def flow() -> Flow[None]:
+        yield Send((lab.identity.append(b"r", b"first"),))
+        yield from call(lambda: stack.enter_context(proxy.stalled()))
+        told.append((yield Branch(branch())).error)
+
+    def handler() -> None:
+        raise Interrupted
+
+    with contextlib.ExitStack() as stack, pytest.raises(Interrupted), alarms(handler, 0.3):
+        lab.driver.run(flow())
+    lab.catch_up()
+    assert sorted(map(type, told), key=str) == [list, ConnectionLostError]
+    assert [1] in told
+    assert partials(own_server, lab.identity, b"r") == [b"first", b"branch"]
+
+
 # Other effects
 
 
