@@ -54,6 +54,12 @@ class _Controller:
         self._heard = time.monotonic()
         threading.Thread(target=self._watch, daemon=True).start()
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            own = item.get_closest_marker("timeout")
+            if own is not None:  # `make chaos` has a test of half an hour
+                self._silence = max(self._silence, own.args[0] + 60.0)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._heard = time.monotonic()
         if report.failed:

@@ -207,7 +207,9 @@ class Checks:
         elif isinstance(error, DeclaredDeadError):
             self.expected.pop(p.name, None)
             old = p.identity.former[-1]
-            if not self.losses and old not in self._world.overdue:
+            # A clock that is set back, and forward again, may have this effect: docs/guarantees.md.
+            excused = self._world.was_set_back or old in self._world.overdue
+            if not self.losses and not excused:
                 self.fail(f"G8: {p.name} was declared dead in time")
 
     # Locks

@@ -456,6 +456,28 @@ def a_release_that_a_rebirth_has_ended_begins_anew(world: World) -> None:
     assert not left, f"G8: {left} are left behind"
 
 
+def a_former_self_is_not_reaped_again_in_lanes_that_are_closed(world: World) -> None:
+    """A reap that is refused in one partition is repeated there, and not where it was done."""
+    p = world.processes["a"]
+    world.do(("stop", "a"))
+    while not isinstance(p.tasks["stop"].effect, Read):
+        assert world.do(("go", "a", "stop", "ok"))
+    world.do(("pause", "a"))
+    _beats(world, "b")
+    _is_reborn(world, "a")
+    while not isinstance(p.tasks["takeover"].effect, Send):
+        assert world.do(("go", "a", "takeover", "ok"))
+    reborn = p.identity.id
+    for partition, fate in ((0, "ok"), (1, "refused"), (1, "ok")):  # it asks what became of it
+        assert world.do(("call", "a", partition, fate))
+    while not p.engine.heartbeat.closing:
+        assert world.do(("go", "a", "stop", "ok"))
+    assert world.do(("call", "a", 0, "ok"))
+    assert world.seen["CLOSE CLOSED"] == 1
+    settle(world, A_LEASE)
+    assert p.identity.id == reborn, "G8: a call of a closed lane looks like a loss"
+
+
 def a_refused_join_of_a_takeover_that_gave_up(world: World) -> None:
     """A membership whose renewal was refused is renewed before the former self is reaped."""
     _does(world, "a", "join", "y")
@@ -591,6 +613,7 @@ SCENARIOS: list[Scenario] = [
     a_batch_that_is_lost_while_it_is_executed_is_reported,
     a_stop_goes_on_when_its_takeover_gives_up,
     a_release_that_a_rebirth_has_ended_begins_anew,
+    a_former_self_is_not_reaped_again_in_lanes_that_are_closed,
     a_refused_join_of_a_takeover_that_gave_up,
     a_join_while_others_are_executed_stays,
     a_refused_join_behind_a_rebirth,

@@ -185,6 +185,9 @@ WITHOUT: dict[Scenario, Mutation] = {
     scenarios.a_release_that_a_rebirth_has_ended_begins_anew: Mutation(
         core=(Patch(takeover, "Takeover.take_over", "self._released.clear()", "pass"),)
     ),
+    scenarios.a_former_self_is_not_reaped_again_in_lanes_that_are_closed: Mutation(
+        core=(Patch(takeover, "Takeover._reap", "self.former.get(dead, ", "(lambda all: all)("),)
+    ),
     scenarios.a_refused_join_of_a_takeover_that_gave_up: Mutation(
         core=(
             Patch(

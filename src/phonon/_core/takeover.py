@@ -230,7 +230,8 @@ class Takeover:
         Returns:
             The partitions in which batches are left to survivors that execute batches.
         """
-        partitions = list(range(self._identity.partitions.count))
+        # An earlier attempt may have reaped a former self in part, and `stop` closed those lanes.
+        partitions = list(self.former.get(dead, range(self._identity.partitions.count)))
         if not recovers:
             return (yield from self._reap_in(partitions, dead, taken, recovers=False))
         if dead not in self.former and operations.class_of_queue(dead) is None:
@@ -281,9 +282,11 @@ class Takeover:
             reaps = [operations.reap(p, dead, most, recovers=recovers) for p in todo]
             answers = yield Send(reaps, first=True)
             again = []
+            refused: list[Exception] = []
             for partition, answer in zip(todo, answers, strict=True):
                 if isinstance(answer, Exception):
-                    raise answer
+                    refused.append(answer)
+                    continue
                 if answer is REBORN:
                     again.append(partition)
                     continue
@@ -297,6 +300,8 @@ class Takeover:
                     left += [partition] * (reaped.left_in_all > 0)
                     if own_id == self._identity.id and self._reaped(dead, partition):
                         yield FLUSH
+            if refused:
+                raise refused[0]
             todo = again
             if paced and todo:
                 quick = (
