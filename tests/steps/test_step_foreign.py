@@ -118,6 +118,44 @@ CASES: dict[str, Make] = {
 }
 
 
+def lone_unlock_with_waiter(a: Proc, b: Proc) -> Operation:
+    a.lock()
+    b.lock(queue=True)
+    return ops.unlock(0, b"x", "a/1")
+
+
+def lone_lock_in_turn(a: Proc, b: Proc) -> Operation:
+    b.lock()
+    a.lock(queue=True)
+    b.unlock()
+    return ops.lock(0, b"x", "a/1", queue=True)
+
+
+LONE = [CASES[name] for name in CASES if "lock" in name]
+LONE += [lone_unlock_with_waiter, lone_lock_in_turn]
+
+
+@pytest.mark.parametrize("suffix", ["lock", "leases", "queue", "woken", "members", "running"])
+@pytest.mark.parametrize("make", LONE)
+def test_a_lock_alone_in_its_call_that_meets_a_foreign_key_changes_nothing(
+    lab: Lab, make: Make, suffix: str
+) -> None:
+    a, b = lab.process("a"), lab.process("b")
+    operation = make(a, b)
+    key = lab.key(f"{suffix}:x")
+    lab.client.delete(key)
+    lab.client.set(key, "somebody else's")
+    before = lab.data()
+    answer = a.do(operation)
+    after = lab.data()
+    assert after[f"{suffix}:x"] == b"somebody else's"
+    if isinstance(answer, list) and answer[0] == Reply.FAILED:
+        assert b"WRONGTYPE" in answer[1]
+        for books in (before, after):
+            books.pop("registry:a", None)
+        assert before == after
+
+
 @pytest.mark.parametrize("suffix", TYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_an_operation_that_meets_a_foreign_key_changes_nothing(
@@ -155,6 +193,27 @@ def test_foreign_books_refuse_the_whole_call(lab: Lab, key: str) -> None:
     with pytest.raises(Exception, match="WRONGTYPE"):
         a.append()
     assert lab.dump() == before
+
+
+def test_a_foreign_registry_fails_a_lock_that_is_alone_in_its_call(lab: Lab) -> None:
+    a, b = lab.process("a"), lab.process("b")
+    a.lock()
+    a.do(ops.lock(0, b"y", "a/2", queue=False, lease_ms=9000))
+    b.do(ops.lock(0, b"z", "b/1", queue=False))
+    lab.client.delete(lab.key("registry:a"))
+    lab.client.set(lab.key("registry:a"), "somebody else's")
+    before = lab.data()
+    tries = [
+        ops.unlock(0, b"x", "a/1"),
+        ops.unlock(0, b"y", "a/2"),
+        ops.lock(0, b"new", "a/3", queue=False),
+        ops.lock(0, b"z", "a/4", queue=True),
+    ]
+    for operation in tries:
+        code, error = a.do(operation)
+        assert code == Reply.FAILED
+        assert b"registry:a" in error
+    assert lab.data() == before
 
 
 def test_a_foreign_mailbox_does_not_keep_a_lock_from_being_freed(lab: Lab) -> None:

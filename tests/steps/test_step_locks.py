@@ -128,6 +128,27 @@ def test_one_that_asks_late_has_not_lost_its_place(lab: Lab) -> None:
     assert c.lock(queue=True)[0] == Reply.WAIT
 
 
+def test_a_reader_that_asks_late_has_not_lost_its_place(lab: Lab) -> None:
+    a, b, c = (lab.process(name) for name in "abc")
+    a.lock()
+    b.lock("1s", queue=True)
+    c.lock(queue=True)
+    a.unlock()
+    lab.advance(10_000)
+    assert b.lock("1s", queue=True)[0] == Reply.GRANTED
+    assert c.lock(queue=True)[0] == Reply.WAIT
+
+
+def test_an_unlock_that_wakes_leaves_its_process_a_member(lab: Lab) -> None:
+    a, b = lab.process("a"), lab.process("b")
+    a.join()
+    a.lock()
+    b.lock(queue=True)
+    assert a.unlock() == Reply.RELEASED
+    assert b.mail() == [b"b/1"]
+    assert lab.registry("a")[b"x"] > 0
+
+
 def test_a_woken_waiter_that_gives_up_wakes_the_next(lab: Lab) -> None:
     a, b, c = (lab.process(name) for name in "abc")
     for process in (a, b, c):

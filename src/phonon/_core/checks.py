@@ -10,7 +10,8 @@ from phonon.errors import ConfigurationError
 
 def is_number(value: Any) -> bool:
     """Return whether a value is a real number, and not True or False."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    kind = value.__class__
+    return kind is float or kind is int or (isinstance(value, Real) and kind is not bool)
 
 
 def check_seconds(argument: str, value: Any) -> float:

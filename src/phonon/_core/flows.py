@@ -65,7 +65,8 @@ class Signal(Protocol):
         """Wake the flow, now or as soon as it waits."""
 
 
-class Send(NamedTuple):
+@dataclass(slots=True, eq=False)  # made for each call: a tuple with names takes longer to make
+class Send:
     """Send operations through their lanes. The result is their answers, in order.
 
     An answer is the server's; an exception if the operation failed or was refused; or `REBORN` if
@@ -248,7 +249,8 @@ def goes_on(flow: Generator[Any, Any, Any]) -> bool:
     return getgeneratorstate(flow) not in (GEN_CREATED, GEN_CLOSED)
 
 
-class Done(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Done:
     """The last effect of each flow, when it has returned."""
 
     value: Any

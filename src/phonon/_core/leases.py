@@ -8,8 +8,9 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from phonon._core.flows import (
     CALLER_GONE,
@@ -40,7 +41,8 @@ _GRANTED, _WAIT = int(Reply.GRANTED), int(Reply.WAIT)
 _ABANDONED = Taken(_WAIT, -1, b"", 0, b"")
 
 
-class LockRequest(NamedTuple):
+@dataclass(slots=True, eq=False)
+class LockRequest:
     """A caller's request for a lock.
 
     Attributes:
@@ -290,7 +292,7 @@ class Leases:
                     *place,
                     holder,
                     queue=left > 0,
-                    lease_ms=math.ceil((request.lease or 0.0) * 1000),
+                    lease_ms=0 if request.lease is None else math.ceil(request.lease * 1000),
                     thread=request.thread,
                 )
                 (answer,) = yield Send((operation,))

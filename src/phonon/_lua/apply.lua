@@ -65,6 +65,9 @@ local function zadd(registry, flag, pairs_)
 end
 
 local function write_registry(c, registry)
+  if not next(c.registry) then
+    return
+  end
   local new, anew, gone
   for resource, class in pairs(c.registry) do
     if not class then
@@ -128,13 +131,15 @@ local function apply(keys, args)
   end
   local words = cmsgpack.unpack(args[4])
   local registry = T .. 'registry:' .. pid
-  if #words > 0 then -- an empty call touches no registry
+  local first = operations[words[1]]
+  local alone = first and first[3] and first[1] == #words
+  if not alone and #words > 0 then -- an empty call touches no registry
     local proof = redis.pcall('ZCARD', registry) -- of its type, before anything is written
     if type(proof) ~= 'number' then
       return redis.error_reply(text_of(proof, T, { pid }))
     end
   end
-  local c = { T = T, pid = pid, registry = {}, bytes = 0 }
+  local c = { T = T, pid = pid, registry = {}, bytes = 0, alone = alone and registry }
   local answers, contents, at, count = {}, nil, 1, 0
   while at <= #words do
     local step = operations[words[at]]
@@ -143,7 +148,7 @@ local function apply(keys, args)
     end
     local ok, answer, content = pcall(step[2], c, words, at)
     if not ok then
-      answer = { FAILED, text_of(answer, T, { words[at + 1] }) }
+      answer = { FAILED, text_of(answer, T, { words[at + 1], pid }) }
     end
     count = count + 1
     answers[count] = answer
@@ -155,7 +160,8 @@ local function apply(keys, args)
   end
   write_registry(c, registry)
   local packed = cmsgpack.pack(answers)
-  local stamp = args[3] .. ' ' .. stamp_of(c)
+  local seconds, rest = time_of(c)
+  local stamp = args[3] .. ' ' .. seconds .. '.' .. (rest or '')
   if c.closed then
     stamp = '' -- the lane is gone: a process that is declared dead meanwhile must not miss it
     call('DEL', lane, T .. 'mailbox:' .. pid)

@@ -37,11 +37,12 @@ end
 
 -- Read the keys of a lock before anything is written: that raises if one is of a foreign type. Not
 -- needed if no other key of the lock exists. Answers the holder of the exclusive lock and its grant, or
--- nothing, and the numbers of sharers, waiters, waiters that were woken, and leases.
-local function look_at_lock(c, resource)
+-- nothing, and the numbers of sharers, waiters, waiters that were woken, and leases. count: the number of
+-- holders, if it was read already.
+local function look_at_lock(c, resource, count)
   local T = c.T
   local lock, held, grant = T .. 'lock:' .. resource, nil, nil
-  local sharers = call('HLEN', lock)
+  local sharers = count or call('HLEN', lock)
   if sharers == 1 then
     local only = call('HGETALL', lock)
     if not is_shared(only[1]) then
@@ -53,8 +54,8 @@ local function look_at_lock(c, resource)
 end
 
 -- Free the locks whose lease is over, and answer the same.
-local function current_lock(c, resource)
-  local held, grant, sharers, waiters, woken, leased = look_at_lock(c, resource)
+local function current_lock(c, resource, count)
+  local held, grant, sharers, waiters, woken, leased = look_at_lock(c, resource, count)
   if leased > 0 then
     local leases = c.T .. 'leases:' .. resource
     for _, holder in ipairs(call('ZRANGEBYSCORE', leases, '-inf', fmt(now_ms(c)))) do
@@ -168,13 +169,17 @@ end
 
 local function grant(c, resource, holder, lease_ms, thread)
   local T, token = c.T, next_token(c)
+  local since = ms_text(c)
   if lease_ms > 0 then
     call('ZADD', T .. 'leases:' .. resource, fmt(now_ms(c) + lease_ms), holder)
   end
-  call('HSET', T .. 'lock:' .. resource, holder, fmt(token) .. ' ' .. ms_text(c) .. ' ' .. thread)
-  if c.registry[resource] ~= BATCH then
+  if c.alone then
+    call('ZADD', c.alone, '-' .. since, resource)
+  elseif c.registry[resource] ~= BATCH then
     track(c, resource, LOCKER)
   end
+  local text = token == c.now and c.now_text or fmt(token)
+  call('HSET', T .. 'lock:' .. resource, holder, text .. ' ' .. since .. ' ' .. thread)
   return { GRANTED, token }
 end
 
@@ -202,7 +207,15 @@ operation(LOCK, 6, function(c, o, i)
   if call('EXISTS', lock, queue) == 0 then
     return grant(c, resource, holder, lease_ms, thread) -- the most frequent case: the lock is free
   end
-  local held, granted, sharers, waiters, many_woken, leased = current_lock(c, resource)
+  local count = call('HLEN', lock)
+  if count == 0 and not is_shared(holder) and call('ZRANGE', queue, 0, 0)[1] == holder then
+    call('HLEN', T .. 'woken:' .. resource) -- the next frequent: it is free, and the turn of this waiter
+    local answer = grant(c, resource, holder, lease_ms, thread)
+    quit_queue(c, resource, holder)
+    return answer
+  end
+  prove_registry(c)
+  local held, granted, sharers, waiters, many_woken, leased = current_lock(c, resource, count)
   local has = held == holder and granted or sharers > 0 and call('HGET', lock, holder)
   if has then
     return { GRANTED, (parts_of(has)) }
@@ -255,7 +268,7 @@ operation(LOCK, 6, function(c, o, i)
     left_ms = ASK_AGAIN_MS
   end
   return { WAIT, left_ms, owner, since, by }
-end)
+end, true)
 
 -- unlock(resource, holder): release the lock, or leave its queue, and wake the next.
 -- answers RELEASED | NOT_HELD: the lock was not this holder's (any more)
@@ -265,6 +278,23 @@ operation(UNLOCK, 3, function(c, o, i)
   -- The most frequent case is that none of these is there, and the caller has only the lock here.
   local members, running = T .. 'members:' .. resource, T .. 'running:' .. resource
   local there = call('EXISTS', queue, leases, members, running)
+  if there < 2 and c.alone and not is_shared(holder) then
+    -- The next frequent is that only others wait, and the first of them wants the lock for itself.
+    local waiting = there == 0 and {} or call('ZRANGE', queue, 0, -1)
+    local first = waiting[1]
+    local wakes = first and not is_shared(first) and not is_among(c, waiting)
+      and not call('HGET', T .. 'woken:' .. resource, first)
+    if there == 0 or wakes then
+      call('ZREM', c.alone, resource)
+      if free(c, resource, holder, true) then
+        if first then
+          wake(c, resource, first)
+        end
+        return RELEASED
+      end
+    end
+  end
+  prove_registry(c)
   local more = there > 0 and call('EXISTS', members, running) or 0
   local held, sharers, waiters, leased, _ = nil, 0, 0, 0, nil
   if there > more then
@@ -288,7 +318,7 @@ operation(UNLOCK, 3, function(c, o, i)
     untrack(c, resource)
   end
   return mine and RELEASED or NOT_HELD
-end)
+end, true)
 
 -- renew(resource, holder, lease ms): make the lease of a holder longer, never shorter; 0 only asks.
 -- answers RENEWED | NOT_HELD

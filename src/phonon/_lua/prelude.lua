@@ -44,19 +44,18 @@ local function fmt(number)
   return string.format('%d', number)
 end
 
--- A call has one time. Its text is the stamp of the answer; making the number would cost more.
-local function stamp_of(c)
-  if not c.stamp then
+-- A call has one time. Numbers are made of it only where they are needed, because that costs more.
+local function time_of(c)
+  if not c.seconds then
     c.seconds, c.rest = clock()
-    c.stamp = c.rest and c.seconds .. '.' .. c.rest or c.seconds
   end
-  return c.stamp
+  return c.seconds, c.rest
 end
 
 local function now(c)
   if not c.now then
-    stamp_of(c)
-    c.now = c.rest and c.seconds * 1000000 + c.rest or tonumber(c.seconds)
+    local seconds, rest = time_of(c)
+    c.now = rest and seconds * 1000000 + rest or tonumber(seconds)
   end
   return c.now
 end
@@ -65,9 +64,19 @@ local function now_ms(c)
   return math.floor(now(c) / 1000)
 end
 
+-- The text of now(c).
+local function now_text(c)
+  if not c.now_text then
+    local seconds, rest = time_of(c)
+    c.now_text = rest and #rest == 6 and seconds .. rest or fmt(now(c))
+  end
+  return c.now_text
+end
+
+-- The text of now_ms(c).
 local function ms_text(c)
   if not c.ms_text then
-    c.ms_text = fmt(now_ms(c))
+    c.ms_text = string.sub(now_text(c), 1, -4)
   end
   return c.ms_text
 end
@@ -86,7 +95,7 @@ local function next_token(c)
   local unread = not last
   if unread then
     -- One command reads the last token and stores this one: nearly always the clock is ahead of it.
-    last = tonumber(call('SET', c.T .. 'token', fmt(at), 'GET') or 0)
+    last = tonumber(call('SET', c.T .. 'token', now_text(c), 'GET') or 0)
   end
   local token = math.max(last + 1, at)
   if token > at or not unread then
@@ -149,18 +158,18 @@ local function is_mine(c, resource, owner)
   return owner == c.pid
 end
 
-local function holds_or_waits(c, resource)
-  for _, holder in ipairs(redis.pcall('HKEYS', c.T .. 'lock:' .. resource)) do
-    if process_of(holder) == c.pid then
-      return true
-    end
-  end
-  for _, holder in ipairs(redis.pcall('ZRANGE', c.T .. 'queue:' .. resource, 0, -1)) do
+local function is_among(c, holders)
+  for _, holder in ipairs(holders) do
     if process_of(holder) == c.pid then
       return true
     end
   end
   return false
+end
+
+local function holds_or_waits(c, resource)
+  return is_among(c, redis.pcall('HKEYS', c.T .. 'lock:' .. resource))
+    or is_among(c, redis.pcall('ZRANGE', c.T .. 'queue:' .. resource, 0, -1))
 end
 
 -- Correct the registry after an operation that ended a lock, membership or batch of the caller: enter
@@ -229,12 +238,22 @@ local function text_of(problem, T, names)
   return text
 end
 
--- Operations by code: { how many words, the function(c, words, at) }. A function first takes the steps
--- that can raise (a read proves a key's type), then those that must not happen twice.
+-- Operations by code: { how many words, the function(c, words, at), whether it proves the registry }. A
+-- function first takes the steps that can raise (a read proves a key's type), then those that must not
+-- happen twice.
 local operations = {}
 
-local function operation(code, words, body)
-  operations[code] = { words, body }
+local function operation(code, words, body, proves)
+  operations[code] = { words, body, proves }
+end
+
+-- An operation that proves the registry itself, and is alone in its call, gets the key as c.alone. It
+-- writes there before it writes what the entry is for, or proves it by this: a command less for a lock.
+local function prove_registry(c)
+  if c.alone then
+    call('ZCARD', c.alone)
+    c.alone = false
+  end
 end
 
 -- A mailbox that no waiter reads any more expires after this time.

@@ -299,10 +299,11 @@ class ThreadDriver:
         run = FlowRun(flow, name)
         try:
             run.advance(None)
-            return cast("T", self._go_on(run))
+            result: T = self._go_on(run)
         except BaseException as error:
             self._left(run, error)
             raise
+        return result
 
     def resume(self, run: FlowRun) -> Any:
         """Go on with a flow whose caller has gone, in this thread.
@@ -411,7 +412,7 @@ class ThreadDriver:
 
     def _send(self, run: FlowRun, send: Any) -> list[Any]:
         operations = send.operations
-        ticket = run.ticket
+        ticket: _Ticket | None = run.ticket
         if ticket is None or ticket.send is not send:
             ticket = _Ticket(send, run)
             ticket.driver = self
@@ -445,11 +446,11 @@ class ThreadDriver:
             if ticket.answers[0] is not UNANSWERED:
                 if lane.queue:
                     self._pass_on(lane)
-                return cast("list[Any]", ticket.collect())
+                return ticket.collect()
         elif operations:
             ticket.enqueue(identity)
         self._await(ticket, deadline)
-        return cast("list[Any]", ticket.collect())
+        return ticket.collect()
 
     def _stream(self, ticket: _Ticket, more: Iterator[object]) -> None:
         """Send operations once, while others are made; `_await` handles those without an answer."""
