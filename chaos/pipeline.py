@@ -12,6 +12,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -46,6 +47,10 @@ MEANS = {
 }
 #: Messages produced in a second.
 RATE = 1500
+#: Messages that may be unstored when more are produced to the mock, which keeps some 10,000 of a
+#: partition; and seconds in which consumers that are further behind have to come nearer.
+MOST_BEHIND = 8000
+PATIENCE = 120.0
 #: Seconds between a write and the report of it.
 LINGER = 0.05
 
@@ -65,9 +70,17 @@ class KafkaTopic:
         self._name = name
         self._admin = admin
         self._count = 0
+        self._positions: Counter[str] = Counter()
 
     def produce(self, messages: Sequence[Message]) -> None:
-        """Send messages."""
+        """Send messages, when the consumers are not far behind: the mock deletes old messages."""
+        give_up = time.monotonic() + PATIENCE
+        while self._admin is not None and self._count - self._stored > MOST_BEHIND:
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"{self._count - self._stored} messages are not stored")
+            time.sleep(0.05)
+            with contextlib.suppress(ConnectionError):  # the server is started again
+                self._look()
         self._kafka.produce(self._name, [(m.key, json.dumps(m.content).encode()) for m in messages])
         self._count += len(messages)
 
@@ -75,11 +88,20 @@ class KafkaTopic:
         """Return whether all messages were stored."""
         if self._admin is None:
             return self._committed() >= self._count
-        positions: Counter[str] = Counter()
-        for source in self._admin.sources():  # a worker that has lost one reports an older position
+        self._look()
+        return self._stored >= self._count
+
+    @property
+    def _stored(self) -> int:
+        return self._positions.total()
+
+    def _look(self) -> None:
+        """Take in what workers report; one that has lost a source reports an older position."""
+        assert self._admin is not None
+        for source in self._admin.sources():
             if source.position.isdigit():  # a new one has none
-                positions[source.name] = max(positions[source.name], int(source.position))
-        return positions.total() >= self._count
+                known = self._positions[source.name]
+                self._positions[source.name] = max(known, int(source.position))
 
     def _committed(self) -> int:
         from confluent_kafka import Consumer, TopicPartition  # noqa: PLC0415 - only for this broker
