@@ -51,13 +51,15 @@ class Mutation(NamedTuple):
     scenario: str = ""
 
 
-def _lua(old: str, new: str, profile: str = "deaths", first: int = 0) -> Mutation:
+def in_lua(old: str, new: str, profile: str = "deaths", first: int = 0) -> Mutation:
+    """Return a mutation of one place of the library's Lua text."""
     return Mutation((Change(old, new),), (), profile, first)
 
 
-def _core(
+def in_core(
     module: ModuleType, function: str, old: str, new: str, profile: str = "deaths", first: int = 0
 ) -> Mutation:
+    """Return a mutation of one place of a function of the core."""
     return Mutation((), (Patch(module, function, old, new),), profile, first)
 
 
@@ -118,8 +120,8 @@ ANY_STAMP = (
 #: By what is wrong. The first ones are the rules of the protocol; see also the scenarios.
 MUTATIONS: dict[str, Mutation] = {
     # The lane
-    "a fenced lane goes on": _lua("      call('HDEL', lane, 'state')", "      --"),
-    "a repeat is done once more": _lua(
+    "a fenced lane goes on": in_lua("      call('HDEL', lane, 'state')", "      --"),
+    "a repeat is done once more": in_lua(
         "    return not_the_next(T, pid, lane, args)\n",
         "    local last = call('HGET', lane, 'state') or ''\n"
         "    if last:sub(1, #args[3]) ~= args[3] then\n"
@@ -128,255 +130,255 @@ MUTATIONS: dict[str, Mutation] = {
         "faults",
     ),
     "the number of a lane is not compared": Mutation(ANY_LANE, profile="empty"),
-    "lanes have no number": _lua(
+    "lanes have no number": in_lua(
         "    number = fmt(next_token(c))\n", "    number = '1'; next_token(c)\n", "empty"
     ),
     "a call names no stamp": Mutation(ANY_STAMP, profile="rollback"),
-    "a repeat delivers a batch that another has": _lua(
+    "a repeat delivers a batch that another has": in_lua(
         "if running[1] ~= c.pid or tonumber(running[2]) ~= token then", "if not running[1] then"
     ),
-    "close forgets what is left": _lua("  if left > 0 then\n", "  if false then\n"),
+    "close forgets what is left": in_lua("  if left > 0 then\n", "  if false then\n"),
     # Batches
-    "complete does not ask who owns the batch": _lua(
+    "complete does not ask who owns the batch": in_lua(
         "  local mine, due = owns(c, resource, o[i + 2])\n  if not mine then\n",
         "  local mine, due = owns(c, resource, o[i + 2])\n  if false then\n",
     ),
-    "fail does not ask who owns the batch": _lua(
+    "fail does not ask who owns the batch": in_lua(
         "  local mine, due = owns(c, resource, token)\n  if not mine then\n",
         "  local mine, due = owns(c, resource, token)\n"
         "  if call('EXISTS', running) == 0 then\n",
     ),
-    "a batch is owned under any token": _lua(
+    "a batch is owned under any token": in_lua(
         "  return running[1] == c.pid and tonumber(running[2]) == token,",
         "  return running[1] == c.pid,",
     ),
-    "resume does not ask who owns the batch": _lua(
+    "resume does not ask who owns the batch": in_lua(
         "  if not owns(c, resource, token) then\n    settle(c, resource)\n    return LOST\n  end\n"
         "  local known",
         "  local known",
     ),
-    "leave starts a batch beside the running one": _lua(
+    "leave starts a batch beside the running one": in_lua(
         "  if owner then\n    call('HSET', running, 'due', total)", "  if false then\n    call()",
         "faults",
     ),
-    "leave does not note what is due": _lua(
+    "leave does not note what is due": in_lua(
         "  if owner then\n    call('HSET', running, 'due', total)\n", "  if owner then\n", "faults"
     ),
-    "what is due is forgotten": _lua(
+    "what is due is forgotten": in_lua(
         "  if due > 0 and total > 0 then\n    return { AGAIN", "  if false then\n    return { AGAIN",
         "faults",
     ),
-    "a batch takes the partials of the session after": _lua(
+    "a batch takes the partials of the session after": in_lua(
         "start(c, resource, math.min(due, total), total), math.min(due, total), 0, 0 }",
         "start(c, resource, total, total), total, 0, 0 }",
         "faults",
     ),
-    "tokens follow the clock only": _lua(
+    "tokens follow the clock only": in_lua(
         "local token = math.max(last + 1, at)", "local token = at"
     ),
-    "tokens do not follow the clock": _lua(
+    "tokens do not follow the clock": in_lua(
         "local at, last = now(c), c.last_token", "local at, last = last_token(c) + 1, c.last_token",
         "empty",
     ),
-    "the registry does not name a batch": _lua(
+    "the registry does not name a batch": in_lua(
         "  elseif is_mine(c, resource, owner) then\n    return track(c, resource, BATCH)\n  end",
         "  end",
         "faults",
     ),
-    "append does not enter the registry": _lua(
+    "append does not enter the registry": in_lua(
         "  if times == 1 then\n    track_member(c, resource)\n  end", "", "faults"
     ),
-    "compact does not compare what it replaces": _lua(
+    "compact does not compare what it replaces": in_lua(
         "  if digest_of(call('LRANGE', partials, first, behind - 1)) ~= digest then\n",
         "  if false then\n",
         "faults",
     ),
-    "compact merges two sessions": _lua(
+    "compact merges two sessions": in_lua(
         "if behind > total or first < due and due < behind then", "if behind > total then", "faults"
     ),
-    "compact does not move what is due": _lua(
+    "compact does not move what is due": in_lua(
         "  if behind <= due then\n", "  if false then\n", "faults"
     ),
     # Reaping
-    "reap does not fence": _lua("  if died then\n    fence(T, dead)\n  end\n", ""),
-    "reap does not remove the member": _lua(
+    "reap does not fence": in_lua("  if died then\n    fence(T, dead)\n  end\n", ""),
+    "reap does not remove the member": in_lua(
         "  if times then\n    call('HDEL', members, dead)\n  end\n  local others",
         "  local others",
     ),
-    "reap leaves a lock": _lua(
+    "reap leaves a lock": in_lua(
         "    if process_of(holder) == dead then\n      freed = free",
         "    if false then\n      freed = free",
     ),
-    "reap leaves a waiter": _lua(
+    "reap leaves a waiter": in_lua(
         "    if process_of(waiter) == dead then\n", "    if false then\n"
     ),
-    "reap does not start the batch of the dead": _lua(
+    "reap does not start the batch of the dead": in_lua(
         "  elseif others == 0 and total > 0 and not run[1] then\n    if recovers then\n",
         "  elseif false then\n    if recovers then\n",
     ),
-    "reap does not note what is due": _lua(
+    "reap does not note what is due": in_lua(
         "    if run[1] and total > 0 then\n      call('HSET', running, 'due', total)\n    end\n", ""
     ),
-    "reap leaves the batch": _lua(
+    "reap leaves the batch": in_lua(
         "  if run[1] == dead then\n    if recovers then\n", "  if false then\n    if recovers then\n"
     ),
-    "reap gives a batch another token": _lua(
+    "reap gives a batch another token": in_lua(
         "    if recovers then\n      call('HSET', running, 'owner', c.pid)\n",
         "    if recovers then\n      run[2] = fmt(next_token(c))\n"
         "      call('HSET', running, 'owner', c.pid, 'token', run[2])\n",
     ),
-    "reap forgets what it leaves": _lua(
+    "reap forgets what it leaves": in_lua(
         "    call('ZADD', registry, fmt(LEFT_SCORE), resource)\n",
         "    call('ZREM', registry, resource)\n",
     ),
     # Locks
-    "unlock wakes nobody": _lua(
+    "unlock wakes nobody": in_lua(
         "    wake_next(c, resource, held, sharers)\n  end\n  if more", "  end\n  if more"
     ),
-    "a waiter that lets its wake-up lie stays in line": _lua(
+    "a waiter that lets its wake-up lie stays in line": in_lua(
         "    if now(c) - woken <= (type(lies) == 'number' and UNTAKEN_US or COMING_US) then\n",
         "    if true then\n",
     ),
-    "a lock is granted beside those that share it": _lua(
+    "a lock is granted beside those that share it": in_lua(
         "    room = room and sharers == 0\n", ""
     ),
     # Processes
-    "a late beat marks others": _lua(
+    "a late beat marks others": in_lua(
         "      if score <= at then\n", "      if false then\n", "outage"
     ),
-    "a listing has no number": _lua(
+    "a listing has no number": in_lua(
         "or call('HGET', N .. 'listings', pid) ~= args[4] then", "then"
     ),
     # Sources
-    "the epoch of a source is not compared": _lua(
+    "the epoch of a source is not compared": in_lua(
         "if epoch ~= o[i + 2] or position", "if position", "sources"
     ),
-    "the position of a source is not compared": _lua(
+    "the position of a source is not compared": in_lua(
         " or position ~= o[i + 3] then", " then", "sources"
     ),
-    "the position of a source is not stored": _lua(
+    "the position of a source is not stored": in_lua(
         "  call('HSET', source, 'position', o[i + 4])\n", "", "sources"
     ),
-    "an older claim is taken": _lua("elseif epoch < last then", "elseif false then", "sources"),
-    "an id is not compared": _lua("  if #seen > 0 then", "  if false then", "sources"),
-    "an id is not stored": _lua(
+    "an older claim is taken": in_lua("elseif epoch < last then", "elseif false then", "sources"),
+    "an id is not compared": in_lua("  if #seen > 0 then", "  if false then", "sources"),
+    "an id is not stored": in_lua(
         "    call('SADD', set, unpack(ids, j", "    call('SMISMEMBER', set, unpack(ids, j", "sources"
     ),
-    "what a source brings is entered in no registry": _lua(
+    "what a source brings is entered in no registry": in_lua(
         "        track_member(c, resource)\n", "", "sources"
     ),
-    "a batch that failed is believed in": _core(
+    "a batch that failed is believed in": in_core(
         sources, "OrderedProgress.failed", "self._claim.in_doubt = True", "pass", "sources"
     ),
-    "what is in is not passed over": _core(
+    "what is in is not passed over": in_core(
         sources, "OrderedProgress.skips", "position is not None and self._offset < position", "False",
         "sources",
     ),
-    "a new source stands nowhere": _core(
+    "a new source stands nowhere": in_core(
         sources, "OrderedProgress.preparing", "self._first is None or None not in positions", "True",
         "sources",
     ),
-    "silent partitions are moved on too far": _core(
+    "silent partitions are moved on too far": in_core(
         sources, "SourceClaim.moves", 'b"%d" % self.done)', 'b"%d" % (self.done + 1))', "sources"
     ),
-    "an id that is known is brought again": _core(
+    "an id that is known is brought again": in_core(
         sources, "UnorderedProgress.skips", "if (partition, mark) in self._ids.known:", "if False:",
         "sources",
     ),
-    "an id counts twice in a batch": _core(
+    "an id counts twice in a batch": in_core(
         sources, "UnorderedProgress.begin", "if mark in self._begun:", "if False:", "sources"
     ),
-    "a refused batch leaves a membership behind": _core(
+    "a refused batch leaves a membership behind": in_core(
         sources, "Sources._send",
         "code != _INGESTED and entry and entry.identity != self._identity.id", "False",
         "lost sources",
     ),
     # The core
-    "an empty call is taken for a refusal": _core(
+    "an empty call is taken for a refusal": in_core(
         lane, "Lane.read", "call.error is not None and not answers", "call.error is not None",
         "faults",
     ),
-    "what a refused call could have freed is dropped": _core(
+    "what a refused call could have freed is dropped": in_core(
         lane,
         "_refused",
         "        if mixed and operation.frees:\n            again.append(operation)\n        else:",
         "        if not (mixed and operation.frees):",
         "faults",
     ),
-    "operations do not wait for the former self": _core(
+    "operations do not wait for the former self": in_core(
         lane, "Lane.defer", "if self.deferred is None:", "if False:"
     ),
-    "a former self is reaped in one partition only": _core(
+    "a former self is reaped in one partition only": in_core(
         takeover,
         "Takeover._reaped",
         "if any(partition in others for others in self.former.values()):",
         "if False:",
         "rollback",
     ),
-    "an own former self is left to others": _core(
+    "an own former self is left to others": in_core(
         takeover, "Takeover.take_over", " or dead in self._identity.former\n", "\n"
     ),
-    "a rebirth does not join": _core(
+    "a rebirth does not join": in_core(
         members, "Members.joins", "list(self.held)", "()"
     ),
-    "a rebirth forgets what was carried out": _core(
+    "a rebirth forgets what was carried out": in_core(
         rebirth, "_fate", "record.digest == call.digest:", "False:"
     ),
-    "a rebirth repeats locks": _core(
+    "a rebirth repeats locks": in_core(
         rebirth, "Rebirth.run", "operation.words[0] in _PERSONAL or ", ""
     ),
-    "a rebirth does not fence again after a loss": _core(
+    "a rebirth does not fence again after a loss": in_core(
         rebirth, "Rebirth._fence", "if lost_data:", "if False:", "rollback"
     ),
-    "a former lock is believed in": _core(
+    "a former lock is believed in": in_core(
         leases, "Grant.is_ours",
         "    if operations.process_of(self.holder) != identity.name:\n        return False\n", "",
     ),
-    "a process believes that it lives": _core(
+    "a process believes that it lives": in_core(
         leases, "Grant.is_ours", "identity.surely_lives and ", ""
     ),
-    "the lease is counted from the answer": _core(
+    "the lease is counted from the answer": in_core(
         identity, "Identity.beat_answered", "max(self.lives_until, begun + self.lease)",
         "max(self.lives_until, self.clock() + 2 * self.lease)",
     ),
-    "lanes are not verified": _core(
+    "lanes are not verified": in_core(
         heartbeat, "Heartbeat.beat", "lost = not self.closing and self._has_lost(known, found)",
         "lost = False", "rollback",
     ),
-    "nobody sweeps": _core(heartbeat, "Heartbeat.sweep", "now - since > patience", "False", "shards"),
-    "a sweep is not patient": _core(
+    "nobody sweeps": in_core(heartbeat, "Heartbeat.sweep", "now - since > patience", "False", "shards"),
+    "a sweep is not patient": in_core(
         heartbeat, "Heartbeat.sweep", "now - since > patience", "True", "shards"
     ),
-    "a newcomer marks others": _core(
+    "a newcomer marks others": in_core(
         identity, "Identity.may_mark", "self.clock() - self.lived_since >= self.lease", "True",
         "outage",
     ),
-    "a waiter that gives up stays in line": _core(
+    "a waiter that gives up stays in line": in_core(
         leases, "Leases._quit", "    yield Send((operations.unlock(*place, holder),))",
         "    return\n    yield", "faults",
     ),
-    "a batch is tried again twice": _core(
+    "a batch is tried again twice": in_core(
         outbox, "Outbox._take_due", "if self._due.get((due.name, due.token)) is not due:",
         "if self._due.pop((due.name, due.token), due) is None:",
     ),
-    "a batch that is executed is taken up": _core(
+    "a batch that is executed is taken up": in_core(
         outbox, "Outbox.take_over",
         "if self._is_busy(name, token) or (name, token) in self._resuming:", "if False:",
     ),
-    "an answer that was not seen is a forgotten batch": _core(
+    "an answer that was not seen is a forgotten batch": in_core(
         executor, "Executor.expects", "return any(", "return False and any(", "outage"
     ),
-    "a refused membership is forgotten at once": _core(
+    "a refused membership is forgotten at once": in_core(
         members, "Members.entered", "not entry.entered and", "failed and", "faults"
     ),
-    "a refused partial is dropped": _core(
+    "a refused partial is dropped": in_core(
         outbox, "Outbox._not_left", "ending.parcel.put_back(data)", "pass", "faults"
     ),
-    "a piece of a batch is executed": _core(
+    "a piece of a batch is executed": in_core(
         executor, "Executor._fetch", "if not piece:\n            return False",
         "if not piece:\n            return True",
     ),
-    "a forgotten batch stays forgotten": _core(
+    "a forgotten batch stays forgotten": in_core(
         heartbeat, "Heartbeat._compare", "if not self._outbox.knows(name, token):", "if False:"
     ),
 }  # fmt: skip
